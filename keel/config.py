@@ -1,0 +1,287 @@
+"""The recipe: what a run does, as strict data. Unknown keys are errors; impossible combinations fail here, before any
+compute. This file imports no torch: ``keel --help`` and ``keel check`` must answer at once.
+
+A recipe is a YAML file of this shape::
+
+    name: assistant
+    seed: 0
+    model: {path: ./my-base}
+    data: {demonstrations: demos.jsonl, preferences: pairs.parquet}
+    stages:
+      - {kind: sft, name: sft, model: base}
+      - {kind: reward, name: reward, model: sft}
+      - ...
+
+``model:`` of a stage names the stage whose checkpoint it starts from (``base`` is the recipe's own model).
+On the command line ``section.key=value`` changes the recipe's sections, and ``STAGE.key=value`` a stage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ------------------------------------------------------------------------------------------------- shared sections
+
+
+class LoraConfig(Strict):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ModelConfig(Strict):
+    path: str = Field(description="folder or hub id of a transformers causal LM")
+    revision: str | None = None
+    chat_template: str | None = Field(
+        None, description="Jinja file, or one of Keel's built-in names (keel, chatml); default: the model's own, else keel"
+    )
+    lora: LoraConfig | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Strict):
+    """Files (JSONL, JSON, CSV, Parquet), folders of them, or hub ids (``hub:owner/name:split``)."""
+
+    demonstrations: str | None = None
+    prompts: str | None = Field(None, description="prompts to sample from and to run PPO on")
+    preferences: str | None = None
+    heldout_prompts: str | None = Field(None, description="evaluation prompts; default: split off by prompt")
+    heldout_fraction: float = Field(0.1, gt=0, lt=0.9)
+    base_text: str | None = Field(None, description="plain text rows: what the base model's loss is measured on")
+    facts: str | None = Field(None, description="multiple-choice rows prompt+choices+answer: capability kept")
+    max_length: int = Field(1024, ge=8, description="tokens of prompt and completion together")
+    max_prompt_length: int = Field(512, ge=4, description="longer prompts are an error, or left out with over_length: skip")
+    over_length: Literal["error", "skip"] = "error"
+
+
+class OptimConfig(Strict):
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, description="share of the steps when below 1, else steps")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr: float = Field(0.1, ge=0, le=1, description="end of the schedule as a share of lr")
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class SamplingConfig(Strict):
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="0 is off")
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
+    max_new_tokens: int = Field(256, ge=1)
+    stop: list[str] = Field(default_factory=list, description="stop tokens besides the model's end tokens")
+    batch_size: int = Field(128, ge=1, description="sequences decoded together")
+    backend: Literal["auto", "embedded", "transformers", "vllm"] = "auto"
+
+
+# ------------------------------------------------------------------------------------------------------- judges
+
+
+class PythonRef(Strict):
+    """A Python callable: ``module:name`` or ``path/to/file.py:name``."""
+
+    kind: Literal["python"] = "python"
+    ref: str
+
+
+class RewardModelRef(Strict):
+    """A reward model: a stage's name or a folder with an AutoModelForSequenceClassification checkpoint."""
+
+    kind: Literal["model"] = "model"
+    model: str
+
+
+class EndpointRef(Strict):
+    """An OpenAI-compatible chat endpoint; the key is read from the environment variable, never from the recipe."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str
+    model: str
+    key_env: str = "OPENAI_API_KEY"
+    instructions: str | None = None
+
+
+JudgeRef = Annotated[PythonRef | RewardModelRef | EndpointRef, Field(discriminator="kind")]
+
+
+class RewardTerm(Strict):
+    """One source of reward, with its weight in the sum."""
+
+    source: Annotated[PythonRef | RewardModelRef, Field(discriminator="kind")]
+    weight: float = 1.0
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+
+class StageBase(Strict):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+
+
+class TrainBase(StageBase):
+    model: str = Field("base", description="stage whose checkpoint this starts from, a folder, or 'base'")
+    optim: OptimConfig = OptimConfig()
+    batch_tokens: int = Field(8192, ge=16, description="tokens in one forward pass (packed, no padding)")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    log_every: int = Field(1, ge=1)
+    save_every_seconds: float = Field(60.0, ge=0, description="how much work a killed run may lose; 0: every step")
+
+
+class SftStage(TrainBase):
+    kind: Literal["sft"] = "sft"
+    epochs: float = Field(2.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="conversations per optimizer step")
+    eval_every: int = Field(0, ge=0, description="steps between held-out losses; 0: four times an epoch")
+    patience: int = Field(3, ge=1, description="early stopping: held-out losses without a new best")
+
+
+class SampleStage(StageBase):
+    kind: Literal["sample"] = "sample"
+    model: str = "sft"
+    prompts: str | None = Field(None, description="default: data.prompts")
+    per_prompt: int = Field(4, ge=1, description="responses kept a prompt")
+    candidates: int = Field(0, ge=0, description="responses sampled a prompt before near-duplicates go; 0: per_prompt")
+    max_similarity: float = Field(0.95, gt=0, le=1, description="token-set similarity at which two responses are the same")
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class AnnotateStage(StageBase):
+    kind: Literal["annotate"] = "annotate"
+    responses: str = "sample"
+    annotators: PythonRef = Field(description="returns the simulated population: a callable seed -> list of annotators")
+    pairs_per_prompt: int = Field(1, ge=1)
+    overlap: float = Field(0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement")
+    guideline: str = "1"
+
+
+class RewardStage(TrainBase):
+    kind: Literal["reward"] = "reward"
+    model: str = "sft"
+    preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
+    margin_weight: float = Field(0.0, ge=0, description="margin in the Bradley-Terry loss a unit of strength (Llama 2)")
+    center_coef: float = Field(0.01, ge=0, description="pulls the mean of a pair's rewards to zero")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    heldout_fraction: float = Field(0.1, gt=0, lt=0.9, description="prompts kept out for accuracy and calibration")
+
+
+class DpoStage(TrainBase):
+    kind: Literal["dpo"] = "dpo"
+    model: str = "sft"
+    reference: str | None = Field(None, description="default: model")
+    preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
+    beta: float = Field(0.1, gt=0)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    length_normalised: bool = Field(False, description="log-ratios per token instead of per sequence")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    heldout_fraction: float = Field(0.05, gt=0, lt=0.9)
+
+    @model_validator(mode="after")
+    def _check(self) -> DpoStage:
+        if self.loss == "ipo" and self.label_smoothing > 0:
+            raise ValueError("loss: ipo takes no label_smoothing; set label_smoothing: 0 or use loss: sigmoid")
+        return self
+
+
+class KlConfig(Strict):
+    """The keel. ``coef`` weighs the per-token k1 penalty; with ``target`` (nats a sequence) it adapts."""
+
+    coef: float = Field(0.05, ge=0)
+    target: float | None = Field(None, gt=0)
+    horizon: int = Field(10_000, ge=1, description="episodes over which the adaptive controller reacts")
+
+
+class PpoStage(TrainBase):
+    kind: Literal["ppo"] = "ppo"
+    model: str = "sft"
+    reference: str | None = Field(None, description="default: model")
+    critic: str | None = Field(None, description="stage or folder; default: the first reward model, else the policy")
+    rewards: list[RewardTerm] = Field(min_length=1)
+    prompts: str | None = Field(None, description="default: data.prompts")
+    episodes: int = Field(4096, ge=1)
+    rollout_batch: int = Field(256, ge=1, description="episodes per rollout")
+    minibatches: int = Field(2, ge=1, description="optimizer steps per epoch over a rollout")
+    epochs: int = Field(1, ge=1, description="passes over each rollout")
+    sampling: SamplingConfig = SamplingConfig()
+    kl: KlConfig = KlConfig()
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_coef: float = Field(0.5, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted from the score of a cut completion")
+    reward_clip: float = Field(10.0, gt=0)
+    critic_lr: float | None = Field(None, gt=0, description="default: optim.lr")
+    critic_warmup: int = Field(0, ge=0, description="rollouts in which only the critic learns")
+
+
+class EvalStage(StageBase):
+    kind: Literal["eval"] = "eval"
+    models: list[str] = Field(min_length=1)
+    baseline: str = "sft"
+    judge: JudgeRef | None = Field(None, description="default: the recipe's reward stage")
+    reward: str | None = Field(None, description="reward stage or folder whose mean score is reported")
+    prompts: str | None = Field(None, description="default: data.heldout_prompts")
+    sampling: SamplingConfig = SamplingConfig()
+    bootstrap: int = Field(2000, ge=100)
+    show: int = Field(10, ge=0, description="prompts shown side by side in the report")
+
+
+class ReportStage(StageBase):
+    kind: Literal["report"] = "report"
+    title: str = ""
+
+
+Stage = Annotated[
+    SftStage | SampleStage | AnnotateStage | RewardStage | DpoStage | PpoStage | EvalStage | ReportStage,
+    Field(discriminator="kind"),
+]
+
+
+class LoggingConfig(Strict):
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+class Recipe(Strict):
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    store: str | None = Field(None, description="feedback database URL; default: feedback.db in the run directory")
+    logging: LoggingConfig = LoggingConfig()
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _graph(self) -> Recipe:
+        seen = {"base"}
+        reserved = set(type(self).model_fields)
+        for stage in self.stages:
+            if stage.name in seen or stage.name in reserved:
+                raise ValueError(f"stage name {stage.name!r} is used twice or is a recipe section; rename it")
+            seen.add(stage.name)
+        return self
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)

@@ -1,0 +1,193 @@
+"""The records that every room of the house exchanges, and the legend of tensor shapes.
+
+Shape suffixes used across Keel (``ids_T`` is a tensor of shape ``[T]``):
+
+    B  sequences in a batch          T  real tokens of a packed batch (no padding), all sequences in a row
+    L  longest sequence of a batch   H  hidden size
+    V  vocabulary                    N  records (completions, pairs) in a list
+    C  completion tokens of a packed batch (the positions that are scored)
+
+Records are frozen: a stage makes new ones, it never edits what another stage handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Role = Literal["system", "user", "assistant"]
+
+
+class UserError(Exception):
+    """Bad input from outside (file, row, recipe, checkpoint, request).
+
+    The message names the place and the remedy. The command line prints it alone, without a traceback,
+    and exits with code 2.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for the assistant's next message.
+
+    ``id`` is stable (content hash when the source gives none); ``kind`` groups prompts in the evaluation;
+    ``meta`` carries what a grader needs (reference answers, ...) and never reaches a model.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    kind: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A whole conversation that ends with an assistant message. ``plain`` text has one assistant message
+    without a prompt (``text`` rows: loss on every token, no chat template)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled reply. ``finished``: it ended with a stop token (else it was cut at the length limit).
+
+    ``ids`` are the completion's tokens, the stop token included when finished; ``logprobs`` (nats, same length)
+    are those of the sampling policy at temperature 1 before top-k/top-p/min-p filtering.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """``chosen`` was preferred over ``rejected`` (or neither, when ``tie``).
+
+    ``margin`` is the optional strength of the preference (0 = unknown, 1 = slightly, 2 = better, 3 = much better).
+    """
+
+    id: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    tie: bool = False
+    margin: float = 0.0
+    annotator: str = ""
+
+    def swapped(self) -> Preference:
+        """The same comparison with the labels exchanged."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledCompletion:
+    """A completion with a thumbs up or down (``prompt`` + ``completion`` + ``label`` rows, as KTO uses)."""
+
+    id: str
+    prompt: Prompt
+    completion: str
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepLabels:
+    """A reply in steps, each labelled in [0, 1] (``prompt`` + ``completions`` + ``labels`` rows)."""
+
+    id: str
+    prompt: Prompt
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one conversation with its loss mask (True where the token is the assistant's, its end token
+    included). Same length, at least one True for anything that is trained on."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Sequences laid end to end without padding.
+
+    ids_T, positions_T: int64; cu_seqlens: int64 [B+1], offsets of each sequence in T; mask_T: bool, True where the
+    token is to be predicted (trained on or scored). A token at offset 0 of a sequence is never predicted.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    mask_T: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_T.numel()
+
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return PackedBatch(*(t.to(device) for t in (self.ids_T, self.positions_T, self.cu_seqlens, self.mask_T)))
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One PPO episode: a prompt's tokens, the completion sampled for it, and what was measured on it."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What a judge says of one reply. ``score``: one number, higher is better. ``flags``: named yes/no findings, None
+    where the question does not apply to this prompt; an evaluation reports the mean of each over the prompts where it
+    applies. ``parts``: the components that ``score`` sums."""
+
+    score: float
+    flags: Mapping[str, bool | None] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Judge(Protocol):
+    """Grades replies. A Python function ``(prompt, text) -> Grade | float`` is adapted to this by ``reward``."""
+
+    def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]: ...
+
+
+class Scorer(Protocol):
+    """Scores replies for training: a reward model, a mix of them, or a Python function."""
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        """Scores as a float32 tensor [N] on the CPU."""
+        ...
+
+
+class Reporter(Protocol):
+    """Where a long job says how far it is. The command line shows it live; tests use ``keel.run.Silent``."""
+
+    def start(self, task: str, total: int) -> None: ...
+    def advance(self, steps: int = 1, **figures: float) -> None: ...
+    def note(self, text: str) -> None: ...
