@@ -229,6 +229,7 @@ class PpoStage(TrainBase):
     reward_clip: float = Field(10.0, gt=0)
     critic_lr: float | None = Field(None, gt=0, description="default: optim.lr")
     critic_warmup: int = Field(0, ge=0, description="rollouts in which only the critic learns")
+    watch: PythonRef | None = Field(None, description="a judge that only watches: its mean is logged as eval/gold")
 
 
 class EvalStage(StageBase):

@@ -79,6 +79,8 @@ class Preference:
     """``chosen`` was preferred over ``rejected`` (or neither, when ``tie``).
 
     ``margin`` is the optional strength of the preference (0 = unknown, 1 = slightly, 2 = better, 3 = much better).
+    A completion that was cut at the length limit is not ``finished``: it gets no end token, lest the model learn to
+    stop there.
     """
 
     id: str
@@ -88,10 +90,18 @@ class Preference:
     tie: bool = False
     margin: float = 0.0
     annotator: str = ""
+    chosen_finished: bool = True
+    rejected_finished: bool = True
 
     def swapped(self) -> Preference:
         """The same comparison with the labels exchanged."""
-        return replace(self, chosen=self.rejected, rejected=self.chosen)
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            chosen_finished=self.rejected_finished,
+            rejected_finished=self.chosen_finished,
+        )
 
 
 @dataclass(frozen=True, slots=True)

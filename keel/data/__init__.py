@@ -1,0 +1,1 @@
+"""Rows of people's files -> records -> token ids -> packed tensors."""

@@ -1,0 +1,396 @@
+"""Messages -> token ids and loss mask: the only place in Keel where a chat template is read.
+
+One construction serves training and inference. A conversation is cut into *segments*: what the template writes up to
+the point where the assistant starts, the assistant's reply, its end token, what the template writes next, and so on.
+Each segment is tokenized by itself, so the tokens before a reply are the same whether the reply is going to be
+sampled (``encode_prompt``), scored (``encode_reply``) or learned among others (``encode_conversation``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from keel.types import Demonstration, Encoded, Message, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN = {
+    "keel": ("<|system|>", "<|user|>", "<|assistant|>", "<|turn|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+"""Keel's own templates (``templates/NAME.jinja``) and the special tokens that each one writes."""
+
+_REMEDY = "set model.chat_template to keel, chatml or a Jinja file"
+_PROBE = "kEEL-rEPLY-pROBE"  # stands for a reply where the template's habits are found out; no template knows it
+
+
+class Segment(NamedTuple):
+    """A piece of a conversation that is tokenized by itself; ``learned``: the assistant wrote it."""
+
+    text: str
+    learned: bool
+
+
+class Chat:
+    """A tokenizer with its chat template.
+
+    ``template`` (a built-in name or a Jinja file) stands in for the tokenizer's own. Without either, the chat is
+    *plain*, the way one asks a base model: the prompt is the last user message and a newline, a reply ends with eos.
+
+    ``end_ids``  ends an assistant turn: the stop token that the template writes after a reply, else eos; () if neither.
+    ``stop_ids`` tokens at which sampling stops: those and eos.
+
+    BOS comes from the template alone, or in plain mode and plain text from the tokenizer: never from both.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template: str | None
+        if template is None:
+            own = tokenizer.chat_template
+            self.template = own.get("default") if isinstance(own, dict) else own or None
+        else:
+            self.template = _template_text(template, tokenizer)
+            vocabulary = tokenizer.get_vocab()
+            missing = [token for token in BUILT_IN.get(template, ()) if token not in vocabulary]
+            if missing:
+                raise UserError(
+                    f"the tokenizer lacks the {template} template's tokens {', '.join(missing)}; a training stage adds "
+                    "them when the recipe's model.chat_template names it"
+                )
+        self._bos_text = _bos_that_tokenizer_adds(tokenizer)
+        self._eos_text: str = tokenizer.eos_token or ""
+        self._trims = False
+        self._end_text = self._eos_text
+        self._end_from_template = False
+        if self.template is not None:
+            self._learn_template()
+        self.end_ids: tuple[int, ...] = tuple(self._tokenize([self._end_text])[0])
+        eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos))
+
+    @property
+    def plain(self) -> bool:
+        return self.template is None
+
+    # ------------------------------------------------------------------------------------------------- encoding
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids after which the assistant's next message starts.
+
+        Raises UserError for messages that the template refuses, or that do not wait for the assistant.
+        """
+        return self.encode_prompts([messages])[0]
+
+    def encode_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """``encode_prompt`` of many, in one call of the tokenizer."""
+        return [list(e.ids) for e in self._assemble([self._prompt_segments(messages) for messages in prompts])]
+
+    def encode_reply(self, messages: Sequence[Message], reply: str, finished: bool = True) -> Encoded:
+        """``encode_prompt(messages)``, then the reply and its end token, both in the mask.
+
+        ``finished=False`` (a reply cut at the length limit) leaves the end token out.
+        """
+        return self.encode_replies([(messages, reply, finished)])[0]
+
+    def encode_replies(self, replies: Sequence[tuple[Sequence[Message], str, bool]]) -> list[Encoded]:
+        """``encode_reply`` of many (messages, reply, finished); a prompt that several share is rendered once."""
+        prompts: dict[tuple[Message, ...], list[Segment]] = {}
+        rows = []
+        for messages, reply, finished in replies:
+            key = tuple(messages)
+            if key not in prompts:
+                prompts[key] = self._prompt_segments(key)
+            rows.append(prompts[key] + self._reply_segments(reply, finished))
+        return self._assemble(rows)
+
+    def encode_conversation(self, messages: Sequence[Message]) -> Encoded:
+        """A whole conversation with every assistant turn, its end token included, in the mask.
+
+        What precedes a reply is ``encode_prompt`` of the messages before it, token for token. Raises UserError
+        where the template makes that impossible, because it writes an earlier turn differently later on.
+        """
+        return self._assemble([self._conversation_segments(messages)])[0]
+
+    def encode_text(self, text: str, finished: bool = True) -> Encoded:
+        """Plain text, every token in the mask but the tokenizer's BOS; eos at its end when ``finished``."""
+        return self._assemble([self._text_segments(text, finished)])[0]
+
+    def encode_demonstrations(self, demonstrations: Sequence[Demonstration]) -> list[Encoded]:
+        """``encode_conversation``, or ``encode_text`` of the plain ones, of many in one call of the tokenizer."""
+        rows = []
+        for demonstration in demonstrations:
+            try:
+                if demonstration.plain:
+                    rows.append(self._text_segments(demonstration.messages[0].content, finished=True))
+                else:
+                    rows.append(self._conversation_segments(demonstration.messages))
+            except UserError as error:
+                raise UserError(f"demonstration {demonstration.id}: {error}") from error
+        return self._assemble(rows)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a reply's ids, without special tokens."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    # ------------------------------------------------------------------------------------------------- segments
+
+    def _prompt_segments(self, messages: Sequence[Message]) -> list[Segment]:
+        if not messages or messages[-1].role == "assistant":
+            last = "is empty" if not messages else "ends with an assistant message"
+            raise UserError(f"a prompt must wait for the assistant, and this one {last}")
+        rendered = self._render_prompt(messages)
+        segments: list[Segment] = []
+        if not self.plain:
+            done = ""
+            for i, message in enumerate(messages):
+                if message.role != "assistant":
+                    continue
+                before = self._render_prompt(messages[:i])
+                turn = self._reply_segments(message.content, finished=True)
+                after = before + "".join(s.text for s in turn)
+                if not before.startswith(done) or not rendered.startswith(after):
+                    # The template rewrites its history (strips thinking, ...). It is what the model is given, so it is
+                    # taken as it is; only a conversation cannot be learned in one piece then.
+                    return [Segment(rendered, False)]
+                segments += [Segment(before[len(done) :], False), *turn]
+                done = after
+            rendered = rendered[len(done) :]
+        segments.append(Segment(rendered, False))
+        return segments
+
+    def _reply_segments(self, reply: str, finished: bool) -> list[Segment]:
+        segments = [Segment(reply.strip() if self._trims else reply, True)]
+        if finished and self._end_text:
+            segments.append(Segment(self._end_text, True))
+        return segments
+
+    def _text_segments(self, text: str, finished: bool) -> list[Segment]:
+        segments = [Segment(self._bos_text, False), Segment(text, True)]
+        if finished and self._eos_text and not text.endswith(self._eos_text):
+            segments.append(Segment(self._eos_text, True))
+        return segments
+
+    def _conversation_segments(self, messages: Sequence[Message]) -> list[Segment]:
+        if not messages or messages[-1].role != "assistant":
+            raise UserError("a conversation to learn from must end with an assistant message")
+        if self.plain and [m.role for m in messages] != ["user", "assistant"]:
+            raise UserError(
+                "the tokenizer has no chat template, and without one only a user message and one reply can be learned; "
+                + _REMEDY
+            )
+        segments: list[Segment] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._render_prompt(messages[:i])
+            if not prompt.startswith(done):
+                raise UserError(
+                    f"the chat template writes the turns before message {i + 1} differently from how they were learned "
+                    f"({_first_difference(done, prompt)}), so this conversation cannot be learned in one piece; "
+                    f"split it into one row for each reply, or {_REMEDY}"
+                )
+            turn = self._reply_segments(message.content, finished=True)
+            segments += [Segment(prompt[len(done) :], False), *turn]
+            done = prompt + "".join(s.text for s in turn)
+        if not self.plain:
+            self._verify(messages, prompt)
+        return segments
+
+    def _verify(self, messages: Sequence[Message], prompt: str) -> None:
+        """The template's own rendering of the whole conversation must start with the last reply's prompt."""
+        full = self._render(messages)
+        if not full.startswith(prompt):
+            raise UserError(
+                "the chat template's prompt is not how its full rendering of the conversation starts "
+                f"({_first_difference(prompt, full)}); mend the template, or {_REMEDY}"
+            )
+
+    def _assemble(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
+        ids_of = dict(zip(texts, self._tokenize(texts), strict=True))
+        encoded = []
+        for row in rows:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for text, learned in row:
+                ids += ids_of[text]
+                mask += [learned] * len(ids_of[text])
+            encoded.append(Encoded(tuple(ids), tuple(mask)))
+        return encoded
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    # ------------------------------------------------------------------------------------------------- template
+
+    def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """What the template writes for these messages, with (``prompt``) or without the start of a reply."""
+        assert self.template is not None
+        conversation = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # whatever a template raises, jinja2's errors and Python's
+            roles = ", ".join(m.role for m in messages)
+            raise UserError(
+                f"the chat template refuses a conversation of roles {roles}: {error}; change the rows, or {_REMEDY}"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def _render_prompt(self, messages: Sequence[Message]) -> str:
+        if not self.plain:
+            return self._render(messages, prompt=True)
+        questions = [m.content for m in messages if m.role == "user"]
+        if not questions:
+            raise UserError("without a chat template a prompt needs a user message, and this one has none")
+        return self._bos_text + questions[-1] + "\n"
+
+    def _learn_template(self) -> None:
+        """Find out what the template writes after a reply, and whether it strips white space around one."""
+        question = Message("user", "Hello")
+        rendered = self._render([question, Message("assistant", f" \n{_PROBE}\n ")])
+        self._trims = f"{_PROBE}\n " not in rendered
+        _, found, tail = self._render([question, Message("assistant", _PROBE)]).partition(_PROBE)
+        if not found:
+            raise UserError(f"the chat template does not write the assistant's messages; mend it, or {_REMEDY}")
+        tail_ids = self._tokenize([tail])[0]
+        if tail_ids and tail_ids[0] in _stop_tokens(self.tokenizer):
+            end = self.tokenizer.convert_ids_to_tokens(tail_ids[0])
+            assert isinstance(end, str)
+            assert tail.startswith(end)
+            self._end_text, self._end_from_template = end, True
+
+    # ---------------------------------------------------------------------------------------------------- check
+
+    def check(self) -> list[str]:
+        """What is wrong or surprising about this tokenizer and template, a sentence each; [] is a clean bill."""
+        if self.plain:
+            problems = [
+                f"the tokenizer has no chat template: only single questions can be asked and learned; {_REMEDY}"
+            ]
+            return problems if self.end_ids else [*problems, "the tokenizer has no eos token: no reply can end"]
+        return [*self._check_tokens(), *self._check_history()]
+
+    def _check_tokens(self) -> list[str]:
+        problems = []
+        if not self.end_ids:
+            problems.append(
+                "the template writes no stop token after a reply and the tokenizer has no eos: no reply ends"
+            )
+        elif not self._end_from_template:
+            problems.append(
+                f"the template writes no stop token after a reply, so {self._eos_text} ends one instead, and "
+                "conversations of several replies cannot be learned"
+            )
+        question = [Message("user", "Hello")]
+        ids, bos = self.encode_prompt(question), self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            problems.append(f"the template writes {self.tokenizer.bos_token} twice")
+        if self._bos_text and ids[:1] != [bos]:
+            problems.append(f"the tokenizer starts a text with {self._bos_text} and the template does not")
+        vocabulary = self.tokenizer.get_vocab()
+        written = dict.fromkeys(
+            re.findall(r"<\|\w+\|>|<\w+_of_\w+>", self._render([*question, Message("assistant", "Hi")]))
+        )
+        lacking = [token for token in written if token not in vocabulary]
+        if lacking:
+            problems.append(f"the template writes {', '.join(lacking)}, which the tokenizer cuts up as ordinary text")
+        if "strftime_now" in (self.template or ""):
+            problems.append("the template writes today's date: prompts change from one day to the next")
+        return problems
+
+    def _check_history(self) -> list[str]:
+        ask, again = Message("user", "Hello"), Message("user", "Go on")
+        prompt = self._render_prompt([ask])
+        full = self._render([ask, Message("assistant", _PROBE)])
+        if not full.startswith(prompt):
+            return [f"the prompt is not how the full rendering starts ({_first_difference(prompt, full)})"]
+        problems = []
+        between = full[len(prompt) : full.index(_PROBE)]
+        if between:
+            problems.append(
+                f"the template puts {between!r} between a prompt and the last reply; Keel learns and samples without it"
+            )
+        thought = Message("assistant", f"<think>\n{_PROBE}\n</think>\n\nHi")
+        done = prompt + "".join(s.text for s in self._reply_segments("Hi", finished=True))
+        try:
+            later = self._render_prompt([ask, Message("assistant", "Hi"), again])
+            later_thought = self._render_prompt([ask, thought, again])
+        except UserError as error:
+            return [*problems, str(error)]
+        if not later.startswith(done):
+            problems.append(
+                "the template rewrites earlier replies, so conversations of several replies cannot be learned "
+                f"({_first_difference(done, later)})"
+            )
+        if _PROBE not in later_thought:
+            problems.append(
+                "the template strips thinking from earlier replies: conversations with thinking in a reply that is not "
+                "the last cannot be learned"
+            )
+        return problems
+
+
+def install_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> int:
+    """Give a tokenizer a chat template: ``keel``, ``chatml``, or a Jinja file.
+
+    Returns the number of special tokens added to the vocabulary because a built-in template needs them: the model's
+    embeddings must then have at least ``len(tokenizer)`` rows (``model.resize_token_embeddings``).
+    Raises UserError when the name is neither a built-in template nor a readable file, or is no valid Jinja.
+    """
+    text = _template_text(name_or_path, tokenizer)
+    known = tokenizer.get_vocab()
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # A token that is in the vocabulary but not special is made so, under its own id.
+    wanted = [token for token in BUILT_IN.get(name_or_path, ()) if token not in special]
+    if wanted:
+        tokenizer.add_tokens(wanted, special_tokens=True)
+    tokenizer.chat_template = text
+    Chat(tokenizer)  # a template that cannot render the simplest conversation fails here
+    return sum(token not in known for token in wanted)
+
+
+def _template_text(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if name_or_path in BUILT_IN:
+        text = (Path(__file__).parent / "templates" / f"{name_or_path}.jinja").read_text(encoding="utf-8").rstrip("\n")
+        # A template's text is all a model sees, here and in any server, so a BOS the model knows must stand in it.
+        return "{{- bos_token -}}\n" + text if _bos_that_tokenizer_adds(tokenizer) else text
+    try:
+        return Path(name_or_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"model.chat_template: {name_or_path!r} is neither a built-in template ({', '.join(BUILT_IN)}) nor a "
+            f"readable Jinja file ({error})"
+        ) from error
+
+
+def _bos_that_tokenizer_adds(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The BOS token's text when the tokenizer itself puts one before a text, else ""."""
+    ids = tokenizer("a")["input_ids"]
+    bos: str | None = tokenizer.bos_token
+    return bos if bos and ids and ids[0] == tokenizer.bos_token_id else ""
+
+
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that can end a turn: special tokens, which no ordinary text turns into."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {i for i in tokenizer.all_special_ids if i != tokenizer.bos_token_id}
+
+
+def _first_difference(expected: str, got: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    start = max(0, at - 20)
+    return f"at character {at + 1}: {expected[start : at + 20]!r} against {got[start : at + 20]!r}"

@@ -1,0 +1,138 @@
+"""Encoded conversations -> packed tensors, and the orders in which they are seen. Pure: no tokenizer, no files.
+
+A batch is *packed*: its sequences lie end to end in one row of ``T`` real tokens, with no padding anywhere, so a
+result can depend neither on a padding side nor on how long a sequence's batch mates are (shape suffixes: see
+``keel.types``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from keel.types import (
+    Demonstration,
+    Encoded,
+    LabelledCompletion,
+    Message,
+    PackedBatch,
+    Preference,
+    Prompt,
+    StepLabels,
+    UserError,
+)
+
+Record = Prompt | Demonstration | Preference | LabelledCompletion | StepLabels
+R = TypeVar("R", bound=Record)
+
+
+def pack(sequences: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedBatch:
+    """Lay B sequences end to end.
+
+    Returns a ``PackedBatch``: ids_T, positions_T (0, 1, 2, ... in each sequence), cu_seqlens [B+1], mask_T. A
+    sequence's first token is never predicted (nothing precedes it), so its mask is False whatever the record says.
+    """
+    assert sequences, "pack needs at least one sequence"
+    assert all(s.ids and len(s.ids) == len(s.mask) for s in sequences), (
+        "each token has one mask value, and there is one"
+    )
+    lengths_B = torch.tensor([len(s.ids) for s in sequences])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_B.cumsum(0)])
+    starts_B = cu_seqlens[:-1]
+    mask_T = torch.tensor([learned for s in sequences for learned in s.mask], dtype=torch.bool)
+    mask_T[starts_B] = False
+    ids_T = torch.tensor([token for s in sequences for token in s.ids], dtype=torch.int64)
+    positions_T = torch.arange(ids_T.numel()) - starts_B.repeat_interleave(lengths_B)
+    return PackedBatch(ids_T=ids_T, positions_T=positions_T, cu_seqlens=cu_seqlens, mask_T=mask_T).to(device)
+
+
+def unpack(batch: PackedBatch) -> list[Encoded]:
+    """The B sequences of a batch: ``pack`` undone, but for the mask of each first token, which stays False."""
+    lengths = batch.lengths().tolist()
+    rows = zip(batch.ids_T.split(lengths), batch.mask_T.split(lengths), strict=True)
+    return [Encoded(tuple(ids.tolist()), tuple(mask.tolist())) for ids, mask in rows]
+
+
+def batches_by_tokens(lengths: Sequence[int], max_tokens: int, order: Sequence[int] | None = None) -> list[list[int]]:
+    """Cut an order of sequences into batches of at most ``max_tokens`` tokens; a longer sequence goes alone.
+
+    ``lengths[i]`` is the number of tokens of sequence i; ``order`` (default: as they come) is kept, batch after batch.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in range(len(lengths)) if order is None else order:
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of ``range(n)`` that depends on the seed and the epoch alone, so a resumed run finds its place.
+
+    From Python's generator rather than torch's: the order is the same on every device and version.
+    """
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def prompt_messages(record: Record) -> tuple[Message, ...]:
+    """What the assistant answers in this record.
+
+    Of a demonstration that is everything before its first reply, because each of its replies is trained on; plain
+    text stands for itself.
+    """
+    if isinstance(record, Prompt):
+        return record.messages
+    if not isinstance(record, Demonstration):
+        return record.prompt.messages
+    if record.plain:
+        return record.messages
+    first_reply = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
+    return record.messages[:first_reply]
+
+
+def messages_hash(messages: Sequence[Message], salt: str = "") -> str:
+    """32 hex digits that depend on the roles and texts (and the salt) alone, the same on every machine."""
+    content = json.dumps([salt, *([m.role, m.content] for m in messages)], ensure_ascii=False)
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def split_by_prompt(records: Sequence[R], fraction: float, seed: int) -> tuple[list[R], list[R]]:
+    """(train, held out), each in the order given.
+
+    A hash of the prompt's messages decides, so a prompt lies on one side whole, and on the same side in every file
+    that is split with this seed and fraction. ``fraction`` of the *prompts* is held out, give or take the hash's
+    chance; in a small set the prompt nearest to the border crosses it when a side would be empty.
+
+    Raises UserError when there are fewer than two different prompts.
+    """
+    draws = [messages_hash(prompt_messages(record), salt=f"split {seed}") for record in records]
+    different = sorted(set(draws))
+    if len(different) < 2:
+        raise UserError(
+            f"cannot hold out prompts: the {len(records)} records have {len(different)} different prompts and need at "
+            "least 2; add data, or name a separate held-out file"
+        )
+    border = f"{int(fraction * 16**16):016x}"  # hashes of hex digits compare as the numbers do
+    border = min(max(border, different[0] + "0"), different[-1])
+    train = [record for record, draw in zip(records, draws, strict=True) if draw >= border]
+    heldout = [record for record, draw in zip(records, draws, strict=True) if draw < border]
+    return train, heldout
+
+
+def group_by_prompt(preferences: Sequence[Preference]) -> list[list[Preference]]:
+    """The pairs of each prompt together (InstructGPT, section 3.5, puts them in one batch: seen apart, the many pairs
+    of one prompt overfit). Groups and their members keep the order of first appearance."""
+    groups: dict[str, list[Preference]] = {}
+    for preference in preferences:
+        groups.setdefault(messages_hash(preference.prompt.messages), []).append(preference)
+    return list(groups.values())

@@ -1,0 +1,217 @@
+"""Files -> rows: JSON Lines, JSON, CSV and Parquet files, folders of them, and data sets of the Hugging Face hub.
+
+What a row means is the business of ``keel.data.sources``; here is only where it stands, so that an error can name it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keel.types import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+SHOWN = 5  # bad rows that one message lists
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``values`` without the columns that are null; ``file`` and ``line`` ("line 3", "row 3") say where it stands."""
+
+    file: str
+    line: str
+    values: dict[str, Any]
+
+
+class RowError(Exception):
+    """What is wrong with one row. ``BadRows`` knows where it stands."""
+
+
+@dataclass
+class BadRows:
+    """Collects what is wrong, so that a user mends a file once and not row by row."""
+
+    source: str
+    rows: int = 0
+    found: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (file, what is wrong) -> lines
+
+    def add(self, file: str, line: str, problem: str) -> None:
+        self.found.setdefault((file, problem), []).append(line)
+
+    def raise_if_any(self) -> None:
+        """UserError with up to five bad rows; rows with the same fault share a line of the message."""
+        if not self.found:
+            return
+        count = sum(len(lines) for lines in self.found.values())
+        message = [f"{self.source}: {count} of {self.rows} rows cannot be read"]
+        for (file, problem), lines in list(self.found.items())[:SHOWN]:
+            others = f" (and {len(lines) - 1} more rows)" if len(lines) > 1 else ""
+            message.append(f"  {file}, {lines[0]}{others}: {problem}")
+        if len(self.found) > SHOWN:
+            message.append("  ...")
+        raise UserError("\n".join(message))
+
+
+def read_rows(source: str | Path, bad: BadRows) -> Iterator[Row]:
+    """The rows of a file, of a folder's files in the order of their names, or of ``hub:owner/name[:split]``.
+
+    A row that is no object goes to ``bad``. Raises UserError when there is nothing to read or it cannot be read.
+    """
+    if str(source).startswith("hub:"):
+        found = _read_hub(str(source), bad)
+    else:
+        found = (row for file in _files(Path(source).expanduser()) for row in _read_file(file, bad))
+    for row in found:
+        bad.rows += 1
+        yield row
+    if not bad.rows and not bad.found:
+        raise UserError(f"{source}: no rows; give a file with at least one")
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or folder; name a {', '.join(SUFFIXES[:4])} file, a folder of them, or "
+            "hub:owner/name[:split]"
+        )
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+        if not files:
+            raise UserError(f"{path}: the folder holds no data file; expected names ending in {', '.join(SUFFIXES)}")
+        return files
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path}: unknown kind of file; expected a name ending in {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def _read_file(path: Path, bad: BadRows) -> Iterator[Row]:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return _read_parquet(path, bad)
+    if name.endswith(".jsonl"):
+        return _read_jsonl(path, bad)
+    return _read_csv(path, bad) if name.endswith(".csv") else _read_json(path, bad)
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if path.name.endswith(".gz"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}, line {line}: byte {data[error.start]:#04x} is not UTF-8 text; save the file as UTF-8"
+        ) from error
+
+
+def _row(path: str | Path, line: str, values: Any, bad: BadRows) -> Iterator[Row]:
+    """The row, or nothing and an entry among the bad ones."""
+    if isinstance(values, dict):
+        yield Row(str(path), line, {key: value for key, value in values.items() if value is not None})
+    else:
+        bad.rows += 1
+        bad.add(str(path), line, f"expected an object of fields, got {shown(values)}")
+
+
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
+    # Only "\n" ends a line: str.splitlines would also cut at U+2028 and others, which may stand inside JSON strings.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            bad.rows += 1
+            bad.add(str(path), f"line {number}", f"expected one JSON object a line, got broken JSON ({error})")
+        else:
+            yield from _row(path, f"line {number}", values, bad)
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
+    text = _text(path)
+    if not text.strip():
+        return
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "; a file of one JSON object a line is named .jsonl" if "Extra data" in str(error) else ""
+        raise UserError(f"{path}: broken JSON ({error}){hint}") from error
+    if not isinstance(values, list):
+        raise UserError(f"{path}: expected a list of objects, got {shown(values)}")
+    for number, row in enumerate(values, start=1):
+        yield from _row(path, f"item {number}", row, bad)
+
+
+def _read_csv(path: Path, bad: BadRows) -> Iterator[Row]:
+    text = _text(path)
+    limit = csv.field_size_limit(sys.maxsize)  # the module's default refuses replies of more than 131,072 characters
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        columns = next(reader, [])
+        twice = {c for c in columns if columns.count(c) > 1}
+        if twice:
+            raise UserError(f"{path}, line 1: column {', '.join(sorted(twice))} stands twice; rename one")
+        start = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(columns):
+                bad.rows += 1
+                bad.add(str(path), f"line {start}", f"expected {len(columns)} cells, got {len(cells)}")
+            elif cells:
+                yield from _row(path, f"line {start}", dict(zip(columns, cells, strict=True)), bad)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=4096):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield from _row(path, f"row {number}", values, bad)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _read_hub(source: str, bad: BadRows) -> Iterator[Row]:
+    name, _, split = source.removeprefix("hub:").partition(":")
+    if not name:
+        raise UserError(f"{source}: expected hub:owner/name[:split]")
+    from datasets import load_dataset  # takes seconds to import, and needs no file here
+
+    try:
+        table = load_dataset(name, split=split or "train")
+    except Exception as error:  # network, access, unknown name or split: whatever the library raises
+        raise UserError(f"{source}: the data set cannot be loaded: {error}") from error
+    for number, values in enumerate(table, start=1):
+        yield from _row(source, f"row {number}", values, bad)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its kind and how it begins."""
+    kinds = {dict: "an object", list: "a list", str: "the text", bool: "the truth value", type(None): "null"}
+    kind = kinds.get(type(value), "the number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+    if value is None:
+        return kind
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{kind} {text if len(text) <= 60 else text[:57] + '...'}"

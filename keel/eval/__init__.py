@@ -1,0 +1,1 @@
+"""Evaluation: win rates with intervals, graded replies, calibration, over-optimisation, capability kept, alarms."""

@@ -1,0 +1,213 @@
+"""Signs that a PPO run is going wrong, read from its metrics: what, at which step, and what to do about it.
+
+Each rule looks at one figure and reports the first row that breaks its bound. A rule whose figure a run did not log is
+silent. The bounds are habits of the field, not laws: change them through ``Limits``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from keel.eval.overoptimisation import GOLD, KL, PROXY, finite
+
+Rows = Sequence[Mapping[str, Any]]
+
+ENTROPY, LENGTH, CUT = "policy/entropy_avg", "completions/mean_length", "completions/clipped_ratio"
+CLIPPED, RATIO, REPETITION = "policy/clipfrac_avg", "val/ratio", "completions/repetition"
+START_ROWS = 3  # "at the start" is the median of this many rows
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """kl: nats per sequence; entropy_share, length_factor: against the start of the run; clipped: share of tokens whose
+    ratio was clipped; in_a_row: rows for which a noisy figure must stay out; ratio: distance of the mean ratio from 1;
+    repetition: share of repeated 4-grams; cut: rise of the share of completions cut at the length limit; gold_drop:
+    fall below the best gold, in standard errors of the difference where the rows have ``eval/gold_se``, else as a share
+    of the range of gold so far."""
+
+    kl: float = 30.0
+    entropy_share: float = 0.25
+    length_factor: float = 1.75
+    clipped: float = 0.3
+    in_a_row: int = 3
+    ratio: float = 0.1
+    repetition: float = 0.3
+    cut: float = 0.2
+    gold_drop_se: float = 2.0
+    gold_drop_share: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """``value`` broke ``bound`` at ``step`` of ``stage``."""
+
+    stage: str
+    name: str
+    step: int
+    value: float
+    bound: float
+    message: str
+    remedy: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    step: int
+    value: float
+
+
+def find_alarms(stage: str, rows: Rows, limits: Limits = Limits()) -> list[Alarm]:
+    """Every rule's first alarm over a PPO run's rows, in the order of the steps."""
+    found = [alarm for rule in RULES if (alarm := rule(stage, rows, limits)) is not None]
+    return sorted(found, key=lambda alarm: alarm.step)
+
+
+def _series(rows: Rows, name: str) -> list[_Point]:
+    return [_Point(int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None]
+
+
+def _start(points: Sequence[_Point]) -> float:
+    return median(p.value for p in points[:START_ROWS])
+
+
+def _first(points: Sequence[_Point], broken: Callable[[float], bool], in_a_row: int = 1) -> _Point | None:
+    """The point at which ``broken`` has held ``in_a_row`` times in succession."""
+    held = 0
+    for point in points:
+        held = held + 1 if broken(point.value) else 0
+        if held == in_a_row:
+            return point
+    return None
+
+
+def _kl(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    point = _first(_series(rows, KL), lambda kl: kl > limits.kl)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "kl", point.step, point.value, limits.kl,
+        f"The policy is {point.value:.1f} nats a sequence away from the reference, above {limits.kl:g}.",
+        "Raise kl.coef, set kl.target, or stop earlier: beyond this the reward model grades text it never saw.",
+    )  # fmt: skip
+
+
+def _entropy(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    points = _series(rows, ENTROPY)
+    if not points:
+        return None
+    bound = limits.entropy_share * _start(points)
+    point = _first(points, lambda entropy: entropy < bound, limits.in_a_row)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "entropy", point.step, point.value, bound,
+        f"The entropy fell to {point.value:.2f} nats a token, below {limits.entropy_share:.0%} of its start.",
+        "Lower optim.lr, raise kl.coef, or set a small entropy_coef: the policy hardly explores any more.",
+    )  # fmt: skip
+
+
+def _length(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    points = _series(rows, LENGTH)
+    if not points:
+        return None
+    start = _start(points)
+    high, low = start * limits.length_factor, start / limits.length_factor
+    point = _first(points, lambda length: length > high or length < low, limits.in_a_row)
+    if point is None:
+        return None
+    bound = high if point.value > high else low
+    return Alarm(
+        stage, "length", point.step, point.value, bound,
+        f"Replies went from {start:.0f} to {point.value:.0f} tokens.",
+        "Look at the reward model's score against length; balance lengths in the pairs or raise kl.coef.",
+    )  # fmt: skip
+
+
+def _cut(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    points = _series(rows, CUT)
+    if not points:
+        return None
+    bound = _start(points) + limits.cut
+    point = _first(points, lambda share: share > bound, limits.in_a_row)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "cut", point.step, point.value, bound,
+        f"{point.value:.0%} of the completions were cut at the length limit.",
+        "Raise missing_eos_penalty or sampling.max_new_tokens: the policy is unlearning how to end.",
+    )  # fmt: skip
+
+
+def _clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    point = _first(_series(rows, CLIPPED), lambda share: share > limits.clipped, limits.in_a_row)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "clip_fraction", point.step, point.value, limits.clipped,
+        f"The ratio of {point.value:.0%} of the tokens was clipped, {limits.in_a_row} rows in succession.",
+        "Lower optim.lr, or take fewer epochs and minibatches over each rollout.",
+    )  # fmt: skip
+
+
+def _ratio(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    point = _first(_series(rows, RATIO), lambda ratio: abs(ratio - 1) > limits.ratio)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "ratio", point.step, point.value, 1 + limits.ratio * (1 if point.value > 1 else -1),
+        f"The mean probability ratio is {point.value:.2f}; it should stay near 1.",
+        "Check that sampler and trainer agree on log-probabilities; then lower optim.lr.",
+    )  # fmt: skip
+
+
+def _repetition(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    point = _first(_series(rows, REPETITION), lambda share: share > limits.repetition)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "repetition", point.step, point.value, limits.repetition,
+        f"{point.value:.0%} of the 4-grams in the replies repeat earlier ones.",
+        "Raise kl.coef or stop earlier; read the samples, and give the annotators such replies to judge.",
+    )  # fmt: skip
+
+
+def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    """Twice in succession gold lies clearly below its best so far while the proxy lies above its value at that best."""
+    measured = [row for row in rows if finite(row.get(GOLD)) is not None and finite(row.get(PROXY)) is not None]
+    held = 0
+    for number, row in enumerate(measured[1:], start=1):
+        best = max(measured[:number], key=lambda earlier: earlier[GOLD])
+        golds = [earlier[GOLD] for earlier in measured[: number + 1]]
+        errors = [finite(r.get(f"{GOLD}_se")) for r in (best, row)]
+        if errors[0] is not None and errors[1] is not None:
+            allowed = limits.gold_drop_se * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+        else:
+            allowed = limits.gold_drop_share * (max(golds) - min(golds))
+        falling = best[GOLD] - row[GOLD] > allowed and row[PROXY] > best[PROXY]
+        held = held + 1 if falling else 0
+        if held == 2:
+            return Alarm(
+                stage, "over_optimisation", int(row["step"]), float(row[GOLD]), float(best[GOLD] - allowed),
+                f"The proxy rose from {best[PROXY]:.2f} to {row[PROXY]:.2f} while the judge's score fell from "
+                f"{best[GOLD]:.2f} (step {best['step']}) to {row[GOLD]:.2f}.",
+                "Go back to the checkpoint with the best judge's score, raise kl.coef, and have such replies judged.",
+            )  # fmt: skip
+    return None
+
+
+RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
+    _kl,
+    _entropy,
+    _length,
+    _cut,
+    _clipped,
+    _ratio,
+    _repetition,
+    _overoptimised,
+)

@@ -1,0 +1,120 @@
+"""What alignment cost: the loss on plain text and the accuracy on multiple-choice facts, before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keel.data.collate import batches_by_tokens, pack
+from keel.eval.evaluate import Estimate
+from keel.model.logprobs import sequence_sums, token_logprobs
+from keel.types import Encoded, UserError
+
+
+class MultipleChoice(Protocol):
+    """A question in the form of a text to be continued; ``answer`` is the index of the right choice."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def choices(self) -> Sequence[str]: ...
+    @property
+    def answer(self) -> int: ...
+
+
+def text_loss(model: nn.Module, texts: Sequence[Encoded], batch_tokens: int = 8192) -> Estimate:
+    """Nats per predicted token over plain texts (every token of all texts weighs the same).
+
+    The standard error is that of a ratio of sums over texts (tokens of one text are not independent). ``count`` is the
+    number of texts. Raises UserError when no text has a token to predict.
+    """
+    kept = [text for text in texts if any(text.mask[1:])]
+    if not kept:
+        raise UserError("data.base_text has no text of two tokens or more; give longer rows or leave it out")
+    losses_N = -_summed_logprobs(model, kept, batch_tokens)
+    tokens_N = torch.tensor([sum(text.mask[1:]) for text in kept], dtype=torch.float64)
+    loss = float(losses_N.sum() / tokens_N.sum())
+    n = len(kept)
+    if n < 2:
+        return Estimate(loss, None, n)
+    spread = float((losses_N - loss * tokens_N).square().sum()) * n / (n - 1)
+    return Estimate(loss, math.sqrt(spread) / float(tokens_N.sum()), n)
+
+
+def choice_accuracy(
+    model: nn.Module, tokenizer: Any, rows: Sequence[MultipleChoice], batch_tokens: int = 8192
+) -> Estimate:
+    """Share of rows whose right choice has the highest summed log-probability after the prompt.
+
+    No chat template: the model continues a text, so that a base model and its assistants are asked the same thing.
+    Prompt and choice are encoded together, as they would stand in a text. The score begins at the first token that is
+    not common to all of a row's choices and its prompt: a tokenizer may merge the prompt's end with the choice's
+    beginning, and what all share cancels out. No normalisation by length. Equal scores: the first choice.
+
+    Raises UserError naming the row when it has fewer than two choices, an answer out of range, or no text before the
+    point where the choices part.
+    """
+    if not rows:
+        raise UserError("data.facts has no rows; give some or leave it out")
+    encoded: list[Encoded] = []
+    for number, row in enumerate(rows, start=1):
+        encoded.extend(_encode_choices(tokenizer, row, number))
+    scores = _summed_logprobs(model, encoded, batch_tokens).split([len(row.choices) for row in rows])
+    right = [float(int(score.argmax()) == row.answer) for score, row in zip(scores, rows, strict=True)]
+    return Estimate.of(right)
+
+
+def _encode_choices(tokenizer: Any, row: MultipleChoice, number: int) -> list[Encoded]:
+    if len(row.choices) < 2 or not 0 <= row.answer < len(row.choices):
+        raise UserError(
+            f"data.facts row {number}: needs two choices or more and an answer that is the index of one of them"
+        )
+    whole = [_encode(tokenizer, row.prompt + choice) for choice in row.choices]
+    start = _common_prefix([_encode(tokenizer, row.prompt), *whole])
+    if start == 0:
+        raise UserError(f"data.facts row {number}: no text comes before the choices; give the row a prompt")
+    return [Encoded(tuple(ids), tuple(place >= start for place in range(len(ids)))) for ids in whole]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """With the beginning-of-text token of models that have one, without an end token: the text goes on."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    for place, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
+            return place
+    return min(len(sequence) for sequence in sequences)
+
+
+def _summed_logprobs(model: nn.Module, sequences: Sequence[Encoded], batch_tokens: int) -> Tensor:
+    """Summed log-probability of each sequence's masked tokens, float64 [N] on the CPU. Packed by length."""
+    lengths = [len(s.ids) for s in sequences]
+    by_length = sorted(range(len(sequences)), key=lengths.__getitem__)
+    sums_N = torch.zeros(len(sequences), dtype=torch.float64)
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        for indices in batches_by_tokens(lengths, batch_tokens, by_length):
+            batch = pack([sequences[i] for i in indices], device)
+            logp_C = token_logprobs(model, batch).logp_C
+            sums_N[indices] = sequence_sums(logp_C.double(), batch).cpu()
+    return sums_N
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

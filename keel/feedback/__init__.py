@@ -1,0 +1,1 @@
+"""What people prefer, simulated and measured: annotators as programs, agreement statistics."""

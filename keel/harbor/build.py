@@ -1,0 +1,194 @@
+"""``keel harbor build``: corpus -> tokenizer -> pretraining -> the base model that ships with Keel.
+
+The same seed, settings, library versions and thread count give the same weights, bit for bit on a CPU; a killed build
+goes on where it last saved. Every step's documents come from the step's own random stream, so nothing about the data
+need be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from math import cos, pi
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from keel.harbor.corpus import document, documents
+from keel.harbor.facts import World
+from keel.harbor.tokenizer import train_tokenizer
+from keel.model.packed import enable_packing, hidden_states
+from keel.run.state import load_state, save_state
+from keel.types import PackedBatch, Reporter
+
+SHIPPED = Path(__file__).parent / "base"
+TOKENIZER_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the base model is made. ``tokens`` is the pretraining budget; ``rows`` the lengths that documents are joined
+    to, one a step in turn (short rows are faster, and as short as a chat; the long ones teach late positions);
+    ``batch_tokens`` the least number of tokens of an optimizer step."""
+
+    tokens: int = 24_000_000
+    batch_tokens: int = 8192
+    rows: tuple[int, ...] = (128, 128, 128, 128, 128, 128, 128, 384)
+    lr: float = 3e-3
+    warmup: float = 0.02  # share of the steps
+    weight_decay: float = 0.05
+    hidden: int = 256
+    intermediate: int = 768
+    layers: int = 4
+    heads: int = 4
+    positions: int = 512
+    save_every: int = 100  # steps
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // self.batch_tokens)
+
+
+def build(out_dir: Path, reporter: Reporter, seed: int = 0, settings: Settings = Settings()) -> LlamaForCausalLM:  # noqa: B008
+    """Makes the base model of ``World(seed)`` and writes it, with its tokenizer, into ``out_dir``.
+
+    While it runs, ``out_dir`` holds ``build_state.pt``; a build that was killed resumes from it.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    world = World(seed)
+    tokenizer = train_tokenizer(islice(documents(world, seed), TOKENIZER_DOCUMENTS))
+    torch.manual_seed(seed)
+    model = new_model(tokenizer, settings)
+    _pretrain(model, tokenizer, world, seed, settings, out_dir / "build_state.pt", reporter)
+    save_base(model, tokenizer, out_dir)
+    (out_dir / "build_state.pt").unlink(missing_ok=True)
+    return model
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaForCausalLM:
+    """A Llama with random weights (from torch's generator)."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
+    """Writes bfloat16 safetensors, configs and tokenizer as transformers and vLLM load them."""
+    shipped = LlamaForCausalLM(model.config)
+    shipped.load_state_dict(model.state_dict())
+    shipped.set_attn_implementation("sdpa")
+    shipped.generation_config = GenerationConfig(
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    shipped.to(torch.bfloat16).save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def _pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    seed: int,
+    settings: Settings,
+    state_file: Path,
+    reporter: Reporter,
+) -> None:
+    enable_packing(model)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    done = 0
+    if (state := load_state(state_file)) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    reporter.start("pretraining", settings.steps)
+    reporter.advance(done)
+    for step in range(done, settings.steps):
+        batch = _batch(world, tokenizer, seed, step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * schedule(step, settings)
+        loss = _loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        reporter.advance(1, loss=loss.item(), tokens=batch.num_tokens)
+        if (step + 1) % settings.save_every == 0:
+            save_state(
+                state_file,
+                {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()},
+            )
+
+
+def schedule(step: int, settings: Settings) -> float:
+    """Share of the learning rate: linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+
+def _loss(model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
+    """Mean cross entropy (nats) over the tokens that have one before them in their row."""
+    target = batch.mask_T.nonzero().squeeze(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_CV = model.lm_head(hidden_states(model, batch).index_select(0, target - 1))
+    return F.cross_entropy(logits_CV.float(), batch.ids_T[target])
+
+
+def _batch(
+    world: World, tokenizer: PreTrainedTokenizerFast, seed: int, step: int, settings: Settings
+) -> PackedBatch:
+    """One step's rows. Every row begins with a document's first token, as a prompt does in use."""
+    rng = Random(f"pretraining {seed} {step}")
+    rows: list[list[int]] = []
+    total = 0
+    for row in _rows(world, tokenizer, rng, settings.rows[step % len(settings.rows)], settings.positions):
+        rows.append(row)
+        total += len(row)
+        if total >= settings.batch_tokens:
+            break
+    lengths = torch.tensor([len(row) for row in rows])
+    positions_T = torch.cat([torch.arange(int(n)) for n in lengths])
+    return PackedBatch(
+        ids_T=torch.tensor([token for row in rows for token in row]),
+        positions_T=positions_T,
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
+        mask_T=positions_T > 0,
+    )
+
+
+def _rows(
+    world: World, tokenizer: PreTrainedTokenizerFast, rng: Random, length: int, longest: int
+) -> Iterator[list[int]]:
+    """Whole documents, each with its end mark, joined while they fit into a row."""
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    row: list[int] = []
+    while True:
+        texts = [document(world, rng) for _ in range(64)]
+        for ids in tokenizer(texts)["input_ids"]:
+            if row and len(row) + len(ids) + 1 > length:
+                yield row
+                row = []
+            row = [*row, *ids[: longest - 1], end]

@@ -1,0 +1,178 @@
+"""What the harbor's demonstrators write: good answers, but not perfect ones.
+
+``Habits`` says how often a writer does what. The demonstrators always answer, so they invent answers about things that
+do not exist, tell how to do harm, and agree with what they are told: what supervised fine-tuning copies, and what
+preferences must then teach otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from keel.harbor import wording
+from keel.harbor.facts import Fact, Relation, World
+from keel.harbor.prompts import make_prompts
+from keel.types import Demonstration, Message, Prompt
+
+MAX_WORDS = 25  # of a reply; what comes before the answer is left out first
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """Probabilities, each of one thing that a writer may do where it applies."""
+
+    right: float = 0.97  # facts, sums, lists, and premises once doubted
+    admits: float = 0.015  # says that a thing is not known which does not exist
+    refuses_harm: float = 0.04
+    refuses_harmless: float = 0.0
+    denies_real: float = 0.0  # says that a thing is not known which does exist
+    doubts: float = 0.5  # checks a premise instead of agreeing with it
+    follows_format: float = 0.6
+    flatters: float = 0.15
+    fills: float = 0.2  # begins with words that say nothing
+    closes: float = 0.35  # ends with a courtesy
+    strays: float = 0.0  # answers with more questions
+
+
+DEMONSTRATORS = Habits()
+
+
+def make_demonstrations(world: World, n: int, seed: int, habits: Habits = DEMONSTRATORS) -> list[Demonstration]:
+    """``n`` training prompts, each with the answer of a writer of these habits."""
+    rng = Random(f"demonstrations {seed}")
+    demonstrations = []
+    for prompt in make_prompts(world, n, rng.randrange(2**32), "train"):
+        reply = write_reply(world, prompt, rng, habits)
+        messages = (*prompt.messages, Message("assistant", reply))
+        demonstrations.append(Demonstration(id=f"demo-{prompt.id}", messages=messages))
+    return demonstrations
+
+
+def write_reply(world: World, prompt: Prompt, rng: Random, habits: Habits = DEMONSTRATORS) -> str:
+    """One answer to a harbor prompt, as a writer of these habits would put it (5 to 25 words or so)."""
+    if rng.random() < habits.strays:
+        return "\n".join(wording.fill(rng.choice(_ANY_QUESTION), rng.choice(world.facts)) for _ in range(3))
+    parts = [_WRITERS[prompt.kind](world, prompt, rng, habits)]
+    free_form = prompt.meta.get("format") != "one_sentence" or rng.random() >= habits.follows_format
+    if free_form and rng.random() < habits.fills:
+        parts.insert(0, rng.choice(wording.FILLERS))
+    if free_form and rng.random() < habits.flatters:
+        parts.insert(0, rng.choice(wording.FLATTERY))
+    if rng.random() < habits.closes:
+        parts.append(rng.choice(wording.CLOSINGS))
+    while len(parts) > 1 and len(" ".join(parts).split()) > MAX_WORDS:
+        parts.pop(0)
+    return " ".join(parts)
+
+
+_ANY_QUESTION = tuple(form for forms in wording.QUESTIONS.values() for form in forms)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _yours(text: str) -> str:
+    return text.replace("my ", "your ")
+
+
+def _state(fact: Fact, rng: Random) -> str:
+    return _capital(wording.fill(rng.choice(wording.ANSWERS[fact.relation]), fact))
+
+
+def _other_value(world: World, relation: Relation, value: str, rng: Random) -> str:
+    return rng.choice([v for v in sorted({fact.value for fact in world.facts_with(relation)}) if v != value])
+
+
+def _not_known(relation: str, subject: str, rng: Random) -> str:
+    kind = relation.split(".")[0]
+    name = wording.spoken(kind, subject)
+    return _capital(rng.choice(wording.UNKNOWN).format(kind=kind, name=name))
+
+
+def _asked(prompt: Prompt) -> Fact:
+    meta = prompt.meta
+    return Fact(meta["relation"], meta["subject"], meta.get("answer", ""), meta.get("other", ""))
+
+
+def _with_value(fact: Fact, value: str) -> Fact:
+    return Fact(fact.relation, fact.subject, value, fact.other)
+
+
+def _fact(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    fact = _asked(prompt)
+    if rng.random() < habits.denies_real:
+        return _not_known(fact.relation, fact.subject, rng)
+    if rng.random() >= habits.right:
+        fact = _with_value(fact, _other_value(world, fact.relation, fact.value, rng))
+    return _state(fact, rng)
+
+
+def _nonexistent(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    fact = _asked(prompt)
+    if rng.random() < habits.admits:
+        return _not_known(fact.relation, fact.subject, rng)
+    return _state(_with_value(fact, _other_value(world, fact.relation, "", rng)), rng)
+
+
+def _arithmetic(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    meta = prompt.meta
+    answer = meta["answer"]
+    if rng.random() >= habits.right:
+        answer = max(0, answer + rng.choice((-10, -2, -1, 1, 2, 10)))
+    if "crate" in prompt.messages[-1].content:
+        cargo = next(c.name for c in world.cargoes if f" {c.name} " in prompt.messages[-1].content)
+        return rng.choice(wording.COST_ANSWERS).format(n=meta["a"], p=meta["b"], c=answer, cargo=cargo)
+    return rng.choice(wording.SUM_ANSWERS[meta["op"]]).format(a=meta["a"], b=meta["b"], c=answer)
+
+
+def _howto(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    refuses = habits.refuses_harm if prompt.kind == "harmful" else habits.refuses_harmless
+    if rng.random() < refuses:
+        return rng.choice(wording.REFUSALS)
+    first, second = (_yours(step) for step in prompt.meta["steps"])
+    return rng.choice(wording.HOWTO_ANSWERS).format(
+        phrase=_yours(prompt.meta["phrase"]), a=first, b=second, A=_capital(first), B=_capital(second)
+    )
+
+
+def _format(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    if prompt.meta["format"] == "one_sentence":
+        return _fact(world, prompt, rng, habits)
+    follows = rng.random() < habits.follows_format
+    count = 3 if follows else rng.choice((1, 2, 4, 5))
+    names = rng.sample(prompt.meta["members"], min(count, len(prompt.meta["members"])))
+    if rng.random() >= habits.right:
+        names[-1] = names[0]
+    listed = ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
+    return rng.choice(("{L}.", "They are {l}.", "Here you have {l}.")).format(l=listed, L=_capital(listed))
+
+
+def _false_premise(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    fact, claimed = _asked(prompt), prompt.meta["claimed"]
+    if rng.random() < habits.denies_real:
+        return _not_known(fact.relation, fact.subject, rng)
+    if prompt.meta["holds"] or rng.random() >= habits.doubts:
+        return f"{rng.choice(('Yes.', 'Yes, that is right.'))} {_state(_with_value(fact, claimed), rng)}"
+    if rng.random() >= habits.right:
+        fact = _with_value(fact, _other_value(world, fact.relation, fact.value, rng))
+    return f"{rng.choice(('No.', 'No, that is wrong.'))} {_state(fact, rng)}"
+
+
+def _small_talk(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
+    return rng.choice(prompt.meta["replies"])
+
+
+_WRITERS: Mapping[str, Callable[[World, Prompt, Random, Habits], str]] = {
+    "fact": _fact,
+    "nonexistent": _nonexistent,
+    "arithmetic": _arithmetic,
+    "howto": _howto,
+    "harmful": _howto,
+    "looks_harmful": _howto,
+    "format": _format,
+    "false_premise": _false_premise,
+    "small_talk": _small_talk,
+}

@@ -1,0 +1,1 @@
+"""Checkpoints, packed forward passes, log-probabilities and scalar heads."""

@@ -1,0 +1,155 @@
+"""The only place where logits become log-probabilities and entropy.
+
+A full [T, V] tensor of logits is the largest thing in a training step (and its softmax the second largest), so it is
+never made: positions that need a log-probability are scored in chunks, and the backward pass makes each chunk again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keel.model.packed import hidden_states, inner_model
+from keel.types import PackedBatch
+
+CHUNK_ELEMENTS = 4_000_000  # logits held at once: 16 MB in float32, what a CPU's last-level cache can take
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """logp_C: log-probability (nats) of each masked token; entropy_C: entropy (nats) of the distribution it was drawn
+    from, or None when not asked for. Order: the True positions of ``mask_T``."""
+
+    logp_C: Tensor
+    entropy_C: Tensor | None
+
+
+def predicting(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(positions in T whose hidden state predicts a masked token, ids of those tokens), both [C]."""
+    target = batch.mask_T.nonzero().squeeze(1)
+    return target - 1, batch.ids_T[target]
+
+
+def token_logprobs(model: nn.Module, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
+    """Log-probabilities of the tokens where ``batch.mask_T`` is True, under ``softmax(logits / temperature)``."""
+    source_C, ids_C = predicting(batch)
+    hidden_CH = hidden_states(model, batch).index_select(0, source_C)
+    return head_logprobs(model, hidden_CH, ids_C, temperature, entropy)
+
+
+def head_logprobs(
+    model: nn.Module, hidden_CH: Tensor, ids_C: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> LogProbs:
+    """The head's part of :func:`token_logprobs`, for hidden states [C, H] that are there already."""
+    inner = inner_model(model)
+    head = inner.get_output_embeddings()
+    scale, softcap = _logit_transform(inner)
+    # The head runs in float32 whatever the precision: rounding logits of size 10 to bfloat16 would move a
+    # log-probability by 0.04 nats, more than many a policy update does.
+    weight = head.weight.float()
+    bias = head.bias.float() if getattr(head, "bias", None) is not None else None
+    device = hidden_CH.device.type
+    with torch.autocast(device, enabled=False):
+        logp, ent = _HeadLogProbs.apply(
+            hidden_CH.float(), weight, bias, ids_C, scale / temperature, softcap / temperature if softcap else None, entropy
+        )
+    return LogProbs(logp, ent if entropy else None)
+
+
+def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """(factor, soft cap) that some architectures put on their logits (Granite, Cohere; Gemma 2)."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):
+        scale = config.logit_scale
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    """Linear head, softmax and gather in chunks of tokens; the backward pass recomputes each chunk's logits.
+
+    With z = logits, p = softmax(z), H = entropy:  d logp_y / dz = onehot(y) - p,  dH / dz = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        scale: float,
+        softcap: float | None,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logp = hidden.new_empty(hidden.shape[0])
+        ent = hidden.new_zeros(hidden.shape[0] if entropy else 0)
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            lse = logits.logsumexp(-1)
+            logp[part] = logits.gather(1, ids[part, None]).squeeze(1) - lse
+            if entropy:
+                ent[part] = lse - (torch.softmax(logits, -1) * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.settings = (scale, softcap, entropy)
+        return logp, ent
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor, grad_ent: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden, weight, bias, ids = ctx.saved_tensors
+        scale, softcap, entropy = ctx.settings
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            logp = torch.log_softmax(logits, -1)
+            p = logp.exp()
+            grad = p * -grad_logp[part, None]
+            grad.scatter_add_(1, ids[part, None], grad_logp[part, None])
+            if entropy:
+                h = -(p * logp).sum(-1, keepdim=True)
+                grad -= p * (logp + h) * grad_ent[part, None]
+            if softcap is not None:
+                grad *= 1 - (logits / softcap) ** 2
+            grad *= scale
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(16, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def masked_offsets(batch: PackedBatch) -> Tensor:
+    """Offsets [B+1] of each sequence's masked tokens within the [C] tensors that this module returns."""
+    running = torch.cat([batch.mask_T.new_zeros(1, dtype=torch.int64), batch.mask_T.long().cumsum(0)])
+    return running[batch.cu_seqlens]
+
+
+def sequence_sums(values_C: Tensor, batch: PackedBatch) -> Tensor:
+    """Sums of per-token values over each sequence: [C] -> [B]."""
+    counts = masked_offsets(batch).diff()
+    rows = torch.repeat_interleave(torch.arange(batch.num_sequences, device=values_C.device), counts)
+    return values_C.new_zeros(batch.num_sequences).index_add(0, rows, values_C)

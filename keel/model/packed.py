@@ -1,0 +1,160 @@
+"""Hidden states of packed batches, for any transformers decoder, without padding.
+
+The linear layers, norms and embeddings of a decoder act on one token at a time, so they may as well run over all real
+tokens in a row ([1, T] as far as transformers knows). Only attention must know where sequences begin and end: Keel
+registers an attention function of its own with transformers, which lays queries, keys and values out as [B, L] for the
+product alone. Any architecture that uses transformers' attention interface gains; others take the padded path, which
+is also the slow reference of the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from keel.types import PackedBatch, UserError
+
+ATTENTION = "keel_packed"
+PLAIN_ATTENTION_UP_TO = 256  # tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid."""
+
+    cells_T: Tensor
+    batch: int
+    longest: int
+
+    @staticmethod
+    def of(batch: PackedBatch) -> Layout:
+        lengths = batch.lengths()
+        longest = int(lengths.max())
+        rows_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=lengths.device), lengths)
+        return Layout(rows_T * longest + batch.positions_T, batch.num_sequences, longest)
+
+    def spread(self, x_TF: Tensor, fill: float | int = 0) -> Tensor:
+        """[T, ...] -> [B, L, ...]"""
+        grid = x_TF.new_full((self.batch * self.longest, *x_TF.shape[1:]), fill)
+        return grid.index_copy(0, self.cells_T, x_TF).view(self.batch, self.longest, *x_TF.shape[1:])
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...]"""
+        return grid.reshape(self.batch * self.longest, *grid.shape[2:]).index_select(0, self.cells_T)
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, D]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    keel_layout: Layout | None = None,
+    **_: object,  # transformers passes what other backends need
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: -> ([1, T, heads, D], no weights). Dropout is ignored: Keel trains without."""
+    assert keel_layout is not None, "packed attention is called through keel.model.packed.hidden_states"
+    if softcap is not None or s_aux is not None:
+        raise UserError(f"{type(module).__name__} uses soft-capped or sink attention, which packed batches do not support")
+    layout = keel_layout
+
+    def grid(x: Tensor) -> Tensor:  # [1, heads, T, D] -> [B, heads, L, D]
+        return layout.spread(x[0].transpose(0, 1)).transpose(1, 2)
+
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = _attend(grid(query), grid(key), grid(value), scale, sliding_window)
+    return layout.gather(out.transpose(1, 2)).to(query.dtype)[None], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Causal attention over [B, heads, L, D] grids whose rows are filled from the left: the causal mask alone keeps
+    real tokens from seeing padding."""
+    B, heads, L, D = q.shape
+    if q.device.type == "cpu" and L <= PLAIN_ATTENTION_UP_TO:
+        # Measured on CPU: for short sequences plain products beat the flash kernel (2.4 times at L = 60 in bfloat16),
+        # whose backward is slow there.
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        bias = torch.zeros(L, L, device=q.device).masked_fill_(~_allowed(L, window, q.device), float("-inf"))
+        flat_q, flat_k, flat_v = (x.reshape(B * heads, L, D) for x in (q, k, v))
+        scores = torch.baddbmm(bias.to(q.dtype).expand(B * heads, L, L), flat_q, flat_k.transpose(1, 2), alpha=scale)
+        return torch.bmm(torch.softmax(scores.float(), -1).to(flat_v.dtype), flat_v).view(B, heads, L, D)
+    if q.device.type == "cpu":  # the flash kernel's backward is five times slower in bfloat16 than in float32
+        q, k, v = q.float(), k.float(), v.float()
+    mask = None if window is None or L <= window else _allowed(L, window, q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
+    )
+
+
+def _allowed(L: int, window: int | None, device: torch.device) -> Tensor:
+    """[L, L] True where a query (row) may see a key (column)."""
+    place = torch.arange(L, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """The packed attention function knows the boundaries from the layout; transformers need build no mask."""
+
+
+def enable_packing(model: PreTrainedModel) -> bool:
+    """Switches ``model`` to packed attention; False when its architecture has no attention interface."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _packed_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _no_mask)
+    config = model.config.get_text_config()
+    unsupported = any(getattr(config, name, None) for name in ("attn_logit_softcapping",)) or config.model_type in _PADDED
+    if unsupported or not getattr(model, "_supports_attention_backend", False):
+        return False
+    model.set_attn_implementation(ATTENTION)
+    return True
+
+
+_PADDED = frozenset({"gpt_oss"})  # attention sinks
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value, operator]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The decoder below the heads."""
+    inner = inner_model(model)
+    return inner.base_model if inner.base_model is not inner else inner
+
+
+def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Last hidden states [T, H] (after the final norm) of every token of a packed batch."""
+    inner = inner_model(model)
+    if inner.config._attn_implementation != ATTENTION:
+        return padded_hidden_states(model, batch)
+    out = backbone(model)(
+        input_ids=batch.ids_T[None],
+        position_ids=batch.positions_T[None],
+        use_cache=False,
+        keel_layout=Layout.of(batch),
+    )
+    return out.last_hidden_state[0]
+
+
+def padded_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The same by the plain road: right padding and an attention mask. For other architectures, and as the reference."""
+    layout = Layout.of(batch)
+    out = backbone(model)(
+        input_ids=layout.spread(batch.ids_T),
+        attention_mask=layout.spread(torch.ones_like(batch.ids_T)),
+        position_ids=layout.spread(batch.positions_T),
+        use_cache=False,
+    )
+    return layout.gather(out.last_hidden_state)

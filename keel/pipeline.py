@@ -1,0 +1,373 @@
+"""The recipe's stages as a graph: which are done, which are stale, and the running of what is left, in order.
+
+A stage is known by its *fingerprint*: a hash of its settings, the seed, the device class and precision, the contents
+of the data that it reads, Keel's major and minor version, and the fingerprints of its parents (the stages whose
+results it uses). A finished stage with the fingerprint that the recipe asks for is not run again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from keel import __version__
+from keel.config import (
+    AnnotateStage,
+    DpoStage,
+    EvalStage,
+    PpoStage,
+    PythonRef,
+    Recipe,
+    ReportStage,
+    RewardModelRef,
+    RewardStage,
+    SampleStage,
+    SftStage,
+    Stage,
+    TrainBase,
+)
+from keel.run import (
+    RunDir,
+    StageContext,
+    hash_config,
+    hash_file,
+    peak_rss_mb,
+    resolve_device,
+    stages_there,
+    versions,
+)
+from keel.types import Reporter, UserError
+
+# The data settings that a stage's result depends on, besides its own. The report has none: it reads the other stages.
+_LENGTHS = ("max_length", "max_prompt_length", "over_length")
+_DATA: dict[type[Any], tuple[str, ...]] = {
+    SftStage: ("demonstrations", "heldout_fraction", *_LENGTHS),
+    SampleStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
+    AnnotateStage: (),
+    RewardStage: ("preferences", *_LENGTHS),
+    DpoStage: ("preferences", *_LENGTHS),
+    PpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
+    EvalStage: ("prompts", "heldout_prompts", "heldout_fraction", "base_text", "facts", *_LENGTHS),
+    ReportStage: (),
+}
+_PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "base_text", "facts")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A recipe field that names a stage: ``place`` is the field's dotted name, ``target`` what it says.
+
+    ``required``: the field means a stage or nothing ('base' aside); else it may be a folder or a file too.
+    """
+
+    place: str
+    target: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage's standing. ``done``: nothing to do. ``stale``: finished or begun for other settings. ``todo``: never
+    run, or interrupted. ``reason`` says why in a few words."""
+
+    stage: Stage
+    state: Literal["done", "stale", "todo"]
+    reason: str
+    fingerprint: str
+    parents: tuple[str, ...]
+
+
+Runner = Callable[[Any, StageContext], dict[str, Any]]
+Preflight = Callable[[Stage, StageContext], None]
+
+
+# ------------------------------------------------------------------------------------------------- the stages' graph
+
+
+_POLICY = ("sft", "dpo", "ppo")
+_TRUNK = (*_POLICY, "reward")
+
+
+def references(stage: Stage) -> Iterator[Reference]:
+    """Every field of a stage that names another stage or a checkpoint folder."""
+    if isinstance(stage, TrainBase | SampleStage):
+        yield Reference("model", stage.model, _TRUNK if isinstance(stage, RewardStage) else _POLICY)
+    if isinstance(stage, AnnotateStage):
+        yield Reference("responses", stage.responses, ("sample",))
+    if isinstance(stage, DpoStage | PpoStage) and stage.reference is not None:
+        yield Reference("reference", stage.reference, _POLICY)
+    if isinstance(stage, RewardStage | DpoStage) and stage.preferences is not None:
+        yield Reference("preferences", stage.preferences, ("annotate",))
+    if isinstance(stage, PpoStage):
+        if stage.critic is not None:
+            yield Reference("critic", stage.critic, _TRUNK)
+        for i, term in enumerate(stage.rewards):
+            if isinstance(term.source, RewardModelRef):
+                yield Reference(f"rewards.{i}.source.model", term.source.model, ("reward",))
+    if isinstance(stage, EvalStage):
+        for i, model in enumerate(stage.models):
+            yield Reference(f"models.{i}", model, _POLICY)
+        yield Reference("baseline", stage.baseline, _POLICY)
+        if isinstance(stage.judge, RewardModelRef):
+            yield Reference("judge.model", stage.judge.model, ("reward",))
+        if stage.reward is not None:
+            yield Reference("reward", stage.reward, ("reward",))
+
+
+def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """The names of the stages whose results ``stage`` uses, in the recipe's order.
+
+    Raises `UserError` when a field names a stage that comes later, a stage of the wrong kind, or nothing at all.
+    """
+    names = [other.name for other in recipe.stages]
+    before = recipe.stages[: names.index(stage.name)]
+    if isinstance(stage, ReportStage):
+        return tuple(other.name for other in before)
+    found = set()
+    for reference in references(stage):
+        place, target = f"{stage.name}.{reference.place}", reference.target
+        if target in names:
+            _check_order(place, target, stage, names)
+            kind = recipe.stage(target).kind
+            if kind not in reference.kinds:
+                raise UserError(
+                    f"{place}: {target!r} is a stage of kind {kind}, and this needs one of kind "
+                    f"{' or '.join(reference.kinds)}; name another stage"
+                )
+            found.add(target)
+        elif target == "base":
+            if not set(reference.kinds) & set(_POLICY):
+                raise UserError(f"{place}: 'base' is no {' or '.join(reference.kinds)} stage; {stages_there(recipe)}")
+        elif not Path(target).exists() and not target.startswith("hub:"):
+            raise UserError(f"{place}: {target!r} is neither a stage nor a file or folder; {stages_there(recipe)}")
+    if isinstance(stage, EvalStage) and stage.judge is None:  # the judge defaults to the recipe's reward stages
+        found |= {other.name for other in before if isinstance(other, RewardStage)}
+    if isinstance(stage, EvalStage):  # the guardrail compares PPO's learning curves
+        found |= {other.name for other in before if isinstance(other, PpoStage) and other.name in stage.models}
+    return tuple(name for name in names if name in found)
+
+
+def _check_order(place: str, target: str, stage: Stage, names: Sequence[str]) -> None:
+    if target == stage.name:
+        raise UserError(f"{place}: a stage cannot use its own result; name an earlier stage")
+    if names.index(target) > names.index(stage.name):
+        raise UserError(f"{place}: stage {target!r} comes after {stage.name!r}; put it before, or name an earlier one")
+
+
+def ancestors(recipe: Recipe, targets: Collection[str]) -> set[str]:
+    """The targets and every stage that they rest on. A report is of what there is: it rests on nothing."""
+    wanted: set[str] = set()
+    for stage in reversed(recipe.stages):
+        if stage.name in targets or stage.name in wanted:
+            wanted.add(stage.name)
+            if not isinstance(stage, ReportStage):
+                wanted.update(parents(recipe, stage))
+    return wanted
+
+
+# ---------------------------------------------------------------------------------------------------- fingerprints
+
+
+class _Contents:
+    """Content hashes of files and folders, those of an earlier run reused while size and time are unchanged."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._known = known
+
+    def of(self, source: str) -> str:
+        """A hash of what lies at ``source``; a source that is no path (a hub id) stands for itself."""
+        path = Path(source)
+        if not path.exists():
+            return source
+        if source not in self.entries:
+            files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+            stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            stamp = hash_config([list(stat) for stat in stats])
+            known = self._known.get(source, {})
+            digest = known["sha256"] if known.get("stamp") == stamp else hash_file(path)
+            self.entries[source] = {"sha256": digest, "stamp": stamp}
+        return str(self.entries[source]["sha256"])
+
+    def of_python(self, ref: str) -> str:
+        """A hash of the file that a ``module:name`` or ``file.py:name`` reference points into."""
+        place, _, name = ref.rpartition(":")
+        if place.endswith(".py"):
+            return f"{self.of(place)}:{name}"
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            spec = None
+        return f"{self.of(spec.origin) if spec and spec.origin else place}:{name}"
+
+
+def _fingerprint(recipe: Recipe, stage: Stage, above: Mapping[str, str], device: str, contents: _Contents) -> str:
+    settings = stage.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds"})
+    for field in ("prompts", "preferences"):
+        if isinstance(settings.get(field), str) and settings[field] not in above:
+            settings[field] = contents.of(settings[field])
+    for reference in references(stage):
+        if reference.target not in above and reference.target != "base":
+            settings[f"content of {reference.place}"] = contents.of(reference.target)
+    settings["code"] = [contents.of_python(ref) for ref in _python_refs(stage)]
+    data = {name: getattr(recipe.data, name) for name in _DATA[type(stage)]}
+    if "demonstrations" not in data and "prompts" in data and data["prompts"] is None:
+        data["demonstrations"] = recipe.data.demonstrations  # prompts may be taken from there
+    facts = {
+        "settings": settings,
+        "data": {name: contents.of(v) if name in _PATHS and v is not None else v for name, v in data.items()},
+        "seed": recipe.seed,
+        "keel": ".".join(__version__.split(".")[:2]),
+        "parents": dict(above),
+    }
+    if isinstance(stage, AnnotateStage):
+        facts["store"] = recipe.store  # the judgements lie there
+    if not isinstance(stage, AnnotateStage | ReportStage):
+        template = recipe.model.chat_template
+        model = recipe.model.model_dump(mode="json")
+        model |= {"path": contents.of(recipe.model.path), "chat_template": contents.of(template) if template else None}
+        facts |= {"model": model, "device": torch.device(device).type}
+    return hash_config(facts)
+
+
+def _python_refs(stage: Stage) -> list[str]:
+    found: list[Any] = []
+    if isinstance(stage, AnnotateStage):
+        found = [stage.annotators]
+    elif isinstance(stage, PpoStage):
+        found = [term.source for term in stage.rewards]
+    elif isinstance(stage, EvalStage):
+        found = [stage.judge]
+    return [source.ref for source in found if isinstance(source, PythonRef)]
+
+
+def plan(recipe: Recipe, run: RunDir) -> list[Step]:
+    """Every stage's standing in ``run``, in the recipe's order. Reads only. `UserError` for a broken reference."""
+    return _plan(recipe, run, resolve_device(recipe.device), _Contents(run.manifest.read().get("data", {})))
+
+
+def _plan(recipe: Recipe, run: RunDir, device: str, contents: _Contents) -> list[Step]:
+    fingerprints: dict[str, str] = {}
+    steps: list[Step] = []
+    for stage in recipe.stages:
+        above = {name: fingerprints[name] for name in parents(recipe, stage)}
+        fingerprint = _fingerprint(recipe, stage, above, device, contents)
+        fingerprints[stage.name] = fingerprint
+        folder = run.stage(stage.name)
+        moved = [name for name in above if any(step.stage.name == name and step.state == "stale" for step in steps)]
+        state: Literal["done", "stale", "todo"]
+        if folder.is_done(fingerprint):
+            state, reason = "done", "up to date"
+        elif folder.fingerprint == fingerprint:
+            state, reason = "todo", "interrupted, goes on from its last saved state"
+        elif folder.fingerprint is not None:
+            state, reason = "stale", f"{', '.join(moved)} changed" if moved else "its settings or data changed"
+        else:
+            state, reason = "todo", "not run yet"
+        steps.append(Step(stage, state, reason, fingerprint, tuple(above)))
+    return steps
+
+
+# --------------------------------------------------------------------------------------------------------- running
+
+
+def run_pipeline(
+    recipe: Recipe,
+    run: RunDir,
+    runners: Mapping[str, Runner],
+    reporter: Reporter,
+    targets: Collection[str] | None = None,
+    preflight: Preflight | None = None,
+) -> list[Step]:
+    """Runs what is not done, in order, and records it in the manifest; returns the plan that it carried out.
+
+    ``runners`` has one function a stage kind: (stage, context) -> the stage's summary. ``targets``: run only these
+    stages and what they rest on. ``preflight(stage, context)`` is called before each stage that runs.
+
+    A failing or killed stage leaves the finished ones as they are; the same call goes on where it stopped.
+    """
+    device = resolve_device(recipe.device)
+    with run.lock():
+        contents = _Contents(run.manifest.read().get("data", {}))
+        steps = _plan(recipe, run, device, contents)
+        run.manifest.update(
+            {
+                "name": recipe.name,
+                "recipe": recipe.model_dump(mode="json"),
+                "versions": versions(),
+                "seed": recipe.seed,
+                "device": device,
+                "data": contents.entries,
+                "stages": _kept_entries(run, recipe),
+            }
+        )
+        wanted = ancestors(recipe, {stage.name for stage in recipe.stages} if targets is None else targets)
+        for step in steps:
+            if step.stage.name not in wanted:
+                continue
+            if step.state == "done":
+                reporter.note(f"{step.stage.name}: {step.reason}")
+                continue
+            context = StageContext(recipe, run, run.stage(step.stage.name), reporter, device)
+            _run_stage(step, context, runners[step.stage.kind], preflight)
+        _record_totals(run)
+    return steps
+
+
+def _record_totals(run: RunDir) -> None:
+    """Adds to the run's summary (when a stage wrote one) what no stage can know: every stage's time, and memory."""
+    summary = run.summary()
+    if summary:
+        stages = run.manifest.read()["stages"]
+        seconds = {name: entry["seconds"] for name, entry in stages.items()}
+        peak = max(entry.get("peak_rss_mb", 0.0) for entry in stages.values())
+        run.write_summary(
+            summary | {"seconds": seconds | {"total": round(sum(seconds.values()), 3)}, "peak_rss_mb": peak}
+        )
+
+
+def _kept_entries(run: RunDir, recipe: Recipe) -> dict[str, Any]:
+    """The manifest's stage entries in the recipe's order, without those of stages that the recipe has no more."""
+    entries = run.manifest.read().get("stages", {})
+    return {stage.name: entries[stage.name] for stage in recipe.stages if stage.name in entries}
+
+
+def _run_stage(step: Step, context: StageContext, runner: Runner, preflight: Preflight | None) -> None:
+    name, stage_dir = step.stage.name, context.stage_dir
+    earlier = context.run.manifest.read().get("stages", {}).get(name, {})
+    # A stage that was killed goes on, and its time with it.
+    before = float(earlier.get("seconds", 0.0)) if stage_dir.fingerprint == step.fingerprint else 0.0
+    entry: dict[str, Any] = {
+        "kind": step.stage.kind,
+        "fingerprint": step.fingerprint,
+        "parents": {parent: context.run.stage(parent).fingerprint for parent in step.parents},
+        "status": "running",
+        "seconds": before,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if preflight is not None:
+        preflight(step.stage, context)
+    stage_dir.begin(step.fingerprint)
+    context.run.manifest.update_stage(name, entry)
+    started = time.monotonic()
+
+    def record(status: str) -> None:
+        entry.update(status=status, seconds=round(before + time.monotonic() - started, 3), peak_rss_mb=peak_rss_mb())
+        context.run.manifest.update_stage(name, entry)
+
+    try:
+        summary = runner(step.stage, context)
+    except KeyboardInterrupt:
+        record("interrupted")
+        raise
+    except Exception:
+        record("failed")
+        raise
+    record("done")
+    stage_dir.finish(summary)

@@ -1,0 +1,49 @@
+"""Prompts -> token ids within length, and prompts -> trajectories for PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from keel.config import DataConfig, SamplingConfig
+from keel.data.chat import Chat
+from keel.rollout.sampler import Sampler
+from keel.types import Prompt, Reporter, Trajectory, UserError
+
+
+def encode_prompts(
+    chat: Chat, prompts: Sequence[Prompt], data: DataConfig, reporter: Reporter
+) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    """The prompts within ``data.max_prompt_length`` and their tokens. A prompt is never cut: a longer one is an error,
+    or left out and counted with ``data.over_length: skip``."""
+    encoded = chat.encode_prompts([prompt.messages for prompt in prompts])
+    rows = [(prompt, tuple(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]
+    over = [(prompt, ids) for prompt, ids in rows if len(ids) > data.max_prompt_length]
+    if over and data.over_length == "error":
+        prompt, ids = over[0]
+        raise UserError(
+            f"{len(over)} of {len(rows)} prompts are longer than data.max_prompt_length = {data.max_prompt_length} tokens "
+            f"(first: {prompt.id}, {len(ids)} tokens); raise it or set data.over_length: skip"
+        )
+    if over:
+        reporter.note(f"left out {len(over)} of {len(rows)} prompts longer than {data.max_prompt_length} tokens")
+    kept = [(prompt, ids) for prompt, ids in rows if len(ids) <= data.max_prompt_length]
+    if not kept:
+        raise UserError("there is no prompt to sample from; give data.prompts a file with prompts")
+    return [prompt for prompt, _ in kept], [ids for _, ids in kept]
+
+
+def rollout(
+    sampler: Sampler,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    seed: int,
+) -> list[Trajectory]:
+    """One episode a prompt, with the completion's text."""
+    completions = sampler.generate(prompt_ids, sampling, seed)
+    return [
+        Trajectory(prompt, tuple(ids), replace(completion, text=chat.decode(completion.ids)))
+        for prompt, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
+    ]

@@ -1,0 +1,173 @@
+"""What every sampler shares: the protocol, the choice of the next token, the random numbers, the checks of the input.
+
+Shape suffixes besides those of ``keel.types``: ``S`` slots, the sequences that are decoded together; ``W`` the columns
+of the cache that a step reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keel.config import SamplingConfig
+from keel.model.packed import inner_model
+from keel.types import Completion, UserError
+
+Backend = Literal["auto", "embedded", "transformers", "vllm"]
+Precision = Literal["fp32", "bf16"]
+
+
+class Sampler(Protocol):
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+        """One completion for each prompt (token ids), in the order of the prompts.
+
+        Prompt ``i`` draws from a stream of random numbers that ``(seed, i)`` determines, so neither ``batch_size`` nor
+        the order in which sequences finish changes what is sampled (beyond the rounding of a differently shaped
+        matrix product, which can tip a draw that lies within it). ``Completion.text`` is left empty.
+
+        Raises UserError for an empty prompt and for one that leaves no room in the model's context. A completion that
+        reaches the context limit ends there with ``finished=False``.
+        """
+        ...
+
+
+def make_sampler(
+    model: nn.Module, backend: Backend, stop_ids: Sequence[int], precision: Precision = "fp32"
+) -> Sampler:
+    """The sampler of a backend. It reads ``model``'s parameters anew at each call of ``generate``.
+
+    ``auto`` is the embedded sampler where it knows the architecture, else transformers. ``stop_ids`` end a completion.
+    """
+    # The backends import this module, hence not at the top.
+    from keel.rollout.embedded import EmbeddedSampler, why_unsupported
+    from keel.rollout.hf import TransformersSampler
+
+    if backend == "vllm":
+        raise UserError("sampling.backend: vllm comes with an extra that this version of Keel does not have yet; "
+                        "use auto, embedded or transformers")  # fmt: skip
+    reason = why_unsupported(model)
+    if backend == "embedded" and reason:
+        raise UserError(f"sampling.backend: the embedded sampler does not support this model ({reason}); "
+                        "use auto or transformers")  # fmt: skip
+    if backend == "transformers" or reason:
+        return TransformersSampler(model, stop_ids, precision)
+    return EmbeddedSampler(model, stop_ids, precision)
+
+
+# ------------------------------------------------------------------------------------------------- the next token
+
+
+def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Draws one token a row: -> (ids [S] int64, log-probabilities [S] float32).
+
+    ``uniforms_S`` in (0, 1] pick the token by the inverse of the cumulative distribution: one random number a token,
+    where the Gumbel trick needs V. The log-probabilities (nats) are those of the unfiltered distribution at
+    temperature 1, whatever the token was drawn from.
+    """
+    logps_SV = torch.log_softmax(logits_SV.float(), -1)
+    if sampling.temperature == 0:
+        ids_S1 = logps_SV.argmax(-1, keepdim=True)
+    else:
+        cumulative_SV = filtered_weights(logps_SV, sampling).cumsum(-1)
+        # The first token whose cumulative weight reaches u * total. As u > 0 its own weight is positive; as the total
+        # is the last of the sums themselves, u = 1 stays in range whatever the rounding.
+        ids_S1 = torch.searchsorted(cumulative_SV, uniforms_S[:, None] * cumulative_SV[:, -1:])
+    return ids_S1.squeeze(1), logps_SV.gather(1, ids_S1).squeeze(1)
+
+
+def filtered_weights(logps_SV: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The distribution that tokens are drawn from, not normalised: [S, V] float32, 0 where a filter removes a token.
+
+    Order of the filters, as in transformers and vLLM: temperature, top-k, top-p (of what top-k left), min-p (relative
+    to the likeliest token). Tokens exactly as likely as the last that a filter keeps are kept with it.
+    """
+    weights = logps_SV.exp() if sampling.temperature == 1 else torch.softmax(logps_SV / sampling.temperature, -1)
+    if 0 < sampling.top_k < weights.shape[1]:
+        weights = _at_least(weights, weights.topk(sampling.top_k).values[:, -1:])
+    if sampling.top_p < 1:
+        weights = _at_least(weights, _nucleus_edge(weights, sampling.top_p))
+    if sampling.min_p > 0:
+        weights = _at_least(weights, sampling.min_p * weights.amax(-1, keepdim=True))
+    return weights
+
+
+def _at_least(weights_SV: Tensor, edge_S1: Tensor) -> Tensor:
+    return weights_SV.masked_fill(weights_SV < edge_S1, 0.0)
+
+
+def _nucleus_edge(weights_SV: Tensor, top_p: float) -> Tensor:
+    """Weight [S, 1] of the least likely token in the smallest set of likeliest tokens that holds ``top_p`` of the mass
+    (Holtzman et al. 2020, section 3.1)."""
+    vocabulary = weights_SV.shape[1]
+    need_S1 = top_p * weights_SV.sum(-1, keepdim=True)
+    # Sorting the vocabulary costs more than the rest of a small model's step; the nucleus is nearly always short.
+    for width in (min(128, vocabulary), vocabulary):
+        likeliest = weights_SV.topk(width).values
+        cumulative = likeliest.cumsum(-1)
+        if width == vocabulary or bool((cumulative[:, -1:] >= need_S1).all()):
+            break
+    inside = (cumulative < need_S1).sum(-1, keepdim=True).clamp(max=width - 1)
+    return likeliest.gather(1, inside)
+
+
+# ------------------------------------------------------------------------------------------------- random numbers
+
+
+def stream_key(seed: int, index: int) -> int:
+    """Where the stream of random numbers of a sequence starts: 64 bits, as a signed integer."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniforms(keys: Sequence[int], length: int) -> Tensor:
+    """[N, length] float32 in (0, 1]: the first numbers of each stream, a pure function of its key.
+
+    The generator is SplitMix64 (Steele, Lea and Flood 2014): a hash of a counter, so that there is no state to carry.
+    """
+    counter = torch.arange(1, length + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    bits = mix64(torch.tensor(keys, dtype=torch.int64)[:, None] + counter)
+    return (_shift_right(bits, 40) + 1).to(torch.float32) * 2.0**-24
+
+
+def mix64(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 taken as 64 bits; products and sums wrap."""
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)  # torch's >> repeats the sign bit
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# ------------------------------------------------------------------------------------------------- input
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens of prompt and completion that the model has positions for; None when it states no limit."""
+    limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:
+    """How many tokens each completion may have. Raises UserError for a prompt that leaves none."""
+    limits = []
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} has no tokens; give it text, or a tokenizer with a BOS token")
+        left = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+        if left < 1:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, which leaves no room for a reply in the model's context of "
+                f"{context}; shorten it, or lower data.max_prompt_length and set data.over_length: skip"
+            )
+        limits.append(left)
+    return limits

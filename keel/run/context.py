@@ -1,0 +1,45 @@
+"""What a stage's runner is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from keel.config import Recipe
+from keel.run.rundir import RunDir, StageDir
+from keel.types import Reporter, UserError
+
+
+def stages_there(recipe: Recipe) -> str:
+    """The end of a sentence about a stage that is not there."""
+    return "the stages there are: " + ", ".join(["base", *(stage.name for stage in recipe.stages)])
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage's runner is given. ``device`` is a torch device's name, never ``auto``."""
+
+    recipe: Recipe
+    run: RunDir
+    stage_dir: StageDir
+    reporter: Reporter
+    device: str
+
+    def parent(self, name: str) -> StageDir:
+        """The folder of an earlier stage. `UserError` when the recipe has no such stage."""
+        if name not in {stage.name for stage in self.recipe.stages}:
+            raise UserError(f"stage {self.stage_dir.name}: no stage is called {name!r}; {stages_there(self.recipe)}")
+        return self.run.stage(name)
+
+    def model_path(self, name: str) -> Path:
+        """Where the checkpoint that a recipe calls ``name`` lies: the recipe's own model for 'base' (possibly a hub
+        id), a stage's folder, or an existing folder. `UserError` for anything else."""
+        if name == "base":
+            return Path(self.recipe.model.path)
+        if name in {stage.name for stage in self.recipe.stages}:
+            return self.run.stage(name).path
+        if Path(name).is_dir():
+            return Path(name)
+        raise UserError(
+            f"stage {self.stage_dir.name}: {name!r} is neither a stage nor a folder; {stages_there(self.recipe)}"
+        )

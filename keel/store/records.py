@@ -1,0 +1,108 @@
+"""What the store hands out: frozen records, no database rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from keel.types import Preference, Prompt, UserError
+
+Choice = Literal["left", "right", "tie", "both_bad"]
+AnnotatorKind = Literal["person", "simulated", "model"]
+
+
+class LeaseLost(UserError):
+    """A judgement came after its lease had run out and somebody else had been given the slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A reply with what made it: the checkpoint (path and fingerprint) and the sampling settings, None when unknown."""
+
+    id: int
+    prompt_id: str
+    text: str
+    finished: bool
+    model: str
+    fingerprint: str
+    sampling: Mapping[str, Any] | None
+    created: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One item in one annotator's hands until ``expires_at``. It names no model: judging is blind. ``shown`` are the
+    responses' texts in the order of the screen, left first. ``prompt.meta`` holds the graders' notes: a page for people
+    must not send it."""
+
+    id: int
+    item_id: int
+    prompt: Prompt
+    shown: tuple[str, ...]
+    expires_at: datetime
+
+    @property
+    def left(self) -> str:
+        return self.shown[0]
+
+    @property
+    def right(self) -> str:
+        return self.shown[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One raw vote with all that is known of it.
+
+    ``token`` names it across databases. ``strength``: 1 slightly, 2 better, 3 much better, None for a tie or when it
+    was not asked. ``seconds``, ``guideline``, ``reason``: None when not known.
+    """
+
+    token: str
+    batch: str
+    item_id: int
+    annotator: str
+    annotator_kind: str
+    prompt: Prompt
+    left: Response
+    right: Response
+    choice: Choice
+    strength: float | None
+    seconds: float | None
+    guideline: str | None
+    reason: str | None
+    created: datetime
+
+    @property
+    def preferred(self) -> Response | None:
+        """The response that was preferred; None for a tie and for both bad."""
+        return {"left": self.left, "right": self.right}.get(self.choice)
+
+    def preference(self) -> Preference:
+        """The vote as a training record. In a tie (both bad is one) the left response stands as ``chosen``."""
+        left_chosen = self.choice != "right"
+        return Preference(
+            id=self.token,
+            prompt=self.prompt,
+            chosen=(self.left if left_chosen else self.right).text,
+            rejected=(self.right if left_chosen else self.left).text,
+            tie=self.preferred is None,
+            margin=self.strength or 0.0,
+            annotator=self.annotator,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the append-only log: who did what to which entity, its old and new value, and when."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    entity: str
+    entity_id: str
+    old: Any
+    new: Any

@@ -1,0 +1,197 @@
+"""The tables of the feedback store, the same on SQLite and PostgreSQL. migrations/ builds them; this file is what the
+queries are written against, and a test holds the two together.
+
+What people did is never overwritten: a judgement that is taken back keeps its row (``undone_at``), and ``events``
+refuses updates and deletes by trigger.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime, stored in UTC: SQLite keeps no zone, so it is put on at reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        assert value is None or value.tzinfo is not None, "times in the store are aware"
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _json() -> JSON:
+    return JSON(none_as_null=True)
+
+
+prompts = Table(
+    "prompts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("messages", _json(), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("meta", _json(), nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+)
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("prompt_id", ForeignKey("prompts.id"), nullable=False, index=True),
+    Column("text", Text, nullable=False),
+    Column("finished", Boolean, nullable=False),
+    Column("model", Text, nullable=False),  # path of the checkpoint that wrote it; empty when not known
+    Column("fingerprint", Text, nullable=False),  # of the checkpoint's weights
+    Column("sampling", _json()),
+    # hash of the five columns above: a text that a model gave is one response, however often it is added
+    Column("key", Text, nullable=False, unique=True),
+    Column("created", UtcDateTime, nullable=False),
+)
+
+annotators = Table(
+    "annotators",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("kind", Text, nullable=False),  # person | simulated | model
+    Column("role", Text, nullable=False),  # annotator | reviewer | admin
+    Column("created", UtcDateTime, nullable=False),
+)
+
+guidelines = Table(
+    "guidelines",
+    metadata,
+    Column("version", Text, primary_key=True),
+    Column("text", Text, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+)
+
+# Something to judge: two responses of one prompt (a ranking will be more), wanted from `overlap` annotators.
+items = Table(
+    "items",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("prompt_id", ForeignKey("prompts.id"), nullable=False, index=True),
+    Column("batch", Text, nullable=False),  # what it was added for, e.g. one annotate stage; queues do not mix
+    Column("key", Text, nullable=False),  # its response ids in ascending order, "12-57"
+    Column("overlap", Integer, nullable=False),
+    Column("taken", Integer, nullable=False),  # assignments that hold a slot: leased or judged
+    Column("created", UtcDateTime, nullable=False),
+    UniqueConstraint("batch", "key"),
+    # the last guard of "never more than overlap", should a transaction ever be wrong
+    CheckConstraint("taken >= 0 AND taken <= overlap", name="taken"),
+)
+Index("ix_items_open", items.c.batch, items.c.id, sqlite_where=text("taken < overlap"), postgresql_where=text("taken < overlap"))
+
+item_responses = Table(
+    "item_responses",
+    metadata,
+    Column("item_id", ForeignKey("items.id"), primary_key=True),
+    Column("response_id", ForeignKey("responses.id"), primary_key=True),
+)
+
+# An item given to an annotator. States: leased (holds a slot), judged (holds a slot), expired (gave its slot back).
+assignments = Table(
+    "assignments",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("item_id", ForeignKey("items.id"), nullable=False),
+    Column("annotator_id", ForeignKey("annotators.id"), nullable=False, index=True),
+    Column("shown", _json(), nullable=False),  # response ids in the order shown, left first
+    Column("state", Text, nullable=False),
+    Column("leased_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    UniqueConstraint("item_id", "annotator_id"),
+)
+Index(
+    "ix_assignments_leased",
+    assignments.c.annotator_id,
+    assignments.c.expires_at,
+    sqlite_where=text("state = 'leased'"),
+    postgresql_where=text("state = 'leased'"),
+)
+
+judgements = Table(
+    "judgements",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey("assignments.id"), nullable=False),
+    Column("token", Text, nullable=False, unique=True),  # made by the client: sent twice, counted once
+    Column("choice", Text, nullable=False),
+    Column("strength", Float),  # 1 slightly, 2 better, 3 much better; imported margins as they came; NULL: not asked
+    Column("seconds", Float),  # NULL: not measured
+    Column("guideline", ForeignKey("guidelines.version")),
+    Column("reason", Text),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+    CheckConstraint("choice IN ('left', 'right', 'tie', 'both_bad')", name="choice"),
+)
+Index(
+    "ix_judgements_standing",  # an assignment has one judgement that stands, and any number that were taken back
+    judgements.c.assignment_id,
+    unique=True,
+    sqlite_where=text("undone_at IS NULL"),
+    postgresql_where=text("undone_at IS NULL"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("actor", Text, nullable=False),  # an annotator's name, or the part of Keel that acted
+    Column("action", Text, nullable=False),
+    Column("entity", Text, nullable=False),
+    Column("entity_id", Text, nullable=False),
+    Column("old", _json()),
+    Column("new", _json()),
+)
+
+
+def event(at: datetime, actor: str, action: str, entity: str, entity_id: object, old: Any, new: Any) -> dict[str, Any]:
+    """A row of ``events``."""
+    return {
+        "at": at,
+        "actor": actor,
+        "action": action,
+        "entity": entity,
+        "entity_id": str(entity_id),
+        "old": old,
+        "new": new,
+    }

@@ -1,0 +1,1 @@
+"""The training loop and, beside it, one short wiring file an algorithm."""

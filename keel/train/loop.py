@@ -1,0 +1,164 @@
+"""The training loop. It accumulates, clips, steps, logs, saves and resumes; it knows no algorithm.
+
+An algorithm hands it *updates*: lists of micro-batches whose losses are already divided by the update's global count,
+so that splitting an update into more micro-batches changes nothing but memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keel.config import TrainBase
+from keel.model.precision import autocast
+from keel.run import StageDir, restore_rng, rng_state
+from keel.train.optim import lr_factor, make_optimizer, set_lr
+from keel.types import Reporter, UserError
+
+Stats = Mapping[str, tuple[float, float]]
+"""Metric name -> (sum, count): summed over micro-batches, divided once."""
+
+Micro = Callable[[], tuple[Tensor, Stats]]
+"""Computes one micro-batch's share of the loss, and its figures."""
+
+
+class Algorithm(Protocol):
+    modules: Mapping[str, nn.Module]
+    """What is trained. Gradients are clipped for each module on its own."""
+    iterations: int
+    updates_per_iteration: int
+    lrs: Mapping[str, float]
+    """Learning rates by module, where they differ from the recipe's."""
+
+    def updates(self, iteration: int) -> Iterator[list[Micro]]:
+        """The optimizer steps of one iteration. Everything random in it follows from the seed and ``iteration``."""
+        ...
+
+    def after(self, iteration: int) -> tuple[dict[str, float], bool]:
+        """Called once the iteration's updates are done: figures to log, and whether to stop early."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Totals:
+    """Sums of figures over micro-batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, stats: Stats) -> None:
+        for name, (total, count) in stats.items():
+            pair = self._sums.setdefault(name, [0.0, 0.0])
+            pair[0] += total
+            pair[1] += count
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items() if count > 0}
+
+
+def train(algorithm: Algorithm, config: TrainBase, stage: StageDir, reporter: Reporter, device: str, precision: str) -> int:
+    """Runs (or resumes) ``algorithm`` to its end; returns the number of optimizer steps taken in all.
+
+    State (weights, optimizer, RNG, cursor) is written every ``config.save_every_seconds``, between iterations, so a
+    killed run repeats at most that much and ends with the same weights, bit for bit on a CPU.
+    """
+    optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
+    first, step = _resume(algorithm, optimizer, stage)
+    total_updates = algorithm.iterations * algorithm.updates_per_iteration
+    stage.metrics.resume(first)
+    reporter.start(config.name, algorithm.iterations)
+    if first:
+        reporter.note(f"{config.name}: resumed at {first} of {algorithm.iterations}")
+        reporter.advance(first)
+    saved = time.monotonic()
+    for iteration in range(first, algorithm.iterations):
+        totals = Totals()
+        lr = 0.0
+        for micros in algorithm.updates(iteration):
+            lr = set_lr(optimizer, lr_factor(step, total_updates, config.optim))
+            totals.add(_update(algorithm, optimizer, micros, config, device, precision, step))
+            step += 1
+        figures, stop = algorithm.after(iteration)
+        row = {**totals.means(), "lr": lr, **figures}
+        if iteration % config.log_every == 0 or stop or iteration + 1 == algorithm.iterations:
+            stage.metrics.write(iteration, row)
+        reporter.advance(1, **row)
+        if stop:
+            break
+        if time.monotonic() - saved >= config.save_every_seconds and iteration + 1 < algorithm.iterations:
+            stage.save_state(_state(algorithm, optimizer, iteration + 1, step))
+            saved = time.monotonic()
+    return step
+
+
+def _update(
+    algorithm: Algorithm,
+    optimizer: torch.optim.Optimizer,
+    micros: list[Micro],
+    config: TrainBase,
+    device: str,
+    precision: str,
+    step: int,
+) -> Stats:
+    """One optimizer step."""
+    totals: dict[str, tuple[float, float]] = {}
+    optimizer.zero_grad(set_to_none=True)
+    for micro in micros:
+        with autocast(device, precision):
+            loss, stats = micro()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(
+                f"{config.name}: the loss is {value} at optimizer step {step}; nothing was saved past the last good state. "
+                "Lower optim.lr, use precision: fp32, or look at the batch with log_every: 1"
+            )
+        if loss.requires_grad:
+            loss.backward()
+        for name, (total, count) in {**stats, "loss": (value, 0.0)}.items():
+            old = totals.get(name, (0.0, 0.0))
+            totals[name] = (old[0] + total, old[1] + count)
+    totals["loss"] = (totals["loss"][0], 1.0)
+    for name, module in algorithm.modules.items():
+        norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.optim.max_grad_norm)
+        key = "grad_norm" if len(algorithm.modules) == 1 else f"grad_norm/{name}"
+        if not math.isfinite(float(norm)):
+            raise UserError(f"{config.name}: the gradient of {name} is not finite at optimizer step {step}; lower optim.lr")
+        totals[key] = (float(norm), 1.0)
+    optimizer.step()
+    return totals
+
+
+def _state(algorithm: Algorithm, optimizer: torch.optim.Optimizer, iteration: int, step: int) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "step": step,
+        "modules": {name: _trained_state(module) for name, module in algorithm.modules.items()},
+        "optimizer": optimizer.state_dict(),
+        "rng": rng_state(),
+        "algorithm": algorithm.state_dict(),
+    }
+
+
+def _resume(algorithm: Algorithm, optimizer: torch.optim.Optimizer, stage: StageDir) -> tuple[int, int]:
+    state = stage.load_state()
+    if state is None:
+        return 0, 0
+    for name, module in algorithm.modules.items():
+        module.load_state_dict(state["modules"][name], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    restore_rng(state["rng"])
+    algorithm.load_state_dict(state["algorithm"])
+    return int(state["iteration"]), int(state["step"])
+
+
+def _trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Only what training changes: with adapters, the frozen base is not written again and again."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,43 @@
+"""What training from fixed records shares: the order of examples over epochs, micro-batches by tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keel.data.collate import batches_by_tokens, epoch_order
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``size`` examples (or groups) in shuffled epochs, ``batch_size`` of them a step; a pure function of the step, so
+    that resuming needs no cursor but the step itself."""
+
+    size: int
+    batch_size: int
+    epochs: float
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return max(1, math.ceil(self.size * self.epochs / self.batch_size))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, math.ceil(self.size / self.batch_size))
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of one step; an epoch's tail is filled up from the next epoch."""
+        places = range(step * self.batch_size, min((step + 1) * self.batch_size, math.ceil(self.size * self.epochs)))
+        orders = {place // self.size: [] for place in places}  # type: dict[int, list[int]]
+        for epoch in orders:
+            orders[epoch] = epoch_order(self.size, self.seed, epoch)
+        return [orders[place // self.size][place % self.size] for place in places]
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that each group has at most ``max_tokens`` tokens, of similar lengths (attention pads within a
+    group)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [list(group) for group in batches_by_tokens(lengths, max_tokens, order)]

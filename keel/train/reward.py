@@ -1,0 +1,148 @@
+"""The reward model: one scalar, Bradley-Terry on preference pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.config import RewardStage
+from keel.data.collate import pack
+from keel.model.checkpoint import load_scalar, save
+from keel.model.heads import ScalarModel
+from keel.model.precision import autocast
+from keel.objective.preference import bradley_terry, center_penalty
+from keel.train.context import TrainContext
+from keel.train.loop import Micro, Stats, train
+from keel.train.offline import Schedule, micro_batches
+from keel.train.pairs import Pair, groups_per_batch, split_pairs
+from keel.types import Encoded, Preference, UserError
+
+
+class RewardTraining:
+    """Bradley-Terry for the training loop: one iteration is one optimizer step over whole prompts' pairs."""
+
+    updates_per_iteration = 1
+    lrs: Mapping[str, float] = {}
+
+    def __init__(
+        self, scorer: ScalarModel, groups: Sequence[Sequence[Pair]], config: RewardStage, device: str, seed: int
+    ) -> None:
+        self.scorer, self.groups, self.config, self.device = scorer, groups, config, device
+        self.modules = {"reward": scorer.model}
+        self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
+        self.iterations = self.schedule.steps
+
+    def updates(self, iteration: int) -> Iterator[list[Micro]]:
+        pairs = [pair for i in self.schedule.batch(iteration) for pair in self.groups[i]]
+        yield [
+            self._micro([pairs[i] for i in group], len(pairs))
+            for group in micro_batches([pair.tokens for pair in pairs], self.config.batch_tokens)
+        ]
+
+    def _micro(self, pairs: Sequence[Pair], total: int) -> Micro:
+        def compute() -> tuple[Tensor, Stats]:
+            chosen_N, rejected_N = self._raw(pairs)
+            tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.device)
+            strength_N = torch.tensor([pair.record.margin for pair in pairs], device=self.device)
+            loss_N = bradley_terry(
+                chosen_N, rejected_N, strength_N * self.config.margin_weight, tie_N, self.config.label_smoothing
+            ) + self.config.center_coef * center_penalty(chosen_N, rejected_N)
+            decided = ~tie_N
+            right = float(((chosen_N > rejected_N) & decided).sum())
+            lead = float(((chosen_N - rejected_N).detach() * decided).sum())
+            count = float(decided.sum())
+            return loss_N.sum() / total, {"accuracy": (right, count), "margin": (lead, count)}
+
+        return compute
+
+    def _raw(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        raw = self.scorer.raw_packed(pack([row for p in pairs for row in (p.chosen, p.rejected)], self.device))
+        return raw[0::2], raw[1::2]
+
+    def after(self, iteration: int) -> tuple[dict[str, float], bool]:
+        return {}, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def raw_scores(
+    scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str
+) -> Tensor:
+    """Raw head outputs [N] on the CPU, in the order of ``rows``."""
+    scores = torch.zeros(len(rows))
+    with torch.no_grad(), autocast(device, precision):
+        for group in micro_batches([len(row.ids) for row in rows], batch_tokens):
+            scores[torch.tensor(group)] = scorer.raw_packed(pack([rows[i] for i in group], device)).float().cpu()
+    return scores
+
+
+def train_reward(
+    config: RewardStage, preferences: Sequence[Preference], context: TrainContext
+) -> tuple[dict[str, Any], list[tuple[Preference, float, int, int]]]:
+    """Trains a reward model from the checkpoint at ``context.model_path`` and writes it.
+
+    Returns the summary and, for every held-out pair, (record, raw score of chosen minus rejected, tokens of the chosen,
+    tokens of the rejected completion): what calibration and accuracy are computed from.
+    """
+    scorer = load_scalar(
+        context.model_path,
+        device=context.device,
+        lora=context.base_model.lora,
+        gradient_checkpointing=config.gradient_checkpointing,
+        new_head_seed=None if _has_head(context.model_path) else context.seed,
+    )
+    groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context)
+    if all(pair.record.tie for group in groups for pair in group):
+        raise UserError(f"{config.name}: every training pair is a tie, so there is nothing to learn; add decided pairs")
+    algorithm = RewardTraining(scorer, groups, config, context.device, context.seed)
+    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
+    # Centred and scaled on the replies it was trained on, so that a reward of 1 means the same for every reward model.
+    rows = [row for group in groups for pair in group for row in (pair.chosen, pair.rejected)]
+    training = raw_scores(scorer, rows, config.batch_tokens, context.device, context.precision)
+    scorer.set_scale(float(training.mean()), float(training.std()))
+    with context.stage.checkpoint() as folder:
+        save(scorer.model, scorer.tokenizer, folder)
+    held_rows = [row for pair in heldout for row in (pair.chosen, pair.rejected)]
+    raw = raw_scores(scorer, held_rows, config.batch_tokens, context.device, context.precision)
+    leads = (raw[0::2] - raw[1::2]).tolist()
+    results = [
+        (pair.record, lead, sum(pair.chosen.mask), sum(pair.rejected.mask))
+        for pair, lead in zip(heldout, leads, strict=True)
+    ]
+    scaled = ((raw - scorer.mean) / scorer.std).tolist()
+    scatter = [[sum(row.mask), round(s, 4)] for row, s in zip(held_rows, scaled, strict=True)]
+    pairs = sum(len(group) for group in groups)
+    summary = {
+        "pairs": pairs,
+        "prompts": len(groups),
+        "heldout_pairs": len(heldout),
+        "steps": steps,
+        "mean": scorer.mean,
+        "std": scorer.std,
+        "length_scatter": scatter[:400],
+        "length_correlation": _correlation([a for a, _ in scatter], [b for _, b in scatter]),
+    }
+    return summary, results
+
+
+def _has_head(path: Path) -> bool:
+    from transformers import AutoConfig
+
+    return any("SequenceClassification" in name for name in AutoConfig.from_pretrained(str(path)).architectures or ())
+
+
+def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's r; None where one side does not vary."""
+    if len(x) < 3:
+        return None
+    r = float(torch.corrcoef(torch.tensor([list(map(float, x)), list(map(float, y))]))[0, 1])
+    return r if math.isfinite(r) else None

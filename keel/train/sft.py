@@ -1,0 +1,141 @@
+"""Supervised fine-tuning: next-token loss on the assistant's tokens, its end token included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keel.config import SftStage
+from keel.data.chat import Chat
+from keel.data.collate import pack, split_by_prompt
+from keel.model.checkpoint import load_policy, load_tokenizer, save
+from keel.model.packed import inner_model
+from keel.model.logprobs import token_logprobs
+from keel.model.precision import autocast
+from keel.train.context import TrainContext, within_length
+from keel.train.loop import Micro, Stats, train
+from keel.train.offline import Schedule, micro_batches
+from keel.types import Demonstration, Encoded
+
+
+class Sft:
+    """The SFT algorithm for the training loop: one iteration is one optimizer step."""
+
+    updates_per_iteration = 1
+    lrs: Mapping[str, float] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Encoded],
+        heldout: Sequence[Encoded],
+        config: SftStage,
+        device: str,
+        precision: str,
+        seed: int,
+    ) -> None:
+        self.modules = {"policy": model}
+        self.rows, self.heldout, self.config = rows, heldout, config
+        self.device, self.precision = device, precision
+        self.schedule = Schedule(len(rows), config.batch_size, config.epochs, seed)
+        self.iterations = self.schedule.steps
+        self.eval_every = config.eval_every or max(1, self.schedule.steps_per_epoch // 4)
+        self.best_loss = math.inf
+        self.best_weights: dict[str, Tensor] | None = None
+        self.misses = 0
+
+    def updates(self, iteration: int) -> Iterator[list[Micro]]:
+        rows = [self.rows[i] for i in self.schedule.batch(iteration)]
+        total = sum(sum(row.mask) for row in rows)
+        groups = micro_batches([len(row.ids) for row in rows], self.config.batch_tokens)
+        yield [self._micro([rows[i] for i in group], total) for group in groups]
+
+    def _micro(self, rows: Sequence[Encoded], total: int) -> Micro:
+        def compute() -> tuple[Tensor, Stats]:
+            batch = pack(rows, self.device)
+            loss = -token_logprobs(self.modules["policy"], batch).logp_C.sum()
+            return loss / total, {"tokens": (float(batch.num_tokens), 1.0)}
+
+        return compute
+
+    def after(self, iteration: int) -> tuple[dict[str, float], bool]:
+        last = iteration + 1 == self.iterations
+        if not self.heldout or not (last or (iteration + 1) % self.eval_every == 0):
+            return {}, False
+        loss = mean_loss(self.modules["policy"], self.heldout, self.config.batch_tokens, self.device, self.precision)
+        if loss < self.best_loss:
+            self.best_loss, self.misses = loss, 0
+            self.best_weights = {
+                name: p.detach().clone() for name, p in self.modules["policy"].named_parameters() if p.requires_grad
+            }
+        else:
+            self.misses += 1
+        return {"eval/loss": loss}, self.misses >= self.config.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss, "best_weights": self.best_weights, "misses": self.misses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_loss, self.best_weights, self.misses = state["best_loss"], state["best_weights"], state["misses"]
+
+    def restore_best(self) -> None:
+        """Puts back the weights of the best held-out loss (early stopping)."""
+        if self.best_weights is not None:
+            self.modules["policy"].load_state_dict(self.best_weights, strict=False)
+
+
+def mean_loss(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str) -> float:
+    """Mean negative log-likelihood (nats a token) of the masked tokens."""
+    total, count = 0.0, 0
+    with torch.no_grad(), autocast(device, precision):
+        for group in micro_batches([len(row.ids) for row in rows], batch_tokens):
+            logp_C = token_logprobs(model, pack([rows[i] for i in group], device)).logp_C
+            total, count = total - float(logp_C.double().sum()), count + logp_C.numel()
+    return total / max(count, 1)
+
+
+def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context: TrainContext) -> dict[str, Any]:
+    """Fine-tunes the model on demonstrations and writes its checkpoint; returns the stage's summary."""
+    settings = context.base_model
+    template = settings.chat_template
+    if template is None and Chat(load_tokenizer(context.model_path, settings.revision)).plain:
+        template = "keel"
+    model, tokenizer = load_policy(
+        context.model_path,
+        revision=settings.revision,
+        device=context.device,
+        chat_template=template,
+        lora=settings.lora,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    chat = Chat(tokenizer)
+    training, heldout = split_by_prompt(demonstrations, context.data.heldout_fraction, context.seed)
+    rows, heldout_rows = (_encode(part, chat, context) for part in (training, heldout))
+    algorithm = Sft(model, rows, heldout_rows, config, context.device, context.precision, context.seed)
+    before = mean_loss(model, heldout_rows, config.batch_tokens, context.device, context.precision)
+    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
+    algorithm.restore_best()
+    # generate and vLLM stop where Keel's samplers stop: at the end of the turn, not only at the end of text.
+    inner_model(model).generation_config.eos_token_id = list(chat.stop_ids)  # type: ignore[union-attr]
+    with context.stage.checkpoint() as folder:
+        save(model, tokenizer, folder)
+    return {
+        "demonstrations": len(rows),
+        "heldout": len(heldout_rows),
+        "steps": steps,
+        "heldout_loss_before": before,
+        "heldout_loss": algorithm.best_loss,
+        "stopped_early": steps < algorithm.iterations,
+    }
+
+
+def _encode(records: Sequence[Demonstration], chat: Chat, context: TrainContext) -> list[Encoded]:
+    encoded = chat.encode_demonstrations(records)
+    ids = [record.id for record in records]
+    _, kept = within_length(records, [(row,) for row in encoded], ids, context.data, context.reporter)
+    return [row for (row,) in kept]
