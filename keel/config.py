@@ -41,7 +41,8 @@ class ModelConfig(Strict):
     path: str = Field(description="folder or hub id of a transformers causal LM")
     revision: str | None = None
     chat_template: str | None = Field(
-        None, description="Jinja file, or one of Keel's built-in names (keel, chatml); default: the model's own, else keel"
+        None,
+        description="Jinja file, or one of Keel's built-in names (keel, chatml); default: the model's own, else keel",
     )
     lora: LoraConfig | None = None
     trust_remote_code: bool = False
@@ -58,7 +59,9 @@ class DataConfig(Strict):
     base_text: str | None = Field(None, description="plain text rows: what the base model's loss is measured on")
     facts: str | None = Field(None, description="multiple-choice rows prompt+choices+answer: capability kept")
     max_length: int = Field(1024, ge=8, description="tokens of prompt and completion together")
-    max_prompt_length: int = Field(512, ge=4, description="longer prompts are an error, or left out with over_length: skip")
+    max_prompt_length: int = Field(
+        512, ge=4, description="longer prompts are an error, or left out with over_length: skip"
+    )
     over_length: Literal["error", "skip"] = "error"
 
 
@@ -152,7 +155,9 @@ class SampleStage(StageBase):
     prompts: str | None = Field(None, description="default: data.prompts")
     per_prompt: int = Field(4, ge=1, description="responses kept a prompt")
     candidates: int = Field(0, ge=0, description="responses sampled a prompt before near-duplicates go; 0: per_prompt")
-    max_similarity: float = Field(0.95, gt=0, le=1, description="token-set similarity at which two responses are the same")
+    max_similarity: float = Field(
+        0.95, gt=0, le=1, description="token-set similarity at which two responses are the same"
+    )
     sampling: SamplingConfig = SamplingConfig()
 
 

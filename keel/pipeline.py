@@ -146,7 +146,7 @@ def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
                 raise UserError(f"{place}: 'base' is no {' or '.join(reference.kinds)} stage; {stages_there(recipe)}")
         elif not Path(target).exists() and not target.startswith("hub:"):
             raise UserError(f"{place}: {target!r} is neither a stage nor a file or folder; {stages_there(recipe)}")
-    if isinstance(stage, EvalStage) and stage.judge is None:  # the judge defaults to the recipe's reward stages
+    if isinstance(stage, EvalStage) and (stage.judge is None or stage.reward is None):  # the recipe's own is taken
         found |= {other.name for other in before if isinstance(other, RewardStage)}
     if isinstance(stage, EvalStage):  # the guardrail compares PPO's learning curves
         found |= {other.name for other in before if isinstance(other, PpoStage) and other.name in stage.models}
@@ -217,8 +217,8 @@ def _fingerprint(recipe: Recipe, stage: Stage, above: Mapping[str, str], device:
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     settings["code"] = [contents.of_python(ref) for ref in _python_refs(stage)]
     data = {name: getattr(recipe.data, name) for name in _DATA[type(stage)]}
-    if "demonstrations" not in data and "prompts" in data and data["prompts"] is None:
-        data["demonstrations"] = recipe.data.demonstrations  # prompts may be taken from there
+    if "prompts" in data and data["prompts"] is None:  # they are taken from the other data then
+        data |= {"demonstrations": recipe.data.demonstrations, "preferences": recipe.data.preferences}
     facts = {
         "settings": settings,
         "data": {name: contents.of(v) if name in _PATHS and v is not None else v for name, v in data.items()},
@@ -241,7 +241,7 @@ def _python_refs(stage: Stage) -> list[str]:
     if isinstance(stage, AnnotateStage):
         found = [stage.annotators]
     elif isinstance(stage, PpoStage):
-        found = [term.source for term in stage.rewards]
+        found = [stage.watch, *(term.source for term in stage.rewards)]
     elif isinstance(stage, EvalStage):
         found = [stage.judge]
     return [source.ref for source in found if isinstance(source, PythonRef)]
@@ -284,11 +284,13 @@ def run_pipeline(
     reporter: Reporter,
     targets: Collection[str] | None = None,
     preflight: Preflight | None = None,
+    on_cached: Callable[[str], None] | None = None,
 ) -> list[Step]:
     """Runs what is not done, in order, and records it in the manifest; returns the plan that it carried out.
 
     ``runners`` has one function a stage kind: (stage, context) -> the stage's summary. ``targets``: run only these
-    stages and what they rest on. ``preflight(stage, context)`` is called before each stage that runs.
+    stages and what they rest on. ``preflight(stage, context)`` is called before each stage that runs,
+    ``on_cached(name)`` for each that need not run.
 
     A failing or killed stage leaves the finished ones as they are; the same call goes on where it stopped.
     """
@@ -312,7 +314,8 @@ def run_pipeline(
             if step.stage.name not in wanted:
                 continue
             if step.state == "done":
-                reporter.note(f"{step.stage.name}: {step.reason}")
+                if on_cached is not None:
+                    on_cached(step.stage.name)
                 continue
             context = StageContext(recipe, run, run.stage(step.stage.name), reporter, device)
             _run_stage(step, context, runners[step.stage.kind], preflight)

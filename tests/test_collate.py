@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,12 +85,13 @@ def test_batches_hold_each_sequence_once_within_the_bound(lengths: list[int], bo
     batches = batches_by_tokens(lengths, bound, order)
     assert [i for batch in batches for i in batch] == order
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= bound for batch in batches)
-    for batch, following in zip(batches, batches[1:], strict=False):  # greedy: no batch could have taken one more
+    for batch, following in pairwise(batches):  # greedy: no batch could have taken one more
         assert sum(lengths[i] for i in batch) + lengths[following[0]] > bound
 
 
 def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:
-    assert epoch_order(8, seed=3, epoch=1) == epoch_order(8, seed=3, epoch=1) == [6, 0, 7, 3, 5, 4, 1, 2]
+    # Fixed for good: a run that is resumed under another version must find its place.
+    assert epoch_order(8, seed=3, epoch=1) == [4, 2, 7, 3, 5, 0, 1, 6]
     assert sorted(epoch_order(100, 0, 0)) == list(range(100))
     orders = {tuple(epoch_order(100, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
@@ -98,8 +101,8 @@ def test_a_prompt_lies_on_one_side_whatever_record_holds_it() -> None:
     texts = [f"question {i}" for i in range(200)]
     prompts = [prompt(t) for t in texts]
     pairs = [pair(t, i) for t in texts for i in range(3)]
-    demos = [Demonstration(t, (Message("user", t), Message("assistant", "x"), Message("user", t), Message("assistant", "y")))
-             for t in texts]  # fmt: skip
+    reply = Message("assistant", "x")
+    demos = [Demonstration(t, (*prompt(t).messages, reply, Message("user", f"more, {t}"), reply)) for t in texts]
     thumbs = [LabelledCompletion(t, prompt(t), "x", True) for t in texts]
     steps = [StepLabels(t, prompt(t), ("x",), (1.0,)) for t in texts]
     train, heldout = split_by_prompt(prompts, 0.2, seed=1)

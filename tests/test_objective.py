@@ -342,6 +342,25 @@ def test_policy_gradients_by_finite_differences() -> None:
     assert gradcheck(lambda x: policy.clipped_value_loss(x, old, target, 0.2)[0], new)
 
 
+def test_packed_tokens_and_a_padded_grid_give_the_same_losses() -> None:
+    """The padding holds garbage, as peers' does; over a mask the grid's means and gradients are the packed row's."""
+    lengths = OFFSETS.diff()
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    packed = [randn(seed, int(OFFSETS[-1])) for seed in range(3)]
+    grids = [torch.full(mask.shape, junk, dtype=torch.float64) for junk in (float("nan"), 1e9, -7.0)]
+    for grid, x in zip(grids, packed, strict=True):
+        grid[mask] = x
+    row, grid = packed[0].requires_grad_(), grids[0].requires_grad_()
+    for function in (policy.clipped_policy_loss, policy.clipped_value_loss):
+        loss_C, clipped_C = function(row, *packed[1:], 0.2)
+        loss, clipped = function(grid, *grids[1:], 0.2)
+        torch.testing.assert_close(masked.masked_mean(loss, mask), loss_C.mean())
+        torch.testing.assert_close(masked.masked_mean(clipped.double(), mask), clipped_C.double().mean())
+        (expected,) = torch.autograd.grad(loss_C.mean(), row)
+        (found,) = torch.autograd.grad(masked.masked_mean(loss, mask), grid)
+        torch.testing.assert_close(found[mask], expected)
+
+
 def test_entropy_bonus_lowers_the_loss_of_the_undecided() -> None:
     assert policy.entropy_bonus(f64(2.0, 0.5), 0.1).tolist() == pytest.approx([-0.2, -0.05])
 

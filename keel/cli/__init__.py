@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -12,32 +12,32 @@ from keel.cli.parser import parse
 INTERRUPTED = 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 (``check`` found an error), 2 (bad input), 130 (Ctrl-C)."""
-    arguments = parse(argv)
-    # Kept from the help's path: both import torch.
-    from keel.cli.commands import COMMANDS
-    from keel.types import UserError
-
-    try:
-        return COMMANDS[arguments.command](arguments)
-    except UserError as error:
-        print(f"keel: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nkeel: interrupted; the same command goes on from the last saved state", file=sys.stderr)
-        return INTERRUPTED
+def main(argv: Sequence[str]) -> int:
+    """Runs one command in this process; returns the exit code: 0, 1 (``check`` found an error), 2 (bad input),
+    130 (Ctrl-C). Wrong arguments raise SystemExit(2), as argparse does."""
+    return _run(parse(argv))
 
 
 def entry() -> None:
     """The ``keel`` command: `main` in a process set up for it."""
-    arguments = parse(None)
-    from keel.cli.process import restart_with_malloc_settings
-
+    arguments = parse(sys.argv[1:])
     if arguments.computes:
+        from keel.cli.process import restart_with_malloc_settings
+
         restart_with_malloc_settings()
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Straight out: tearing down torch's and TensorBoard's threads takes seconds and everything is on the disk.
-    os._exit(code)
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        from keel.cli.commands import COMMANDS  # torch
+        from keel.types import UserError
+
+        try:
+            return COMMANDS[arguments.command](arguments)
+        except UserError as error:
+            print(f"keel: {error}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("\nkeel: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return INTERRUPTED

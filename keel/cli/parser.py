@@ -20,16 +20,18 @@ STAGES = {
 
 _OVERRIDES = (
     "Settings are changed with key=value: section.key=value for the recipe's sections (model.path=./my-base, "
-    "data.demonstrations=demos.jsonl), STAGE.key=value for a stage (sft.optim.lr=1e-4), where STAGE is the stage's name."
+    "data.demonstrations=demos.jsonl), STAGE.key=value for a stage (sft.optim.lr=1e-4), where STAGE is its name."
 )
 
 
-class _StageParser(argparse.ArgumentParser):
-    """Its help ends with the stage's settings, their defaults and what they mean."""
+class _CommandParser(argparse.ArgumentParser):
+    """A stage's help ends with the settings of its kind, their defaults and what they mean."""
 
     kind = ""
 
     def format_help(self) -> str:
+        if not self.kind:
+            return super().format_help()
         from keel.cli.settings import stage_help  # pydantic: only here
 
         return f"{super().format_help()}\n{stage_help(self.kind)}"
@@ -41,19 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"keel {__version__}")
     parser.set_defaults(computes=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
 
-    run = commands.add_parser(
-        "run", help="run a whole recipe; what is done already is not run again", epilog=_OVERRIDES
-    )
+    run = commands.add_parser("run", help="run a whole recipe, but for what is done already", epilog=_OVERRIDES)
     _recipe_arguments(run, "+", "the recipe (YAML), then key=value settings")
     run.set_defaults(computes=True)
 
-    stages = commands.add_parser  # each stage's parser shows its settings
     for kind, what in STAGES.items():
-        stage = stages(kind, help=what, epilog=_OVERRIDES)
-        stage.__class__ = _StageParser
-        stage.kind = kind  # type: ignore[attr-defined]
+        stage = commands.add_parser(kind, help=what, epilog=_OVERRIDES)
+        stage.kind = kind
         _recipe_arguments(
             stage, "*", f"a recipe (default: the one that made DIR, else Keel's {kind}.yaml), then key=value settings"
         )
@@ -66,20 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--out", default=None, metavar="DIR", help="run directory whose finished stages are looked at too"
     )
-    check.add_argument("--seed", type=_seed, default=None)
+    check.add_argument("--seed", type=natural_number, default=None)
 
     demo = commands.add_parser("demo", help="the whole pipeline on Keel's built-in world, with its built-in model")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
-    demo.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    demo.add_argument("--seed", type=natural_number, default=0, help="default: 0")
     demo.add_argument("--quick", action="store_true", help="a minute's worth: every stage, too small to learn much")
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("run", metavar="RUN", help="a run directory, or a folder with a checkpoint")
-    chat.add_argument(
-        "--stage", default=None, metavar="NAME", help="which stage's model (default: the last one trained)"
-    )
+    chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.set_defaults(computes=True)
@@ -88,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     builds = harbor.add_subparsers(dest="harbor_command", required=True, metavar="COMMAND")
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")
     build.add_argument("--out", required=True, metavar="DIR")
-    build.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    build.add_argument("--seed", type=natural_number, default=0, help="default: 0")
     build.set_defaults(computes=True)
     return parser
 
@@ -96,16 +92,16 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe_arguments(parser: argparse.ArgumentParser, count: str, what: str) -> None:
     parser.add_argument("words", nargs=count, metavar="RECIPE [key=value]", help=what)
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="run directory; the same one again goes on where it stopped"
+        "--out", required=True, metavar="DIR", help="run directory; an earlier one goes on where it stopped"
     )
-    parser.add_argument("--seed", type=_seed, default=None, help="default: the recipe's")
+    parser.add_argument("--seed", type=natural_number, default=None, help="default: the recipe's")
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if seed < 0:
+def natural_number(text: str) -> int:
+    number = int(text)
+    if number < 0:
         raise ValueError
-    return seed
+    return number
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

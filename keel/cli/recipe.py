@@ -72,9 +72,7 @@ def read_draft(path: Path) -> Draft:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(
-            f"{path}: cannot read this recipe ({reason}); name a YAML file, such as one of recipes/"
-        ) from error
+        raise UserError(f"{path}: cannot read this recipe ({reason}); name a YAML file, as in recipes/") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)

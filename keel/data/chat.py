@@ -159,7 +159,7 @@ class Chat:
                     # The template rewrites its history (strips thinking, ...). It is what the model is given, so it is
                     # taken as it is; only a conversation cannot be learned in one piece then.
                     return [Segment(rendered, False)]
-                segments += [Segment(before[len(done) :], False), *turn]
+                segments += [Segment(before[len(done) :], False), *(Segment(s.text, False) for s in turn)]
                 done = after
             rendered = rendered[len(done) :]
         segments.append(Segment(rendered, False))

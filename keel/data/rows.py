@@ -53,7 +53,7 @@ class BadRows:
         count = sum(len(lines) for lines in self.found.values())
         message = [f"{self.source}: {count} of {self.rows} rows cannot be read"]
         for (file, problem), lines in list(self.found.items())[:SHOWN]:
-            others = f" (and {len(lines) - 1} more rows)" if len(lines) > 1 else ""
+            others = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             message.append(f"  {file}, {lines[0]}{others}: {problem}")
         if len(self.found) > SHOWN:
             message.append("  ...")

@@ -16,9 +16,11 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from keel.types import Prompt, UserError
+from keel.feedback.agreement import cohens_kappa, raw_agreement, vote_pairs, votes_by_item
+from keel.store import Store
+from keel.types import Prompt, Reporter, UserError
 
 # Where a felt preference, in units of the annotator's own temperature, becomes "better" and "much better". In those
 # units the strengths do not change when a utility is rescaled together with its temperature.
@@ -107,6 +109,101 @@ def true_probability(annotators: Sequence[SimulatedAnnotator], prompt: Prompt, a
         if not annotator.ties(prompt, a, b)
     ]
     return sum(votes) / len(votes) if votes else 0.5
+
+
+def label(
+    store: Store,
+    annotators: Sequence[SimulatedAnnotator],
+    seed: int,
+    guideline: str,
+    reporter: Reporter,
+    batch: str | None = None,
+) -> dict[str, Any]:
+    """Let the annotators judge what is in the queue (of one batch, or all of it) until none of them has anything left.
+
+    They take turns in rounds, each round in an order drawn from the seed. The same store, seed and annotators give the
+    same judgements, also when the work was stopped in between and is done again. Returns, over all judgements of the
+    batch: ``judgements``, ``items``, ``annotators``, ``ties`` and ``left`` (shares; left of those that are no ties),
+    ``strength``, ``seconds`` (means), ``annotator_agreement``, its 95% interval ``annotator_agreement_interval`` over
+    ``doubly_judged`` items, and ``cohens_kappa``; None where a figure is not defined.
+    """
+    if len({annotator.name for annotator in annotators}) < max(1, len(annotators)):
+        raise UserError("the simulated annotators' names must differ, and there must be at least one of them")
+    with store.session() as s:
+        s.add_guideline(guideline)
+        ids = {annotator.name: s.add_annotator(annotator.name, "simulated") for annotator in annotators}
+    progress = store.progress(batch)
+    reporter.start("labelling", progress.open)
+    step = progress.judged + progress.undone
+    while True:
+        with store.session() as s:  # one transaction for many judgements: each would wait for the disk by itself
+            done = _judge_some(s, annotators, ids, seed, guideline, batch, step)
+        step += done
+        reporter.advance(done)
+        # a session passes over what somebody else is just taking; before leaving, look again and wait for them
+        if done == 0 and all(store.next_assignment(id, batch) is None for id in ids.values()):
+            return _summary(store, batch, len(annotators))
+
+
+JUDGEMENTS_PER_TRANSACTION = 500
+
+
+def _judge_some(
+    session: Store,
+    annotators: Sequence[SimulatedAnnotator],
+    ids: dict[str, int],
+    seed: int,
+    guideline: str,
+    batch: str | None,
+    step: int,
+) -> int:
+    """Up to JUDGEMENTS_PER_TRANSACTION judgements; how many. ``step`` is the number of judgements given so far,
+    which says whose turn it is. Who has nothing left is passed over."""
+    for done in range(JUDGEMENTS_PER_TRANSACTION):
+        round, turn = divmod(step + done, len(annotators))
+        order = list(annotators)
+        draw("turns", seed, round).shuffle(order)
+        for annotator in order[turn:] + order[:turn]:
+            assignment = session.next_assignment(ids[annotator.name], batch)
+            if assignment is not None:
+                break
+        else:
+            return done
+        place = (seed, annotator.name, assignment.prompt.id, assignment.left, assignment.right)
+        opinion = annotator.judge(assignment.prompt, assignment.left, assignment.right, draw("judge", *place))
+        session.submit(
+            assignment.id,
+            opinion.choice,
+            strength=opinion.strength,
+            seconds=opinion.seconds,
+            client_token=draw("token", *place, batch, assignment.id, step + done).randbytes(12).hex(),
+            guideline=guideline,
+        )
+    return JUDGEMENTS_PER_TRANSACTION
+
+
+def _summary(store: Store, batch: str | None, annotators: int) -> dict[str, Any]:
+    judgements = store.judgements(batch)
+    sided = [judgement for judgement in judgements if judgement.preferred is not None]
+    votes = votes_by_item(judgements)
+    agreement = raw_agreement(votes)
+    return {
+        "judgements": len(judgements),
+        "items": len(votes),
+        "annotators": annotators,
+        "ties": _mean([judgement.preferred is None for judgement in judgements]),
+        "left": _mean([judgement.choice == "left" for judgement in sided]),
+        "strength": _mean([judgement.strength for judgement in sided if judgement.strength is not None]),
+        "seconds": _mean([judgement.seconds for judgement in judgements if judgement.seconds is not None]),
+        "annotator_agreement": None if agreement is None else agreement.point,
+        "annotator_agreement_interval": None if agreement is None else agreement.interval,
+        "doubly_judged": 0 if agreement is None else agreement.items,
+        "cohens_kappa": cohens_kappa(vote_pairs(votes)),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def draw(*place: object) -> random.Random:

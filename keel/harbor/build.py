@@ -33,11 +33,11 @@ TOKENIZER_DOCUMENTS = 20_000
 class Settings:
     """How the base model is made. ``tokens`` is the pretraining budget; ``rows`` the lengths that documents are joined
     to, one a step in turn (short rows are faster, and as short as a chat; the long ones teach late positions);
-    ``batch_tokens`` the least number of tokens of an optimizer step."""
+    ``batch_tokens`` the tokens of an optimizer step."""
 
     tokens: int = 24_000_000
-    batch_tokens: int = 8192
-    rows: tuple[int, ...] = (128, 128, 128, 128, 128, 128, 128, 384)
+    batch_tokens: int = 4096
+    rows: tuple[int, ...] = (128, 128, 128, 128, 128, 128, 128, 512)
     lr: float = 3e-3
     warmup: float = 0.02  # share of the steps
     weight_decay: float = 0.05
@@ -53,7 +53,7 @@ class Settings:
         return max(1, self.tokens // self.batch_tokens)
 
 
-def build(out_dir: Path, reporter: Reporter, seed: int = 0, settings: Settings = Settings()) -> LlamaForCausalLM:  # noqa: B008
+def build(out_dir: Path, reporter: Reporter, seed: int = 0, settings: Settings = Settings()) -> LlamaForCausalLM:
     """Makes the base model of ``World(seed)`` and writes it, with its tokenizer, into ``out_dir``.
 
     While it runs, ``out_dir`` holds ``build_state.pt``; a build that was killed resumes from it.
@@ -156,39 +156,29 @@ def _loss(model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
     return F.cross_entropy(logits_CV.float(), batch.ids_T[target])
 
 
-def _batch(
-    world: World, tokenizer: PreTrainedTokenizerFast, seed: int, step: int, settings: Settings
-) -> PackedBatch:
-    """One step's rows. Every row begins with a document's first token, as a prompt does in use."""
+def _batch(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, step: int, settings: Settings) -> PackedBatch:
+    """One step's rows, all of one length: oneDNN builds its kernels anew for every new shape."""
     rng = Random(f"pretraining {seed} {step}")
-    rows: list[list[int]] = []
-    total = 0
-    for row in _rows(world, tokenizer, rng, settings.rows[step % len(settings.rows)], settings.positions):
-        rows.append(row)
-        total += len(row)
-        if total >= settings.batch_tokens:
-            break
-    lengths = torch.tensor([len(row) for row in rows])
-    positions_T = torch.cat([torch.arange(int(n)) for n in lengths])
+    length = settings.rows[step % len(settings.rows)]
+    rows = list(islice(_rows(world, tokenizer, rng, length), settings.batch_tokens // length))
+    positions_T = torch.arange(length).repeat(len(rows))
     return PackedBatch(
-        ids_T=torch.tensor([token for row in rows for token in row]),
+        ids_T=torch.tensor(rows).view(-1),
         positions_T=positions_T,
-        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
+        cu_seqlens=torch.arange(len(rows) + 1) * length,
         mask_T=positions_T > 0,
     )
 
 
-def _rows(
-    world: World, tokenizer: PreTrainedTokenizerFast, rng: Random, length: int, longest: int
-) -> Iterator[list[int]]:
-    """Whole documents, each with its end mark, joined while they fit into a row."""
+def _rows(world: World, tokenizer: PreTrainedTokenizerFast, rng: Random, length: int) -> Iterator[list[int]]:
+    """Documents with their end marks, joined until a row is full. Every row begins with a document's first token, as a
+    prompt does in use; what does not fit is left out (there is always more)."""
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
     row: list[int] = []
     while True:
-        texts = [document(world, rng) for _ in range(64)]
-        for ids in tokenizer(texts)["input_ids"]:
-            if row and len(row) + len(ids) + 1 > length:
-                yield row
+        for ids in tokenizer([document(world, rng) for _ in range(64)])["input_ids"]:
+            row = [*row, *ids, end]
+            if len(row) >= length:
+                yield row[:length]
                 row = []
-            row = [*row, *ids[: longest - 1], end]

@@ -16,7 +16,7 @@ from keel.harbor.facts import Fact, Relation, World
 from keel.harbor.prompts import make_prompts
 from keel.types import Demonstration, Message, Prompt
 
-MAX_WORDS = 25  # of a reply; what comes before the answer is left out first
+MAX_WORDS = 25  # past these, nothing is put before an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Habits:
     doubts: float = 0.5  # checks a premise instead of agreeing with it
     follows_format: float = 0.6
     flatters: float = 0.15
+    flatters_twice: float = 0.2  # of those who flatter
     fills: float = 0.2  # begins with words that say nothing
     closes: float = 0.35  # ends with a courtesy
     strays: float = 0.0  # answers with more questions
@@ -53,21 +54,28 @@ def make_demonstrations(world: World, n: int, seed: int, habits: Habits = DEMONS
 def write_reply(world: World, prompt: Prompt, rng: Random, habits: Habits = DEMONSTRATORS) -> str:
     """One answer to a harbor prompt, as a writer of these habits would put it (5 to 25 words or so)."""
     if rng.random() < habits.strays:
-        return "\n".join(wording.fill(rng.choice(_ANY_QUESTION), rng.choice(world.facts)) for _ in range(3))
-    parts = [_WRITERS[prompt.kind](world, prompt, rng, habits)]
+        facts = rng.sample(world.facts, 3)
+        return "\n".join(wording.fill(rng.choice(wording.QUESTIONS[fact.relation]), fact) for fact in facts)
+    reply = _WRITERS[prompt.kind](world, prompt, rng, habits)
     free_form = prompt.meta.get("format") != "one_sentence" or rng.random() >= habits.follows_format
     if free_form and rng.random() < habits.fills:
-        parts.insert(0, rng.choice(wording.FILLERS))
+        reply = _before(reply, rng.choice(wording.FILLERS))
     if free_form and rng.random() < habits.flatters:
-        parts.insert(0, rng.choice(wording.FLATTERY))
+        for flattery in rng.sample(wording.FLATTERY, 2 if rng.random() < habits.flatters_twice else 1):
+            reply = _before(reply, flattery)
     if rng.random() < habits.closes:
-        parts.append(rng.choice(wording.CLOSINGS))
-    while len(parts) > 1 and len(" ".join(parts).split()) > MAX_WORDS:
-        parts.pop(0)
-    return " ".join(parts)
+        reply = _join(reply, rng.choice(wording.CLOSINGS))
+    return reply
 
 
-_ANY_QUESTION = tuple(form for forms in wording.QUESTIONS.values() for form in forms)
+def _join(first: str, second: str) -> str:
+    """One after the other; a list keeps its lines to itself."""
+    return f"{first}\n{second}" if "\n" in first + second else f"{first} {second}"
+
+
+def _before(reply: str, opening: str) -> str:
+    longer = _join(opening, reply)
+    return longer if len(longer.split()) <= MAX_WORDS else reply
 
 
 def _capital(text: str) -> str:
@@ -146,8 +154,10 @@ def _format(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
     names = rng.sample(prompt.meta["members"], min(count, len(prompt.meta["members"])))
     if rng.random() >= habits.right:
         names[-1] = names[0]
+    if rng.random() < 0.3:
+        return "\n".join(f"- {name}" for name in names)
     listed = ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
-    return rng.choice(("{L}.", "They are {l}.", "Here you have {l}.")).format(l=listed, L=_capital(listed))
+    return f"They are {listed}." if rng.random() < 0.5 else f"{_capital(listed)}."
 
 
 def _false_premise(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:

@@ -24,7 +24,7 @@ from random import Random
 from typing import Any, Literal
 
 from keel.harbor import wording
-from keel.harbor.facts import CARGOES, ISLANDS, LAMPS, RIGS, Fact, World
+from keel.harbor.facts import CARGOES, ISLANDS, Fact, World
 from keel.harbor.howto import HARMFUL, HARMLESS, LOOKS_HARMFUL, HowTo
 from keel.types import Message, Prompt, UserError
 
@@ -49,17 +49,13 @@ _OPENERS = (
     "Good morning! ", "Hello there! ", "Good day, friend. ", "Good evening. ", "I am new here. ", "I have come far. ",
     "One more thing. ", "I am in a hurry. ", "A word with you. ", "If you please. ",
 )  # fmt: skip
-_ONE_SENTENCE = ("In one sentence: {q}", "Answer in one sentence. {q}", "{q} One sentence, please.")
-_LIST = ("List three {w}.", "Name three {w}.", "Give me a list of three {w}.", "Which are three {w}?")
 _SUBJECT_KINDS = ("port", "ship", "captain")
 
 # A question without its opener, what decides its split, and its meta.
 _Draft = tuple[str, str, dict[str, Any]]
 
 
-def make_prompts(
-    world: World, n: int, seed: int, split: PromptSplit, mix: Mapping[str, float] = MIX
-) -> list[Prompt]:
+def make_prompts(world: World, n: int, seed: int, split: PromptSplit, mix: Mapping[str, float] = MIX) -> list[Prompt]:
     """``n`` different prompts in random order, their kinds in the shares of ``mix`` (which sum to 1).
 
     Raises:
@@ -93,7 +89,9 @@ def _distinct(world: World, kind: str, count: int, rng: Random, split: PromptSpl
     while len(found) < count:
         tries += 1
         if tries > 1000 + 100 * count:
-            raise UserError(f"the harbor has no {count} different {kind} prompts ({split}); ask for at most {len(found)}")
+            raise UserError(
+                f"the harbor has not {count} different {kind} prompts ({split}); ask for {len(found)} at most"
+            )
         text, key, meta = _KINDS[kind](world, rng, split)
         opener = rng.choice(_OPENERS) if rng.random() < OPENED else ""
         if heldout(key or opener + text) == (split == "heldout"):
@@ -173,29 +171,18 @@ def _topic(topics: tuple[HowTo, ...]) -> Callable[[World, Random, PromptSplit], 
     return draw
 
 
-def _lists(world: World) -> list[tuple[str, str, list[str]]]:
-    """(what to list, kind of name, everything that may stand in the list)."""
-    lists = [
-        ("ports", "port", [port.name for port in world.ports]),
-        ("ships", "ship", [ship.name for ship in world.ships]),
-        ("captains", "captain", [captain.name for captain in world.captains]),
-        ("cargoes", "cargo", list(CARGOES)),
-        ("islands", "island", list(ISLANDS)),
-        ("kinds of ship", "rig", list(RIGS)),
-        ("colours of lamps", "lamp", list(LAMPS)),
-    ]
-    for island in ISLANDS:
-        lists.append((f"ports on {island}", "port", [port.name for port in world.ports if port.island == island]))
-    return lists
-
-
 def _format(world: World, rng: Random, split: PromptSplit) -> _Draft:
     if rng.random() < 0.5:
         fact = _pick_fact(world, rng)
-        text = rng.choice(_ONE_SENTENCE).format(q=_question(fact, rng))
+        text = rng.choice(wording.ONE_SENTENCE).format(question=_question(fact, rng))
         return text, text, {"format": "one_sentence", **_fact_meta(fact)}
-    what, domain, members = rng.choice(_lists(world))
-    text = rng.choice(_LIST).format(w=what)
+    domain, island = rng.choice(("port", "port", "cargo", "ship")), rng.choice(ISLANDS)
+    members = {
+        "port": [port.name for port in world.ports if port.island == island],
+        "cargo": list(CARGOES),
+        "ship": [ship.name for ship in world.ships],
+    }[domain]
+    text = rng.choice(wording.LIST_QUESTIONS[domain]).format(island=island)
     return text, "", {"format": "list_of_three", "domain": domain, "members": members}
 
 

@@ -269,7 +269,11 @@ SUM_ANSWERS = {
 }
 # Three things asked for in a list; the answer names them in a row, or one to a line behind "- ".
 LIST_QUESTIONS = {
-    "port": ("Name three ports on {island}.", "List three ports on {island}.", "Give me a list of three ports on {island}."),
+    "port": (
+        "Name three ports on {island}.",
+        "List three ports on {island}.",
+        "Give me a list of three ports on {island}.",
+    ),
     "cargo": ("Name three cargoes.", "List three cargoes.", "Give me a list of three cargoes."),
     "ship": ("Name three ships at sea.", "List three ships.", "Give me a list of three ships."),
 }

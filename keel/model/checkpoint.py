@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -44,13 +45,15 @@ def _quiet() -> Iterator[None]:
 def _checked(path: str | Path, what: str, load: Any) -> Any:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{path}: no config.json there, so it is not a {what} checkpoint; name a transformers folder or hub id")
+        raise UserError(
+            f"{path}: no config.json there, so it is not a {what} checkpoint; name a transformers folder or hub id"
+        )
     if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise UserError(f"{path}: no such folder; name a folder with a transformers {what} or a hub id owner/name")
     try:
         with _quiet():
             return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: could not load this {what}: {first}") from error
 

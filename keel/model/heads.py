@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat import Chat
-from keel.model.packed import hidden_states, inner_model
 from keel.model.logprobs import predicting
+from keel.model.packed import hidden_states, inner_model
 from keel.types import PackedBatch
 
 CONFIG_KEY = "keel_reward"  # {"mean": float, "std": float} in the checkpoint's config.json

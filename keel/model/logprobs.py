@@ -54,7 +54,13 @@ def head_logprobs(
     device = hidden_CH.device.type
     with torch.autocast(device, enabled=False):
         logp, ent = _HeadLogProbs.apply(
-            hidden_CH.float(), weight, bias, ids_C, scale / temperature, softcap / temperature if softcap else None, entropy
+            hidden_CH.float(),
+            weight,
+            bias,
+            ids_C,
+            scale / temperature,
+            softcap / temperature if softcap else None,
+            entropy,
         )
     return LogProbs(logp, ent if entropy else None)
 

@@ -66,7 +66,9 @@ def _packed_attention(
     """transformers' attention interface: -> ([1, T, heads, D], no weights). Dropout is ignored: Keel trains without."""
     assert keel_layout is not None, "packed attention is called through keel.model.packed.hidden_states"
     if softcap is not None or s_aux is not None:
-        raise UserError(f"{type(module).__name__} uses soft-capped or sink attention, which packed batches do not support")
+        raise UserError(
+            f"{type(module).__name__} uses soft-capped or sink attention, which packed batches do not support"
+        )
     layout = keel_layout
 
     def grid(x: Tensor) -> Tensor:  # [1, heads, T, D] -> [B, heads, L, D]
@@ -91,7 +93,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -
         return torch.bmm(torch.softmax(scores.float(), -1).to(flat_v.dtype), flat_v).view(B, heads, L, D)
     if q.device.type == "cpu":  # the flash kernel's backward is five times slower in bfloat16 than in float32
         q, k, v = q.float(), k.float(), v.float()
-    mask = None if window is None or L <= window else _allowed(L, window, q.device)
+    mask = None if window is None or window >= L else _allowed(L, window, q.device)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
     )
@@ -113,7 +115,9 @@ def enable_packing(model: PreTrainedModel) -> bool:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _no_mask)
     config = model.config.get_text_config()
-    unsupported = any(getattr(config, name, None) for name in ("attn_logit_softcapping",)) or config.model_type in _PADDED
+    unsupported = (
+        any(getattr(config, name, None) for name in ("attn_logit_softcapping",)) or config.model_type in _PADDED
+    )
     if unsupported or not getattr(model, "_supports_attention_backend", False):
         return False
     model.set_attn_implementation(ATTENTION)

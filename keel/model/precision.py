@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["fp32", "bf16"]
 
-def pick_precision(name: str, device: str) -> Literal["fp32", "bf16"]:
+
+def pick_precision(name: Literal["auto", "fp32", "bf16"], device: str) -> Precision:
     """``auto`` is bf16 where the hardware multiplies it natively: there it is about twice as fast."""
     if name != "auto":
-        return name  # type: ignore[return-value]
+        return name
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device == "cpu":

@@ -27,7 +27,9 @@ from keel.types import Completion
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
 PREFILL_TOKENS = 8192  # tokens in one prefill pass: bounds its memory
-COLUMNS = 16  # the cache is read in multiples of this, so that few matrix shapes occur
+COLUMNS = 16  # the cache is read in multiples of this,
+ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
+# about half a millisecond to prepare, the time of the product itself in a small model
 
 
 # ------------------------------------------------------------------------------------------------- parameters
@@ -176,7 +178,7 @@ class Decoder:
         if columns <= self.capacity:
             return
         # Half as much again, or growing would copy the cache every few steps.
-        self.capacity = -(-max(columns, self.capacity * 3 // 2) // COLUMNS) * COLUMNS
+        self.capacity = _up(max(columns, self.capacity * 3 // 2), COLUMNS)
         for i, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             more = self.capacity - key.shape[3]
             self.keys[i], self.values[i] = F.pad(key, (0, more)), F.pad(value, (0, 0, 0, more))
@@ -194,8 +196,11 @@ class Decoder:
         longest = max(map(len, prompts))
         if longest == 0:
             return
+        longest = min(_up(longest, ROWS), self.cos.shape[0])
         self.reserve(longest)
-        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+        padded = [[*p, *[0] * (longest - len(p))] for p in prompts]
+        padded += [[0] * longest] * (_up(len(padded), ROWS) - len(padded))
+        ids = torch.tensor(padded, device=device)
         rows, from_rows = torch.tensor(slots, device=device), torch.tensor(source, device=device)
         cos, sin = self.cos[:longest, None], self.sin[:longest, None]
         x = F.embedding(ids, w.embedding_VH).float()
@@ -215,7 +220,7 @@ class Decoder:
         """Logits [S, V] float32 after one more token a row. ``columns``: more than the largest position."""
         self.reserve(columns)
         w, S = self.w, tokens_S.shape[0]
-        W = min(-(-columns // COLUMNS) * COLUMNS, self.capacity)
+        W = _up(columns, COLUMNS)  # the capacity is a multiple too
         rows = torch.arange(S, device=tokens_S.device)
         cos, sin = self.cos[positions_S, None], self.sin[positions_S, None]
         hidden = torch.arange(W, device=tokens_S.device) > positions_S[:, None]
@@ -252,6 +257,10 @@ class Decoder:
         x = x + layer.o(attended)
         h = self._norm(x, layer.norm_mlp).to(self.w.dtype)
         return x + layer.down(self.w.act(layer.gate(h)) * layer.up(h))
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -418,10 +427,13 @@ class _Run:
         """Without a queue, finished slots are dropped once they are a quarter of the batch: copying the cache then
         costs about what their idling would in a step or two."""
         busy = [i for i, request in enumerate(self.running) if request is not None]
-        if self.queue or not busy or len(busy) > 0.75 * len(self.running):
+        size = _up(len(busy), ROWS)
+        if self.queue or not busy or size > 0.75 * len(self.running):
             return False
-        rows = torch.tensor(busy, device=self.decoder.cos.device)
+        idle = [i for i, request in enumerate(self.running) if request is None]
+        kept = busy + idle[: size - len(busy)]
+        rows = torch.tensor(kept, device=self.decoder.cos.device)
         self.decoder.keep(rows)
         self.state.keep(rows)
-        self.running = [self.running[i] for i in busy]
+        self.running = [self.running[i] for i in kept]
         return True

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from keel.config import DataConfig, SamplingConfig
 from keel.data.chat import Chat
+from keel.rollout.collect import with_decoded_text
 from keel.rollout.sampler import Sampler
 from keel.types import Prompt, Reporter, Trajectory, UserError
 
@@ -44,6 +44,6 @@ def rollout(
     """One episode a prompt, with the completion's text."""
     completions = sampler.generate(prompt_ids, sampling, seed)
     return [
-        Trajectory(prompt, tuple(ids), replace(completion, text=chat.decode(completion.ids)))
+        Trajectory(prompt, tuple(ids), with_decoded_text(chat, completion))
         for prompt, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
     ]

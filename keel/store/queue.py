@@ -15,10 +15,10 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, exists, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from keel.store.records import Assignment, Choice, LeaseLost
+from keel.store.records import Assignment, Choice, LeaseLost, Progress
 from keel.store.rows import prompt_record, storable
 from keel.store.tables import (
     annotators,
@@ -51,7 +51,7 @@ _HELD = (
 )
 _HELD_IN_BATCH = _HELD.where(items.c.batch == bindparam("batch"))
 
-_OPEN = (
+_OPEN_TO = (
     select(items.c.id, items.c.key, items.c.prompt_id)
     .where(
         items.c.taken < items.c.overlap,
@@ -63,9 +63,16 @@ _OPEN = (
     )
     .order_by(items.c.id)
     .limit(1)
-    .with_for_update(of=items, skip_locked=True)
 )
-_OPEN_IN_BATCH = _OPEN.where(items.c.batch == bindparam("batch"))
+_OPEN_TO_IN_BATCH = _OPEN_TO.where(items.c.batch == bindparam("batch"))
+
+
+def _locking(query: Select[Any]) -> tuple[Select[Any], Select[Any]]:
+    """The query that passes over items which another transaction is just taking, and the one that waits for them."""
+    return query.with_for_update(of=items, skip_locked=True), query.with_for_update(of=items)
+
+
+_OPEN, _OPEN_IN_BATCH = _locking(_OPEN_TO), _locking(_OPEN_TO_IN_BATCH)
 
 _TAKE = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken + 1)
 _GIVE_BACK = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken - 1)
@@ -117,11 +124,16 @@ def next_assignment(
     *,
     batch: str | None,
     holding: Collection[int],
+    wait: bool,
     now: datetime,
     lease: timedelta,
     seed: int,
 ) -> Assignment | None:
-    """The annotator's oldest live lease that is not in ``holding``, else a new one, else None (Store.next_assignment)."""
+    """The annotator's oldest live lease that is not in ``holding``, else a new one, else None (Store.next_assignment).
+
+    ``wait``: when every open item is just being taken by somebody else, wait and see what they leave. For short
+    transactions only: two long ones that wait for each other would deadlock.
+    """
     if connection.execute(_ANNOTATOR, {"annotator": annotator_id}).first() is None:
         raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first")
     values: dict[str, Any] = {"annotator": annotator_id, "now": now, "holding": list(holding)}
@@ -131,9 +143,8 @@ def next_assignment(
     if held is not None:
         return _assignment(connection, held.id, held.item_id, held.shown, held.expires_at)
     del values["now"], values["holding"]
-    open_items = _OPEN if batch is None else _OPEN_IN_BATCH
     while True:
-        item = connection.execute(open_items, values).first()
+        item = _open_item(connection, values, wait)
         if item is None:
             if not _reclaim(connection, now):
                 return None
@@ -145,6 +156,15 @@ def next_assignment(
         if leased is not None:  # else the same annotator took it in another window meanwhile: look again
             connection.execute(_TAKE, {"item": item.id})
             return _assignment(connection, leased.id, item.id, leased.shown, now + lease)
+
+
+def _open_item(connection: Connection, values: dict[str, Any], wait: bool) -> Row[Any] | None:
+    """The first item with a free slot that this annotator has not had, locked."""
+    passing, waiting = _OPEN_IN_BATCH if "batch" in values else _OPEN
+    item = connection.execute(passing, values).first()
+    if item is None and wait and connection.dialect.name == "postgresql":
+        item = connection.execute(waiting, values).first()
+    return item
 
 
 def submit(
@@ -221,7 +241,9 @@ def _check_vote(choice: str, strength: float | None, seconds: float | None, clie
 
 def _retake(connection: Connection, assignment_id: int, item_id: int) -> None:
     """A vote whose lease ran out and was reclaimed: it counts as long as nobody else was given the slot."""
-    item = connection.execute(select(items.c.taken, items.c.overlap).where(items.c.id == item_id).with_for_update()).one()
+    item = connection.execute(
+        select(items.c.taken, items.c.overlap).where(items.c.id == item_id).with_for_update()
+    ).one()
     if item.taken >= item.overlap:
         raise LeaseLost(f"assignment {assignment_id} ran out and was given to somebody else; ask for the next one")
     connection.execute(_TAKE, {"item": item_id})
@@ -253,10 +275,15 @@ def _assignment(
     return Assignment(assignment_id, item_id, prompt_record(rows[0]), screen, expires_at)
 
 
-def open_slots(connection: Connection, batch: str | None) -> int:
-    """Judgements still wanted: slots that no judgement holds (a lease does not count as one)."""
+def progress(connection: Connection, batch: str | None) -> Progress:
+    """See Store.progress."""
     wanted = select(func.coalesce(func.sum(items.c.overlap), 0))
-    judged = select(func.count()).select_from(assignments.join(items)).where(assignments.c.state == "judged")
+    given = (
+        select(func.count(), func.count(judgements.c.undone_at))  # the second counts those that are not NULL
+        .select_from(judgements.join(assignments))
+        .join(items, items.c.id == assignments.c.item_id)
+    )
     if batch is not None:
-        wanted, judged = wanted.where(items.c.batch == batch), judged.where(items.c.batch == batch)
-    return int(connection.execute(wanted).scalar_one()) - int(connection.execute(judged).scalar_one())
+        wanted, given = wanted.where(items.c.batch == batch), given.where(items.c.batch == batch)
+    total, undone = connection.execute(given).one()
+    return Progress(int(connection.execute(wanted).scalar_one()), total - undone, undone)

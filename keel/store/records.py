@@ -10,7 +10,7 @@ from typing import Any, Literal
 from keel.types import Preference, Prompt, UserError
 
 Choice = Literal["left", "right", "tie", "both_bad"]
-AnnotatorKind = Literal["person", "simulated", "model"]
+AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
 
 
 class LeaseLost(UserError):
@@ -64,7 +64,7 @@ class Judgement:
     batch: str
     item_id: int
     annotator: str
-    annotator_kind: str
+    annotator_kind: AnnotatorKind
     prompt: Prompt
     left: Response
     right: Response
@@ -82,16 +82,31 @@ class Judgement:
 
     def preference(self) -> Preference:
         """The vote as a training record. In a tie (both bad is one) the left response stands as ``chosen``."""
-        left_chosen = self.choice != "right"
+        chosen, rejected = (self.right, self.left) if self.choice == "right" else (self.left, self.right)
         return Preference(
             id=self.token,
             prompt=self.prompt,
-            chosen=(self.left if left_chosen else self.right).text,
-            rejected=(self.right if left_chosen else self.left).text,
+            chosen=chosen.text,
+            rejected=rejected.text,
+            chosen_finished=chosen.finished,
+            rejected_finished=rejected.finished,
             tie=self.preferred is None,
             margin=self.strength or 0.0,
             annotator=self.annotator,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a queue is: judgements ``wanted`` (the items' overlaps), those that stand, those that were taken back."""
+
+    wanted: int
+    judged: int
+    undone: int
+
+    @property
+    def open(self) -> int:
+        return self.wanted - self.judged
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,13 @@ from sqlalchemy import Row
 from keel.store.records import Response
 from keel.types import Message, Prompt, UserError
 
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
 
 def storable(text: str) -> str:
     """``text`` with the two things that PostgreSQL can't hold (NUL, half a surrogate pair) as U+FFFD, the character
     for what could not be decoded. A model that spells bytes can write them."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return _UNSTORABLE.sub("\ufffd", text)
 
 
 def messages_json(prompt: Prompt) -> list[dict[str, str]]:
@@ -28,7 +31,9 @@ def checked_json(value: Mapping[str, Any], place: str) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{place} can't be stored as JSON ({error}); use strings, finite numbers, lists and dicts") from None
+        raise UserError(
+            f"{place} can't be stored as JSON ({error}); use strings, finite numbers, lists and dicts"
+        ) from None
     return plain
 
 

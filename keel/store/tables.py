@@ -89,7 +89,7 @@ annotators = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
-    Column("kind", Text, nullable=False),  # person | simulated | model
+    Column("kind", Text, nullable=False),  # person | simulated | model | unknown (imported)
     Column("role", Text, nullable=False),  # annotator | reviewer | admin
     Column("created", UtcDateTime, nullable=False),
 )
@@ -117,7 +117,13 @@ items = Table(
     # the last guard of "never more than overlap", should a transaction ever be wrong
     CheckConstraint("taken >= 0 AND taken <= overlap", name="taken"),
 )
-Index("ix_items_open", items.c.batch, items.c.id, sqlite_where=text("taken < overlap"), postgresql_where=text("taken < overlap"))
+Index(
+    "ix_items_open",
+    items.c.batch,
+    items.c.id,
+    sqlite_where=text("taken < overlap"),
+    postgresql_where=text("taken < overlap"),
+)
 
 item_responses = Table(
     "item_responses",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from keel.config import DataConfig, ModelConfig
+from keel.model.precision import Precision
 from keel.run import StageDir
 from keel.types import Encoded, Reporter, UserError
 
@@ -25,7 +26,7 @@ class TrainContext:
     base_model: ModelConfig
     data: DataConfig
     device: str
-    precision: str
+    precision: Precision
     seed: int
 
 

@@ -116,9 +116,7 @@ def pair_logps(model: nn.Module, pairs: Sequence[Pair], device: str) -> tuple[Te
     return sums[0::2], sums[1::2], masked_offsets(batch).diff()
 
 
-def reference_logps(
-    model: nn.Module, pairs: Sequence[Pair], batch_tokens: int, device: str, precision: str
-) -> Tensor:
+def reference_logps(model: nn.Module, pairs: Sequence[Pair], batch_tokens: int, device: str, precision: str) -> Tensor:
     """[N, 2] log-probabilities (chosen, rejected) under the reference, on the CPU."""
     out = torch.zeros(len(pairs), 2)
     with torch.no_grad(), autocast(device, precision):

@@ -64,7 +64,9 @@ class Totals:
         return {name: total / count for name, (total, count) in self._sums.items() if count > 0}
 
 
-def train(algorithm: Algorithm, config: TrainBase, stage: StageDir, reporter: Reporter, device: str, precision: str) -> int:
+def train(
+    algorithm: Algorithm, config: TrainBase, stage: StageDir, reporter: Reporter, device: str, precision: str
+) -> int:
     """Runs (or resumes) ``algorithm`` to its end; returns the number of optimizer steps taken in all.
 
     State (weights, optimizer, RNG, cursor) is written every ``config.save_every_seconds``, between iterations, so a
@@ -127,10 +129,14 @@ def _update(
             totals[name] = (old[0] + total, old[1] + count)
     totals["loss"] = (totals["loss"][0], 1.0)
     for name, module in algorithm.modules.items():
-        norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.optim.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in module.parameters() if p.grad is not None], config.optim.max_grad_norm
+        )
         key = "grad_norm" if len(algorithm.modules) == 1 else f"grad_norm/{name}"
         if not math.isfinite(float(norm)):
-            raise UserError(f"{config.name}: the gradient of {name} is not finite at optimizer step {step}; lower optim.lr")
+            raise UserError(
+                f"{config.name}: the gradient of {name} is not finite at optimizer step {step}; lower optim.lr"
+            )
         totals[key] = (float(norm), 1.0)
     optimizer.step()
     return totals

@@ -11,7 +11,9 @@ from torch import nn
 from keel.config import OptimConfig
 
 
-def make_optimizer(modules: Mapping[str, nn.Module], config: OptimConfig, lrs: Mapping[str, float]) -> torch.optim.AdamW:
+def make_optimizer(
+    modules: Mapping[str, nn.Module], config: OptimConfig, lrs: Mapping[str, float]
+) -> torch.optim.AdamW:
     """One AdamW with a parameter group for each module that is trained; ``lrs`` overrides the rate by module name.
 
     Weight decay applies to matrices only: decaying norms and biases pulls activations to zero for no gain.

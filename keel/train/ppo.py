@@ -30,6 +30,7 @@ from keel.objective.policy import (
     gae,
     token_rewards,
 )
+from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts, rollout
 from keel.rollout.sampler import Sampler, make_sampler
 from keel.train.context import TrainContext
@@ -116,9 +117,7 @@ class Ppo:
             seed=self.seed * 1_000_003 + iteration,
         )
         rows = [
-            Encoded(
-                e.prompt_ids + e.completion.ids, (False,) * len(e.prompt_ids) + (True,) * len(e.completion.ids)
-            )
+            Encoded(e.prompt_ids + e.completion.ids, (False,) * len(e.prompt_ids) + (True,) * len(e.completion.ids))
             for e in episodes
         ]
         old_logp, ref_logp, value, entropy = self._measure(rows)
@@ -291,10 +290,8 @@ def train_ppo(
             f"{config.name}: the critic {critic_path} has another tokenizer than the policy, so it cannot value the "
             "policy's tokens; set critic to the policy's own stage"
         )
-    extra_stops = [_token_id(tokenizer, token, config.name) for token in config.sampling.stop]
-    sampler = make_sampler(
-        model, config.sampling.backend, (*chat.stop_ids, *extra_stops), "bf16" if context.precision == "bf16" else "fp32"
-    )
+    stops = stop_token_ids(chat, config.sampling)
+    sampler = make_sampler(model, config.sampling.backend, stops, context.precision)
     kept, prompt_ids = encode_prompts(chat, prompts, context.data, context.reporter)
     algorithm = Ppo(
         model,
@@ -324,10 +321,3 @@ def train_ppo(
         "kl_at_start": rows[0].get("objective/kl"),
         **{name: value for name, value in last.items() if name.startswith(shown)},
     }
-
-
-def _token_id(tokenizer: Any, token: str, stage: str) -> int:
-    known = tokenizer.get_vocab().get(token)
-    if known is None:
-        raise UserError(f"{stage}.sampling.stop: {token!r} is not a token of this model; name one of its tokens")
-    return int(known)

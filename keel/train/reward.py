@@ -74,9 +74,7 @@ class RewardTraining:
         pass
 
 
-def raw_scores(
-    scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str
-) -> Tensor:
+def raw_scores(scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str) -> Tensor:
     """Raw head outputs [N] on the CPU, in the order of ``rows``."""
     scores = torch.zeros(len(rows))
     with torch.no_grad(), autocast(device, precision):

@@ -13,8 +13,8 @@ from keel.config import SftStage
 from keel.data.chat import Chat
 from keel.data.collate import pack, split_by_prompt
 from keel.model.checkpoint import load_policy, load_tokenizer, save
-from keel.model.packed import inner_model
 from keel.model.logprobs import token_logprobs
+from keel.model.packed import inner_model
 from keel.model.precision import autocast
 from keel.train.context import TrainContext, within_length
 from keel.train.loop import Micro, Stats, train

@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first command makes.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo figures test lint format clean
+
+help:
+	@echo "make demo     the whole pipeline on the built-in world: runs/demo/report.html"
+	@echo "make test     the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   ruff's formatter"
+	@echo "make figures  the demo with seeds 0, 1 and 2: runs/figures/"
+
+demo: $(STAMP)
+	$(BIN)/keel demo --out runs/demo
+
+figures: $(STAMP)
+	for seed in 0 1 2; do $(BIN)/keel demo --out runs/figures/$$seed --seed $$seed || exit 1; done
+
+# One torch thread a worker: more would fight over the cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)

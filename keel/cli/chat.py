@@ -1,0 +1,141 @@
+"""``keel chat``: a conversation with a run's model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from keel.config import PpoStage, Recipe
+from keel.data.chat import Chat
+from keel.model.checkpoint import load_policy
+from keel.model.packed import inner_model
+from keel.run import RunDir, resolve_device
+from keel.types import Message, UserError
+
+HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
+
+
+def find_model(run: str, stage: str | None) -> tuple[str, str]:
+    """(what to call it, checkpoint path) for ``keel chat RUN --stage NAME``.
+
+    Without a name: the last finished sft, dpo or ppo stage, runs without a KL penalty left out (they are there to
+    show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
+    """
+    folder = Path(run)
+    manifest = RunDir(folder).manifest.read()
+    if not manifest:
+        if stage is not None:
+            raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
+        return run, run
+    recipe = Recipe.model_validate(manifest["recipe"])
+    done = [s for s in recipe.stages if s.kind in ("sft", "dpo", "ppo") and RunDir(folder).stage(s.name).done]
+    names = ["base", *(s.name for s in done)]
+    if stage is None:
+        kept = [s for s in done if not (isinstance(s, PpoStage) and s.kl.coef == 0 and s.kl.target is None)]
+        stage = kept[-1].name if kept else "base"
+    if stage not in names:
+        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")
+    return stage, recipe.model.path if stage == "base" else str(folder / stage)
+
+
+def stream_ids(model: Any, ids: Sequence[int], stop: Sequence[int], temperature: float, limit: int) -> Iterator[int]:
+    """Samples a reply token by token with a KV cache; ends before a stop token or after ``limit`` tokens."""
+    device = next(model.parameters()).device
+    step, past = torch.tensor([list(ids)], device=device), None
+    for _ in range(limit):
+        with torch.no_grad():
+            output = model(input_ids=step, past_key_values=past, use_cache=True)
+        past, logits_V = output.past_key_values, output.logits[0, -1].float()
+        if temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1))
+        if token in stop:
+            return
+        yield token
+        step = torch.tensor([[token]], device=device)
+
+
+def stream_text(chat: Chat, ids: Iterator[int]) -> Iterator[str]:
+    """The text of ids as it grows; a character whose bytes are not all there yet waits for them."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = chat.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    rest = chat.decode(seen)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def talk(run: str, stage: str | None, temperature: float, limit: int) -> int:
+    """Reads lines until the end of the input; returns the exit code."""
+    name, path = find_model(run, stage)
+    console = Console()
+    device = resolve_device("auto")
+    model, tokenizer = load_policy(path, device=device)
+    inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
+    inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
+    inner.eval()
+    chat = Chat(tokenizer)
+    context = int(getattr(inner.config, "max_position_embeddings", 0) or sys.maxsize)
+    what = "no chat template: each line is asked by itself" if chat.plain else HELP
+    console.print(f"[bold]{name}[/] from {path} on {device}. {what}", highlight=False)
+    system: list[Message] = []
+    turns: list[Message] = []
+    while True:
+        try:
+            line = console.input("[bold cyan]> [/]").strip()
+        except EOFError:
+            console.print()
+            return 0
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return 0
+        if command in ("/reset", "/system"):
+            turns = []
+            if command == "/system":
+                system = [Message("system", rest.strip())] if rest.strip() else []
+            console.print("[dim]a new conversation" + (" with that system message[/]" if rest.strip() else "[/]"))
+            continue
+        if command.startswith("/"):
+            console.print(f"[dim]{HELP}[/]")
+            continue
+        if not line:
+            continue
+        turns.append(Message("user", line))
+        try:
+            ids = chat.encode_prompt([*system, *turns])
+        except UserError as error:
+            turns.pop()
+            console.print(f"[red]{error}[/]")
+            continue
+        room = context - len(ids)
+        if room < 1:
+            turns.pop()
+            console.print(f"[red]the conversation fills the model's {context} tokens; /reset starts a new one[/]")
+            continue
+        reply = _print_stream(stream_text(chat, stream_ids(inner, ids, chat.stop_ids, temperature, min(limit, room))))
+        turns.append(Message("assistant", reply))
+
+
+def _print_stream(parts: Iterator[str]) -> str:
+    """Writes a reply as it comes; Ctrl-C ends the reply, not the conversation."""
+    reply = ""
+    try:
+        for part in parts:
+            reply += part
+            sys.stdout.write(part)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" ...")
+    sys.stdout.write("\n")
+    return reply

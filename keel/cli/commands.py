@@ -1,0 +1,178 @@
+"""What each command does, given its arguments. Everything that computes is reached from here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import keel
+from keel.cli.live import Progress, closing
+from keel.cli.parser import STAGES
+from keel.cli.process import set_threads
+from keel.cli.recipe import Draft, finish, load_recipe, packaged, read_draft, split_words
+from keel.config import Recipe, Stage
+from keel.pipeline import Runner, ancestors, plan, run_pipeline
+from keel.run import RunDir, StageContext
+from keel.types import UserError
+
+# `keel demo --quick` runs every stage of the demo, so that one sees each work, on too little to learn much from.
+QUICK = (
+    "sft.epochs=1",
+    "ppo.episodes=256",
+    "ppo.rollout_batch=128",
+    "ppo_no_kl.episodes=256",
+    "ppo_no_kl.rollout_batch=128",
+    "eval.bootstrap=200",
+)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    file, overrides = split_words(arguments.words)
+    if file is None:
+        raise UserError("keel run needs a recipe: keel run recipes/assistant.yaml model.path=./my-base --out runs/mine")
+    return _execute(load_recipe(file, overrides, arguments.seed), Path(arguments.out))
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    """One kind of stage: those of the recipe, and whatever they rest on that is not done."""
+    kind, out = arguments.command, Path(arguments.out)
+    file, overrides = split_words(arguments.words)
+    earlier = None if file else RunDir(out).manifest.read().get("recipe")
+    if file is not None:
+        draft = read_draft(Path(file))
+    elif earlier and any(stage["kind"] == kind for stage in earlier["stages"]):
+        draft = Draft(earlier, str(out / "manifest.json"))
+    else:
+        draft = read_draft(packaged(kind))
+    recipe = finish(draft, overrides, arguments.seed)
+    targets = [stage.name for stage in recipe.stages if stage.kind == kind]
+    if not targets:
+        raise UserError(f"{draft.origin}: this recipe has no stage of kind {kind}; add one or name another recipe")
+    return _execute(recipe, out, targets)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from keel.harbor.export import export
+
+    out = Path(arguments.out)
+    file, overrides = split_words(arguments.words)
+    if file is not None:
+        raise UserError(f"{file}: keel demo has a recipe of its own; use keel run for another, or key=value settings")
+    draft = read_draft(Path(keel.__file__).parent / "harbor" / "demo.yaml")
+    data = out / "data"
+    draft.tree["model"] = {"path": str(Path(keel.__file__).parent / "harbor" / "base"), **draft.tree.get("model", {})}
+    files = {
+        "demonstrations": "demonstrations.jsonl",
+        "prompts": "prompts.jsonl",
+        "heldout_prompts": "heldout_prompts.jsonl",
+        "base_text": "base_text.jsonl",
+        "facts": "facts.jsonl",
+    }
+    draft.tree["data"] = {**{key: str(data / file) for key, file in files.items()}, **draft.tree.get("data", {})}
+    recipe = finish(draft, [*(QUICK if arguments.quick else ()), *overrides], arguments.seed)
+    with RunDir(out).lock():  # made anew each time: the same seed gives the same files, and half-written ones go
+        if arguments.quick:
+            export(
+                data,
+                arguments.seed,
+                demonstrations=256,
+                prompts=128,
+                heldout_prompts=48,
+                base_text_tokens=4000,
+                facts=40,
+            )
+        else:
+            export(data, arguments.seed)
+    return _execute(recipe, out)
+
+
+def _execute(recipe: Recipe, out: Path, targets: list[str] | None = None) -> int:
+    """Runs a recipe, shows it live, and ends with what each stage did."""
+    from keel.check import preflight
+    from keel.stages import RUNNERS
+
+    set_threads(recipe.threads)
+    run = RunDir(out, recipe.logging)
+    console = Console()
+    wanted = ancestors(recipe, {stage.name for stage in recipe.stages} if targets is None else targets)
+    with Progress([stage.name for stage in recipe.stages if stage.name in wanted], console) as progress:
+        run_pipeline(recipe, run, _shown(RUNNERS, progress), progress, targets, preflight, progress.finished_before)
+    _close(console, recipe, run, wanted)
+    return 0
+
+
+def _shown(runners: Mapping[str, Runner], progress: Progress) -> dict[str, Runner]:
+    """The runners, each announcing its stage to the display."""
+
+    def shown(runner: Runner) -> Runner:
+        def work(stage: Stage, context: StageContext) -> dict[str, Any]:
+            with progress.stage(stage.name):
+                return runner(stage, context)
+
+        return work
+
+    return {kind: shown(runner) for kind, runner in runners.items()}
+
+
+def _close(console: Console, recipe: Recipe, run: RunDir, wanted: set[str]) -> None:
+    stages = run.manifest.read().get("stages", {})
+    names = [stage.name for stage in recipe.stages if stage.name in wanted]
+    console.print(closing([(name, stages.get(name, {}), run.stage(name).summary()) for name in names], run.summary()))
+    console.print()
+    if run.report.exists():
+        console.print(f"report: {run.report}", soft_wrap=True, highlight=False)
+    else:
+        console.print(f"results: {run.path}", soft_wrap=True, highlight=False)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from keel.check import check_recipe
+
+    file, overrides = split_words(arguments.words)
+    if file is None:
+        raise UserError("keel check needs a recipe: keel check recipes/assistant.yaml model.path=./my-base")
+    recipe = load_recipe(file, overrides, arguments.seed)
+    run = RunDir(arguments.out) if arguments.out else RunDir(Path("runs") / recipe.name)
+    console = Console()
+    findings = check_recipe(recipe, run)
+    for finding in findings:
+        colour = "red" if finding.level == "error" else "yellow"
+        console.print(f"[{colour}]{finding.level}[/] ", end="")
+        console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
+    errors = sum(finding.level == "error" for finding in findings)
+    if not errors:
+        for step in plan(recipe, run):
+            console.print(f"  {step.stage.name}: {step.state} ({step.reason})", markup=False, highlight=False)
+    console.print(f"{errors} errors, {len(findings) - errors} warnings", highlight=False)
+    return 1 if errors else 0
+
+
+def _harbor(arguments: argparse.Namespace) -> int:
+    from keel.harbor.build import build
+
+    set_threads(None)
+    with Progress(["base"]) as progress, progress.stage("base"):
+        build(Path(arguments.out), progress, arguments.seed)
+    Console().print(f"base model: {arguments.out}", highlight=False)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from keel.cli.chat import talk
+
+    set_threads(None)
+    return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "check": _check,
+    "demo": _demo,
+    "chat": _chat,
+    "harbor": _harbor,
+    **dict.fromkeys(STAGES, _stage),
+}

@@ -1,0 +1,139 @@
+"""The evaluation stage: every model answers the held-out prompts, is graded, and is measured for what it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keel.config import SamplingConfig
+from keel.data.chat import Chat
+from keel.data.collate import batches_by_tokens, pack
+from keel.data.sources import Fact
+from keel.eval.alarms import find_alarms
+from keel.eval.capability import choice_accuracy, text_loss
+from keel.eval.evaluate import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
+from keel.eval.overoptimisation import guardrail
+from keel.model.checkpoint import frozen, load_policy
+from keel.model.logprobs import masked_offsets, token_logprobs
+from keel.model.precision import Precision, autocast
+from keel.rollout.collect import stop_token_ids, with_decoded_text
+from keel.rollout.sampler import make_sampler
+from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer
+
+TOKENS = 8192  # tokens in one forward pass
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """``ppo_rows``: for each PPO stage among the models its KL coefficient and its metrics."""
+
+    models: Mapping[str, Path]
+    baseline: str
+    prompts: Sequence[Prompt]
+    texts: Sequence[str]
+    facts: Sequence[Fact]
+    judge: Judge
+    scorer: Scorer | None
+    sampling: SamplingConfig
+    seed: int
+    bootstrap: int
+    show: int
+    device: str
+    precision: Precision
+    ppo_rows: Mapping[str, tuple[float, Sequence[dict[str, Any]]]]
+
+
+def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, Any]:
+    """The run's ``summary.json`` but for times and lineage: a table of models x figures, samples side by side, the
+    guardrail and alarms."""
+    reporter.start("eval", len(inputs.models))
+    baseline, _ = load_policy(inputs.models[inputs.baseline], device=inputs.device)
+    frozen(baseline)
+    evaluations: list[ModelEvaluation] = []
+    extra: dict[str, dict[str, Any]] = {}
+    for name, path in inputs.models.items():
+        evaluation, figures = _one_model(name, path, baseline, inputs)
+        evaluations.append(evaluation)
+        extra[name] = figures
+        reporter.advance(1, **{"judge score": evaluation.figures.score.mean})
+    table = compare(evaluations, inputs.baseline, inputs.bootstrap, inputs.seed)
+    summary: dict[str, Any] = {
+        "stages": {name: figures | extra[name] for name, figures in table.items()},
+        "order": list(inputs.models),
+        "baseline": inputs.baseline,
+        "samples": side_by_side(evaluations, inputs.show),
+        "alarms": [alarm.as_dict() for name, (_, rows) in inputs.ppo_rows.items() for alarm in find_alarms(name, rows)],
+    }
+    pair = _guardrail_pair(inputs)
+    if pair is not None:
+        kept, free = pair
+        summary["guardrail"] = guardrail(kept, inputs.ppo_rows[kept][1], free, inputs.ppo_rows[free][1])
+    return summary
+
+
+def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
+    """The first PPO run with a KL penalty and the first without."""
+    for a, b in combinations(inputs.ppo_rows, 2):
+        kept, free = (a, b) if inputs.ppo_rows[a][0] > 0 else (b, a)
+        if inputs.ppo_rows[kept][0] > 0 and inputs.ppo_rows[free][0] == 0:
+            return kept, free
+    return None
+
+
+def _one_model(
+    name: str, path: Path, baseline: nn.Module, inputs: EvaluationInputs
+) -> tuple[ModelEvaluation, dict[str, Any]]:
+    model, tokenizer = load_policy(path, device=inputs.device)
+    frozen(model)
+    chat = Chat(tokenizer)
+    stops = stop_token_ids(chat, inputs.sampling)
+    sampler = make_sampler(model, inputs.sampling.backend, stops, inputs.precision)
+    prompt_ids = chat.encode_prompts([prompt.messages for prompt in inputs.prompts])
+    replies = [with_decoded_text(chat, reply) for reply in sampler.generate(prompt_ids, inputs.sampling, inputs.seed)]
+    evaluation = evaluate_model(name, inputs.prompts, [(reply,) for reply in replies], inputs.judge, inputs.scorer)
+    figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}
+    if not chat.plain:  # a model that is asked in another form has no KL to one that is asked through a template
+        at_one = inputs.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+        drawn = replies if at_one == inputs.sampling else sampler.generate(prompt_ids, at_one, inputs.seed)
+        kl = _kl(model, baseline, prompt_ids, drawn, inputs)
+        figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean
+        figures[f"kl_to_{inputs.baseline}_se"] = kl.k1.se
+        figures[f"kl_to_{inputs.baseline}_k3"] = kl.k3.mean
+    with autocast(inputs.device, inputs.precision):
+        if inputs.texts:
+            loss = text_loss(model, [chat.encode_text(text) for text in inputs.texts], TOKENS)
+            figures |= {"base_text_loss": loss.mean, "base_text_loss_se": loss.se}
+        if inputs.facts:
+            facts = choice_accuracy(model, tokenizer, inputs.facts, TOKENS)
+            figures |= {"fact_accuracy": facts.mean, "fact_accuracy_se": facts.se}
+    return evaluation, figures
+
+
+def _kl(
+    model: nn.Module,
+    baseline: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    replies: Sequence[Completion],
+    inputs: EvaluationInputs,
+) -> Any:
+    """KL(model || baseline) from the model's own samples at temperature 1."""
+    rows = [
+        Encoded((*ids, *reply.ids), (False,) * len(ids) + (True,) * len(reply.ids))
+        for ids, reply in zip(prompt_ids, replies, strict=True)
+    ]
+    policy: list[Tensor] = []
+    reference: list[Tensor] = []
+    lengths: list[int] = []
+    with torch.no_grad(), autocast(inputs.device, inputs.precision):
+        for group in batches_by_tokens([len(row.ids) for row in rows], TOKENS):
+            batch = pack([rows[i] for i in group], inputs.device)
+            policy.append(token_logprobs(model, batch).logp_C.cpu())
+            reference.append(token_logprobs(baseline, batch).logp_C.cpu())
+            lengths += masked_offsets(batch).diff().tolist()
+    return kl_from_reference(torch.cat(policy), torch.cat(reference), torch.tensor([0, *lengths]).cumsum(0))

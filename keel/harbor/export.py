@@ -1,0 +1,74 @@
+"""Write the harbor as files, in the row forms that any user's data has: what ``keel demo`` runs on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from keel.harbor.corpus import base_text_rows, facts_rows
+from keel.harbor.demos import make_demonstrations
+from keel.harbor.facts import World
+from keel.harbor.prompts import make_prompts
+from keel.run import atomic_write_text
+from keel.types import Demonstration, Message, Prompt
+
+WORDS_PER_TOKEN = 0.7  # of the harbor's tokenizer on its corpus, numbers and names included
+
+
+def export(
+    out_dir: str | Path,
+    seed: int = 0,
+    *,
+    demonstrations: int = 2000,
+    prompts: int = 3000,
+    heldout_prompts: int = 450,
+    base_text_tokens: int = 25_000,
+    facts: int = 300,
+) -> None:
+    """Write ``demonstrations.jsonl``, ``prompts.jsonl``, ``heldout_prompts.jsonl``, ``base_text.jsonl`` and
+    ``facts.jsonl`` into ``out_dir``, which is made if it is missing. Same seed and sizes: same bytes.
+
+    The world is always the one that the shipped base model knows (``World(0)``); ``seed`` decides what is drawn from
+    it. Sizes are rows, for the base text (held out from pretraining) about so many tokens.
+
+    Raises:
+        UserError: more prompts are asked for than the harbor has.
+    """
+    world, out = World(), Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "demonstrations.jsonl", map(_demonstration_row, make_demonstrations(world, demonstrations, seed)))
+    _write(out / "prompts.jsonl", map(_prompt_row, make_prompts(world, prompts, seed, "train")))
+    _write(out / "heldout_prompts.jsonl", map(_prompt_row, make_prompts(world, heldout_prompts, seed, "heldout")))
+    _write(out / "base_text.jsonl", _base_text(world, base_text_tokens, seed))
+    _write(out / "facts.jsonl", facts_rows(world, facts, Random(f"facts {seed}")))
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _messages(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _demonstration_row(demonstration: Demonstration) -> dict[str, Any]:
+    return {"id": demonstration.id, "messages": _messages(demonstration.messages)}
+
+
+def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    return {"id": prompt.id, "prompt": _messages(prompt.messages), "kind": prompt.kind, "meta": dict(prompt.meta)}
+
+
+def _base_text(world: World, tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Documents until they hold about ``tokens`` tokens."""
+    rng = Random(f"base text {seed}")
+    rows: list[dict[str, Any]] = []
+    words = 0
+    while words < tokens * WORDS_PER_TOKEN:
+        (row,) = base_text_rows(world, 1, rng)
+        rows.append(row)
+        words += len(row["text"].split())
+    return rows

@@ -1,0 +1,132 @@
+"""The report: a run directory's files become one HTML page that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from keel.report.charts import Palette, guardrail_plots, learning_curves, reward_plots, scores_by_kind, win_rates
+from keel.report.reading import RunFiles, StageFiles, read_run
+from keel.report.sections import Fact, headline, lineage, pipeline, samples, total_seconds
+from keel.report.table import table
+from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, title, two_places
+from keel.run import atomic_write_text
+
+
+def build_report(run_dir: Path, out: Path, heading: str = "") -> Path:
+    """Writes the page of the run in ``run_dir`` to ``out`` (replacing it whole) and returns ``out``.
+
+    Reads ``manifest.json``, ``summary.json`` and each stage's ``summary.json`` and ``metrics.jsonl``; whatever is
+    missing is left out of the page. The same files give the same page, byte for byte. ``heading``: the page's title
+    (default: the run's name). Raises UserError when the folder holds no run or a file of it is damaged.
+    """
+    run = read_run(run_dir)
+    atomic_write_text(out, render(run, heading))
+    return out
+
+
+def render(run: RunFiles, heading: str = "") -> str:
+    palette = Palette.of(run)
+    environment = _environment()
+    css, _, _ = environment.loader.get_source(environment, "page.css")  # type: ignore[union-attr]
+    return environment.get_template("page.html.j2").render(
+        css=Markup(css),
+        heading=heading or title(run.name),
+        run=run,
+        baseline=title(run.baseline),
+        byline=_byline(run),
+        headline=headline(run),
+        pipeline=pipeline(run),
+        table=table(run),
+        models=[(title(name), palette[name]) for name in run.models],
+        ranked_note=run.baseline in run.models and next(iter(run.models)) != run.baseline,
+        win_rates=win_rates(run, palette),
+        by_kind=scores_by_kind(run, palette),
+        curves=learning_curves(run, palette),
+        guardrail=guardrail_plots(run, palette),
+        statements=run.summary.get("guardrail", {}).get("statements", []),
+        equal_kl=_equal_kl(run),
+        reward_models=[
+            (title(stage.name), _reward_facts(stage), reward_plots(stage, palette))
+            for stage in run.of_kind("reward")
+            if stage.summary
+        ],
+        samples=samples(run, palette),
+        watched=bool(run.of_kind("ppo")),
+        alarms=run.summary.get("alarms", []),
+        lineage=lineage(run),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Everything is escaped unless it was made as Markup here; a name that the template misspells is an error."""
+    environment = Environment(
+        loader=PackageLoader("keel.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"name": title, "two": two_places, "one": one_place}
+    return environment
+
+
+def _byline(run: RunFiles) -> list[str]:
+    parts = []
+    started = sorted(str(stage.entry["started"]) for stage in run.stages if "started" in stage.entry)
+    if started:
+        parts.append(started[0][:10])
+    prompts = next((n for figures in run.models.values() if (n := number(figures.get("prompts")))), None)
+    if prompts is not None:
+        parts.append(f"{prompts:,.0f} held-out prompts")
+    if judge := run.summary.get("judge"):
+        parts.append(f"judge: {judge if isinstance(judge, str) else _judge_name(judge)}")
+    if "seed" in run.manifest:
+        parts.append(f"seed {run.manifest['seed']}")
+    if seconds := total_seconds(run):
+        parts.append(duration(seconds))
+    return parts
+
+
+def _judge_name(judge: dict[str, object]) -> str:
+    return str(judge.get("ref") or judge.get("model") or judge.get("url") or judge.get("kind") or "unknown")
+
+
+def _reward_facts(stage: StageFiles) -> list[Fact]:
+    summary = stage.summary
+    accuracy, ceiling = number(summary.get("accuracy")), number(summary.get("ceiling"))
+    facts = []
+    if accuracy is not None:
+        facts.append(Fact("Accuracy on held-out pairs", percent(accuracy)))
+        interval = summary.get("accuracy_interval")
+        if isinstance(interval, list) and len(interval) == 2:
+            facts.append(Fact("Its 95% interval", percent_range(interval[0], interval[1])))
+    if ceiling is not None:
+        facts.append(Fact("Ceiling that noisy labels allow", percent(ceiling)))
+    if accuracy is not None and ceiling:
+        facts.append(Fact("Accuracy as a share of the ceiling", percent(accuracy / ceiling)))
+    for key, label, form in (
+        ("ece", "Expected calibration error", three_places),
+        ("annotator_agreement", "Annotators agree with each other", percent),
+    ):
+        if (value := number(summary.get(key))) is not None:
+            facts.append(Fact(label, form(value)))
+    if (pairs := number(summary.get("pairs"))) is not None:
+        facts.append(Fact("Pairs trained on", f"{pairs:,.0f}"))
+    if (pairs := number(summary.get("heldout_pairs"))) is not None:
+        facts.append(Fact("Pairs held out", f"{pairs:,.0f}"))
+    return facts
+
+
+def _equal_kl(run: RunFiles) -> list[dict[str, float]]:
+    """One row a level: KL, gold of the run with the penalty and of the one without."""
+    rows = run.summary.get("guardrail", {}).get("equal_kl", [])
+    return [
+        {"kl": r["kept"]["kl"], "kept": r["kept"]["gold"], "free": r["free"]["gold"]}
+        | {"kept_proxy": r["kept"]["proxy"], "free_proxy": r["free"]["proxy"]}
+        for r in rows
+    ]

@@ -1,0 +1,124 @@
+"""What the report knows of a run: its files, read as they are, whatever stages it has and however far it came."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keel.run import RunDir, read_json
+from keel.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class StageFiles:
+    """One stage. ``config`` is its part of the recipe, ``entry`` its part of the manifest, ``rows`` its metrics."""
+
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    entry: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    rows: tuple[Mapping[str, Any], ...]
+
+    @property
+    def seconds(self) -> float | None:
+        return self.entry.get("seconds")
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return tuple(self.entry.get("parents", ()))
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    name: str
+    manifest: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    stages: tuple[StageFiles, ...]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return self.manifest.get("recipe", {})
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, Any]]:
+        """The evaluated models' figures by name, in the order in which they are shown."""
+        table = self.summary.get("stages", {})
+        order = [name for name in self.summary.get("order", ()) if name in table]
+        return {name: table[name] for name in (*order, *(n for n in table if n not in order))}
+
+    @property
+    def baseline(self) -> str:
+        return str(self.summary.get("baseline", "sft"))
+
+    @property
+    def contenders(self) -> list[str]:
+        """The evaluated models that come after the baseline."""
+        names = list(self.models)
+        return names[names.index(self.baseline) + 1 :] if self.baseline in names else []
+
+    def of_kind(self, kind: str) -> list[StageFiles]:
+        return [stage for stage in self.stages if stage.kind == kind]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What recipe and manifest say of one stage."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run(path: Path) -> RunFiles:
+    """Reads a run directory. Stages come in the recipe's order; without a recipe, in the manifest's, then by name.
+
+    Raises UserError when the folder holds no run, or a file of it is not JSON.
+    """
+    run = RunDir(path)
+    manifest, summary = run.manifest.read(), run.summary()
+    folders = sorted(p.name for p in path.iterdir() if _is_stage(p)) if path.is_dir() else []
+    if not (manifest or summary or folders):
+        raise UserError(f"{path}: no run here (no manifest.json, no summary.json, no stage); name the folder of a run")
+    known = {config["name"]: _Known(config) for config in manifest.get("recipe", {}).get("stages", ())}
+    for name, entry in manifest.get("stages", {}).items():
+        known[name] = _Known(known.get(name, _Known()).config, entry)
+    for name in folders:
+        known.setdefault(name, _Known())
+    stages = [_read_stage(path / name, facts) for name, facts in known.items()]
+    shown = [stage for stage in stages if stage.kind != "report"]
+    return RunFiles(str(manifest.get("name", path.resolve().name)), manifest, summary, tuple(shown))
+
+
+def _is_stage(folder: Path) -> bool:
+    return (folder / "summary.json").is_file() or (folder / "metrics.jsonl").is_file()
+
+
+def _read_stage(folder: Path, known: _Known) -> StageFiles:
+    path = folder / "summary.json"
+    return StageFiles(
+        name=folder.name,
+        kind=str(known.config.get("kind") or known.entry.get("kind") or ""),
+        config=known.config,
+        entry=known.entry,
+        summary=read_json(path) if path.is_file() else {},
+        rows=tuple(_read_rows(folder / "metrics.jsonl")),
+    )
+
+
+def _read_rows(path: Path) -> Sequence[Mapping[str, Any]]:
+    """Every whole row. The last line may be torn, when the stage is at work or was killed; nothing is written here."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error}); run the stage again") from error
+    return rows

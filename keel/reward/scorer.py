@@ -1,0 +1,111 @@
+"""Scorers (``keel.types.Scorer``): what training takes its rewards from. Higher is better; float32 [N] on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from keel.data.collate import batches_by_tokens, pack
+from keel.model.heads import ScalarModel
+from keel.model.precision import autocast
+from keel.reward.python_ref import Grader, grades_of
+from keel.rollout.sampler import context_length
+from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, UserError
+
+
+class PythonScorer:
+    """A Python function ``(prompt, text) -> float`` as a scorer; of a Grade it takes the score."""
+
+    def __init__(self, function: Grader) -> None:
+        self.function = function
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        """Raises UserError, naming the prompt, when the function fails or its score is not finite."""
+        return torch.tensor([g.score for g in grades_of(self.function, prompts, completions)], dtype=torch.float32)
+
+
+class RewardModelScorer:
+    """A reward model as a scorer.
+
+    It reads the reply's *text*, encoded with the reward model's own tokenizer and template: the policy may have others.
+    Replies of like length go through together, ``batch_tokens`` tokens at a time and without padding, so that a score
+    depends on neither batch mates nor order.
+
+    ``max_length``: tokens of prompt and reply that are allowed; by default what the reward model has positions for.
+    ``precision``: of the matrix products (``keel.model.precision``); the head is float32 always.
+    """
+
+    def __init__(
+        self,
+        reward_model: ScalarModel,
+        batch_tokens: int,
+        reporter: Reporter | None = None,
+        max_length: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.reward_model = reward_model
+        self.batch_tokens = batch_tokens
+        self.reporter = reporter
+        self.max_length = context_length(reward_model.model) if max_length is None else max_length
+        self.precision = precision
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        """Centred and scaled scores. Raises UserError for a reply that is too long, or a score that is not finite."""
+        rows = self._encode(prompts, completions)
+        scores_N = torch.zeros(len(rows))
+        lengths = [len(row.ids) for row in rows]
+        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+        if self.reporter is not None:
+            self.reporter.start("scoring", len(rows))
+        device = self.reward_model.device
+        with torch.no_grad(), autocast(device.type, self.precision):
+            for group in batches_by_tokens(lengths, self.batch_tokens, by_length):
+                batch = pack([rows[i] for i in group], device)
+                scores_N[torch.tensor(group)] = self.reward_model.score_packed(batch).float().cpu()
+                if self.reporter is not None:
+                    self.reporter.advance(len(group))
+        for prompt, score in zip(prompts, scores_N.isfinite().tolist(), strict=True):
+            if not score:
+                raise UserError(f"the reward model's score for prompt {prompt.id!r} is not finite; train it again")
+        return scores_N
+
+    def _encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Encoded]:
+        rows = self.reward_model.chat.encode_replies(
+            [(prompt.messages, c.text, c.finished) for prompt, c in zip(prompts, completions, strict=True)]
+        )
+        for prompt, row in zip(prompts, rows, strict=True):
+            if self.max_length is not None and len(row.ids) > self.max_length:
+                raise UserError(
+                    f"prompt {prompt.id!r} and its reply have {len(row.ids)} tokens for the reward model, which takes "
+                    f"{self.max_length}; lower max_new_tokens or data.max_prompt_length, or use a longer reward model"
+                )
+        return rows
+
+
+class RewardPart(NamedTuple):
+    """One term of a mixed reward."""
+
+    scorer: Scorer
+    weight: float
+    name: str
+
+
+class MixedScorer:
+    """The weighted sum of several scorers (helpful, harmless, a rule, ...).
+
+    ``last_parts`` holds each term's own scores [N] of the latest call, before weighting, by name: for metrics.
+    """
+
+    def __init__(self, parts: Sequence[RewardPart]) -> None:
+        names = [part.name for part in parts]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"a mixed reward needs terms with names of their own, not {names}")
+        self.parts = tuple(parts)
+        self.last_parts: dict[str, Tensor] = {}
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        self.last_parts = {part.name: part.scorer.score(prompts, completions) for part in self.parts}
+        return torch.stack([part.weight * self.last_parts[part.name] for part in self.parts]).sum(0)

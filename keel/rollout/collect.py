@@ -1,0 +1,95 @@
+"""Prompts -> replies worth comparing: several a prompt, as text, near-duplicates left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from keel.config import SamplingConfig
+from keel.data.chat import Chat
+from keel.rollout.sampler import Sampler, stream_key
+from keel.types import Completion, Prompt, Reporter, UserError
+
+CHUNK = 2048  # sequences between two signs of life; a constant, because the seed of a chunk depends on where it starts
+
+
+def sample_replies(
+    sampler: Sampler,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    per_prompt: int,
+    seed: int,
+    reporter: Reporter,
+    candidates: int = 0,
+    max_similarity: float = 1.0,
+) -> list[list[Completion]]:
+    """``per_prompt`` replies to each prompt, chosen from ``candidates`` samples (0: as many as are kept) by
+    :func:`choose_different`; fewer only where the samples do not hold that many different texts.
+
+    ``Completion.text`` is the reply without its stop token. Raises UserError naming the prompt that does not fit.
+    """
+    samples = max(per_prompt, candidates)
+    encoded = chat.encode_prompts([p.messages for p in prompts])
+    replies: list[list[Completion]] = []
+    reporter.start("sampling", len(prompts) * samples)
+    step = max(1, CHUNK // samples)
+    for start in range(0, len(prompts), step):
+        part = encoded[start : start + step]
+        requests = [ids for ids in part for _ in range(samples)]
+        try:
+            completions = sampler.generate(requests, sampling, stream_key(seed, start))
+        except UserError as error:
+            raise UserError(f"{error} (of those sampled from {prompts[start].id} on)") from error
+        with_text = [with_decoded_text(chat, c) for c in completions]
+        for i in range(len(part)):
+            replies.append(choose_different(with_text[i * samples : (i + 1) * samples], per_prompt, max_similarity))
+        reporter.advance(len(requests), tokens=sum(len(c.ids) for c in completions))
+    return replies
+
+
+def with_decoded_text(chat: Chat, completion: Completion) -> Completion:
+    """The same completion with its text, the stop token left out."""
+    ids = completion.ids[:-1] if completion.finished else completion.ids
+    return replace(completion, text=chat.decode(ids))
+
+
+def stop_token_ids(chat: Chat, sampling: SamplingConfig) -> tuple[int, ...]:
+    """The chat's stop tokens and the recipe's ``sampling.stop``. Raises UserError for one that is not a single token."""
+    ids = list(chat.stop_ids)
+    for text in sampling.stop:
+        tokens = chat.tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise UserError(f"sampling.stop: {text!r} is {len(tokens)} tokens for this model's tokenizer; "
+                            "stop only works on single tokens")  # fmt: skip
+        ids.append(tokens[0])
+    return tuple(dict.fromkeys(ids))
+
+
+def similarity(a: Completion, b: Completion) -> float:
+    """Jaccard similarity of the two token sets: 1 for the same set, 0 for nothing in common."""
+    first, second = set(a.ids), set(b.ids)
+    return len(first & second) / len(first | second) if first or second else 1.0
+
+
+def choose_different(samples: Sequence[Completion], keep: int, max_similarity: float) -> list[Completion]:
+    """Up to ``keep`` samples with different texts.
+
+    Samples are taken in the order they were drawn, so that those kept are still the model's own distribution, but one
+    that is as similar as ``max_similarity`` to a kept one waits. Those that wait fill up what is missing, always the
+    least similar to what is kept. A text that is there already is never taken twice.
+    """
+    kept: list[Completion] = []
+    waiting: list[Completion] = []
+    texts: set[str] = set()
+    for sample in samples:
+        if sample.text in texts:
+            continue
+        texts.add(sample.text)
+        near = any(similarity(sample, other) >= max_similarity for other in kept)
+        (waiting if near or len(kept) == keep else kept).append(sample)
+    while len(kept) < keep and waiting:
+        best = min(waiting, key=lambda s: max((similarity(s, other) for other in kept), default=0.0))
+        waiting.remove(best)
+        kept.append(best)
+    return kept

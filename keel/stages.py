@@ -1,0 +1,332 @@
+"""One function per stage kind: it opens the stage's inputs, calls the room that does the work, and returns the summary
+that the run keeps. This is where recipes' names become paths, records, models and judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from keel.config import (
+    AnnotateStage,
+    DpoStage,
+    EndpointRef,
+    EvalStage,
+    JudgeRef,
+    PpoStage,
+    PythonRef,
+    ReportStage,
+    RewardModelRef,
+    RewardStage,
+    RewardTerm,
+    SampleStage,
+    SftStage,
+    TrainBase,
+)
+from keel.data.chat import Chat
+from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
+from keel.data.sources import (
+    read_demonstrations,
+    read_facts,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
+from keel.eval.evaluation import EvaluationInputs, evaluate_models
+from keel.eval.reward_quality import reward_quality
+from keel.feedback.pairing import annotate_responses
+from keel.model.checkpoint import frozen, load_policy, load_scalar
+from keel.model.precision import Precision, pick_precision
+from keel.report import build_report
+from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
+from keel.reward.python_ref import load_python
+from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart
+from keel.rollout.collect import sample_replies, stop_token_ids
+from keel.rollout.sampler import make_sampler
+from keel.run import StageContext, read_json, write_json
+from keel.store import Store
+from keel.train.context import TrainContext
+from keel.train.dpo import train_dpo
+from keel.train.ppo import train_ppo
+from keel.train.reward import train_reward
+from keel.train.sft import train_sft
+from keel.types import Judge, Preference, Prompt, Scorer, UserError
+
+SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
+    source = context.recipe.data.demonstrations
+    if source is None:
+        raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
+    return train_sft(stage, read_demonstrations(source), _training(stage, context))
+
+
+def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
+    preferences, truth, annotated = _preferences(stage.preferences, context)
+    summary, heldout = train_reward(stage, preferences, _training(stage, context))
+    return summary | reward_quality(heldout, truth, annotated.get("annotator_agreement"), context.recipe.seed)
+
+
+def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
+    preferences, _, _ = _preferences(stage.preferences, context)
+    reference = context.model_path(stage.reference or stage.model)
+    return train_dpo(stage, preferences, reference, _training(stage, context))
+
+
+def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
+    training = _training(stage, context)
+    models = [term.source.model for term in stage.rewards if isinstance(term.source, RewardModelRef)]
+    critic = stage.critic or (models[0] if models else None)
+    scorer = _mixed(stage.rewards, context, training.precision)
+    watch = JudgeFromPython(load_python(stage.watch.ref)) if stage.watch else None
+    reference = context.model_path(stage.reference or stage.model)
+    prompts = _training_prompts(stage.prompts, context)
+    critic_path = context.model_path(critic) if critic else None
+    return train_ppo(stage, prompts, scorer, reference, critic_path, training, watch)
+
+
+def _training(stage: TrainBase, context: StageContext) -> TrainContext:
+    recipe = context.recipe
+    return TrainContext(
+        stage=context.stage_dir,
+        reporter=context.reporter,
+        model_path=context.model_path(stage.model),
+        base_model=recipe.model,
+        data=recipe.data,
+        device=context.device,
+        precision=pick_precision(stage.precision, context.device),
+        seed=recipe.seed,
+    )
+
+
+# ----------------------------------------------------------------------------------------------- sampling and labels
+
+
+def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
+    """Samples responses into the store, under this stage's fingerprint."""
+    recipe = context.recipe
+    path = context.model_path(stage.model)
+    model, tokenizer = load_policy(path, device=context.device)
+    frozen(model)
+    chat = Chat(tokenizer)
+    precision = pick_precision("auto", context.device)
+    sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
+    prompts = _training_prompts(stage.prompts, context)
+    replies = sample_replies(
+        sampler,
+        chat,
+        prompts,
+        stage.sampling,
+        stage.per_prompt,
+        recipe.seed,
+        context.reporter,
+        candidates=stage.candidates,
+        max_similarity=stage.max_similarity,
+    )
+    fingerprint = _fingerprint(context)
+    with Store(_store_url(context)) as store, store.session() as session:
+        session.add_prompts(prompts)
+        for prompt, group in zip(prompts, replies, strict=True):
+            session.add_responses(prompt.id, group, str(path), fingerprint, stage.sampling.model_dump(mode="json"))
+    everything = [reply for group in replies for reply in group]
+    return {
+        "prompts": len(prompts),
+        "responses": len(everything),
+        "fingerprint": fingerprint,
+        "distinct_pairs": sum(len(group) >= 2 for group in replies),
+        "mean_length": sum(len(reply.ids) for reply in everything) / max(1, len(everything)),
+        "finished_rate": sum(reply.finished for reply in everything) / max(1, len(everything)),
+    }
+
+
+def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
+    """Has simulated annotators judge pairs of the sampled responses through the store's queue, and exports the votes."""
+    annotators = load_python(stage.annotators.ref)(context.recipe.seed)
+    made_by = context.parent(stage.responses).summary()["fingerprint"]
+    with Store(_store_url(context)) as store:
+        summary, truth = annotate_responses(
+            store,
+            annotators,
+            made_by=made_by,
+            batch=_fingerprint(context),
+            pairs_per_prompt=stage.pairs_per_prompt,
+            overlap=stage.overlap,
+            guideline=stage.guideline,
+            seed=context.recipe.seed,
+            reporter=context.reporter,
+        )
+        store.export_preferences(context.stage_dir.path / "preferences.jsonl", batch=_fingerprint(context))
+    write_json(context.stage_dir.path / "truth.json", truth)
+    return summary
+
+
+# ----------------------------------------------------------------------------------------------- evaluation and report
+
+
+def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
+    """Evaluates the models and writes the run's ``summary.json``."""
+    recipe = context.recipe
+    precision = pick_precision("auto", context.device)
+    inputs = EvaluationInputs(
+        models={name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])},
+        baseline=stage.baseline,
+        prompts=_heldout_prompts(stage.prompts, context),
+        texts=read_texts(recipe.data.base_text) if recipe.data.base_text else [],
+        facts=read_facts(recipe.data.facts) if recipe.data.facts else [],
+        judge=_judge(stage.judge, context, precision),
+        scorer=_learned(stage.reward, context, precision),
+        sampling=stage.sampling,
+        seed=recipe.seed,
+        bootstrap=stage.bootstrap,
+        show=stage.show,
+        device=context.device,
+        precision=precision,
+        ppo_rows={
+            s.name: (s.kl.coef, context.run.stage(s.name).metrics.rows())
+            for s in recipe.stages
+            if isinstance(s, PpoStage) and s.name in stage.models
+        },
+    )
+    summary = evaluate_models(inputs, context.reporter)
+    summary["judge"] = _judge_name(stage.judge)
+    reward = next((s for s in recipe.stages if isinstance(s, RewardStage)), None)
+    if reward is not None and context.run.stage(reward.name).done:
+        summary["reward_model"] = context.run.stage(reward.name).summary()
+    context.run.write_summary(summary)
+    return {name: summary[name] for name in ("stages", "order", "baseline", "judge", "alarms")}
+
+
+def run_report(stage: ReportStage, context: StageContext) -> dict[str, Any]:
+    build_report(context.run.path, context.run.report, stage.title)
+    return {"report": context.run.report.name}
+
+
+RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
+    "sft": run_sft,
+    "sample": run_sample,
+    "annotate": run_annotate,
+    "reward": run_reward,
+    "dpo": run_dpo,
+    "ppo": run_ppo,
+    "eval": run_eval,
+    "report": run_report,
+}
+
+
+# -------------------------------------------------------------------------------------------------------- inputs
+
+
+def _fingerprint(context: StageContext) -> str:
+    fingerprint = context.stage_dir.fingerprint
+    assert fingerprint is not None, "a stage runs in a folder that was begun"
+    return fingerprint
+
+
+def _store_url(context: StageContext) -> str:
+    return context.recipe.store or context.run.store_url
+
+
+def _preferences(
+    source: str | None, context: StageContext
+) -> tuple[list[Preference], dict[str, float], dict[str, Any]]:
+    """(pairs, true probability by pair id where the annotators are simulated, the annotate stage's summary)."""
+    kinds = {stage.name: stage.kind for stage in context.recipe.stages}
+    if source is not None and kinds.get(source) == "annotate":
+        parent = context.parent(source)
+        truth = read_json(parent.path / "truth.json")
+        return read_preferences(parent.path / "preferences.jsonl"), truth, parent.summary()
+    source = source or context.recipe.data.preferences
+    if source is None:
+        raise UserError(f"stage {context.stage_dir.name}: no preferences; set data.preferences=FILE or name a stage")
+    return read_preferences(source), {}, {}
+
+
+def _pool(context: StageContext) -> list[Prompt]:
+    """Prompts where the recipe names none of their own: those of the demonstrations, else those of the pairs."""
+    data = context.recipe.data
+    if data.prompts is not None:
+        return read_prompts(data.prompts)
+    if data.demonstrations is not None:
+        found = [Prompt(d.id, prompt_messages(d)) for d in read_demonstrations(data.demonstrations) if not d.plain]
+    elif data.preferences is not None:
+        found = [preference.prompt for preference in read_preferences(data.preferences)]
+    else:
+        raise UserError(f"stage {context.stage_dir.name}: no prompts; set data.prompts=FILE")
+    return list({messages_hash(p.messages): p for p in found}.values())
+
+
+def _training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
+    """Prompts for sampling and PPO, without those that the evaluation holds out."""
+    if source is not None:
+        return read_prompts(source)
+    data = context.recipe.data
+    pool = _pool(context)
+    if data.heldout_prompts is None:
+        return split_by_prompt(pool, data.heldout_fraction, context.recipe.seed)[0]
+    heldout = {messages_hash(prompt.messages) for prompt in read_prompts(data.heldout_prompts)}
+    kept = [prompt for prompt in pool if messages_hash(prompt.messages) not in heldout]
+    if len(kept) < len(pool):
+        context.reporter.note(f"left out {len(pool) - len(kept)} prompts that are held out for the evaluation")
+    if not kept:
+        raise UserError("every prompt of data.prompts is in data.heldout_prompts too; give others to train on")
+    return kept
+
+
+def _heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
+    data = context.recipe.data
+    if source or data.heldout_prompts:
+        return read_prompts(source or data.heldout_prompts or "")
+    return split_by_prompt(_pool(context), data.heldout_fraction, context.recipe.seed)[1]
+
+
+# ------------------------------------------------------------------------------------------------ scorers and judges
+
+
+def _reward_model(name: str, context: StageContext, precision: Precision) -> RewardModelScorer:
+    scorer = load_scalar(context.model_path(name), device=context.device)
+    frozen(scorer.model)
+    return RewardModelScorer(scorer, SCORE_TOKENS, precision=precision)
+
+
+def _mixed(terms: Sequence[RewardTerm], context: StageContext, precision: Precision) -> Scorer:
+    parts = []
+    for term in terms:
+        if isinstance(term.source, PythonRef):
+            parts.append(RewardPart(PythonScorer(load_python(term.source.ref)), term.weight, term.source.ref))
+        else:
+            name = term.source.model
+            parts.append(RewardPart(_reward_model(name, context, precision), term.weight, name))
+    if len(parts) == 1 and parts[0].weight == 1.0:
+        return parts[0].scorer
+    return MixedScorer(parts)
+
+
+def _default_reward(context: StageContext) -> str | None:
+    return next((stage.name for stage in context.recipe.stages if isinstance(stage, RewardStage)), None)
+
+
+def _learned(name: str | None, context: StageContext, precision: Precision) -> Scorer | None:
+    name = name or _default_reward(context)
+    return _reward_model(name, context, precision) if name else None
+
+
+def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) -> Judge:
+    if isinstance(ref, PythonRef):
+        return JudgeFromPython(load_python(ref.ref))
+    if isinstance(ref, EndpointRef):
+        return EndpointJudge(ref)
+    name = ref.model if isinstance(ref, RewardModelRef) else _default_reward(context)
+    if name is None:
+        raise UserError(
+            f"stage {context.stage_dir.name}: no judge; set {context.stage_dir.name}.judge, or have a reward stage"
+        )
+    return JudgeFromScorer(_reward_model(name, context, precision))
+
+
+def _judge_name(ref: JudgeRef | None) -> str:
+    if isinstance(ref, PythonRef):
+        return ref.ref
+    return ref.model if ref is not None else "the reward model"

@@ -1,0 +1,306 @@
+"""The store's public face."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+
+from sqlalchemy import Connection, insert, select
+from sqlalchemy.exc import OperationalError
+
+from keel.config import SamplingConfig
+from keel.store import exchange, ingest, queue
+from keel.store.engine import open_engine, parse_url
+from keel.store.records import AnnotatorKind, Assignment, Choice, Event, Judgement, Progress, Response
+from keel.store.rows import checked_json, prompt_record, response_record
+from keel.store.tables import annotators, assignments, event, events, guidelines, items, judgements, prompts, responses
+from keel.types import Completion, Preference, Prompt, UserError
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Store:
+    """A feedback database: ``Store("runs/demo/feedback.db")`` or ``Store("postgresql://user@host/name")``.
+
+    Opening builds an empty database and upgrades an older one; UserError for one that is not Keel's or is newer. Each
+    method is one transaction. ``session()`` makes several calls one transaction::
+
+        with store.session() as s:
+            assignment = s.next_assignment(annotator)
+            s.submit(assignment.id, "left", client_token="...", strength=2)
+
+    A Store may be shared by threads; what ``session()`` gives belongs to one thread.
+
+    ``seed`` decides which side a response is shown on; ``lease`` is how long an annotator may hold an item before it
+    can go to somebody else; ``clock`` gives the time (aware).
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        *,
+        seed: int = 0,
+        lease: timedelta = timedelta(minutes=30),
+        clock: Callable[[], datetime] = _now,
+    ) -> None:
+        self._engine = open_engine(location)
+        self._url = parse_url(location)
+        self._seed, self._lease, self._clock = seed, lease, clock
+        self._connection: Connection | None = None
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------- transactions
+
+    @contextmanager
+    def session(self) -> Iterator[Store]:
+        """This store inside one transaction: all of what is done in it is kept, or, after an error, nothing."""
+        if self._connection is not None:
+            yield self
+            return
+        with self._begin(writes=True) as connection:
+            bound = copy(self)
+            bound._connection = connection
+            yield bound
+
+    @contextmanager
+    def _begin(self, writes: bool) -> Iterator[Connection]:
+        """The session's transaction, or one of its own."""
+        if self._connection is not None:
+            yield self._connection
+            return
+        try:
+            with self._engine.connect().execution_options(keel_writes=writes) as connection, connection.begin():
+                yield connection
+        except OperationalError as error:  # locked for too long, disk full, server gone
+            reason = str(error.orig).strip().splitlines()[0]
+            raise UserError(f"store {self._url}: {reason}; nothing of this step was kept, try it again") from error
+
+    # --------------------------------------------------------------------------------------- what is judged
+
+    def add_prompts(self, new: Iterable[Prompt]) -> None:
+        """Add prompts. One that is there already is left as it is, but a ``kind`` or ``meta`` that is given replaces
+        the old one. UserError when an id comes with other messages than before."""
+        with self._begin(writes=True) as connection:
+            ingest.add_prompts(connection, list(new), self._clock())
+
+    def prompts(self) -> list[Prompt]:
+        """All prompts, by id."""
+        with self._begin(writes=False) as connection:
+            return [prompt_record(row) for row in connection.execute(select(prompts).order_by(prompts.c.id))]
+
+    def add_responses(
+        self,
+        prompt_id: str,
+        completions: Sequence[Completion],
+        model: str,
+        sampling: SamplingConfig | None = None,
+        fingerprint: str = "",
+    ) -> list[int]:
+        """Add replies to a prompt and return their ids, in order. ``model``: the checkpoint's path; ``fingerprint``: of
+        its weights. The same text from the same model and settings is one response, with one id. NUL and half
+        surrogate pairs, which databases can't hold, are stored as U+FFFD. UserError for a prompt that is not there."""
+        settings = None if sampling is None else checked_json(sampling.model_dump(), "the sampling settings")
+        new = [
+            ingest.NewResponse(prompt_id, completion.text, completion.finished, model, fingerprint, settings)
+            for completion in completions
+        ]
+        with self._begin(writes=True) as connection:
+            return ingest.add_responses(connection, new, self._clock())
+
+    def responses(self, prompt_id: str | None = None) -> list[Response]:
+        """The responses, of one prompt or of all, in the order they were added."""
+        query = select(responses).order_by(responses.c.id)
+        if prompt_id is not None:
+            query = query.where(responses.c.prompt_id == prompt_id)
+        with self._begin(writes=False) as connection:
+            return [response_record(row) for row in connection.execute(query)]
+
+    def add_comparisons(self, pairs: Sequence[tuple[int, int]], overlap: int = 1, batch: str = "") -> list[int]:
+        """Put pairs of response ids in the queue of ``batch`` and return the items' ids, in order. Each is wanted from
+        ``overlap`` annotators. A pair that the batch has already, either way round, is the same item; its overlap
+        rises to ``overlap`` when that is more. UserError when the two are not responses of one prompt."""
+        if overlap < 1:
+            raise UserError(f"overlap is {overlap}; each pair needs at least 1 judgement")
+        with self._begin(writes=True) as connection:
+            ids = ingest.add_items(connection, pairs, overlap, batch, self._clock())
+            new = {"items": len(set(ids)), "overlap": overlap}
+            connection.execute(insert(events), event(self._clock(), "keel", "added", "batch", batch, None, new))
+            return ids
+
+    # ------------------------------------------------------------------------------------ who judges, and how
+
+    def add_annotator(self, name: str, kind: AnnotatorKind = "person", role: str = "annotator") -> int:
+        """The annotator's id; a name that is there already keeps its row. UserError when its kind differs."""
+        with self._begin(writes=True) as connection:
+            return ingest.add_annotators(connection, {name: kind}, role, self._clock())[name]
+
+    def add_guideline(self, version: str, text: str = "") -> None:
+        """Add a version of the guideline. Versions do not change: UserError when it is there with another text. An
+        empty text only makes sure that the version exists."""
+        with self._begin(writes=True) as connection:
+            ingest.add_guideline(connection, version, text, self._clock())
+
+    def guideline(self, version: str) -> str | None:
+        """The text of a version; None when there is no such version."""
+        with self._begin(writes=False) as connection:
+            query = select(guidelines.c.text).where(guidelines.c.version == version)
+            return connection.execute(query).scalar_one_or_none()
+
+    # ----------------------------------------------------------------------------------------------- the queue
+
+    def next_assignment(
+        self, annotator_id: int, batch: str | None = None, holding: Collection[int] = ()
+    ) -> Assignment | None:
+        """What this annotator judges next (of one batch, or of any); None when there is nothing left for them.
+
+        An assignment that the annotator holds already comes again, unless ``holding`` names it (a page that fetches
+        ahead says what it has). Else the first item with a free slot that they have not judged is leased to them.
+        Inside ``session()`` an item that another transaction is just taking is passed over: there None means that
+        nothing is free now.
+        """
+        with self._begin(writes=True) as connection:
+            return queue.next_assignment(
+                connection,
+                annotator_id,
+                batch=batch,
+                holding=holding,
+                wait=self._connection is None,
+                now=self._clock(),
+                lease=self._lease,
+                seed=self._seed,
+            )
+
+    def submit(
+        self,
+        assignment_id: int,
+        choice: Choice,
+        *,
+        client_token: str,
+        strength: int | None = None,
+        seconds: float | None = None,
+        guideline: str | None = None,
+        reason: str | None = None,
+    ) -> int:
+        """Count a judgement and return its id. When this returns, it is on the disk.
+
+        ``client_token`` is the client's own unique name for it: sent again, it is counted once and gives the same id.
+        ``strength``: 1 slightly, 2 better, 3 much better, for ``left`` and ``right``. A judgement whose lease has run
+        out counts as long as nobody else was given the slot; after that LeaseLost. Other impossible votes (judged
+        already, unknown guideline, ...) are UserErrors.
+        """
+        with self._begin(writes=True) as connection:
+            return queue.submit(
+                connection,
+                assignment_id,
+                choice,
+                strength=strength,
+                seconds=seconds,
+                client_token=client_token,
+                guideline=guideline,
+                reason=reason,
+                now=self._clock(),
+            )
+
+    def undo(self, judgement_id: int) -> Assignment:
+        """Take a judgement back; its assignment is leased to the annotator again. The judgement keeps its row and the
+        log gains an event. UserError when it is unknown or was taken back before."""
+        with self._begin(writes=True) as connection:
+            return queue.undo(connection, judgement_id, now=self._clock(), lease=self._lease)
+
+    def progress(self, batch: str | None = None) -> Progress:
+        """How far the queue of one batch is, or of all."""
+        with self._begin(writes=False) as connection:
+            return queue.progress(connection, batch)
+
+    # ------------------------------------------------------------------------------------------ what was said
+
+    def judgements(self, batch: str | None = None) -> list[Judgement]:
+        """Every raw vote that stands (not taken back), in the order they came."""
+        query = (
+            select(judgements, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch)
+            .add_columns(annotators.c.name, annotators.c.kind)
+            .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
+            .join(annotators, annotators.c.id == assignments.c.annotator_id)
+            .where(judgements.c.undone_at.is_(None))
+            .order_by(judgements.c.id)
+        )
+        if batch is not None:
+            query = query.where(items.c.batch == batch)
+        with self._begin(writes=False) as connection:
+            rows = connection.execute(query).all()
+            asked = {row.id: prompt_record(row) for row in connection.execute(select(prompts))}
+            replies = {row.id: response_record(row) for row in connection.execute(select(responses))}
+        return [
+            Judgement(
+                token=row.token,
+                batch=row.batch,
+                item_id=row.item_id,
+                annotator=row.name,
+                annotator_kind=row.kind,
+                prompt=asked[row.prompt_id],
+                left=replies[row.shown[0]],
+                right=replies[row.shown[1]],
+                choice=row.choice,
+                strength=row.strength,
+                seconds=row.seconds,
+                guideline=row.guideline,
+                reason=row.reason,
+                created=row.created,
+            )
+            for row in rows
+        ]
+
+    def preferences(self, batch: str | None = None) -> list[Preference]:
+        """One training record for each raw vote, in the order they came, ties among them (``tie=True``)."""
+        return [judgement.preference() for judgement in self.judgements(batch)]
+
+    def events(self) -> list[Event]:
+        """The log, oldest first."""
+        with self._begin(writes=False) as connection:
+            return [Event(*row) for row in connection.execute(select(events).order_by(events.c.id))]
+
+    # -------------------------------------------------------------------------------------- in and out
+
+    def export_preferences(self, path: str | Path, batch: str | None = None) -> int:
+        """Write every raw vote to ``path`` (.jsonl or .parquet) and return how many. Rows are in TRL's form (prompt,
+        chosen, rejected as message lists) with all else that is known beside it; see keel/store/exchange.py."""
+        votes = self.judgements(batch)
+        exchange.write(votes, Path(path))
+        return len(votes)
+
+    def import_preferences(
+        self, records: Iterable[Preference | Judgement], annotator: str = "import", batch: str | None = None
+    ) -> int:
+        """Add votes that were given elsewhere and return how many were new; a vote is known by its id or token.
+
+        ``records`` are preference pairs, or the judgements of an export (``keel.store.exchange.read``), of which
+        nothing is lost. ``annotator`` names those of records that name nobody. An annotator who judged a pair more
+        than once stands as NAME, NAME#2, ...: here one annotator judges an item once. ``batch``: where to put them;
+        by default where they were, or ``import``.
+        """
+        with self._begin(writes=True) as connection:
+            seen: Counter[str] = Counter()
+            votes = []
+            for record in records:
+                if isinstance(record, Preference):
+                    seen[record.id] += 1
+                    record = exchange.from_preference(record, annotator, seen[record.id], self._seed, self._clock())
+                votes.append(record)
+            return ingest.add_judgements(connection, votes, batch, self._clock())

@@ -1,0 +1,103 @@
+"""Calibration figures against hand-computed values and simulations whose truth is known."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from keel.eval.calibration import Bin, accuracy, both_ways, ceiling_bounds, ece, noise_ceiling, reliability
+from keel.eval.winrate import win_rate
+
+
+def test_reliability_by_hand() -> None:
+    # 0.10 and 0.15 share the bin [0.1, 0.2); 0.9 and 1.0 the last one, which includes 1.
+    curve = reliability([0.10, 0.15, 0.9, 1.0], [0, 1, 1, 0.5])
+    assert curve == [Bin(pytest.approx(0.125), 0.5, 2), Bin(pytest.approx(0.95), 0.75, 2)]
+
+
+def test_ece_by_hand() -> None:
+    # Half the weight is 0.375 off the diagonal, half 0.2.
+    assert ece([0.10, 0.15, 0.9, 1.0], [0, 1, 1, 0.5]) == pytest.approx(0.5 * 0.375 + 0.5 * 0.2)
+    assert ece([0.75] * 4, [1, 1, 1, 0]) == 0.0
+    assert ece([1.0, 0.0], [0, 1]) == 1.0
+
+
+def test_probabilities_outside_their_range_are_refused() -> None:
+    with pytest.raises(AssertionError, match=r"\[0, 1\]"):
+        ece([1.2], [1])
+
+
+def test_pairs_seen_both_ways() -> None:
+    """Stored pairs have outcome 1 always: only both ways does a calibrated model look calibrated, and a pair written
+    the other way round look the same."""
+    rng = random.Random(0)
+    p_better = [rng.uniform(0.5, 1) for _ in range(20_000)]
+    as_chosen = [p if rng.random() < p else 1 - p for p in p_better]  # the model's P(chosen beats rejected)
+    ones = [1.0] * len(as_chosen)
+    assert ece(as_chosen, ones) > 0.2
+    assert ece(*both_ways(as_chosen, ones)) < 0.02
+    assert both_ways([0.7, 0.5], [1, 0.5]) == (pytest.approx([0.7, 0.5, 0.3, 0.5]), [1, 0.5, 0, 0.5])
+    some = [1 - p if i % 2 else p for i, p in enumerate(as_chosen)]
+    other = [0.0 if i % 2 else 1.0 for i in range(len(as_chosen))]
+    assert ece(*both_ways(some, other)) == pytest.approx(ece(*both_ways(as_chosen, ones)))
+
+
+def test_ece_of_a_calibrated_model_is_the_noise_and_an_overconfident_one_is_found() -> None:
+    rng = random.Random(1)
+    truth = [rng.random() for _ in range(20_000)]
+    outcomes = [float(rng.random() < p) for p in truth]
+    expected = math.sqrt(2 / math.pi) * math.sqrt(1 / 6 * 10 / len(truth))  # E[p(1 - p)] = 1/6 for uniform p
+    assert ece(truth, outcomes) == pytest.approx(expected, rel=0.6)
+    logits = [math.log(p / (1 - p)) for p in truth]
+    overconfident = [1 / (1 + math.exp(-3 * x)) for x in logits]
+    # The distance itself, by numerical integration over p.
+    grid = [(i + 0.5) / 1000 for i in range(1000)]
+    distance = sum(abs(1 / (1 + math.exp(-3 * math.log(p / (1 - p)))) - p) for p in grid) / 1000
+    assert ece(overconfident, outcomes) == pytest.approx(distance, abs=0.01)
+
+
+def test_noise_ceiling_by_hand_and_by_simulation() -> None:
+    assert noise_ceiling([0.9, 0.2, 0.5]) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
+    rng = random.Random(2)
+    q = [rng.random() for _ in range(20_000)]
+    # The all-knowing judge against one noisy label a pair; and two annotators against each other.
+    right = sum((p > 0.5) == (rng.random() < p) for p in q) / len(q)
+    agree = sum((rng.random() < p) == (rng.random() < p) for p in q) / len(q)
+    assert noise_ceiling(q) == pytest.approx(right, abs=0.01)
+    low, high = ceiling_bounds(agree)
+    assert low < noise_ceiling(q) < high
+
+
+def test_ceiling_bounds_are_reached() -> None:
+    # All pairs equally hard: q = 0.8, agreement 0.68, ceiling 0.8. Half certain, half coins: both are 0.75.
+    assert ceiling_bounds(0.68)[1] == pytest.approx(0.8) == noise_ceiling([0.8, 0.2])
+    assert ceiling_bounds(0.75)[0] == noise_ceiling([1.0, 0.5])
+    assert ceiling_bounds(0.4) == (0.5, 0.5)
+    assert ceiling_bounds(1.0) == (1.0, 1.0)
+
+
+def test_accuracy_has_wilsons_interval() -> None:
+    # The roots of (p_hat - p)^2 = z^2 p (1 - p) / n, the interval's definition, put back into it.
+    n, right = 40, 31
+    found = accuracy([True] * right + [False] * (n - right))
+    assert (found.point, found.count) == (right / n, n)
+    for p in (found.low, found.high):
+        assert (right / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, rel=1e-5)
+    assert accuracy([True] * 10).high == 1.0
+    assert 0.6 < accuracy([True] * 10).low < 0.8
+
+
+def test_accuracy_interval_covers_the_truth() -> None:
+    rng = random.Random(3)
+    covered = 0
+    for _ in range(1000):
+        found = accuracy([rng.random() < 0.9 for _ in range(30)])
+        covered += found.low <= 0.9 <= found.high
+    assert 0.92 <= covered / 1000 <= 0.98
+
+
+def test_win_rate_is_the_same_accuracy() -> None:
+    chosen, rejected = [1.0, 0.2, 0.7, 0.9], [0.5, 0.4, 0.1, 0.3]
+    assert win_rate(chosen, rejected).point == accuracy([a > b for a, b in zip(chosen, rejected, strict=True)]).point

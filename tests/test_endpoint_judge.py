@@ -1,0 +1,253 @@
+"""The judge behind an OpenAI-compatible endpoint, against a server on the loopback that misbehaves in every way."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from tiny import Counting, prompt
+
+from keel.config import EndpointRef
+from keel.reward.judge import EndpointJudge
+from keel.types import Completion, Grade, Message, Prompt, UserError
+
+PROMPTS = [prompt(n) for n in range(7)]
+REPLIES = [Completion("good day captain " * n) for n in range(7)]
+
+
+Reply = tuple[int, dict[str, str], str]  # status, headers, body
+
+
+def chat_reply(content: str | None) -> Reply:
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
+
+
+class Server:
+    """An OpenAI-compatible server on the loopback: ``answer(request body, number of the request)`` decides."""
+
+    def __init__(self, answer: Callable[[dict[str, Any], int], Reply]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.together = self.most_together = 0
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.requests.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer.paths.append(self.path)
+                    number = len(outer.requests)
+                    outer.together += 1
+                    outer.most_together = max(outer.most_together, outer.together)
+                status, headers, text = answer(body, number)
+                with lock:
+                    outer.together -= 1
+                data = text.encode()
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[dict[str, Any], int], Reply]], Server]]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TEST_JUDGE_KEY", "sk-very-secret")
+    servers: list[Server] = []
+
+    def start(answer: Callable[[dict[str, Any], int], Reply]) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def judge(url: str, instructions: str | None = None, **settings: Any) -> EndpointJudge:
+    ref = EndpointRef(url=url, model="grader-1", key_env="TEST_JUDGE_KEY", instructions=instructions)
+    return EndpointJudge(ref, **{"timeout": 5.0, "backoff": 0.01, "retries": 2, **settings})
+
+
+def material(body: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(body["messages"][-1]["content"])  # type: ignore[no-any-return]
+
+
+def test_endpoint_grades_in_order_and_concurrently(serve: Callable[..., Server]) -> None:
+    barrier = threading.Barrier(3, timeout=5)
+
+    def answer(body: dict[str, Any], number: int) -> Reply:
+        if number <= 3:
+            barrier.wait()  # passes only if three requests are under way together
+        return chat_reply(json.dumps({"score": 1 + len(material(body)["reply"]) / 17}))
+
+    server, reporter = serve(answer), Counting()
+    grades = judge(server.url, concurrency=3, reporter=reporter).grade(PROMPTS, REPLIES)
+    assert [g.score for g in grades] == [1 + n for n in range(7)]
+    assert server.most_together == 3
+    assert (reporter.started, reporter.steps) == ([("judging", 7)], 7)
+
+
+def test_endpoint_request_is_what_openai_takes(serve: Callable[..., Server]) -> None:
+    server = serve(lambda *_: chat_reply('{"score": 5}'))
+    secret = Prompt("p", (Message("system", "Be kind."), Message("user", 'Say "hi" }')), meta={"answer": "gold"})
+    judge(server.url, instructions="Grade it.").grade([secret], [Completion("hi")])
+    body = server.requests[0]
+    assert body["model"] == "grader-1"
+    assert [m["role"] for m in body["messages"]] == ["system", "user"]
+    assert body["messages"][0]["content"] == "Grade it."
+    assert material(body) == {
+        "conversation": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": 'Say "hi" }'}],
+        "reply": "hi",
+    }
+    assert "gold" not in json.dumps(body)  # a prompt's meta never reaches a model
+    assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    assert "sk-very" not in json.dumps(body)
+    assert server.paths == ["/v1/chat/completions"]
+    judge(server.url + "/chat/completions").grade([secret], [Completion("hi")])
+    assert server.paths[1] == "/v1/chat/completions"
+    assert "score" in server.requests[1]["messages"][0]["content"]
+
+
+def test_endpoint_without_key_sends_none(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEST_JUDGE_KEY")
+    server = serve(lambda *_: chat_reply('{"score": 5}'))
+    judge(server.url).grade(PROMPTS[:1], REPLIES[:1])
+    assert "Authorization" not in server.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"score": 7}', 7.0),
+        ('```json\n{"score": 7.5}\n```', 7.5),
+        ('The form {"x": 1} aside, {"score": 2} at first, but: {"reason": "a } b", "score": 9}', 9.0),
+        ('{"score": 8, "parts": {"truth": 1}}', 8.0),
+    ],
+)
+def test_endpoint_reads_a_score(serve: Callable[..., Server], text: str, score: float) -> None:
+    server = serve(lambda *_: chat_reply(text))
+    assert judge(server.url).grade(PROMPTS[:1], REPLIES[:1]) == [Grade(score)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["eight", '{"score": 11}', '{"score": 0}', '{"score": true}', '{"score": "8"}', '{"score": NaN}', "{}", None],
+)
+def test_endpoint_asks_again_for_a_readable_score(serve: Callable[..., Server], text: str | None) -> None:
+    server = serve(lambda _, number: chat_reply(text if number == 1 else '{"score": 4}'))
+    assert judge(server.url).grade(PROMPTS[:1], REPLIES[:1]) == [Grade(4.0)]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_endpoint_tries_again_while_the_server_is_busy(serve: Callable[..., Server], status: int) -> None:
+    server = serve(lambda _, number: chat_reply('{"score": 3}') if number == 3 else (status, {}, "busy"))
+    assert judge(server.url).grade(PROMPTS[:1], REPLIES[:1]) == [Grade(3.0)]
+    assert len(server.requests) == 3
+
+
+def test_endpoint_waits_as_long_as_the_server_asks(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float | None] = []
+    monkeypatch.setattr(threading.Event, "wait", _recording(threading.Event.wait, pauses))
+    answers: Sequence[Reply] = [(429, {"Retry-After": "0.125"}, ""), (503, {}, ""), (429, {"Retry-After": "soon"}, "")]
+    server = serve(lambda _, number: answers[number - 1] if number <= 3 else chat_reply('{"score": 3}'))
+    judge(server.url, backoff=0.03125, retries=3).grade(PROMPTS[:1], REPLIES[:1])
+    # Asked for; then its own pauses, which have doubled meanwhile.
+    assert [p for p in pauses if p in (0.125, 0.03125, 0.0625)] == [0.125, 0.0625, 0.125]
+
+
+def _recording(wait: Callable[..., bool], pauses: list[float | None]) -> Callable[..., bool]:
+    def recorded(self: threading.Event, timeout: float | None = None) -> bool:
+        pauses.append(timeout)
+        return wait(self, timeout)
+
+    return recorded
+
+
+def test_endpoint_gives_up_with_the_address_and_status(serve: Callable[..., Server]) -> None:
+    server = serve(lambda *_: (503, {}, "the key sk-very-secret is\nover its limit"))
+    with pytest.raises(UserError) as caught:
+        judge(server.url + "?key=sk-in-url").grade(PROMPTS[:1], REPLIES[:1])
+    message = str(caught.value)
+    assert "/v1/chat/completions could not grade prompt 'p0': after 3 tries: status 503" in message
+    assert "the key *** is over its limit" in message
+    assert "sk-" not in message
+    assert "\n" not in message
+    assert server.paths == ["/v1/chat/completions?key=sk-in-url"] * 3
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(401, "status 401.*set the environment variable TEST_JUDGE_KEY"), (404, "status 404"), (302, "302")],
+)
+def test_endpoint_does_not_repeat_what_cannot_work(serve: Callable[..., Server], status: int, says: str) -> None:
+    """A redirect is refused too: it would carry the key to another host."""
+    elsewhere = serve(lambda *_: chat_reply('{"score": 3}'))
+    server = serve(lambda *_: (status, {"Location": elsewhere.url}, "no"))
+    with pytest.raises(UserError, match=says) as caught:
+        judge(server.url, concurrency=1).grade(PROMPTS, REPLIES)
+    assert len(server.requests) <= 2  # the failure, and at most one that had been begun
+    assert not elsewhere.requests
+    assert "sk-very" not in str(caught.value)
+
+
+def test_endpoint_that_hangs_or_is_not_there(serve: Callable[..., Server]) -> None:
+    release = threading.Event()
+
+    def hang(*_: Any) -> Reply:
+        release.wait(5)
+        return 500, {}, ""
+
+    server = serve(hang)
+    try:
+        with pytest.raises(UserError, match="after 2 tries: no answer: timed out"):
+            judge(server.url, timeout=0.1, retries=1).grade(PROMPTS[:1], REPLIES[:1])
+    finally:
+        release.set()
+    server.close()
+    with pytest.raises(UserError, match=r"no answer: .*refused"):
+        judge(server.url, retries=0).grade(PROMPTS[:1], REPLIES[:1])
+
+
+def test_endpoint_that_is_no_chat_server(serve: Callable[..., Server]) -> None:
+    server = serve(lambda *_: (200, {}, "<html>welcome</html>"))
+    with pytest.raises(UserError, match="not a chat completion: <html>welcome"):
+        judge(server.url, retries=0).grade(PROMPTS[:1], REPLIES[:1])
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "api.example.org/v1", "http://"])
+def test_endpoint_address_must_be_http(url: str) -> None:
+    with pytest.raises(UserError, match="http:// or https://"):
+        judge(url)
+    with pytest.raises(UserError, match="leave user:password@ out") as caught:
+        judge("https://me:word@host/v1")
+    assert "me:word" not in str(caught.value)
+
+
+def test_the_key_is_not_in_the_judges_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_JUDGE_KEY", "sk-very-secret")
+    assert "sk-very" not in repr(judge("http://localhost/v1"))

@@ -1,0 +1,217 @@
+"""Packed forward passes against the padded road, chunked log-probabilities against a full softmax, checkpoints as
+transformers loads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import prompt, save_tiny, tiny_llama, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from keel.config import LoraConfig
+from keel.data.collate import pack
+from keel.model import logprobs as logprobs_module
+from keel.model import packed as packed_module
+from keel.model.checkpoint import load_policy, load_scalar, save
+from keel.model.logprobs import head_logprobs, masked_offsets, sequence_sums, token_logprobs
+from keel.model.packed import enable_packing, hidden_states, padded_hidden_states
+from keel.types import Encoded, PackedBatch, UserError
+
+LENGTHS = [5, 9, 3, 12, 1]
+
+
+def batch_of(lengths: list[int], vocabulary: int = 100, seed: int = 0) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return pack([Encoded(tuple(row), tuple(i >= 2 for i in range(len(row)))) for row in rows])
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "vocab_size": 100}
+
+
+def shapes() -> dict[str, PreTrainedModel]:
+    torch.manual_seed(0)
+    window = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**GROUPED)),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=8)),
+        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, head_dim=8, **window)),
+        "gpt2": GPT2LMHeadModel(
+            GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+        ),
+        "gpt_neox": GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, vocab_size=100)),
+    }
+
+
+@pytest.mark.parametrize("plain_up_to", [256, 2], ids=["plain products", "fused kernel"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
+def test_packed_equals_padded(name: str, plain_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "PLAIN_ATTENTION_UP_TO", plain_up_to)
+    model = shapes()[name].eval()
+    batch = batch_of(LENGTHS)
+    reference = padded_hidden_states(model, batch)
+    assert enable_packing(model)
+    torch.testing.assert_close(hidden_states(model, batch), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_packed_gradients_equal_padded(name: str) -> None:
+    model = shapes()[name].eval()
+    batch = batch_of(LENGTHS)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        token_logprobs(model, batch).logp_C.sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    padded = gradients()
+    assert enable_packing(model)
+    for n, grad in gradients().items():
+        torch.testing.assert_close(grad, padded[n], atol=1e-4, rtol=1e-4, msg=n)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
+def test_log_probabilities_equal_a_full_softmax(name: str) -> None:
+    model = shapes()[name].eval()
+    batch = batch_of(LENGTHS)
+    expected, entropies = [], []
+    for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
+        ids = batch.ids_T[start:end]
+        logs = torch.log_softmax(model(input_ids=ids[None]).logits[0].float() / 0.7, -1)
+        for position in range(2, len(ids)):
+            expected.append(logs[position - 1, ids[position]])
+            entropies.append(-(logs[position - 1].exp() * logs[position - 1]).sum())
+    enable_packing(model)
+    got = token_logprobs(model, batch, temperature=0.7, entropy=True)
+    torch.testing.assert_close(got.logp_C, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert got.entropy_C is not None
+    torch.testing.assert_close(got.entropy_C, torch.stack(entropies), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_head_gradients_equal_autograd_whatever_the_chunk(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", 1)  # chunks of 16 tokens
+    monkeypatch.setattr(logprobs_module, "_logit_transform", lambda _: (1.3, softcap))
+    model = tiny_llama()
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(37, 32, generator=generator, requires_grad=True)
+    ids = torch.randint(0, 300, (37,), generator=generator)
+    weights = torch.randn(37, generator=generator)
+    got = head_logprobs(model, hidden, ids, entropy=True)
+    assert got.entropy_C is not None
+    (got.logp_C * weights + 0.3 * got.entropy_C * weights).sum().backward()
+    head = model.lm_head.weight
+    got_hidden, got_head = hidden.grad.clone(), head.grad.clone()
+
+    hidden.grad = head.grad = None
+    logits = 1.3 * hidden @ head.t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logs = torch.log_softmax(logits, -1)
+    entropy = -(logs.exp() * logs).sum(-1)
+    (logs.gather(1, ids[:, None]).squeeze(1) * weights + 0.3 * entropy * weights).sum().backward()
+    torch.testing.assert_close(got_hidden, hidden.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got_head, head.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_sums_by_sequence() -> None:
+    batch = batch_of([5, 3, 2, 4])  # 3, 1, 0 and 2 masked tokens
+    values = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
+    assert masked_offsets(batch).tolist() == [0, 3, 4, 4, 6]
+    assert sequence_sums(values, batch).tolist() == [6.0, 10.0, 0.0, 50.0]
+
+
+def test_reward_does_not_depend_on_the_batch_and_transformers_agrees(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    scorer = load_scalar(path, new_head_seed=0)
+    scorer.set_scale(0.25, 2.0)
+    out = tmp_path / "reward"
+    out.mkdir()
+    save(scorer.model, scorer.tokenizer, out)
+    loaded = load_scalar(out)
+    assert (loaded.mean, loaded.std) == (0.25, 2.0)
+    texts = ["good day", "the captain sails from the port to the ship", "no"]
+    rows = [loaded.chat.encode_reply(prompt(1).messages, text) for text in texts]
+    with torch.no_grad():
+        together = loaded.score_packed(pack(rows))
+        alone = torch.cat([loaded.score_packed(pack([row])) for row in rows])
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-6)
+        peer = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+        tokenizer = tiny_tokenizer()
+        width = max(len(row.ids) for row in rows)
+        pads = [[tokenizer.pad_token_id] * (width - len(row.ids)) for row in rows]
+        ids = torch.tensor([[*row.ids, *pad] for row, pad in zip(rows, pads, strict=True)])
+        mask = (ids != tokenizer.pad_token_id).long()
+        raw = peer(input_ids=ids, attention_mask=mask).logits[:, 0]
+        torch.testing.assert_close((raw - 0.25) / 2.0, together, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_keeps_the_reward_head_and_merges_on_saving(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    scorer = load_scalar(path, new_head_seed=0, lora=LoraConfig(rank=2))
+    with torch.no_grad():
+        for name, p in scorer.model.named_parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    assert any("score" in name for name, p in scorer.model.named_parameters() if p.requires_grad)
+    batch = pack([scorer.chat.encode_reply(prompt(2).messages, "good day")])
+    out = tmp_path / "reward"
+    out.mkdir()
+    save(scorer.model, scorer.tokenizer, out)
+    with torch.no_grad():
+        torch.testing.assert_close(load_scalar(out).raw_packed(batch), scorer.raw_packed(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_a_template_with_new_tokens_grows_the_embeddings(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    model, tokenizer = load_policy(path, chat_template="chatml")
+    out = tmp_path / "out"
+    out.mkdir()
+    save(model, tokenizer, out)
+    peer = AutoModelForCausalLM.from_pretrained(out)
+    assert peer.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") < peer.get_input_embeddings().weight.shape[0]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    batch = batch_of(LENGTHS)
+    grads = []
+    for checkpointing in (False, True):
+        model, _ = load_policy(path, gradient_checkpointing=checkpointing)
+        token_logprobs(model, batch).logp_C.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
+
+
+def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_policy("./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="config.json"):
+        load_policy(tmp_path / "empty")
+    with pytest.raises(UserError, match="no reward head"):
+        load_scalar(save_tiny(tmp_path / "base"))
+    broken = save_tiny(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="broken"):
+        load_policy(broken)
