@@ -266,15 +266,22 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         rows = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
         found += _lengths(rows, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
         found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
-    trained = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
-    trained |= {messages_hash(p.messages) for p in prompts} | {messages_hash(p.prompt.messages) for p in preferences}
-    both = sum(messages_hash(prompt.messages) in trained for prompt in heldout)
-    if both:
-        sentence = f"{both} of {len(heldout)} held-out prompts are in the training data too"
-        found.append(
-            Finding("error", "data.heldout_prompts", sentence, "take them out: the evaluation would measure memory")
-        )
-    return found
+    learned = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
+    learned |= {messages_hash(p.prompt.messages) for p in preferences}
+    sampled = {messages_hash(p.messages) for p in prompts}
+    return [*found, *_leaks(heldout, learned, sampled)]
+
+
+def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> Iterator[Finding]:
+    """Held-out prompts that training sees. Those among data.prompts are left out of sampling and PPO by the stages."""
+    hashes = [messages_hash(prompt.messages) for prompt in heldout]
+    place = "data.heldout_prompts"
+    if both := sum(h in learned for h in hashes):
+        sentence = f"{both} of {len(heldout)} are in the demonstrations or preferences too"
+        yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memory")
+    if both := sum(h in sampled for h in hashes):
+        sentence = f"{both} of {len(heldout)} are in data.prompts too and will be left out there"
+        yield Finding("warning", place, sentence, "take them out of either to be rid of this line")
 
 
 def _needed(source: str | None, place: str, kind: str) -> str:

@@ -209,6 +209,12 @@ class KlConfig(Strict):
     target: float | None = Field(None, gt=0)
     horizon: int = Field(10_000, ge=1, description="episodes over which the adaptive controller reacts")
 
+    @model_validator(mode="after")
+    def _can_adapt(self) -> KlConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError("an adaptive coefficient cannot grow from 0; set kl.coef above 0 or leave out kl.target")
+        return self
+
 
 class PpoStage(TrainBase):
     kind: Literal["ppo"] = "ppo"

@@ -143,7 +143,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
 
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
-    """Has simulated annotators judge pairs of the sampled responses through the store's queue, and exports the votes."""
+    """Has simulated annotators judge pairs of sampled responses through the store's queue; exports the votes."""
     annotators = load_python(stage.annotators.ref)(context.recipe.seed)
     made_by = context.parent(stage.responses).summary()["fingerprint"]
     with Store(_store_url(context)) as store:

@@ -214,7 +214,10 @@ def test_the_runs_summary_gets_the_times(world: World) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sft": {"model": "nowhere"}}, "sft.model: 'nowhere' is neither a stage nor a file or folder; the stages there"),
+        (
+            {"sft": {"model": "nowhere"}},
+            "sft.model: 'nowhere' is neither a stage nor a file or folder; the stages there",
+        ),
         ({"sample": {"model": "ppo"}}, "sample.model: stage 'ppo' comes after 'sample'"),
         ({"dpo": {"reference": "dpo"}}, "dpo.reference: a stage cannot use its own result"),
         ({"dpo": {"model": "reward"}}, "dpo.model: 'reward' is a stage of kind reward"),
@@ -256,7 +259,7 @@ def test_the_context_finds_models(world: World) -> None:
     assert context.parent("sft").path == world.run.path / "sft"
     for find in (context.model_path, context.parent):
         call: Callable[[str], object] = find
-        with pytest.raises(UserError, match="stage ppo: .*'typo'.*base, sft, sample"):
+        with pytest.raises(UserError, match=r"stage ppo: .*'typo'.*base, sft, sample"):
             call("typo")
 
 
@@ -269,7 +272,7 @@ def test_a_failing_preflight_stops_before_the_stage_is_touched(world: World) -> 
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        run_pipeline(world.recipe({"dpo": {"beta": 1}}), world.run, {}, Silent(), None, preflight)
+        run_pipeline(world.recipe({"dpo": {"beta": 1}}), world.run, {"dpo": lambda *_: {}}, Silent(), None, preflight)
     assert calls == ["dpo"]
     assert world.run.stage("dpo").summary() == {"name": "dpo"}
 

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
+from keel.data.chat import Chat
+from keel.model.packed import ATTENTION, enable_packing
 from keel.rollout import make_sampler
 from keel.rollout.collect import choose_different, sample_replies, similarity, stop_token_ids
-from keel.rollout.embedded import EmbeddedSampler, why_unsupported
+from keel.rollout.embedded import EmbeddedSampler
 from keel.rollout.hf import TransformersSampler
+from keel.rollout.llama import why_unsupported
 from keel.rollout.sampler import choose, filtered_weights, mix64, stream_key, uniforms
 from keel.types import Completion, Message, Prompt, UserError
 
 VOCABULARY = 61
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
     "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,
 }  # fmt: skip
-PROMPTS = [[5, 6, 7], [9], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19], [5, 6, 7], [20, 21], [30] * 12, [31, 32, 33, 34, 35]]
+PROMPTS = [[5, 6, 7], [9], list(range(10, 20)), [5, 6, 7], [20, 21], [30] * 12, [31, 32, 33, 34, 35]]
 
 
 @pytest.fixture(autouse=True)
@@ -32,42 +37,40 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def build(kind: str, seed: int = 0) -> nn.Module:
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FULL = {"sliding_window": None}
+WINDOW = {"sliding_window": 8}
+NARROW = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
+GPT2 = {k: v for k, v in SIZES.items() if k not in NARROW or k.endswith(("_id", "range"))} | {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", SIZES),
+    "llama_tied_bias": ("Llama", SIZES | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama3_rope": ("Llama", SIZES | {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("Mistral", SIZES | FULL),
+    "qwen2": ("Qwen2", {k: v for k, v in SIZES.items() if k != "head_dim"} | FULL),
+    "qwen3": ("Qwen3", SIZES | FULL),
+    "gemma3": (
+        "Gemma3",
+        SIZES | WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "mistral_window": ("Mistral", SIZES | WINDOW),
+    "gpt2": ("GPT2", GPT2),
+    "neox": ("GPTNeoX", NARROW),
+}
+
+
+def build(kind: str) -> Any:
     """A small random model. Norm weights and biases are random too: at their initial 1 and 0 nothing would show
     whether they are read."""
-    sizes = SIZES | {"sliding_window": None} if kind in ("mistral", "qwen2", "qwen3") else SIZES
-    narrow = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
-    plain = {k: v for k, v in SIZES.items() if k not in ("head_dim",)}
-    t = transformers
-    makers = {
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes)),
-        "llama_tied_bias": lambda: t.LlamaForCausalLM(
-            t.LlamaConfig(**sizes, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-        ),
-        "llama3_rope": lambda: t.LlamaForCausalLM(
-            t.LlamaConfig(
-                **sizes,
-                rope_parameters={
-                    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-                },
-            )
-        ),  # fmt: skip
-        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**sizes)),
-        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**(plain | {"sliding_window": None}))),
-        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**sizes)),
-        "gemma3": lambda: t.Gemma3ForCausalLM(
-            t.Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-        ),
-        "mistral_window": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=8)),
-        "gpt2": lambda: t.GPT2LMHeadModel(
-            t.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
-                         eos_token_id=None, pad_token_id=0, initializer_range=0.3)
-        ),
-        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**narrow)),
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    model = makers[kind]().eval()
+    family, sizes = MODELS[kind]
+    config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")(**sizes)
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, family + {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM"))(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1.0 if "norm" in name and "bias" not in name else 0.0, 0.2)
@@ -82,7 +85,7 @@ def greedy(n: int, batch_size: int = 3) -> SamplingConfig:
     return SamplingConfig(temperature=0, max_new_tokens=n, batch_size=batch_size)
 
 
-def peer_greedy(model: nn.Module, prompt: list[int], n: int, stop: Sequence[int]) -> tuple[int, ...]:
+def peer_greedy(model: Any, prompt: list[int], n: int, stop: Sequence[int]) -> tuple[int, ...]:
     out = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
         max_new_tokens=n, eos_token_id=list(stop) or None, pad_token_id=0,
@@ -90,7 +93,7 @@ def peer_greedy(model: nn.Module, prompt: list[int], n: int, stop: Sequence[int]
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def forward_logprobs(model: nn.Module, prompt: list[int], ids: Sequence[int]) -> Tensor:
+def forward_logprobs(model: Any, prompt: list[int], ids: Sequence[int]) -> Tensor:
     """Log-probabilities of ``ids`` after ``prompt`` by one plain forward pass."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0].float()
@@ -105,7 +108,7 @@ def forward_logprobs(model: nn.Module, prompt: list[int], ids: Sequence[int]) ->
 def test_greedy_equals_generate_and_logprobs_equal_a_plain_forward_pass(kind: str) -> None:
     model = build(kind)
     expected = [peer_greedy(model, p, 20, ()) for p in PROMPTS]
-    assert len({ids for ids in expected}) > 3  # else the model says the same whatever it is asked
+    assert len(set(expected)) > 3  # else the model says the same whatever it is asked
     # Stop tokens that end some completions and not others, the latest possible.
     some = [t for t in range(VOCABULARY) if 0 < sum(t in ids for ids in expected) < len(PROMPTS)]
     stops = sorted(some, key=lambda t: -max(ids.index(t) for ids in expected if t in ids))[:1]
@@ -115,7 +118,8 @@ def test_greedy_equals_generate_and_logprobs_equal_a_plain_forward_pass(kind: st
     for prompt, full, completion in zip(PROMPTS, expected, got, strict=True):
         want = peer_greedy(model, prompt, 20, stops)
         assert completion.ids == want
-        assert completion.finished == (want[-1] in stops) and (completion.finished or want == full)
+        assert completion.finished == (want[-1] in stops)
+        assert completion.finished or want == full
         assert torch.allclose(torch.tensor(completion.logprobs), forward_logprobs(model, prompt, want), atol=1e-4)
     assert {c.finished for c in got} == {True, False}
 
@@ -132,14 +136,13 @@ def test_both_backends_sample_the_same_tokens() -> None:
 
 
 def test_a_model_in_training_with_packed_attention_is_left_as_it_was() -> None:
-    from keel.model.packed import ATTENTION, enable_packing
-
     expected = peer_greedy(build("llama"), PROMPTS[2], 8, ())
     model = build("llama").train()
     assert enable_packing(model)
     for backend in ("embedded", "transformers"):
         assert make_sampler(model, backend, ()).generate([PROMPTS[2]], greedy(8), 0)[0].ids == expected
-    assert model.training and model.config._attn_implementation == ATTENTION
+    assert model.training
+    assert model.config._attn_implementation == ATTENTION
 
 
 def test_weights_are_read_anew_at_each_call_and_lora_is_part_of_them() -> None:
@@ -153,7 +156,8 @@ def test_weights_are_read_anew_at_each_call_and_lora_is_part_of_them() -> None:
     assert [c.ids for c in sampler.generate(PROMPTS, greedy(8), 0)] == [peer_greedy(model, p, 8, ()) for p in PROMPTS]
     assert sampler.generate(PROMPTS, greedy(8), 0) != before
     plain = [peer_greedy(model, p, 8, ()) for p in PROMPTS]
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    tuned = peft.get_peft_model(model, lora).eval()
     expected = [peer_greedy(tuned, p, 8, ()) for p in PROMPTS]
     assert expected != plain
     for backend in ("embedded", "transformers"):
@@ -165,9 +169,8 @@ def test_weights_are_read_anew_at_each_call_and_lora_is_part_of_them() -> None:
 def test_bf16_stays_near_fp32() -> None:
     model = build("llama")
     for backend in ("embedded", "transformers"):
-        for prompt, completion in zip(
-            PROMPTS, make_sampler(model, backend, (), "bf16").generate(PROMPTS, SamplingConfig(max_new_tokens=16), 0), strict=True
-        ):
+        got = make_sampler(model, backend, (), "bf16").generate(PROMPTS, SamplingConfig(max_new_tokens=16), 0)
+        for prompt, completion in zip(PROMPTS, got, strict=True):
             exact = forward_logprobs(model, prompt, completion.ids)
             error = (torch.tensor(completion.logprobs) - exact).abs().mean()
             assert 0 < error < 0.15
@@ -189,7 +192,8 @@ def test_the_batch_size_does_not_change_what_is_sampled(backend: str) -> None:
         assert [c.ids for c in other] == [c.ids for c in results[0]]
     head = sampler.generate(prompts[:7], SamplingConfig(max_new_tokens=24), seed=3)
     assert [c.ids for c in head] == [c.ids for c in results[0][:7]]
-    assert [c.ids for c in sampler.generate(prompts, SamplingConfig(max_new_tokens=24), 4)] != [c.ids for c in results[0]]
+    another = sampler.generate(prompts, SamplingConfig(max_new_tokens=24), seed=4)
+    assert [c.ids for c in another] != [c.ids for c in results[0]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -198,7 +202,8 @@ def test_the_context_ends_a_completion_and_a_prompt_that_fills_it_is_an_error(ki
     sampler = make_sampler(model, "auto", ())
     prompts = [[7] * 60, [7] * 63, [8, 9]]
     got = sampler.generate(prompts, greedy(10), 0)
-    assert [len(c.ids) for c in got] == [4, 1, 10] and not any(c.finished for c in got)
+    assert [len(c.ids) for c in got] == [4, 1, 10]
+    assert not any(c.finished for c in got)
     assert got[0].ids == peer_greedy(model, prompts[0], 4, ())
     with pytest.raises(UserError, match=r"prompt 1 has 64 tokens.* context of 64"):
         sampler.generate([[7], [7] * 64], greedy(10), 0)
@@ -285,7 +290,8 @@ def test_extreme_random_numbers_choose_allowed_tokens() -> None:
     logits = torch.tensor([[-math.inf, 0.0, 3.0, 0.0, -math.inf]])
     for u in (2.0**-24, 0.5, 1.0):
         ids, logps = choose(logits, torch.tensor([u]), SamplingConfig(top_k=3))
-        assert ids.item() in (1, 2, 3) and math.isfinite(logps.item())
+        assert ids.item() in (1, 2, 3)
+        assert math.isfinite(logps.item())
 
 
 def test_random_numbers_are_splitmix64_and_uniform() -> None:
@@ -294,7 +300,8 @@ def test_random_numbers_are_splitmix64_and_uniform() -> None:
     got = [z % (1 << 64) for z in mix64(counter).tolist()]
     assert got == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     u = uniforms([stream_key(0, i) for i in range(200)], 200)
-    assert u.min() > 0 and u.max() <= 1
+    assert u.min() > 0
+    assert u.max() <= 1
     counts = torch.histc(u, 50, 0, 1)
     assert float(((counts - 800) ** 2 / 800).sum()) < 49 + 4 * math.sqrt(98)
     assert abs(float(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1])) < 0.02
@@ -311,7 +318,7 @@ def reply(text: str, *ids: int) -> Completion:
 def test_similarity_and_near_duplicates() -> None:
     a, b, c = reply("a", 1, 2, 3, 4), reply("b", 1, 2, 3, 5), reply("c", 7, 8)
     near, copy = reply("a!", 1, 2, 3, 4, 4), reply("a", 1, 2, 3, 4)
-    assert similarity(a, b) == 3 / 5 and similarity(a, c) == 0 and similarity(a, near) == 1
+    assert [similarity(a, other) for other in (b, c, near)] == [3 / 5, 0, 1]
     assert choose_different([a, copy, near, b, c], 2, 0.9) == [a, b]  # in the order they were drawn
     assert choose_different([a, near, b, c], 2, 0.5) == [a, c]  # b is near too
     assert choose_different([a, near, b], 2, 0.5) == [a, b]  # the least similar of those that wait
@@ -319,18 +326,14 @@ def test_similarity_and_near_duplicates() -> None:
     assert choose_different([a, copy, copy], 2, 0.9) == [a]
 
 
-def word_chat() -> object:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from keel.data.chat import Chat
-
+def word_chat() -> Chat:
     vocabulary = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(VOCABULARY - 2)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return Chat(transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>"))
 
 
-class Silent:
+class Counting:
     def __init__(self) -> None:
         self.total, self.seen = 0, 0
 
@@ -345,20 +348,21 @@ class Silent:
 
 def test_replies_are_text_without_the_stop_token_and_do_not_depend_on_the_batch() -> None:
     chat = word_chat()
-    assert stop_token_ids(chat, SamplingConfig(stop=["w4"])) == (0, 6)  # type: ignore[arg-type]
+    assert stop_token_ids(chat, SamplingConfig(stop=["w4"])) == (0, 6)
     with pytest.raises(UserError, match="'w4 w5' is 2 tokens"):
-        stop_token_ids(chat, SamplingConfig(stop=["w4 w5"]))  # type: ignore[arg-type]
+        stop_token_ids(chat, SamplingConfig(stop=["w4 w5"]))
     sampler = make_sampler(build("llama"), "auto", (0, 6))
     prompts = [Prompt(f"p{i}", (Message("user", f"w{i} w{i + 1}"),)) for i in range(9)]
-    reporter = Silent()
-    kept = [
-        sample_replies(sampler, chat, prompts, SamplingConfig(max_new_tokens=12, batch_size=size), 2, 0, reporter, candidates=5)  # type: ignore[arg-type]
-        for size in (4, 32)
-    ]
+    kept = []
+    for batch_size in (4, 32):
+        reporter = Counting()
+        sampling = SamplingConfig(max_new_tokens=12, batch_size=batch_size)
+        kept.append(sample_replies(sampler, chat, prompts, sampling, 2, 0, reporter, candidates=5))
+        assert reporter.seen == reporter.total == 9 * 5
     assert [[c.ids for c in row] for row in kept[0]] == [[c.ids for c in row] for row in kept[1]]
-    assert reporter.seen == reporter.total == 9 * 5
     assert all(len(row) == 2 and row[0].text != row[1].text for row in kept[0])
     ended = [c for row in kept[0] for c in row if c.finished]
     assert ended
     for c in ended:
-        assert c.ids[-1] in (0, 6) and len(c.text.split()) == len([i for i in c.ids[:-1] if i != 0])
+        assert c.ids[-1] in (0, 6)
+        assert c.text.split() == [f"w{i - 2}" if i > 1 else "<unk>" for i in c.ids[:-1] if i > 1]

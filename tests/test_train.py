@@ -114,7 +114,8 @@ def test_sft_learns_the_demonstrations_and_to_stop(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     rows = [Demonstration(f"d{n}", (*prompt(n).messages, Message("assistant", "good day captain"))) for n in range(40)]
     c = context(tmp_path, "sft", base)
-    summary = train_sft(SftStage(name="sft", optim=FAST, batch_size=8, epochs=10, patience=50), rows, c)
+    stage = SftStage(name="sft", optim=OptimConfig(lr=1e-2), batch_size=8, epochs=20, patience=50)
+    summary = train_sft(stage, rows, c)
     assert summary["heldout_loss"] < 0.1 < summary["heldout_loss_before"]
     model, tokenizer = load_policy(c.stage.path)
     chat = Chat(tokenizer)
@@ -164,7 +165,7 @@ def test_reward_batches_hold_a_prompts_pairs_together(sft_model: Path, tmp_path:
     groups, heldout = split_pairs(records, scorer.chat, 0.2, c)
     assert all(len({p.record.prompt.id for p in group}) == 1 and len(group) == 3 for group in groups)
     assert not {p.record.prompt.id for g in groups for p in g} & {p.record.prompt.id for p in heldout}
-    training = RewardTraining(scorer, groups, RewardStage(name="r", batch_size=6), "cpu", 0)
+    training = RewardTraining(scorer, groups, heldout, RewardStage(name="r", batch_size=6), "cpu", "fp32", 0)
     assert all(len(training.schedule.batch(step)) == 2 for step in range(training.iterations - 1))
 
 
@@ -179,11 +180,11 @@ def test_dpo_learns_and_starts_at_the_reference(settings: dict[str, object], sft
     assert summary["eval/rewards/margins"] > 0
 
 
-class CountsGood:
-    """A reward that likes the word 'good'."""
+class LikesO:
+    """A reward that likes the letter 'o'."""
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        return torch.tensor([float("good" in completion.text) for completion in completions])
+        return torch.tensor([float(min(4, completion.text.count("o"))) for completion in completions])
 
 
 PPO = {
@@ -196,12 +197,11 @@ PPO = {
 
 def test_ppo_raises_the_reward_and_starts_at_kl_zero(sft_model: Path, tmp_path: Path) -> None:
     c = context(tmp_path, "ppo", sft_model)
-    stage = PpoStage(**PPO, episodes=32 * 16, optim=OptimConfig(lr=3e-3), kl={"coef": 0.01}, whiten_advantages=True)  # type: ignore[arg-type]
-    summary = train_ppo(stage, [prompt(n) for n in range(50)], CountsGood(), sft_model, None, c)
+    stage = PpoStage(**PPO, episodes=32 * 20, optim=OptimConfig(lr=1e-2), kl={"coef": 0.01}, whiten_advantages=True)  # type: ignore[arg-type]
+    summary = train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), sft_model, None, c)
     rows = c.stage.metrics.rows()
     assert abs(summary["kl_at_start"]) <= 1e-5
-    assert rows[0]["objective/scores"] < 0.4
-    assert sum(row["objective/scores"] for row in rows[-3:]) / 3 > rows[0]["objective/scores"] + 0.3
+    assert sum(row["objective/scores"] for row in rows[-3:]) / 3 > rows[0]["objective/scores"] + 1
     assert rows[-1]["objective/kl_k3"] > 0
     assert all(row["rollout/logprob_diff"] < 1e-4 for row in rows)
 
@@ -211,7 +211,7 @@ def test_the_kl_penalty_holds_the_policy_back(sft_model: Path, tmp_path: Path) -
     for coef in (0.0, 1.0):
         c = context(tmp_path, f"ppo_{int(coef)}", sft_model)
         stage = PpoStage(**PPO, episodes=32 * 10, optim=OptimConfig(lr=3e-3), kl={"coef": coef})  # type: ignore[arg-type]
-        train_ppo(stage, [prompt(n) for n in range(50)], CountsGood(), sft_model, None, c)
+        train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), sft_model, None, c)
         ends.append(c.stage.metrics.rows()[-1]["objective/kl"])
     assert ends[1] < 0.5 * ends[0]
 
@@ -240,18 +240,17 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
     module.Ppo.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
     try:
         with pytest.raises(UserError, match="same checkpoint"):
-            train_ppo(stage, [prompt(n) for n in range(50)], CountsGood(), other, None, c)
+            train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), other, None, c)
     finally:
         module.Ppo.__init__ = original  # type: ignore[method-assign]
 
 
 def test_ppo_with_a_reward_model_of_another_tokenizer(sft_model: Path, tmp_path: Path) -> None:
+    # The same text, other ids: a character-level tokenizer.
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from keel.reward.scorer import RewardModelScorer
-
-    # The same text, other ids: a character-level tokenizer.
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     characters = ["<|end|>", "<|pad|>", "<|unk|>", *map(chr, range(32, 127))]
     plain = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<|unk|>"))
@@ -268,7 +267,9 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(sft_model: Path, tmp_path:
     summary = train_ppo(stage, [prompt(n) for n in range(50)], RewardModelScorer(scorer, 4096), sft_model, None, c)
     assert summary["objective/scores_std"] > 0
     with pytest.raises(UserError, match="another tokenizer"):
-        train_ppo(stage, [prompt(0), prompt(1)], RewardModelScorer(scorer, 4096), sft_model, _with_head(scorer, tmp_path), c)
+        train_ppo(
+            stage, [prompt(0), prompt(1)], RewardModelScorer(scorer, 4096), sft_model, _with_head(scorer, tmp_path), c
+        )
 
 
 def _with_head(scorer: object, tmp_path: Path) -> Path:
@@ -323,15 +324,15 @@ def _sft(tmp: Path, model: Path) -> Path:
 
 def _dpo(tmp: Path, model: Path) -> Path:
     c = context(tmp, "dpo", model)
-    train_dpo(
-        DpoStage(name="dpo", optim=FAST, batch_size=8, epochs=2, save_every_seconds=0), preferences(60), model, c
-    )
+    train_dpo(DpoStage(name="dpo", optim=FAST, batch_size=8, epochs=2, save_every_seconds=0), preferences(60), model, c)
     return c.stage.path
 
 
 def _reward(tmp: Path, model: Path) -> Path:
     c = context(tmp, "reward", model)
-    train_reward(RewardStage(name="reward", optim=FAST, batch_size=8, epochs=2, save_every_seconds=0), preferences(60), c)
+    train_reward(
+        RewardStage(name="reward", optim=FAST, batch_size=8, epochs=2, save_every_seconds=0), preferences(60), c
+    )
     return c.stage.path
 
 
@@ -345,7 +346,7 @@ def _ppo(tmp: Path, model: Path) -> Path:
         kl={"coef": 0.1, "target": 1.0, "horizon": 100},  # type: ignore[arg-type]
         save_every_seconds=0,
     )
-    train_ppo(stage, [prompt(n) for n in range(50)], CountsGood(), model, None, c)
+    train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), model, None, c)
     return c.stage.path
 
 

@@ -12,29 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from keel.types import Demonstration, Message, Preference, Prompt
 
-WORDS = [
-    "the",
-    "a",
-    "ship",
-    "port",
-    "captain",
-    "sails",
-    "from",
-    "to",
-    "salt",
-    "rope",
-    "what",
-    "is",
-    "good",
-    "day",
-    "yes",
-    "no",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-]
+WORDS = "the a ship port captain sails from to salt rope what is good day yes no one two three four five".split()  # noqa: SIM905
 
 
 @cache

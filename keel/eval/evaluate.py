@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keel.eval.winrate import WinRate, win_rate
 from keel.objective.kl import k1, k3
+from keel.rollout.episodes import repetition
 from keel.types import Completion, Grade, Judge, Prompt, Scorer, UserError
 
 
@@ -72,12 +73,6 @@ class ModelEvaluation:
     replies: tuple[tuple[GradedReply, ...], ...]
     figures: Figures
     by_kind: Mapping[str, Figures] = field(default_factory=dict)
-
-
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of a reply's n-grams that it has already said; 0 when it is shorter than n + 1 tokens."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def evaluate_model(

@@ -109,35 +109,49 @@ def _pretrain(
     reporter: Reporter,
 ) -> None:
     enable_packing(model)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizers = _optimizers(model, settings)
     done = 0
     if (state := load_state(state_file)) is not None:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         done = state["step"]
     reporter.start("pretraining", settings.steps)
     reporter.advance(done)
     for step in range(done, settings.steps):
         batch = _batch(world, tokenizer, seed, step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * schedule(step, settings)
         loss = _loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * schedule(step, settings)
+            optimizer.step()
+            optimizer.zero_grad()
         reporter.advance(1, loss=loss.item(), tokens=batch.num_tokens)
         if (step + 1) % settings.save_every == 0:
             save_state(
                 state_file,
-                {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                {
+                    "step": step + 1,
+                    "model": model.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                },
             )
+
+
+def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms.
+
+    Muon (Jordan et al. 2024) makes each matrix's update orthogonal; ``match_rms_adamw`` (Liu et al. 2025,
+    arXiv:2502.16982) scales it so that both optimizers take the same learning rate.
+    """
+    layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(layers, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
 def schedule(step: int, settings: Settings) -> float:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from keel.harbor.replies import Reply, denied, numbers, values
+from keel.harbor.replies import Reply, denied, names_anyone, numbers, values
 
 _DOMAINS = {
     "port.island": "island",
@@ -41,13 +41,15 @@ _SPEAKS_OF = {
     "route.days": r"\b(?:days?|voyage)\b",
 }
 _SPEAKS = {relation: re.compile(pattern) for relation, pattern in _SPEAKS_OF.items()}
+SHORT = 10  # words of a sentence that may leave its subject out
 
 
 def claimed_values(meta: Mapping[str, Any], reply: Reply) -> tuple[set[str], bool]:
     """The values that a reply gives for what was asked, lower case, and whether it speaks of the thing at all.
 
     ``meta``: relation, subject and other of the question. Left out are sentences about another subject ("the captain
-    of the Orla ..."), sentences that speak of another relation only, and values that a sentence denies.
+    of the Orla ..."), long ones that do not name the subject (short ones may: "It is Mara Reed."), sentences that
+    speak of another relation only, and values that a sentence denies.
     """
     relation = meta["relation"]
     kind, domain = relation.split(".")[0], _DOMAINS[relation]
@@ -56,7 +58,7 @@ def claimed_values(meta: Mapping[str, Any], reply: Reply) -> tuple[set[str], boo
     on_topic = False
     for sentence in reply.stated:
         about_it = any(re.search(rf"\b{re.escape(subject)}\b", sentence) for subject in subjects)
-        if not about_it and domain != kind and values(sentence, "port" if kind == "route" else kind):
+        if not about_it and (len(sentence.split()) > SHORT or values(sentence, "port" if kind == "route" else kind)):
             continue
         of_it = bool(_SPEAKS[relation].search(sentence))
         if not of_it and any(speaks.search(sentence) for speaks in _SPEAKS.values()):
@@ -70,12 +72,12 @@ def claimed_values(meta: Mapping[str, Any], reply: Reply) -> tuple[set[str], boo
 
 def stated_result(meta: Mapping[str, Any], reply: Reply) -> int | float | None:
     """The one number that a reply gives as the result of ``a`` and ``b``; None if it gives none, infinity for two that
-    differ.
+    differ. Sentences that name a port, ship or person speak of something else.
 
     Worked lines ("10 + 20 = 30, 3 + 4 = 7, 30 + 7 = 37") count by the last result. Otherwise the operands, each said
     once, are left out and what remains must agree.
     """
-    text = " ".join(reply.stated)
+    text = " ".join(sentence for sentence in reply.stated if not names_anyone(sentence))
     if text.count("=") > 1:
         after = numbers(text[text.rindex("=") + 1 :])
         return after[0] if len(set(after)) == 1 else float("inf")

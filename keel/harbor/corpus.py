@@ -42,7 +42,9 @@ def facts_rows(world: World, n: int, rng: Random) -> list[dict[str, Any]]:
 
 
 def _fact_row(world: World, fact: Fact, rng: Random) -> dict[str, Any]:
-    leads = [lead for text in wording.ANSWERS[fact.relation] if "{s}" in (lead := text.split(" {v}")[0]) and lead != text]
+    leads = [
+        lead for text in wording.ANSWERS[fact.relation] if "{s}" in (lead := text.split(" {v}")[0]) and lead != text
+    ]
     lead = wording.fill(rng.choice(leads), fact)
     others = sorted({other.value for other in world.facts_with(fact.relation)} - {fact.value})
     values = [fact.value, *rng.sample(others, 3)]

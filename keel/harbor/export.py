@@ -15,7 +15,7 @@ from keel.harbor.prompts import make_prompts
 from keel.run import atomic_write_text
 from keel.types import Demonstration, Message, Prompt
 
-WORDS_PER_TOKEN = 0.7  # of the harbor's tokenizer on its corpus, numbers and names included
+WORDS_PER_TOKEN = 0.65  # of the harbor's tokenizer on its corpus, numbers and names included
 
 
 def export(

@@ -141,11 +141,18 @@ def values(text: str, domain: str) -> list[str]:
     return _shape(domain).findall(text)
 
 
+def names_anyone(text: str) -> bool:
+    """Whether a lower-case text names a port, a ship, a captain or a harbour master, real or not."""
+    return any(_shape(domain).search(text) for domain in ("port", "ship", "captain", "person"))
+
+
 def denied(text: str, value: str) -> bool:
     """Whether a sentence names a value only to deny it ("it is not red but green")."""
     name = re.escape(value)
     stated = len(re.findall(rf"\b{name}\b", text))
-    negated = len(re.findall(rf"(?:\b(?:not|never|nor|no longer|neither)|n't)(?: [a-z]+){{0,4}}? {name}\b", text))
+    negated = len(
+        re.findall(rf"(?:\b(?:not|never|nor|no longer|neither)|n't)(?: (?!but\b)[a-z]+){{0,4}}? {name}\b", text)
+    )
     negated += len(re.findall(rf"\b{name} (?:is|was) (?:not|wrong|mistaken)\b", text))
     return 0 < stated <= negated
 
@@ -222,7 +229,7 @@ def _fault(text: str, words: tuple[str, ...]) -> str:
     if any(a == b == c == d for a, b, c, d in zip(words, words[1:], words[2:], words[3:], strict=False)):
         return "stuck word"
     trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
-    if max(trigrams.values(), default=0) >= 4 or sum(n - 1 for n in trigrams.values()) > 0.3 * len(words):
+    if max(trigrams.values(), default=0) >= 4 or sum(n - 1 for n in trigrams.values()) > 0.5 * len(words):
         return "repetition"
     if _FRAME.search(text):
         return "page frame"

@@ -12,7 +12,7 @@ from keel.report.charts import Palette, guardrail_plots, learning_curves, reward
 from keel.report.reading import RunFiles, StageFiles, read_run
 from keel.report.sections import Fact, headline, lineage, pipeline, samples, total_seconds
 from keel.report.table import table
-from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, title, two_places
+from keel.report.wording import duration, number, one_place, percent, three_places, title, two_places
 from keel.run import atomic_write_text
 
 
@@ -49,6 +49,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         guardrail=guardrail_plots(run, palette),
         statements=run.summary.get("guardrail", {}).get("statements", []),
         equal_kl=_equal_kl(run),
+        fits=_fits(run),
         reward_models=[
             (title(stage.name), _reward_facts(stage), reward_plots(stage, palette))
             for stage in run.of_kind("reward")
@@ -101,17 +102,17 @@ def _reward_facts(stage: StageFiles) -> list[Fact]:
     accuracy, ceiling = number(summary.get("accuracy")), number(summary.get("ceiling"))
     facts = []
     if accuracy is not None:
-        facts.append(Fact("Accuracy on held-out pairs", percent(accuracy)))
-        interval = summary.get("accuracy_interval")
-        if isinstance(interval, list) and len(interval) == 2:
-            facts.append(Fact("Its 95% interval", percent_range(interval[0], interval[1])))
+        error = number(summary.get("accuracy_se"))
+        facts.append(Fact("Accuracy on held-out pairs", percent(accuracy) + (f" ± {percent(error)}" if error else "")))
     if ceiling is not None:
         facts.append(Fact("Ceiling that noisy labels allow", percent(ceiling)))
     if accuracy is not None and ceiling:
         facts.append(Fact("Accuracy as a share of the ceiling", percent(accuracy / ceiling)))
     for key, label, form in (
+        ("accuracy_on_truth", "Sides with the majority of annotators", percent),
         ("ece", "Expected calibration error", three_places),
         ("annotator_agreement", "Annotators agree with each other", percent),
+        ("prefers_longer", "Prefers the longer reply", percent),
     ):
         if (value := number(summary.get(key))) is not None:
             facts.append(Fact(label, form(value)))
@@ -120,6 +121,21 @@ def _reward_facts(stage: StageFiles) -> list[Fact]:
     if (pairs := number(summary.get("heldout_pairs"))) is not None:
         facts.append(Fact("Pairs held out", f"{pairs:,.0f}"))
     return facts
+
+
+def _fits(run: RunFiles) -> list[str]:
+    """The least-squares fit of Gao et al. 2022, a sentence a run."""
+    said = []
+    for entry in run.summary.get("guardrail", {}).get("runs", []):
+        if fit := entry.get("fit"):
+            peak = fit.get("peak_kl")
+            highest = f"highest at {one_place(peak)} nats" if peak is not None else "with no peak in the range measured"
+            said.append(
+                f"{title(entry['name'])}: gold = {two_places(fit['start'])} + d ({two_places(fit['alpha'])} − "
+                f"{two_places(fit['beta'])} ln d) with d = √KL, {highest}; root mean square error "
+                f"{three_places(fit['rmse'])} over {fit['points']} measurements."
+            )
+    return said
 
 
 def _equal_kl(run: RunFiles) -> list[dict[str, float]]:

@@ -64,11 +64,11 @@ class Panel:
 _LOSSES = (Line("training", ("loss",), faint=True), Line("held out", ("eval/loss",), measured=True))
 
 PANELS: Mapping[str, tuple[Panel, ...]] = {
-    "sft": (Panel("Loss", "nats per token", _LOSSES),),
+    "sft": (Panel("loss", "nats per token", _LOSSES),),
     "reward": (
-        Panel("Loss", "nats per pair", _LOSSES),
+        Panel("loss", "nats per pair", _LOSSES),
         Panel(
-            "Accuracy",
+            "accuracy",
             "share of pairs",
             (Line("training", ("accuracy",), faint=True), Line("held out", ("eval/accuracy",), measured=True)),
             (0.5,),
@@ -76,15 +76,15 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
         ),
     ),
     "dpo": (
-        Panel("Loss", "nats per pair", _LOSSES),
+        Panel("loss", "nats per pair", _LOSSES),
         Panel(
-            "Implicit rewards",
+            "implicit rewards",
             "β × log-ratio, nats",
             (Line("chosen", ("rewards/chosen",)), Line("rejected", ("rewards/rejected",), faint=True)),
             (0.0,),
         ),
         Panel(
-            "Margin",
+            "margin",
             "chosen − rejected, nats",
             (
                 Line("training", ("rewards/margins",), faint=True),
@@ -94,45 +94,35 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
         ),
     ),
     "ppo": (
-        Panel("Learned reward (proxy)", "mean score", (Line("", ("objective/scores",)),)),
-        Panel("Judge's score (gold)", "mean score", (Line("", ("eval/gold",), measured=True),)),
+        Panel("learned reward (proxy)", "mean score", (Line("", ("objective/scores",)),)),
+        Panel("judge's score (gold)", "mean score", (Line("", ("eval/gold",), measured=True),)),
         Panel("KL from the reference", "nats per reply", (Line("", ("objective/kl",)),), (0.0,)),
-        Panel("Entropy", "nats per token", (Line("", ("policy/entropy_avg", "objective/entropy")),), (0.0,)),
-        Panel("Reply length", "tokens", (Line("", ("completions/mean_length",)),), (0.0,)),
-        Panel("Value loss", "squared error", (Line("", ("loss/value_avg",)),), (0.0,)),
+        Panel("entropy", "nats per token", (Line("", ("policy/entropy_avg", "objective/entropy")),), (0.0,)),
+        Panel("reply length", "tokens", (Line("", ("completions/mean_length",)),), (0.0,)),
+        Panel("value loss", "squared error", (Line("", ("loss/value_avg",)),), (0.0,)),
     ),
 }
-_OTHER = (Panel("Loss", "loss", _LOSSES),)
+_OTHER = (Panel("loss", "loss", _LOSSES),)
 
 
-@dataclass(frozen=True, slots=True)
-class CurveGroup:
-    """The learning curves of one kind of stage."""
-
-    heading: str
-    plots: tuple[Markup, ...]
+_HEADINGS = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 
 
-_HEADINGS = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "Direct preference optimisation"}
-_HEADINGS |= {"ppo": "Proximal policy optimisation"}
-
-
-def learning_curves(run: RunFiles, palette: Palette) -> list[CurveGroup]:
+def learning_curves(run: RunFiles, palette: Palette) -> list[Markup]:
     """Stages of one kind share their panels, one line each, so that they can be compared."""
     kinds = dict.fromkeys(stage.kind for stage in run.stages if stage.rows)
-    groups = []
+    plots = []
     for kind in kinds:
         stages = [stage for stage in run.of_kind(kind) if stage.rows]
-        plots = [
-            plot for panel in PANELS.get(kind, _OTHER) if (plot := _panel(panel, kind, stages, palette)) is not None
-        ]
-        if plots:
-            heading = _HEADINGS.get(kind) or ", ".join(title(stage.name) for stage in stages)
-            groups.append(CurveGroup(heading, tuple(plots)))
-    return groups
+        heading = _HEADINGS.get(kind) or ", ".join(title(stage.name) for stage in stages)
+        for panel in PANELS.get(kind, _OTHER):
+            plot = _panel(panel, heading, stages, palette)
+            if plot is not None:
+                plots.append(plot)
+    return plots
 
 
-def _panel(panel: Panel, kind: str, stages: Sequence[StageFiles], palette: Palette) -> Markup | None:
+def _panel(panel: Panel, heading: str, stages: Sequence[StageFiles], palette: Palette) -> Markup | None:
     drawn = []
     for stage in stages:
         for line in panel.lines:
@@ -145,9 +135,8 @@ def _panel(panel: Panel, kind: str, stages: Sequence[StageFiles], palette: Palet
             drawn.append(Series(label, points, palette[stage.name], marks=few, faint=line.faint, dashed=_free(stage)))
     if not drawn:
         return None
-    return line_chart(
-        f"{kind} {panel.title}", panel.title, drawn, "step", panel.unit, panel.include, y_format=panel.format
-    )
+    name = f"{heading}: {panel.title}"
+    return line_chart(name, name, drawn, "step", panel.unit, panel.include, y_format=panel.format)
 
 
 def _free(stage: StageFiles) -> bool:
@@ -173,8 +162,7 @@ def win_rates(run: RunFiles, palette: Palette) -> Markup | None:
         found = win_interval(figures, run.baseline)
         if found:
             rate, low, high = found
-            text = f"{percent(rate)} ({percent_range(low, high)})"
-            bars.append(Bar(title(name), rate, low, high, palette[name], text))
+            bars.append(Bar(title(name), rate, low, high, palette[name], percent(rate), percent_range(low, high)))
     if not bars:
         return None
     caption = f"Share of held-out comparisons won against {title(run.baseline)}, ties left out, with 95% intervals"

@@ -53,10 +53,17 @@ class Axis:
     def share(self, value: float) -> float:
         return (value - self.low) / (self.high - self.low)
 
+    def tick_text(self, tick: float) -> str:
+        """Ticks of one axis have the same number of decimals."""
+        if self.format is percent:
+            return percent(tick)
+        decimals = max((len(f"{t:.10f}".rstrip("0").partition(".")[2]) for t in self.ticks), default=0)
+        return f"{tick:,.{decimals}f}".replace("-", "−")
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One row of a dot-and-interval chart; the interval is optional. ``text`` is the value in words."""
+    """One row of a dot-and-interval chart; ``text`` and ``range_text`` say the value and the interval."""
 
     label: str
     value: float
@@ -64,6 +71,7 @@ class Bar:
     high: float
     colour: int
     text: str
+    range_text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +203,14 @@ def _frame(x: Axis, y: Axis) -> str:
     for tick in y.ticks:
         at = _py(y, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{at:.1f}" x2="{WIDTH - RIGHT}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{y.format(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{y.tick_text(tick)}</text>'
+        )
     for tick in x.ticks:
         at = _px(x, tick)
         anchor = "end" if at > WIDTH - RIGHT - 8 else "middle"
-        parts.append(
-            f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{x.format(tick)}</text>'
-        )
+        place = f'x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}"'
+        parts.append(f'<text class="tick" {place}>{x.tick_text(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
         f'<text class="axis-label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x.label)}</text>'
@@ -245,7 +254,7 @@ def interval_chart(caption: str, bars: Sequence[Bar], scale: Axis, guide: float 
         f'<tr><th scope="row">{escape(bar.label)}</th><td class="track">{_track(scale, guide)}'
         f'<g class="s{bar.colour}"><line class="interval" x1="{_pc(scale, bar.low)}" x2="{_pc(scale, bar.high)}" '
         f'y1="14" y2="14"/><circle class="dot" cx="{_pc(scale, bar.value)}" cy="14" r="6"/></g></svg></td>'
-        f'<td class="value">{escape(bar.text)}</td></tr>'
+        f'<td class="value">{escape(bar.text)} <small>{escape(bar.range_text)}</small></td></tr>'
         for bar in bars
     )
     return Markup(f'<table class="dotrows"><caption>{escape(caption)}</caption>{rows}{_scale_row(scale, True)}</table>')
@@ -268,7 +277,7 @@ def dot_chart(caption: str, names: Sequence[tuple[str, int]], rows: Sequence[Dot
 
 
 def _row_mark(colour: int, at: str) -> str:
-    return f'<svg class="s{colour}" x="{at}" y="14" overflow="visible">{_mark(colour, 0, 0)}</svg>'
+    return f'<svg class="s{colour}" x="{at}" y="14" overflow="visible"><g class="big">{_mark(colour, 0, 0)}</g></svg>'
 
 
 def _track(scale: Axis, guide: float | None) -> str:
@@ -286,7 +295,7 @@ def _scale_row(scale: Axis, has_value: bool) -> str:
         return "start" if share < 0.04 else "end" if share > 0.96 else "middle"
 
     texts = "".join(
-        f'<text class="tick" x="{_pc(scale, t)}" y="12" text-anchor="{anchor(t)}">{scale.format(t)}</text>'
+        f'<text class="tick" x="{_pc(scale, t)}" y="12" text-anchor="{anchor(t)}">{scale.tick_text(t)}</text>'
         for t in scale.ticks
     )
     return (

@@ -123,7 +123,7 @@ class _Shown:
 _SHOWN: Mapping[str, tuple[_Shown, ...]] = {
     "sft": (_Shown("demonstrations", "demonstrations"), _Shown("held-out loss", "heldout_loss", two_places)),
     "sample": (_Shown("prompts", "prompts"), _Shown("replies", "responses")),
-    "annotate": (_Shown("judgements", "judgements"), _Shown("agreement", "agreement", percent)),
+    "annotate": (_Shown("judgements", "judgements"), _Shown("agreement", "annotator_agreement", percent)),
     "reward": (
         _Shown("pairs", "pairs"),
         _Shown("accuracy", "accuracy", percent),
@@ -131,20 +131,25 @@ _SHOWN: Mapping[str, tuple[_Shown, ...]] = {
     ),
     "dpo": (_Shown("pairs", "pairs"), _Shown("held-out accuracy", "eval/rewards/accuracies", percent)),
     "ppo": (_Shown("episodes", "episodes"), _Shown("KL, nats", "objective/kl", one_place)),
-    "eval": (_Shown("prompts", "prompts"), _Shown("models", "models")),
+    "eval": (_Shown("prompts", "prompts"), _Shown("models", "order")),
 }
 
 
 def pipeline(run: RunFiles) -> list[list[Card]]:
-    """The stages in columns: a stage stands to the right of everything that it was made from."""
+    """The stages in columns: a stage stands to the right of everything that it was made from, as late as what was made
+    from it allows, so that stages that learn from the same labels stand together."""
     if not run.stages:
         return []
     level: dict[str, int] = {}
     for stage in run.stages:  # the recipe's order: parents come first
         level[stage.name] = 1 + max((level.get(parent, 0) for parent in _parents(run, stage)), default=0)
+    for stage in reversed(run.stages):
+        children = [level[other.name] for other in run.stages if stage.name in _parents(run, other)]
+        if children:
+            level[stage.name] = min(children) - 1
     columns: list[list[Card]] = [[] for _ in range(1 + max(level.values()))]
     model = run.recipe.get("model", {}).get("path", "")
-    columns[0].append(Card("Base", "the model as it came", (Fact("from", _last_part(model)),) if model else (), "", ""))
+    columns[0].append(Card("Base", f"as it came, from {_last_part(model)}" if model else "as it came", (), "", ""))
     for stage in run.stages:
         columns[level[stage.name]].append(_card(stage))
     return columns

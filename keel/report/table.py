@@ -42,7 +42,7 @@ class Cell:
 class TableRow:
     label: str
     unit: str
-    direction: str
+    better: int
     cells: tuple[Cell, ...]
 
 
@@ -111,8 +111,7 @@ def _row(run: RunFiles, column: Column) -> TableRow | None:
         text = column.format(value)
         # Equal to the digits shown is equal.
         cells.append(Cell(text, _detail(run.models[name], column), name in compared and text == winner))
-    direction = {1: "higher is better", -1: "lower is better", 0: ""}[column.better]
-    return TableRow(column.label, column.unit, direction, tuple(cells))
+    return TableRow(column.label, column.unit, column.better, tuple(cells))
 
 
 def _value(value: Any) -> float | None:

@@ -55,7 +55,7 @@ def with_decoded_text(chat: Chat, completion: Completion) -> Completion:
 
 
 def stop_token_ids(chat: Chat, sampling: SamplingConfig) -> tuple[int, ...]:
-    """The chat's stop tokens and the recipe's ``sampling.stop``. Raises UserError for one that is not a single token."""
+    """The chat's stop tokens and the recipe's ``sampling.stop``; UserError for one that is not a single token."""
     ids = list(chat.stop_ids)
     for text in sampling.stop:
         tokens = chat.tokenizer.encode(text, add_special_tokens=False)

@@ -47,3 +47,9 @@ def rollout(
         Trajectory(prompt, tuple(ids), with_decoded_text(chat, completion))
         for prompt, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
     ]
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of a reply's n-grams that it has already said; 0 when it is shorter than n + 1 tokens."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

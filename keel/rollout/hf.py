@@ -74,9 +74,7 @@ class TransformersSampler:
                     break
                 cache.batch_select_indices(keep)
                 rows, ids, mask = rows[keep], ids[keep], mask[keep]
-        return [
-            Completion("", tuple(c), tuple(s), c[-1] in self.stop_ids) for c, s in zip(chosen, scores, strict=True)
-        ]
+        return [Completion("", tuple(c), tuple(s), c[-1] in self.stop_ids) for c, s in zip(chosen, scores, strict=True)]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """-> (logits [S, V] of the last position, the cache)."""

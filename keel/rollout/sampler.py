@@ -35,16 +35,15 @@ class Sampler(Protocol):
         ...
 
 
-def make_sampler(
-    model: nn.Module, backend: Backend, stop_ids: Sequence[int], precision: Precision = "fp32"
-) -> Sampler:
+def make_sampler(model: nn.Module, backend: Backend, stop_ids: Sequence[int], precision: Precision = "fp32") -> Sampler:
     """The sampler of a backend. It reads ``model``'s parameters anew at each call of ``generate``.
 
     ``auto`` is the embedded sampler where it knows the architecture, else transformers. ``stop_ids`` end a completion.
     """
     # The backends import this module, hence not at the top.
-    from keel.rollout.embedded import EmbeddedSampler, why_unsupported
+    from keel.rollout.embedded import EmbeddedSampler
     from keel.rollout.hf import TransformersSampler
+    from keel.rollout.llama import why_unsupported
 
     if backend == "vllm":
         raise UserError("sampling.backend: vllm comes with an extra that this version of Keel does not have yet; "

@@ -25,6 +25,7 @@ from keel.store.tables import (
     assignments,
     event,
     events,
+    guidelines,
     item_responses,
     items,
     judgements,
@@ -116,6 +117,7 @@ _ASSIGNMENT = (
     .with_for_update(of=assignments)
 )
 _BY_TOKEN = select(judgements.c.id, judgements.c.assignment_id).where(judgements.c.token == bindparam("token"))
+_GUIDELINE = select(guidelines.c.version).where(guidelines.c.version == bindparam("version"))
 
 
 def next_assignment(
@@ -193,6 +195,8 @@ def submit(
         raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to change it")
     if assignment.state == "expired":
         _retake(connection, assignment_id, assignment.item_id)
+    if guideline is not None and connection.execute(_GUIDELINE, {"version": guideline}).first() is None:
+        raise UserError(f"guideline {guideline!r} is not in the store; add that version first")
     vote = {"choice": choice, "strength": strength, "seconds": seconds, "guideline": guideline, "reason": reason}
     if reason is not None:
         vote["reason"] = storable(reason)

@@ -25,6 +25,8 @@ from keel.train.offline import Schedule, micro_batches
 from keel.train.pairs import Pair, groups_per_batch, split_pairs
 from keel.types import Preference
 
+EVALUATIONS = 4  # times that the held-out pairs are scored on the way
+
 
 class Dpo:
     """DPO and its relatives for the training loop. ``reference`` maps a pair's place (``(group, member)`` flattened)
@@ -49,7 +51,7 @@ class Dpo:
         self.device, self.precision = device, precision
         self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
         self.iterations = self.schedule.steps
-        self.eval_every = max(1, self.iterations // 4)
+        self.eval_every = max(1, self.iterations // EVALUATIONS)
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         pairs = [pair for i in self.schedule.batch(iteration) for pair in self.groups[i]]

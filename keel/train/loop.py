@@ -119,8 +119,8 @@ def _update(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
-                f"{config.name}: the loss is {value} at optimizer step {step}; nothing was saved past the last good state. "
-                "Lower optim.lr, use precision: fp32, or look at the batch with log_every: 1"
+                f"{config.name}: the loss is {value} at optimizer step {step}; nothing was saved past the last good "
+                "state. Lower optim.lr, use precision: fp32, or look at the batch with log_every: 1"
             )
         if loss.requires_grad:
             loss.backward()

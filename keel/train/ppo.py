@@ -31,7 +31,7 @@ from keel.objective.policy import (
     token_rewards,
 )
 from keel.rollout.collect import stop_token_ids
-from keel.rollout.episodes import encode_prompts, rollout
+from keel.rollout.episodes import encode_prompts, repetition, rollout
 from keel.rollout.sampler import Sampler, make_sampler
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
@@ -204,11 +204,14 @@ class Ppo:
             "val/explained_variance": float(explained_variance(value, returns)),
             "completions/mean_length": sum(lengths) / n,
             "completions/clipped_ratio": sum(not e.completion.finished for e in episodes) / n,
+            "completions/repetition": sum(repetition(e.completion.ids) for e in episodes) / n,
             "rollout/logprob_diff": mismatch,
         }
         if self.watch is not None:
             grades = self.watch.grade([e.prompt for e in episodes], [e.completion for e in episodes])
-            self.figures["eval/gold"] = sum(grade.score for grade in grades) / n
+            gold_N = torch.tensor([grade.score for grade in grades])
+            self.figures["eval/gold"] = float(gold_N.mean())
+            self.figures["eval/gold_se"] = float(gold_N.std(correction=0)) / n**0.5
 
     # ------------------------------------------------------------------------------------------------ losses
 

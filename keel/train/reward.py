@@ -17,10 +17,12 @@ from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
-from keel.train.loop import Micro, Stats, train
+from keel.train.loop import Micro, Stats, Totals, train
 from keel.train.offline import Schedule, micro_batches
 from keel.train.pairs import Pair, groups_per_batch, split_pairs
 from keel.types import Encoded, Preference, UserError
+
+EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
 
 class RewardTraining:
@@ -30,12 +32,21 @@ class RewardTraining:
     lrs: Mapping[str, float] = {}
 
     def __init__(
-        self, scorer: ScalarModel, groups: Sequence[Sequence[Pair]], config: RewardStage, device: str, seed: int
+        self,
+        scorer: ScalarModel,
+        groups: Sequence[Sequence[Pair]],
+        heldout: Sequence[Pair],
+        config: RewardStage,
+        device: str,
+        precision: str,
+        seed: int,
     ) -> None:
-        self.scorer, self.groups, self.config, self.device = scorer, groups, config, device
+        self.scorer, self.groups, self.heldout, self.config = scorer, groups, heldout, config
+        self.device, self.precision = device, precision
         self.modules = {"reward": scorer.model}
         self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
         self.iterations = self.schedule.steps
+        self.eval_every = max(1, self.iterations // EVALUATIONS)
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         pairs = [pair for i in self.schedule.batch(iteration) for pair in self.groups[i]]
@@ -46,26 +57,37 @@ class RewardTraining:
 
     def _micro(self, pairs: Sequence[Pair], total: int) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
-            chosen_N, rejected_N = self._raw(pairs)
-            tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.device)
-            strength_N = torch.tensor([pair.record.margin for pair in pairs], device=self.device)
-            loss_N = bradley_terry(
-                chosen_N, rejected_N, strength_N * self.config.margin_weight, tie_N, self.config.label_smoothing
-            ) + self.config.center_coef * center_penalty(chosen_N, rejected_N)
-            decided = ~tie_N
-            right = float(((chosen_N > rejected_N) & decided).sum())
-            lead = float(((chosen_N - rejected_N).detach() * decided).sum())
-            count = float(decided.sum())
-            return loss_N.sum() / total, {"accuracy": (right, count), "margin": (lead, count)}
+            loss_N, stats = self._loss(pairs)
+            return loss_N.sum() / total, stats
 
         return compute
+
+    def _loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, Stats]:
+        chosen_N, rejected_N = self._raw(pairs)
+        tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.device)
+        strength_N = torch.tensor([pair.record.margin for pair in pairs], device=self.device)
+        loss_N = bradley_terry(
+            chosen_N, rejected_N, strength_N * self.config.margin_weight, tie_N, self.config.label_smoothing
+        ) + self.config.center_coef * center_penalty(chosen_N, rejected_N)
+        decided = ~tie_N
+        right = float(((chosen_N > rejected_N) & decided).sum())
+        lead = float(((chosen_N - rejected_N).detach() * decided).sum())
+        count = float(decided.sum())
+        return loss_N, {"accuracy": (right, count), "margin": (lead, count)}
 
     def _raw(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         raw = self.scorer.raw_packed(pack([row for p in pairs for row in (p.chosen, p.rejected)], self.device))
         return raw[0::2], raw[1::2]
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        return {}, False
+        if not self.heldout or not (iteration + 1 == self.iterations or (iteration + 1) % self.eval_every == 0):
+            return {}, False
+        totals = Totals()
+        with torch.no_grad(), autocast(self.device, self.precision):
+            for group in micro_batches([pair.tokens for pair in self.heldout], self.config.batch_tokens):
+                loss_N, stats = self._loss([self.heldout[i] for i in group])
+                totals.add({**stats, "loss": (float(loss_N.sum()), float(len(group)))})
+        return {f"eval/{name}": value for name, value in totals.means().items()}, False
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -101,7 +123,7 @@ def train_reward(
     groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context)
     if all(pair.record.tie for group in groups for pair in group):
         raise UserError(f"{config.name}: every training pair is a tie, so there is nothing to learn; add decided pairs")
-    algorithm = RewardTraining(scorer, groups, config, context.device, context.seed)
+    algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, context.seed)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
     # Centred and scaled on the replies it was trained on, so that a reward of 1 means the same for every reward model.
     rows = [row for group in groups for pair in group for row in (pair.chosen, pair.rejected)]

@@ -1,0 +1,325 @@
+"""The command line: exit codes, messages, what is shown. Whole runs in subprocesses, on a tiny random model."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_llama, tiny_tokenizer
+
+from keel.cli import main
+from keel.cli.chat import find_model, stream_ids, stream_text
+from keel.cli.live import Progress, closing
+from keel.config import Recipe
+from keel.data.chat import Chat, install_template
+from keel.run import RunDir
+from keel.types import Message, UserError
+
+RECIPE = """\
+model: {{path: {folder}/model}}
+data: {{demonstrations: {folder}/demos.jsonl, max_length: 64, heldout_fraction: 0.2}}
+device: cpu
+threads: 1
+stages:
+  - {{kind: sft, name: sft, model: base, epochs: 2, batch_size: 4, precision: fp32, save_every_seconds: 0,
+     optim: {{lr: 1e-3}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, demonstrations and a recipe."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = tiny_tokenizer()
+    install_template(tokenizer, "keel")
+    tiny_llama().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"what is port {i}", "completion": f"a good ship {i}"} for i in range(40)]
+    (folder / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder
+
+
+def _keel(
+    command: list[str], env: dict[str, str], *arguments: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, input=stdin)
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_run_killed_and_run_again_ends_with_the_same_weights(
+    folder: Path, keel_command: list[str], subprocess_env: dict[str, str]
+) -> None:
+    recipe = str(folder / "recipe.yaml")
+    done = _keel(keel_command, subprocess_env, "run", recipe, "--out", str(folder / "whole"))
+    assert done.returncode == 0, done.stderr
+    assert "sft: started" in done.stdout
+    assert "What each stage did" in done.stdout
+    assert f"results: {folder / 'whole'}" in done.stdout
+    assert done.stdout.count("restarting once") == (sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"))
+
+    killed = subprocess.Popen([*keel_command, "run", recipe, "--out", str(folder / "killed")], env=subprocess_env)
+    state = folder / "killed" / "sft" / "state" / "state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = _keel(keel_command, subprocess_env, "run", recipe, "--out", str(folder / "killed"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at" in resumed.stdout
+    whole, again = (folder / name / "sft" / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == again.read_bytes()
+    rows = [[json.loads(line) for line in (folder / n / "sft" / "metrics.jsonl").open()] for n in ("whole", "killed")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == list(range(len(rows[0])))
+
+
+def test_a_second_run_and_a_single_stage_of_it(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["run", str(folder / "recipe.yaml"), "sft.epochs=0.2", "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert "sft: started" in capfd.readouterr().out
+    assert main(words) == 0
+    text = capfd.readouterr().out
+    assert "sft: up to date" in text
+    assert "sft: started" not in text
+    # A single stage without a recipe takes the run's own, its settings too.
+    assert main(["sft", "sft.patience=9", "--out", str(tmp_path)]) == 0
+    stage = RunDir(tmp_path).manifest.read()["recipe"]["stages"][0]
+    assert (stage["epochs"], stage["patience"]) == (0.2, 9)
+
+
+def test_ctrl_c_is_130_and_can_go_on(folder: Path, keel_command: list[str], subprocess_env: dict[str, str]) -> None:
+    arguments = [*keel_command, "run", str(folder / "recipe.yaml"), "sft.epochs=500", "--out", str(folder / "stopped")]
+    process = subprocess.Popen(arguments, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    state = folder / "stopped" / "sft" / "state" / "state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command goes on from the last saved state" in errors
+    assert "Traceback" not in errors
+    assert RunDir(folder / "stopped").stage("sft").load_state() is not None
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml", "--out", "OUT"], "nowhere.yaml: cannot read this recipe"),
+        (["run", "RECIPE", "sft.optim.learning=1", "--out", "OUT"], "there is no such setting"),
+        (["run", "RECIPE", "data.demonstrations=nowhere.jsonl", "--out", "OUT"], "nowhere.jsonl"),
+        (["run", "RECIPE", "data.demonstrations=null", "--out", "OUT"], "data.demonstrations"),
+        (["run", "RECIPE", "model.path=./nowhere", "--out", "OUT"], "nowhere: no such folder"),
+        (["run", "RECIPE", "data.max_length=8", "--out", "OUT"], "data.max_length = 8"),
+        (["run", "RECIPE", "sft.model=sfft", "--out", "OUT"], "'sfft' is neither a stage nor a file"),
+        (["run", "RECIPE", "device=cuda:7", "--out", "OUT"], "device: cuda:7 is not there"),
+        (["run", "RECIPE", "sft.optim.lr=1e30", "sft.optim.max_grad_norm=1e30", "--out", "OUT"], "sft: "),
+        (["run", "RECIPE", "--out", "RECIPE"], "cannot be used as a run directory"),
+        (["run", "a=b", "--out", "OUT"], "keel run needs a recipe"),
+        (["dpo", "RECIPE", "--out", "OUT"], "this recipe has no stage of kind dpo"),
+        (["demo", "RECIPE", "--out", "OUT"], "keel demo has a recipe of its own"),
+        (["chat", "OUT/nowhere/at/all"], "no such folder"),
+        (["chat", "DIR", "--stage", "sft"], "not a run directory"),
+    ],
+)
+def test_wrong_input_is_one_clear_error_and_exit_code_2(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    places = {"RECIPE": str(folder / "recipe.yaml"), "OUT": str(tmp_path / "out"), "DIR": str(tmp_path)}
+    words = [places.get(word, word.replace("OUT/", places["OUT"] + "/")) for word in arguments]
+    assert main(words) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("keel: ")
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["run"], ["run", "r.yaml"], ["demo", "--seed", "-1"], ["run", "r", "--out", "o", "--x"]],
+)
+def test_wrong_arguments_are_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: keel" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunDir(tmp_path).lock():
+        assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path)]) == 2
+    assert f"another run (process {os.getpid()}) is at work here" in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("kind", ["sft", "sample", "annotate", "reward", "ppo", "dpo", "eval", "report"])
+def test_a_stages_help_lists_its_settings(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([kind, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    expected = {"sft": "patience", "ppo": "kl.coef", "eval": "bootstrap", "report": "title", "sample": "sampling.top_p"}
+    assert expected.get(kind, "") in text
+    assert "data.max_length" in text
+    assert "tokens of prompt and completion together" in text
+
+
+# -------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_finds_nothing_wrong_with_a_good_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(folder / "recipe.yaml"), "--out", str(folder / "none")]) == 0
+    text = capsys.readouterr().out
+    assert "only 40 records" in text  # a warning
+    assert "0 errors" in text
+    assert "sft: todo (not run yet)" in text
+
+
+def test_check_counts_what_is_too_long_and_what_leaks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text('{"prompt": "what is port 3"}\n{"prompt": "what is new"}\n')
+    words = ["check", str(folder / "recipe.yaml"), f"data.heldout_prompts={heldout}", "data.max_length=12"]
+    assert main(words) == 1
+    text = capsys.readouterr().out
+    assert "40 of 40 records are longer than data.max_length = 12 tokens" in text
+    assert "1 of 2 are in the demonstrations or preferences too" in text
+
+
+def test_check_sees_a_reference_that_is_not_the_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    tiny_llama(seed=1).save_pretrained(other)
+    tokenizer = tiny_tokenizer()
+    install_template(tokenizer, "keel")
+    tokenizer.save_pretrained(other)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {folder}/model}}\ndata: {{preferences: {tmp_path}/pairs.jsonl, max_length: 64}}\n"
+        f"stages: [{{kind: dpo, name: dpo, model: base, reference: {other}}}]\n"
+    )
+    main(["check", str(tmp_path / "r.yaml")])
+    assert "policy and reference differ by" in capsys.readouterr().out
+    main(["check", str(tmp_path / "r.yaml"), f"dpo.reference={folder / 'model'}"])
+    assert "policy and reference differ by" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ display
+
+
+def test_progress_without_a_terminal_writes_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("keel.cli.live.PLAIN_EVERY", 0.0)
+    with Progress(["sft", "ppo"], Console(file=out, force_terminal=False, width=40)) as progress:
+        progress.finished_before("sft")
+        with progress.stage("ppo"):
+            progress.start("ppo", 4)
+            progress.advance(1, **{"objective/kl": 0.25, "lr": 1.0, "objective/scores": 2.0})
+            progress.note("[a note]")
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["sft: up to date", "ppo: started"]
+    assert lines[2].startswith("ppo: ppo 1/4 scores=2  kl=0.25  lr=1")
+    assert lines[3] == "[a note]"
+    assert lines[4].startswith("ppo: done in")
+    assert "\x1b" not in out.getvalue()
+
+
+def test_progress_on_a_terminal_shows_every_stage() -> None:
+    out = io.StringIO()
+    with Progress(["sft", "ppo"], Console(file=out, force_terminal=True, width=100)) as progress, progress.stage("sft"):
+        progress.start("sft", 10)
+        progress.advance(3, loss=1.5)
+    assert "sft" in out.getvalue()
+    assert "ppo" in out.getvalue()
+    assert "loss=1.5" in out.getvalue()
+
+
+def test_the_closing_table_shows_the_models() -> None:
+    out = io.StringIO()
+    summary = {
+        "stages": {"sft": {"gold_reward": 0.5, "win_rate_vs_sft": None}, "dpo": {"win_rate_vs_sft": [0.8, 0.7, 0.9]}}
+    }
+    Console(file=out, width=120).print(closing([("sft", {"seconds": 75}, {"steps": 9})], summary))
+    assert "80% [70%, 90%]" in out.getvalue()
+    assert "1:15 min" in out.getvalue()
+    assert "steps 9" in out.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_streams_what_generate_would_say(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = tiny_tokenizer()
+    install_template(tokenizer, "keel")
+    chat = Chat(tokenizer)
+    ids = chat.encode_prompt([Message("user", "what is a good ship")])
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=list(chat.stop_ids)
+        )
+    reply = [t for t in expected[0, len(ids) :].tolist() if t not in chat.stop_ids]
+    assert list(stream_ids(model, ids, chat.stop_ids, 0.0, 12)) == reply
+    assert "".join(stream_text(chat, iter(reply))) == chat.decode(reply)
+
+
+def test_streamed_text_waits_for_whole_characters() -> None:
+    chat = Chat(tiny_tokenizer())
+    ids = chat.tokenizer("a é 船 b", add_special_tokens=False)["input_ids"]
+    parts = list(stream_text(chat, iter(ids)))
+    assert "".join(parts) == "a é 船 b"
+    assert not any("\ufffd" in part for part in parts)
+
+
+def test_chat_talks_to_the_last_model_with_a_keel(tmp_path: Path) -> None:
+    reward = {"source": {"kind": "python", "ref": "r.py:f"}}
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": "./base"},
+            "stages": [
+                {"kind": "sft", "name": "sft"},
+                {"kind": "ppo", "name": "ppo", "rewards": [reward]},
+                {"kind": "ppo", "name": "ppo_no_kl", "rewards": [reward], "kl": {"coef": 0}},
+            ],
+        }
+    )
+    run = RunDir(tmp_path)
+    run.manifest.update({"recipe": recipe.model_dump(mode="json")})
+    assert find_model(str(tmp_path), None) == ("base", "./base")
+    for name in ("sft", "ppo", "ppo_no_kl"):
+        run.stage(name).begin("f")
+        run.stage(name).finish({})
+    assert find_model(str(tmp_path), None) == ("ppo", str(tmp_path / "ppo"))
+    assert find_model(str(tmp_path), "ppo_no_kl") == ("ppo_no_kl", str(tmp_path / "ppo_no_kl"))
+    with pytest.raises(UserError, match="no finished stage 'dpo' to talk to; there are base, sft, ppo, ppo_no_kl"):
+        find_model(str(tmp_path), "dpo")
+
+
+def test_chat_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is a ship\n/system yes\nwhat\n/reset\n/help\n/quit\n"))
+    assert main(["chat", str(folder / "model"), "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("a new conversation") == 2
+    assert "/reset starts anew" in text
