@@ -130,7 +130,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     with Store(_store_url(context)) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
-            session.add_responses(prompt.id, group, str(path), fingerprint, stage.sampling.model_dump(mode="json"))
+            session.add_responses(prompt.id, group, str(path), stage.sampling, fingerprint)
     everything = [reply for group in replies for reply in group]
     return {
         "prompts": len(prompts),

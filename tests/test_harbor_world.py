@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def corpus(world: World) -> list[str]:
 
 def test_world_is_decided_by_its_seed(world: World) -> None:
     again = World(0)
-    assert again.ports == world.ports and again.ships == world.ships and again.facts == world.facts
+    assert again.ports == world.ports
+    assert again.facts == world.facts
     assert World(1).ports != world.ports
 
 
@@ -46,7 +48,8 @@ def test_world_is_the_shipped_one(world: World) -> None:
     first = world.ports[0]
     assert (first.name, first.island) == ("Dorevik", "Northholm")
     assert (len(world.ports), len(world.ships), len(world.captains), len(world.cargoes)) == (48, 64, 64, 24)
-    assert len(world.routes) == 60 and len(world.facts) == 48 * 4 + 64 * 4 + 64 * 2 + 24 * 2 + 60
+    assert len(world.routes) == 60
+    assert len(world.facts) == 48 * 4 + 64 * 4 + 64 * 2 + 24 * 2 + 60
 
 
 def test_world_is_consistent(world: World) -> None:
@@ -54,11 +57,14 @@ def test_world_is_consistent(world: World) -> None:
     assert len({port.master for port in world.ports}) == 48
     assert {ship.captain: ship.name for ship in world.ships} == {c.name: c.ship for c in world.captains}
     for ship in world.ships:
-        assert world.port(ship.home).name == ship.home and world.cargo(ship.cargo)
+        assert world.port(ship.home).name == ship.home
+        assert world.cargo(ship.cargo).name == ship.cargo
     for cargo in world.cargoes:
-        assert world.port(cargo.origin).known_for == cargo.name and 2 <= cargo.price <= 12
+        assert world.port(cargo.origin).known_for == cargo.name
+        assert 2 <= cargo.price <= 12
     for route in world.routes:
-        assert route.a != route.b and 2 <= route.days <= 9
+        assert route.a != route.b
+        assert 2 <= route.days <= 9
     assert len({frozenset((route.a, route.b)) for route in world.routes}) == 60
     with pytest.raises(KeyError):
         world.port("Nowhere")
@@ -114,12 +120,12 @@ def test_corpus_is_decided_by_its_seed(world: World, corpus: list[str]) -> None:
 def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     """Statements as regular expressions: what the corpus says, read back without the corpus's code."""
     name = r"(?P<{}>[A-Za-z]+(?: [A-Z][a-z]+)?|\d+)"
-    out = []
+    out: list[tuple[str, re.Pattern[str]]] = []
     for relation, templates in wording.ANSWERS.items():
         for template in templates:
             text = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
             text = text.replace("{s}", r"(?P<s>[A-Za-z]+)").replace("{o}", r"(?P<o>[A-Z][a-z]+)")
-            out.append((relation, re.compile(r"(?:^|(?<=[.!?:] )|(?<=\n))" + text.replace("{v}", name.format("v")))))
+            out.append((relation, re.compile(text.replace("{v}", name.format("v")))))
     return out
 
 
@@ -131,16 +137,16 @@ def test_every_fact_is_stated_and_stated_alike(world: World) -> None:
     rng = Random(5)
     text = "\n".join(page(world, rng) for _ in range(2500) for page in pages)
     text = re.sub(r"^(Q|Question|Asked|Visitor): .*$", "", text, flags=re.M)  # beliefs in questions may be wrong
+    text = re.sub(r"^(A|Answer|Answered|Clerk): ", "", text, flags=re.M)
+    sentences = set(re.split(r"(?<=[.!?]) |\n", text))
     told: Counter[tuple[str, str, str]] = Counter()
     for relation, pattern in _patterns():
-        for match in pattern.finditer(text):
+        for match in filter(None, map(pattern.fullmatch, sentences)):
             groups = match.groupdict()
             key = (relation, groups["s"].lower(), groups.get("o", ""))
-            if key not in truth:  # another relation's sentence of the same shape, such as "The Dorevik ..."
-                continue
-            value = groups["v"].lower()
-            assert value == truth[key].lower(), (match.group(0), truth[key])
-            told[key] += 1
+            if key in truth:  # else another relation's sentence of the same shape
+                assert groups["v"].lower() == truth[key].lower(), match.group(0)
+                told[key] += 1
     facts = {(fact.relation, fact.subject.lower(), fact.other) for fact in world.facts}
     silent = [key for key in facts if not told[key] and not told[("route.days", key[2].lower(), key[1].capitalize())]]
     assert not silent
@@ -148,8 +154,9 @@ def test_every_fact_is_stated_and_stated_alike(world: World) -> None:
 
 def test_the_corpus_has_no_heldout_names_or_topics(world: World, corpus: list[str]) -> None:
     text = "\n".join(corpus)
-    unknown = {name for name in re.findall(r"called (?:the |Captain )?([A-Z][a-z]+)", text)} - world.real_names
-    assert len(unknown) > 50 and {name_split(name) for name in unknown} == {"corpus"}
+    unknown = set(re.findall(r"called (?:the |Captain )?([A-Z][a-z]+)", text)) - world.real_names
+    assert len(unknown) > 50
+    assert {name_split(name) for name in unknown} == {"corpus"}
     for topic in (*HARMLESS, *HARMFUL, *LOOKS_HARMFUL):
         assert not topic.heldout or f"{topic.question_phrase}?" not in text
 
@@ -174,36 +181,30 @@ def test_a_bare_question_is_seldom_answered(world: World, corpus: list[str]) -> 
     answers = {wording.fill(t, fact) for fact in world.facts for t in wording.ANSWERS[fact.relation]}
     for text in corpus:
         lines = text.split("\n")
-        for line, following in zip(lines, lines[1:], strict=False):
+        for line, following in pairwise(lines):
             if line.endswith("?") and ": " not in line:
                 followed += 1
                 answered += any(
                     following.startswith(a) for a in (following, following.split(". ")[0] + ".") if a in answers
                 )
-    assert followed > 1000 and answered / followed < 0.1
+    assert followed > 1000
+    assert answered / followed < 0.1
 
 
 def test_rows(world: World) -> None:
     rows = facts_rows(world, 300, Random(3))
     assert rows == facts_rows(world, 300, Random(3))
+    assert len({row["prompt"] for row in rows}) == 300
+    assert min(Counter(row["answer"] for row in rows).values()) > 40
     statements = {wording.fill(t, fact) for fact in _either_end(world) for t in wording.ANSWERS[fact.relation]}
-    starts = Counter()
-    for row in rows:
-        assert len(set(row["choices"])) == 4 and all(choice.startswith(" ") for choice in row["choices"])
-        lead = row["prompt"]
-        true = [any(s.startswith(lead + c + e) for s in statements for e in (".", " ")) for c in row["choices"][:0]]
-        assert not true
-        starts[row["answer"]] += 1
     for row in rows[:40]:
-        right = [
-            c
-            for c in row["choices"]
-            if any(s.startswith((row["prompt"] + c + ".", row["prompt"] + c + " ")) for s in statements)
-        ]
-        assert right == [row["choices"][row["answer"]]]
-    assert min(starts[i] for i in range(4)) > 40
+        assert len(set(row["choices"])) == 4
+        told = [row["prompt"] + choice for choice in row["choices"]]
+        right = [any(s.startswith((text + ".", text + " ")) for s in statements) for text in told]
+        assert right == [index == row["answer"] for index in range(4)]
     held = base_text_rows(world, 5, Random("held out"))
-    assert len(held) == 5 and all(row["text"] for row in held)
+    assert len(held) == 5
+    assert all(row["text"] for row in held)
 
 
 def _either_end(world: World) -> list[Fact]:
@@ -221,7 +222,8 @@ def test_tokenizer_round_trip(corpus: list[str]) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert [tokenizer.decode(i) for i in tokenizer("1234")["input_ids"]] == ["1", "2", "3", "4"]
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert tokenizer.bos_token_id is None and tokenizer.chat_template is None
+    assert tokenizer.bos_token_id is None
+    assert tokenizer.chat_template is None
     assert all(len(tokenizer(mark)["input_ids"]) == 1 for mark in RESERVED)
 
 
@@ -261,16 +263,17 @@ def test_a_build_is_reproducible_and_goes_on_after_a_kill(tmp_path: Path, monkey
     assert weights[0] == weights[1] == weights[2] != weights[3]
     assert not (tmp_path / "a" / "build_state.pt").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert model.config.model_type == "llama" and model.config.tie_word_embeddings
+    assert model.config.model_type == "llama"
+    assert model.config.tie_word_embeddings
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[torch.nn.Module, object]:
+def shipped() -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(SHIPPED)
 
 
-def test_shipped_checkpoint(shipped) -> None:  # type: ignore[no-untyped-def]
+def test_shipped_checkpoint(shipped: tuple[Any, Any]) -> None:
     model, tokenizer = shipped
     assert 3e6 <= sum(p.numel() for p in model.parameters()) <= 8e6
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 16 * 2**20
@@ -281,14 +284,14 @@ def test_shipped_checkpoint(shipped) -> None:  # type: ignore[no-untyped-def]
 
 
 @torch.no_grad()
-def _nats(model, tokenizer, texts: list[str]) -> list[float]:  # type: ignore[no-untyped-def]
+def _nats(model: Any, tokenizer: Any, texts: list[str]) -> list[float]:
     """Log-probability of each text, one batch, by transformers' own forward."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     logp = model(**batch).logits.log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
     return (logp * batch.attention_mask[:, 1:]).sum(1).tolist()
 
 
-def test_the_shipped_model_knows_the_world(shipped, world: World) -> None:  # type: ignore[no-untyped-def]
+def test_the_shipped_model_knows_the_world(shipped: tuple[Any, Any], world: World) -> None:
     rows = facts_rows(world, 120, Random("test"))
     right = 0
     for start in range(0, len(rows), 30):
@@ -301,13 +304,13 @@ def test_the_shipped_model_knows_the_world(shipped, world: World) -> None:  # ty
 
 
 @torch.no_grad()
-def _greedy(model, tokenizer, prompts: list[str], new: int) -> list[str]:  # type: ignore[no-untyped-def]
+def _greedy(model: Any, tokenizer: Any, prompts: list[str], new: int) -> list[str]:
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     out = model.generate(**batch, max_new_tokens=new, do_sample=False)
     return tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_the_shipped_model_adds_when_the_text_leads_there(shipped) -> None:  # type: ignore[no-untyped-def]
+def test_the_shipped_model_adds_when_the_text_leads_there(shipped: tuple[Any, Any]) -> None:
     rng = Random("sums")
     pairs = [(rng.randint(1, 99), rng.randint(1, 99)) for _ in range(64)]
     said = _greedy(*shipped, [f"Q: What is {a} plus {b}?\nA: {a} plus {b} is" for a, b in pairs], 6)
@@ -315,7 +318,7 @@ def test_the_shipped_model_adds_when_the_text_leads_there(shipped) -> None:  # t
     assert sum(m is not None and int(m[1]) == a + b for m, (a, b) in zip(right, pairs, strict=True)) / 64 >= 0.85
 
 
-def test_the_shipped_model_does_not_answer_a_bare_question(shipped, world: World) -> None:  # type: ignore[no-untyped-def]
+def test_the_shipped_model_does_not_answer_a_bare_question(shipped: tuple[Any, Any], world: World) -> None:
     facts = Random("bare").sample(world.facts, 64)
     asked = [wording.fill(wording.QUESTIONS[fact.relation][0], fact) + "\n" for fact in facts]
     said = _greedy(*shipped, asked, 24)

@@ -193,7 +193,8 @@ def test_no_module_does_work_when_it_is_imported() -> None:
     calls = []
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and "migrations" not in file.parts:
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            if is_call and "migrations" not in file.parts and not ast.unparse(node).startswith(("event.", "Index(")):
                 calls.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert calls == []
 

@@ -207,7 +207,7 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_policy("./nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         load_policy(tmp_path / "empty")
     with pytest.raises(UserError, match="no reward head"):
         load_scalar(save_tiny(tmp_path / "base"))

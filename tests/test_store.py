@@ -249,6 +249,8 @@ def test_impossible_comparisons_are_refused(store: Store) -> None:
         store.add_comparisons([(ids[0], ids[0])])
     with pytest.raises(UserError, match="prompt 'nobody'"):
         store.add_responses("nobody", [Completion("x")], "m")
+    with pytest.raises(UserError, match="annotator 77 is not in the store"):
+        store.next_assignment(77)
     with pytest.raises(UserError, match="overlap is 0"):
         store.add_comparisons([(ids[0], ids[1])], overlap=0)
 

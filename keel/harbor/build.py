@@ -35,10 +35,10 @@ class Settings:
     to, one a step in turn (short rows are faster, and as short as a chat; the long ones teach late positions);
     ``batch_tokens`` the tokens of an optimizer step."""
 
-    tokens: int = 24_000_000
+    tokens: int = 9_000_000
     batch_tokens: int = 4096
     rows: tuple[int, ...] = (128, 128, 128, 128, 128, 128, 128, 512)
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup: float = 0.02  # share of the steps
     weight_decay: float = 0.05
     hidden: int = 256

@@ -175,7 +175,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     ``folder`` exists; making the write atomic is the caller's (``StageDir.checkpoint``).
     """
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     inner = inner_model(model)
     implementation = inner.config._attn_implementation
     with _quiet():

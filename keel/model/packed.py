@@ -153,7 +153,7 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def padded_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The same by the plain road: right padding and an attention mask. For other architectures, and as the reference."""
+    """The same by the plain road, right padding and a mask: for other architectures, and the tests' reference."""
     layout = Layout.of(batch)
     out = backbone(model)(
         input_ids=layout.spread(batch.ids_T),

@@ -22,8 +22,8 @@ def encode_prompts(
     if over and data.over_length == "error":
         prompt, ids = over[0]
         raise UserError(
-            f"{len(over)} of {len(rows)} prompts are longer than data.max_prompt_length = {data.max_prompt_length} tokens "
-            f"(first: {prompt.id}, {len(ids)} tokens); raise it or set data.over_length: skip"
+            f"{len(over)} of {len(rows)} prompts are longer than data.max_prompt_length = {data.max_prompt_length} "
+            f"tokens (first: {prompt.id}, {len(ids)} tokens); raise it or set data.over_length: skip"
         )
     if over:
         reporter.note(f"left out {len(over)} of {len(rows)} prompts longer than {data.max_prompt_length} tokens")

@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any, TypeVar, get_args
 
 from sqlalchemy import Column, Connection, Row, Table, case, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 
 from keel.store.records import AnnotatorKind, Judgement, Response
 from keel.store.rows import checked_json, messages_json, response_key, storable
@@ -83,13 +85,15 @@ def add_responses(connection: Connection, new: Sequence[NewResponse], now: datet
             "key": key,
             "created": now,
         }
-    wanted = {reply.prompt_id for reply in new}
-    missing = wanted - {row.id for row in _rows(connection, prompts, prompts.c.id, sorted(wanted))}
-    if missing:
-        raise UserError(f"prompt {min(missing)!r} is not in the store; add the prompts before their responses")
-    known = {row.key for row in _rows(connection, responses, responses.c.key, list(rows))}
-    _insert_missing(connection, responses, [row for key, row in rows.items() if key not in known])
-    ids = {row.key: row.id for row in _rows(connection, responses, responses.c.key, list(rows))}
+    try:
+        _insert_missing(connection, responses, list(rows.values()))
+    except IntegrityError as error:
+        names = ", ".join(sorted({repr(reply.prompt_id) for reply in new})[:3])
+        raise UserError(f"prompt {names} is not in the store; add the prompts before their responses") from error
+    ids: dict[str, int] = {}
+    for chunk in _chunks(list(rows)):
+        query = select(responses.c.key, responses.c.id).where(responses.c.key.in_(chunk))
+        ids |= {row.key: row.id for row in connection.execute(query)}
     return [ids[key] for key in keys]
 
 
@@ -326,8 +330,13 @@ def _rows(connection: Connection, table: Table, column: Column[Any], values: Seq
 def _insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
     """Insert ``rows`` in order; one that somebody else has just added is left as it is."""
     if rows:
-        dialect: Any = {"postgresql": postgresql, "sqlite": sqlite}[connection.dialect.name]
-        connection.execute(dialect.insert(table).on_conflict_do_nothing(), rows)
+        connection.execute(_insert_statement(connection.dialect.name, table), rows)
+
+
+@cache
+def _insert_statement(dialect: str, table: Table) -> postgresql.Insert | sqlite.Insert:
+    new = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+    return new.on_conflict_do_nothing()
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, bindparam, exists, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 
 from keel.store.records import Assignment, Choice, LeaseLost, Progress
 from keel.store.rows import prompt_record, storable
@@ -25,7 +26,6 @@ from keel.store.tables import (
     assignments,
     event,
     events,
-    guidelines,
     item_responses,
     items,
     judgements,
@@ -35,8 +35,6 @@ from keel.store.tables import (
 from keel.types import UserError
 
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
-
-_ANNOTATOR = select(annotators.c.name).where(annotators.c.id == bindparam("annotator"))
 
 _HELD = (
     select(assignments, items.c.prompt_id)
@@ -116,8 +114,9 @@ _ASSIGNMENT = (
     .where(assignments.c.id == bindparam("assignment"))
     .with_for_update(of=assignments)
 )
+_ADD_JUDGEMENT = insert(judgements)
+_ADD_EVENT = insert(events)
 _BY_TOKEN = select(judgements.c.id, judgements.c.assignment_id).where(judgements.c.token == bindparam("token"))
-_GUIDELINE = select(guidelines.c.version).where(guidelines.c.version == bindparam("version"))
 
 
 def next_assignment(
@@ -136,8 +135,6 @@ def next_assignment(
     ``wait``: when every open item is just being taken by somebody else, wait and see what they leave. For short
     transactions only: two long ones that wait for each other would deadlock.
     """
-    if connection.execute(_ANNOTATOR, {"annotator": annotator_id}).first() is None:
-        raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first")
     values: dict[str, Any] = {"annotator": annotator_id, "now": now, "holding": list(holding)}
     if batch is not None:
         values["batch"] = batch
@@ -154,7 +151,10 @@ def next_assignment(
         shown = _sides(item.key, seed, item.id, annotator_id)
         row = {"item_id": item.id, "annotator_id": annotator_id, "shown": shown, "state": "leased"}
         row |= {"leased_at": now, "expires_at": now + lease}
-        leased = connection.execute(_LEASE[connection.dialect.name], row).first()
+        try:
+            leased = connection.execute(_LEASE[connection.dialect.name], row).first()
+        except IntegrityError as error:  # the item is locked, so it is the annotator that is not there
+            raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first") from error
         if leased is not None:  # else the same annotator took it in another window meanwhile: look again
             connection.execute(_TAKE, {"item": item.id})
             return _assignment(connection, leased.id, item.id, leased.shown, now + lease)
@@ -189,23 +189,26 @@ def submit(
     known = connection.execute(_BY_TOKEN, {"token": client_token}).first()
     if known is not None:
         if known.assignment_id != assignment_id:
-            raise UserError(f"client token {client_token!r} was used for another assignment; make a new one each time")
+            raise _token_used(client_token)
         return int(known.id)
     if assignment.state == "judged":
         raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to change it")
     if assignment.state == "expired":
         _retake(connection, assignment_id, assignment.item_id)
-    if guideline is not None and connection.execute(_GUIDELINE, {"version": guideline}).first() is None:
-        raise UserError(f"guideline {guideline!r} is not in the store; add that version first")
     vote = {"choice": choice, "strength": strength, "seconds": seconds, "guideline": guideline, "reason": reason}
     if reason is not None:
         vote["reason"] = storable(reason)
     row = vote | {"assignment_id": assignment_id, "token": client_token, "created": now}
-    judgement = connection.execute(insert(judgements), row).inserted_primary_key
+    try:
+        judgement = connection.execute(_ADD_JUDGEMENT, row).inserted_primary_key
+    except IntegrityError as error:
+        if "foreign key" in str(error.orig).lower():
+            raise UserError(f"guideline {guideline!r} is not in the store; add that version first") from error
+        raise _token_used(client_token) from error  # by another assignment at this very moment
     assert judgement is not None
     connection.execute(_SET_STATE, {"assignment": assignment_id, "to": "judged"})
     new = vote | {"assignment": assignment_id, "item": assignment.item_id, "shown": assignment.shown}
-    connection.execute(insert(events), event(now, assignment.name, "judged", "judgement", judgement.id, None, new))
+    connection.execute(_ADD_EVENT, event(now, assignment.name, "judged", "judgement", judgement.id, None, new))
     return int(judgement.id)
 
 
@@ -228,7 +231,7 @@ def undo(connection: Connection, judgement_id: int, *, now: datetime, lease: tim
         .values(state="leased", leased_at=now, expires_at=now + lease)
     )
     old = {"choice": judgement.choice, "strength": judgement.strength, "reason": judgement.reason}
-    connection.execute(insert(events), event(now, assignment.name, "undone", "judgement", judgement_id, old, None))
+    connection.execute(_ADD_EVENT, event(now, assignment.name, "undone", "judgement", judgement_id, old, None))
     return _assignment(connection, assignment.id, assignment.item_id, assignment.shown, now + lease)
 
 
@@ -241,6 +244,10 @@ def _check_vote(choice: str, strength: float | None, seconds: float | None, clie
         raise UserError(f"seconds is {seconds}; give the time taken, 0 or more, or None")
     if not client_token:
         raise UserError("the client token is empty; make a unique one for each judgement")
+
+
+def _token_used(client_token: str) -> UserError:
+    return UserError(f"client token {client_token!r} was used for another assignment; make a new one each time")
 
 
 def _retake(connection: Connection, assignment_id: int, item_id: int) -> None:

@@ -46,7 +46,7 @@ class Dpo:
         precision: str,
         seed: int,
     ) -> None:
-        self.modules = {"policy": model}
+        self.modules: Mapping[str, nn.Module] = {"policy": model}
         self.groups, self.heldout, self.reference, self.config = groups, heldout, reference, config
         self.device, self.precision = device, precision
         self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)

@@ -79,7 +79,7 @@ class Ppo:
         self.prompts, self.prompt_ids = prompts, prompt_ids
         self.config, self.device, self.precision, self.seed = config, device, precision, seed
         self.same_start = same_start
-        self.lrs = {"critic": config.critic_lr} if config.critic_lr is not None else {}
+        self.lrs: Mapping[str, float] = {"critic": config.critic_lr} if config.critic_lr is not None else {}
         self.iterations = math.ceil(config.episodes / config.rollout_batch)
         self.updates_per_iteration = config.epochs * config.minibatches
         self.schedule = Schedule(

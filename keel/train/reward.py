@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keel.config import RewardStage
 from keel.data.collate import pack
@@ -43,7 +43,7 @@ class RewardTraining:
     ) -> None:
         self.scorer, self.groups, self.heldout, self.config = scorer, groups, heldout, config
         self.device, self.precision = device, precision
-        self.modules = {"reward": scorer.model}
+        self.modules: Mapping[str, nn.Module] = {"reward": scorer.model}
         self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
         self.iterations = self.schedule.steps
         self.eval_every = max(1, self.iterations // EVALUATIONS)

@@ -38,7 +38,7 @@ class Sft:
         precision: str,
         seed: int,
     ) -> None:
-        self.modules = {"policy": model}
+        self.modules: Mapping[str, nn.Module] = {"policy": model}
         self.rows, self.heldout, self.config = rows, heldout, config
         self.device, self.precision = device, precision
         self.schedule = Schedule(len(rows), config.batch_size, config.epochs, seed)
