@@ -237,7 +237,10 @@ def _preferences(
     if source is not None and kinds.get(source) == "annotate":
         parent = context.parent(source)
         truth = read_json(parent.path / "truth.json")
-        return read_preferences(parent.path / "preferences.jsonl"), truth, parent.summary()
+        batch = parent.fingerprint
+        assert batch is not None, "the pipeline runs a stage after its parents"
+        with Store(_store_url(context)) as store:
+            return store.preferences(batch), truth, parent.summary()
     source = source or context.recipe.data.preferences
     if source is None:
         raise UserError(f"stage {context.stage_dir.name}: no preferences; set data.preferences=FILE or name a stage")

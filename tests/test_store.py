@@ -433,6 +433,29 @@ def test_threads_racing_for_the_last_slots_never_exceed_the_overlap(url: str, ov
         assert len({(vote.item_id, vote.annotator) for vote in votes}) == len(votes)
 
 
+def test_an_item_that_is_just_being_taken_is_waited_for_outside_a_session(store: Store) -> None:
+    add_items(store, 1)
+    ann, bo = store.add_annotator("ann"), store.add_annotator("bo")
+    got: list[Assignment | None] = []
+    waiter = threading.Thread(target=lambda: got.append(store.next_assignment(bo)))
+
+    def takes_it_and_fails() -> None:
+        with store.session() as taking:
+            must(taking.next_assignment(ann))
+            if store._engine.dialect.name == "postgresql":  # on SQLite a second writer could not even begin
+                with store.session() as passing:
+                    assert passing.next_assignment(bo) is None
+            waiter.start()
+            waiter.join(timeout=0.5)
+            assert waiter.is_alive()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        takes_it_and_fails()
+    waiter.join(timeout=20)
+    assert must(got[0]).left in ("good 0", "bad 0")
+
+
 def test_one_annotator_in_two_windows_gets_no_item_twice(store: Store) -> None:
     add_items(store, 6, overlap=2)
     annotator = store.add_annotator("ann")

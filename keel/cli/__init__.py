@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command in this process; returns the exit code: 0, 1 (``check`` found an error), 2 (bad input),
+    """Runs one command in this process; returns the exit code: 0, 2 (bad input, ``check`` found an error),
     130 (Ctrl-C). Wrong arguments raise SystemExit(2), as argparse does."""
     return _run(parse(argv))
 

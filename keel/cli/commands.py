@@ -148,7 +148,7 @@ def _check(arguments: argparse.Namespace) -> int:
         for step in plan(recipe, run):
             console.print(f"  {step.stage.name}: {step.state} ({step.reason})", markup=False, highlight=False)
     console.print(f"{errors} errors, {len(findings) - errors} warnings", highlight=False)
-    return 1 if errors else 0
+    return 2 if errors else 0
 
 
 def _harbor(arguments: argparse.Namespace) -> int:
