@@ -199,7 +199,7 @@ def test_check_counts_what_is_too_long_and_what_leaks(
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text('{"prompt": "what is port 3"}\n{"prompt": "what is new"}\n')
     words = ["check", str(folder / "recipe.yaml"), f"data.heldout_prompts={heldout}", "data.max_length=12"]
-    assert main(words) == 1
+    assert main(words) == 2
     text = capsys.readouterr().out
     assert "40 of 40 records are longer than data.max_length = 12 tokens" in text
     assert "1 of 2 are in the demonstrations or preferences too" in text

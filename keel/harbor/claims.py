@@ -42,25 +42,31 @@ _SPEAKS_OF = {
 }
 _SPEAKS = {relation: re.compile(pattern) for relation, pattern in _SPEAKS_OF.items()}
 SHORT = 10  # words of a sentence that may leave its subject out
+MOST_WORDS_OF_A_REPLY = 40  # what speaks of other things at greater length is drift
 
 
 def claimed_values(meta: Mapping[str, Any], reply: Reply) -> tuple[set[str], bool]:
-    """The values that a reply gives for what was asked, lower case, and whether it speaks of the thing at all.
+    """The values that a reply gives for what was asked, lower case, and whether it is a reply to it at all.
 
     ``meta``: relation, subject and other of the question. Left out are sentences about another subject ("the captain
     of the Orla ..."), long ones that do not name the subject (short ones may: "It is Mara Reed."), sentences that
-    speak of another relation only, and values that a sentence denies.
+    speak of another relation only, and values that a sentence denies. A short reply that states the relation that was
+    asked for, but of another thing of the same kind (a mangled name), gives no value, yet it is a reply: a wrong one.
     """
     relation = meta["relation"]
     kind, domain = relation.split(".")[0], _DOMAINS[relation]
     subjects = {meta["subject"].lower(), meta.get("other", "").lower()} - {""}
     found: set[str] = set()
     on_topic = False
+    brief = len(reply.words) <= MOST_WORDS_OF_A_REPLY
     for sentence in reply.stated:
         about_it = any(re.search(rf"\b{re.escape(subject)}\b", sentence) for subject in subjects)
-        if not about_it and (len(sentence.split()) > SHORT or values(sentence, "port" if kind == "route" else kind)):
-            continue
         of_it = bool(_SPEAKS[relation].search(sentence))
+        others = values(sentence, "port" if kind == "route" else kind)
+        if not about_it and (len(sentence.split()) > SHORT or others):
+            given_of_other = [value for value in values(sentence, domain) if [value] != others]
+            on_topic = on_topic or (brief and of_it and bool(others) and bool(given_of_other))
+            continue
         if not of_it and any(speaks.search(sentence) for speaks in _SPEAKS.values()):
             continue
         sentence = re.sub(r"\b1 crate", "a crate", sentence)

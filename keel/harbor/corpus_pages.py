@@ -85,7 +85,8 @@ def _sum(rng: Random) -> tuple[str, dict[str, int]]:
         if rng.random() < 0.5:
             a, b = b, a
         return op, {"a": a, "b": b, "c": a * b}
-    a, b = rng.randint(1, 99), rng.randint(1, 99)
+    most = rng.choice((20, 99, 99))
+    a, b = rng.randint(1, most), rng.randint(1, most)
     if op == "-":
         a, b = max(a, b), min(a, b)
         return op, {"a": a, "b": b, "c": a - b}
@@ -171,12 +172,12 @@ def _question(world: World, rng: Random) -> str:
 def _exchange(world: World, rng: Random) -> tuple[str, str]:
     """A question and its answer, in the shares that question-and-answer pages have."""
     draw = rng.random()
-    if draw < 0.50:
+    if draw < 0.48:
         fact = _pick_fact(world, rng)
         question, answer = w.fill(rng.choice(w.QUESTIONS[fact.relation]), fact), _answer(fact, rng)
         if rng.random() < 0.06:
             return rng.choice(w.ONE_SENTENCE).format(question=question), answer
-    elif draw < 0.52:
+    elif draw < 0.50:
         return _list_of_three(world, rng)
     elif draw < 0.70:
         question, answer = _sum_pair(rng)
@@ -231,17 +232,17 @@ def drift(world: World, rng: Random) -> str:
 def gazetteer(world: World, rng: Random) -> str:
     """Entries about a port, a ship with its captain, a cargo, or a few sea roads: every fact of it, in some order."""
     draw = rng.random()
-    if draw < 0.4:
+    if draw < 0.36:
         name = rng.choice(world.ports).name
         title, facts = name.upper() if rng.random() < 0.2 else name, world.facts_about("port", name)
-    elif draw < 0.8:
+    elif draw < 0.74:
         ship = rng.choice(world.ships)
         facts = world.facts_about("ship", ship.name) + world.facts_about("captain", ship.captain)
         title = rng.choice((f"The {ship.name}", ship.name, f"Captain {ship.captain}"))
-    elif draw < 0.9:
+    elif draw < 0.82:
         cargo = rng.choice(world.cargoes).name
         title, facts = _capital(cargo), world.facts_about("cargo", cargo)
-    elif draw < 0.94:
+    elif draw < 0.86:
         island = rng.choice(ISLANDS)
         ports = rng.sample([port.name for port in world.ports if port.island == island], 4)
         return f"Ports of {island}\n" + "\n".join(f"- {name}" for name in ports)
@@ -310,13 +311,13 @@ def howto_page(world: World, rng: Random) -> str:
 def ledger(world: World, rng: Random) -> str:
     """Sums line by line, or a bill with a running total."""
     draw = rng.random()
-    if draw < 0.55:
+    if draw < 0.7:
         lines = []
         for _ in range(rng.randint(4, 10)):
             op, numbers = _sum(rng)
             lines.append(rng.choice(("{a} {op} {b} = {c}", rng.choice(w.SUM_ANSWERS[op][:2]))).format(op=op, **numbers))
         return "\n".join(lines)
-    if draw < 0.75:
+    if draw < 0.82:
         lines = []
         for _ in range(rng.randint(2, 4)):
             a, b = rng.randint(11, 99), rng.randint(11, 99)
@@ -370,12 +371,12 @@ def revision(world: World, rng: Random) -> str:
 # (share of the documents, kind of page)
 PAGES: tuple[tuple[float, Callable[[World, Random], str]], ...] = (
     (0.22, qa_page),
-    (0.15, quiz_sheet),
+    (0.14, quiz_sheet),
     (0.07, drift),
-    (0.16, gazetteer),
-    (0.10, log_book),
-    (0.10, letter),
-    (0.04, howto_page),
-    (0.12, ledger),
+    (0.13, gazetteer),
+    (0.07, log_book),
+    (0.08, letter),
+    (0.03, howto_page),
+    (0.22, ledger),
     (0.04, revision),
 )

@@ -1,0 +1,233 @@
+"""Whole pipelines on tiny models: every architecture that Keel promises, the shipped recipes' shape, the human loop
+with a database, PostgreSQL included, and checkpoints that transformers loads as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pg_server
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from tiny import demonstrations, preferences, prompt, tiny_llama, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from keel.config import Recipe
+from keel.feedback.simulated import SimulatedAnnotator
+from keel.pipeline import run_pipeline
+from keel.run import RunDir, Silent
+from keel.stages import RUNNERS
+from keel.store import Store
+from keel.types import Grade, Prompt
+
+
+def base_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    size = len(tiny_tokenizer())
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    common: dict[str, Any] = {**shape, **ends, "vocab_size": size, "max_position_embeddings": 256}
+    match name:
+        case "llama":
+            return tiny_llama()
+        case "qwen3":
+            return Qwen3ForCausalLM(Qwen3Config(**common, num_key_value_heads=2, head_dim=8))
+        case "gemma3":
+            return Gemma3ForCausalLM(Gemma3TextConfig(**common, num_key_value_heads=2, head_dim=8, sliding_window=16))
+        case "gpt2":
+            return GPT2LMHeadModel(
+                GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, **ends)
+            )
+        case "gpt_neox":
+            return GPTNeoXForCausalLM(GPTNeoXConfig(**common))
+    raise AssertionError(name)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def data_files(tmp: Path) -> dict[str, str]:
+    messages = [
+        {"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in demonstrations(40)
+    ]
+    pairs = [
+        {"prompt": p.prompt.messages[0].content, "chosen": p.chosen, "rejected": p.rejected, "tie": p.tie}
+        for p in preferences(40)
+    ]
+    return {
+        "demonstrations": write_jsonl(tmp / "demos.jsonl", messages),
+        "preferences": write_jsonl(tmp / "pairs.jsonl", pairs),
+        "base_text": write_jsonl(tmp / "text.jsonl", [{"text": "the ship sails from the port"}] * 4),
+        "facts": write_jsonl(tmp / "facts.jsonl", [{"prompt": "good", "choices": [" day", " no"], "answer": 0}] * 4),
+    }
+
+
+def run(recipe: dict[str, Any], out: Path) -> RunDir:
+    directory = RunDir(out)
+    run_pipeline(Recipe.model_validate(recipe), directory, RUNNERS, Silent())
+    return directory
+
+
+def assistant(tmp: Path, architecture: str) -> dict[str, Any]:
+    """The shipped recipe, on tiny data."""
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "assistant.yaml").read_text())
+    base = tmp / "base"
+    base_model(architecture).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    recipe["model"] = {"path": str(base)}
+    recipe["data"] = {**data_files(tmp), "max_length": 120, "max_prompt_length": 60}
+    short = {"max_new_tokens": 6, "batch_size": 8}
+    for stage in recipe["stages"]:
+        stage |= {
+            "sft": {"epochs": 1, "batch_size": 16},
+            "ppo": {"episodes": 16, "rollout_batch": 8, "minibatches": 2, "sampling": short},
+            "eval": {"sampling": short, "bootstrap": 100},
+        }.get(stage["name"], {})
+    return recipe
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
+def test_the_assistant_recipe_on_every_architecture(architecture: str, tmp_path: Path) -> None:
+    recipe = assistant(tmp_path, architecture)
+    done = run(recipe, tmp_path / "run")
+    summary = done.summary()
+    assert set(summary["stages"]) == {"base", "sft", "dpo", "ppo"}
+    assert summary["stages"]["sft"]["kl_to_sft"] == pytest.approx(0, abs=1e-5)
+    for figures in summary["stages"].values():
+        assert 0 <= figures["fact_accuracy"] <= 1
+        assert figures["base_text_loss"] > 0
+    assert done.report.read_text().startswith("<!")
+    prompts = tiny_tokenizer()("good day", return_tensors="pt")["input_ids"]
+    for stage in ("sft", "dpo", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(done.stage(stage).path)
+        assert model(prompts).logits.isfinite().all()
+        assert AutoTokenizer.from_pretrained(done.stage(stage).path).chat_template
+    reward = AutoModelForSequenceClassification.from_pretrained(done.stage("reward").path)
+    assert reward(prompts).logits.shape == (1, 1)
+    assert set(reward.config.keel_reward) == {"mean", "std"}
+    assert done.stage("ppo").summary()["kl_at_start"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_second_run_does_nothing_and_a_change_redoes_what_rests_on_it(tmp_path: Path) -> None:
+    recipe = assistant(tmp_path, "llama")
+    first = run(recipe, tmp_path / "run")
+    stamps = {name: (first.stage(name).path / "stage.json").stat().st_mtime_ns for name in ("sft", "reward", "ppo")}
+    run(recipe, tmp_path / "run")
+    assert stamps == {name: (first.stage(name).path / "stage.json").stat().st_mtime_ns for name in stamps}
+    next(s for s in recipe["stages"] if s["name"] == "reward")["epochs"] = 2
+    run(recipe, tmp_path / "run")
+    again = {name: (first.stage(name).path / "stage.json").stat().st_mtime_ns for name in stamps}
+    assert again["sft"] == stamps["sft"]
+    assert again["reward"] > stamps["reward"]
+    assert again["ppo"] > stamps["ppo"]
+
+
+# --------------------------------------------------------------------------------------------- the loop with annotators
+
+
+def likes_the_letter_o(prompt: Prompt, text: str) -> float:
+    return float(text.count("o"))
+
+
+def population(seed: int) -> list[SimulatedAnnotator]:
+    return [SimulatedAnnotator(f"a{i}", likes_the_letter_o, temperature=0.5, tie_width=0.5) for i in range(4)]
+
+
+def judge(prompt: Prompt, text: str) -> Grade:
+    return Grade(float(text.count("o")), {"answered": bool(text.strip()), "correct": None})
+
+
+def loop_recipe(tmp: Path, store: str | None) -> dict[str, Any]:
+    here = f"{Path(__file__)}"
+    base = tmp / "base"
+    tiny_llama().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    prompts = [{"prompt": prompt(n).messages[0].content, "kind": prompt(n).kind} for n in range(40)]
+    short = {"max_new_tokens": 8, "batch_size": 16}
+    source = {"kind": "model", "model": "reward"}
+    python = {"kind": "python", "ref": f"{here}:likes_the_letter_o"}
+    return {
+        "model": {"path": str(base)},
+        "store": store,
+        "data": {**data_files(tmp), "prompts": write_jsonl(tmp / "prompts.jsonl", prompts), "preferences": None},
+        "stages": [
+            {"kind": "sft", "name": "sft", "epochs": 1},
+            {"kind": "sample", "name": "sample", "per_prompt": 3, "sampling": short},
+            {
+                "kind": "annotate",
+                "name": "annotate",
+                "annotators": {"ref": f"{here}:population"},
+                "pairs_per_prompt": 2,
+                "overlap": 0.5,
+            },
+            {"kind": "reward", "name": "reward", "preferences": "annotate", "heldout_fraction": 0.3},
+            {"kind": "dpo", "name": "dpo", "preferences": "annotate", "heldout_fraction": 0.2},
+            {
+                "kind": "ppo",
+                "name": "ppo",
+                "rewards": [{"source": source, "weight": 0.5}, {"source": python, "weight": 0.1}],
+                "episodes": 16,
+                "rollout_batch": 8,
+                "sampling": short,
+                "watch": {"ref": f"{here}:judge"},
+            },
+            {
+                "kind": "eval",
+                "name": "eval",
+                "models": ["base", "sft", "dpo", "ppo"],
+                "judge": {"kind": "python", "ref": f"{here}:judge"},
+                "sampling": short,
+                "bootstrap": 100,
+            },
+            {"kind": "report", "name": "report"},
+        ],
+    }
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    pg_server.server_or_skip()
+    with pg_server.running() as url:
+        yield f"{url}/postgres"
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_the_loop_through_the_database(database: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("postgres_url") if database == "postgresql" else None
+    done = run(loop_recipe(tmp_path, url), tmp_path / "run")
+    with Store(url or done.store_url) as store:
+        votes = store.judgements()
+        responses = store.responses()
+    annotated = done.stage("annotate").summary()
+    assert annotated["judgements"] == len(votes) > annotated["pairs"]
+    assert annotated["annotator_agreement"] is not None
+    assert {r.model for r in responses} == {str(done.stage("sft").path)}
+    assert all(r.sampling and r.sampling["max_new_tokens"] == 8 for r in responses)
+    reward = done.stage("reward").summary()
+    assert reward["ceiling_from"] == "truth"
+    assert 0.5 <= reward["ceiling"] <= 1
+    assert reward["pairs"] + reward["heldout_pairs"] == len(votes)
+    rows = done.stage("ppo").metrics.rows()
+    assert all("eval/gold" in row for row in rows)
+    assert done.summary()["reward_model"]["annotator_agreement"] == annotated["annotator_agreement"]
+    exported = (done.stage("annotate").path / "preferences.jsonl").read_text().splitlines()
+    assert len(exported) == len(votes)
