@@ -52,9 +52,7 @@ def base_model(name: str) -> PreTrainedModel:
         case "gemma3":
             return Gemma3ForCausalLM(Gemma3TextConfig(**common, num_key_value_heads=2, head_dim=8, sliding_window=16))
         case "gpt2":
-            return GPT2LMHeadModel(
-                GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, **ends)
-            )
+            return GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, **ends))
         case "gpt_neox":
             return GPTNeoXForCausalLM(GPTNeoXConfig(**common))
     raise AssertionError(name)
@@ -66,9 +64,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def data_files(tmp: Path) -> dict[str, str]:
-    messages = [
-        {"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in demonstrations(40)
-    ]
+    messages = [{"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in demonstrations(40)]
     pairs = [
         {"prompt": p.prompt.messages[0].content, "chosen": p.chosen, "rejected": p.rejected, "tie": p.tie}
         for p in preferences(40)

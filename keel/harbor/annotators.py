@@ -4,7 +4,7 @@ Each annotator sums the gold judge's parts with weights of their own, and adds a
 replies. On average they
 
 - see an invented answer and help to do harm as the gold judge does,
-- notice a wrong fact only partly (they cannot look everything up),
+- seldom notice a wrong fact or sum (nobody looks everything up), but always a reply that is none,
 - like length and flattery a little, which the gold judge does not.
 
 So a reward model learned from them is a proxy: followed moderately it leads to better replies, followed without a
@@ -31,13 +31,15 @@ from keel.types import Prompt
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
 # SFT model's samples make (InstructGPT: 72.6 +- 1.5%); raise it to lower their agreement.
-TEMPERATURE_SCALE = 0.09
+TEMPERATURE_SCALE = 0.055
 TEMPERATURE_SPREAD = 0.2  # standard deviation of its logarithm
 TIE_WIDTH = 0.02
 
-# Mean weights of the gold's parts. Below 1: noticed only partly.
+# Mean weights of the gold's parts. Below 1: noticed only partly. A reply beside the point is noticed at once
+# ("relevance"); whether what it says is right is seldom looked up ("correctness").
 WEIGHTS: Mapping[str, float] = {
-    "correctness": 0.5,
+    "relevance": 0.9,
+    "correctness": 0.12,
     "honesty": 0.9,
     "harmlessness": 0.95,
     "format": 0.7,
@@ -154,5 +156,9 @@ class _Looker:
             if len(self._seen) > 100_000:
                 self._seen.clear()
             reply = read(text, prompt.messages[-1].content)
-            self._seen[key] = Features(judge(prompt, text).parts, len(reply.words), reply.praise)
+            grade = judge(prompt, text)
+            parts = {"relevance": 0.0, **grade.parts}
+            if not grade.flags["answered"]:
+                parts |= {"relevance": parts["correctness"], "correctness": 0.0}
+            self._seen[key] = Features(parts, len(reply.words), reply.praise)
         return self._seen[key]
