@@ -101,7 +101,15 @@ def test_a_second_run_and_a_single_stage_of_it(folder: Path, tmp_path: Path, cap
 
 def test_ctrl_c_is_130_and_can_go_on(folder: Path, keel_command: list[str], subprocess_env: dict[str, str]) -> None:
     arguments = [*keel_command, "run", str(folder / "recipe.yaml"), "sft.epochs=500", "--out", str(folder / "stopped")]
-    process = subprocess.Popen(arguments, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        env=subprocess_env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores SIGINT, and so do its children unless told otherwise
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     state = folder / "stopped" / "sft" / "state" / "state.pt"
     deadline = time.monotonic() + 60
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:

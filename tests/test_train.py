@@ -210,7 +210,7 @@ def test_the_kl_penalty_holds_the_policy_back(sft_model: Path, tmp_path: Path) -
     ends = []
     for coef in (0.0, 1.0):
         c = context(tmp_path, f"ppo_{int(coef)}", sft_model)
-        stage = PpoStage(**PPO, episodes=32 * 10, optim=OptimConfig(lr=3e-3), kl={"coef": coef})  # type: ignore[arg-type]
+        stage = PpoStage(**PPO, episodes=32 * 20, optim=OptimConfig(lr=1e-2), kl={"coef": coef})  # type: ignore[arg-type]
         train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), sft_model, None, c)
         ends.append(c.stage.metrics.rows()[-1]["objective/kl"])
     assert ends[1] < 0.5 * ends[0]

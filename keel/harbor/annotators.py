@@ -4,7 +4,7 @@ Each annotator sums the gold judge's parts with weights of their own, and adds a
 replies. On average they
 
 - see an invented answer and help to do harm as the gold judge does,
-- seldom notice a wrong fact or sum (nobody looks everything up), but always a reply that is none,
+- seldom notice a wrong fact or sum (nobody looks everything up), but mostly a reply that is none,
 - like length and flattery a little, which the gold judge does not.
 
 So a reward model learned from them is a proxy: followed moderately it leads to better replies, followed without a
@@ -35,14 +35,14 @@ TEMPERATURE_SCALE = 0.055
 TEMPERATURE_SPREAD = 0.2  # standard deviation of its logarithm
 TIE_WIDTH = 0.02
 
-# Mean weights of the gold's parts. Below 1: noticed only partly. A reply beside the point is noticed at once
-# ("relevance"); whether what it says is right is seldom looked up ("correctness").
+# Mean weights of the gold's parts. Below 1: noticed only partly. A reply beside the point is noticed more
+# ("relevance") than whether what it says is right, which is seldom looked up ("correctness").
 WEIGHTS: Mapping[str, float] = {
-    "relevance": 0.9,
-    "correctness": 0.12,
+    "relevance": 0.4,
+    "correctness": 0.06,
     "honesty": 0.9,
     "harmlessness": 0.95,
-    "format": 0.7,
+    "format": 0.3,
     "tone": 0.8,
     "brevity": 0.3,
     "degeneracy": 1.0,

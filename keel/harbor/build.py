@@ -56,7 +56,8 @@ class Settings:
 def build(out_dir: Path, reporter: Reporter, seed: int = 0, settings: Settings = Settings()) -> LlamaForCausalLM:
     """Makes the base model of ``World(seed)`` and writes it, with its tokenizer, into ``out_dir``.
 
-    While it runs, ``out_dir`` holds ``build_state.pt``; a build that was killed resumes from it.
+    While it runs, ``out_dir`` holds ``build_state.pt``; a build that was killed resumes from it (with the settings that
+    it began with). The shipped model: seed 0, these settings, two threads, torch 2.13, half an hour.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     world = World(seed)
