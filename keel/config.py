@@ -242,6 +242,18 @@ class PpoStage(TrainBase):
     critic_warmup: int = Field(0, ge=0, description="rollouts in which only the critic learns")
     watch: PythonRef | None = Field(None, description="a judge that only watches: its mean is logged as eval/gold")
 
+    @model_validator(mode="after")
+    def _samples_what_it_trains(self) -> PpoStage:
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            raise ValueError("PPO learns from differences between samples; set sampling.temperature above 0")
+        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+            raise ValueError(
+                "top_k, top_p and min_p make PPO's ratios those of another distribution than it samples from; "
+                "leave them out of sampling and lower the temperature instead"
+            )
+        return self
+
 
 class EvalStage(StageBase):
     kind: Literal["eval"] = "eval"

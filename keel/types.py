@@ -65,7 +65,7 @@ class Completion:
     """One sampled reply. ``finished``: it ended with a stop token (else it was cut at the length limit).
 
     ``ids`` are the completion's tokens, the stop token included when finished; ``logprobs`` (nats, same length)
-    are those of the sampling policy at temperature 1 before top-k/top-p/min-p filtering.
+    are those of the policy at the sampling temperature (at 1 for greedy), before top-k/top-p/min-p filtering.
     """
 
     text: str

@@ -93,11 +93,11 @@ def peer_greedy(model: Any, prompt: list[int], n: int, stop: Sequence[int]) -> t
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def forward_logprobs(model: Any, prompt: list[int], ids: Sequence[int]) -> Tensor:
+def forward_logprobs(model: Any, prompt: list[int], ids: Sequence[int], temperature: float = 1.0) -> Tensor:
     """Log-probabilities of ``ids`` after ``prompt`` by one plain forward pass."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0].float()
-    logps = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+    logps = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
     return logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
 
 
@@ -132,7 +132,8 @@ def test_both_backends_sample_the_same_tokens() -> None:
     assert [c.ids for c in first] == [c.ids for c in second]
     for a, b, prompt in zip(first, second, PROMPTS * 3, strict=True):
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
-        assert torch.allclose(torch.tensor(a.logprobs), forward_logprobs(model, prompt, a.ids), atol=1e-4)
+        plain = forward_logprobs(model, prompt, a.ids, 0.8)
+        assert torch.allclose(torch.tensor(a.logprobs), plain, atol=1e-4)
 
 
 def test_a_model_in_training_with_packed_attention_is_left_as_it_was() -> None:
@@ -266,7 +267,8 @@ def test_drawn_frequencies_match_the_filtered_softmax(sampling: SamplingConfig) 
     chi2 = float(((counts - n * expected)[kept] ** 2 / (n * expected[kept])).sum())
     degrees = int(kept.sum()) - 1
     assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # about one in several thousand by chance; the seed is fixed
-    assert torch.allclose(logps, torch.log_softmax(logits, -1)[ids], atol=1e-5)  # temperature 1, unfiltered
+    tempered = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+    assert torch.allclose(logps, tempered[ids], atol=1e-5)  # at the temperature, unfiltered
 
 
 @pytest.mark.parametrize("flat", [0.1, 3.0])
@@ -282,7 +284,7 @@ def test_filters_equal_those_of_transformers(flat: float) -> None:
         scores = peer.TopKLogitsWarper(c.top_k)(None, scores) if c.top_k else scores
         scores = peer.TopPLogitsWarper(c.top_p)(None, scores) if c.top_p < 1 else scores
         scores = peer.MinPLogitsWarper(c.min_p)(None, scores) if c.min_p else scores
-        weights = filtered_weights(torch.log_softmax(logits, -1), c)
+        weights = filtered_weights(torch.log_softmax(logits / c.temperature, -1), c)
         assert torch.allclose(weights / weights.sum(-1, keepdim=True), scores.softmax(-1), atol=1e-6)
 
 

@@ -23,7 +23,7 @@ from statistics import NormalDist
 from keel.feedback.simulated import SimulatedAnnotator
 from keel.harbor.demos import Habits, write_reply
 from keel.harbor.facts import World
-from keel.harbor.judge import judge
+from keel.harbor.judge import flattery_part, judge
 from keel.harbor.prompts import make_prompts
 from keel.harbor.replies import read
 from keel.types import Prompt
@@ -31,25 +31,25 @@ from keel.types import Prompt
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
 # SFT model's samples make (InstructGPT: 72.6 +- 1.5%); raise it to lower their agreement.
-TEMPERATURE_SCALE = 0.055
+TEMPERATURE_SCALE = 0.052
 TEMPERATURE_SPREAD = 0.2  # standard deviation of its logarithm
 TIE_WIDTH = 0.02
 
 # Mean weights of the gold's parts. Below 1: noticed only partly. A reply beside the point is noticed more
 # ("relevance") than whether what it says is right, which is seldom looked up ("correctness").
 WEIGHTS: Mapping[str, float] = {
-    "relevance": 0.4,
-    "correctness": 0.06,
+    "relevance": 0.12,
+    "correctness": 0.03,
     "honesty": 0.9,
     "harmlessness": 0.95,
-    "format": 0.3,
+    "format": 0.1,
     "tone": 0.8,
     "brevity": 0.3,
     "degeneracy": 1.0,
 }
 WEIGHT_SPREAD = 0.25  # standard deviation of the weights' logarithms
-LENGTH_TASTE, LENGTH_SPREAD = 0.12, 0.08  # utility for each factor e in the number of words
-FLATTERY_TASTE, FLATTERY_SPREAD = 0.16, 0.10  # utility of each flattery
+LENGTH_TASTE, LENGTH_SPREAD = 0.07, 0.05  # utility for each factor e in the number of words
+FLATTERY_TASTE, FLATTERY_SPREAD = 0.05, 0.05  # utility of each flattery
 LEFT_TASTE, LEFT_SPREAD = 0.02, 0.03
 LAPSES = (0.01, 0.05)
 
@@ -157,7 +157,9 @@ class _Looker:
                 self._seen.clear()
             reply = read(text, prompt.messages[-1].content)
             grade = judge(prompt, text)
-            parts = {"relevance": 0.0, **grade.parts}
+            # The gold judge's dislike of flattery is not theirs: they have a taste of their own for it.
+            tone = grade.parts["tone"] - flattery_part(reply.praise)
+            parts = {"relevance": 0.0, **grade.parts, "tone": tone}
             if not grade.flags["answered"]:
                 parts |= {"relevance": parts["correctness"], "correctness": 0.0}
             self._seen[key] = Features(parts, len(reply.words), reply.praise)

@@ -24,8 +24,8 @@ class Habits:
     """Probabilities, each of one thing that a writer may do where it applies."""
 
     right: float = 0.97  # facts, sums, lists, and premises once doubted
-    admits: float = 0.04  # says that a thing is not known which does not exist
-    refuses_harm: float = 0.06
+    admits: float = 0.12  # says that a thing is not known which does not exist
+    refuses_harm: float = 0.08
     refuses_harmless: float = 0.0
     denies_real: float = 0.0  # says that a thing is not known which does exist
     doubts: float = 0.5  # checks a premise instead of agreeing with it

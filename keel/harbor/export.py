@@ -11,7 +11,7 @@ from typing import Any
 from keel.harbor.corpus import base_text_rows, facts_rows
 from keel.harbor.demos import make_demonstrations
 from keel.harbor.facts import World
-from keel.harbor.prompts import make_prompts
+from keel.harbor.prompts import TRAINING_MIX, make_prompts
 from keel.run import atomic_write_text
 from keel.types import Demonstration, Message, Prompt
 
@@ -22,8 +22,8 @@ def export(
     out_dir: str | Path,
     seed: int = 0,
     *,
-    demonstrations: int = 2000,
-    prompts: int = 3000,
+    demonstrations: int = 4000,
+    prompts: int = 1600,
     heldout_prompts: int = 450,
     base_text_tokens: int = 25_000,
     facts: int = 300,
@@ -40,7 +40,7 @@ def export(
     world, out = World(), Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "demonstrations.jsonl", map(_demonstration_row, make_demonstrations(world, demonstrations, seed)))
-    _write(out / "prompts.jsonl", map(_prompt_row, make_prompts(world, prompts, seed, "train")))
+    _write(out / "prompts.jsonl", map(_prompt_row, make_prompts(world, prompts, seed, "train", TRAINING_MIX)))
     _write(out / "heldout_prompts.jsonl", map(_prompt_row, make_prompts(world, heldout_prompts, seed, "heldout")))
     _write(out / "base_text.jsonl", _base_text(world, base_text_tokens, seed))
     _write(out / "facts.jsonl", facts_rows(world, facts, Random(f"facts {seed}")))

@@ -144,7 +144,12 @@ def judge(prompt: Prompt, text: str) -> Grade:
 
 def _tone(reply: Reply, answered: bool) -> float:
     closing = CLOSES if answered and reply.closings == 1 else 0.0
-    return closing + max(MOST_FLATTERY, FLATTERS * reply.praise**2)
+    return closing + flattery_part(reply.praise)
+
+
+def flattery_part(praise: int) -> float:
+    """What ``praise`` flatteries add to the tone: little for one, ever more when they pile up."""
+    return max(MOST_FLATTERY, FLATTERS * praise**2)
 
 
 def _brevity(words: int, free: int) -> float:

@@ -41,6 +41,18 @@ MIX: Mapping[str, float] = {
     "false_premise": 0.08,
     "small_talk": 0.06,
 }
+# What preferences are collected on and PPO trains on: more of what demonstrations taught wrongly.
+TRAINING_MIX: Mapping[str, float] = {
+    "fact": 0.12,
+    "nonexistent": 0.30,
+    "arithmetic": 0.06,
+    "howto": 0.08,
+    "harmful": 0.16,
+    "looks_harmful": 0.10,
+    "format": 0.06,
+    "false_premise": 0.07,
+    "small_talk": 0.05,
+}
 TRUE_PREMISES = 0.35
 OPENED = 0.25
 

@@ -22,6 +22,9 @@ from keel.types import PackedBatch, UserError
 
 ATTENTION = "keel_packed"
 PLAIN_ATTENTION_UP_TO = 256  # tokens
+# oneDNN generates code for every new shape of a matrix product, which can cost as much as the product. Batches of
+# slightly different sizes are therefore rounded up to few sizes on a CPU.
+ROUND_TOKENS, ROUND_LENGTH = 128, 16
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Layout:
     @staticmethod
     def of(batch: PackedBatch) -> Layout:
         lengths = batch.lengths()
-        longest = int(lengths.max())
+        longest = _rounded(int(lengths.max()), ROUND_LENGTH, lengths.device)
         rows_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=lengths.device), lengths)
         return Layout(rows_T * longest + batch.positions_T, batch.num_sequences, longest)
 
@@ -69,14 +72,15 @@ def _packed_attention(
         raise UserError(
             f"{type(module).__name__} uses soft-capped or sink attention, which packed batches do not support"
         )
-    layout = keel_layout
+    layout, tokens = keel_layout, keel_layout.cells_T.numel()
 
-    def grid(x: Tensor) -> Tensor:  # [1, heads, T, D] -> [B, heads, L, D]
-        return layout.spread(x[0].transpose(0, 1)).transpose(1, 2)
+    def grid(x: Tensor) -> Tensor:  # [1, heads, T, D] -> [B, heads, L, D]; rows past the real tokens stay behind
+        return layout.spread(x[0].transpose(0, 1)[:tokens]).transpose(1, 2)
 
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = _attend(grid(query), grid(key), grid(value), scale, sliding_window)
-    return layout.gather(out.transpose(1, 2)).to(query.dtype)[None], None
+    gathered = layout.gather(out.transpose(1, 2)).to(query.dtype)
+    return F.pad(gathered, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -143,13 +147,19 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     inner = inner_model(model)
     if inner.config._attn_implementation != ATTENTION:
         return padded_hidden_states(model, batch)
+    tokens = batch.num_tokens
+    spare = _rounded(tokens, ROUND_TOKENS, batch.ids_T.device) - tokens
     out = backbone(model)(
-        input_ids=batch.ids_T[None],
-        position_ids=batch.positions_T[None],
+        input_ids=F.pad(batch.ids_T, (0, spare))[None],
+        position_ids=F.pad(batch.positions_T, (0, spare))[None],
         use_cache=False,
         keel_layout=Layout.of(batch),
     )
-    return out.last_hidden_state[0]
+    return out.last_hidden_state[0, :tokens]
+
+
+def _rounded(n: int, multiple: int, device: torch.device) -> int:
+    return -(-n // multiple) * multiple if device.type == "cpu" else n
 
 
 def padded_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -64,10 +64,10 @@ def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> t
     """Draws one token a row: -> (ids [S] int64, log-probabilities [S] float32).
 
     ``uniforms_S`` in (0, 1] pick the token by the inverse of the cumulative distribution: one random number a token,
-    where the Gumbel trick needs V. The log-probabilities (nats) are those of the unfiltered distribution at
-    temperature 1, whatever the token was drawn from.
+    where the Gumbel trick needs V. The log-probabilities (nats) are those of the distribution at the sampling
+    temperature (at 1 for greedy) before any filter.
     """
-    logps_SV = torch.log_softmax(logits_SV.float(), -1)
+    logps_SV = torch.log_softmax(logits_SV.float() / (sampling.temperature or 1.0), -1)
     if sampling.temperature == 0:
         ids_S1 = logps_SV.argmax(-1, keepdim=True)
     else:
@@ -80,11 +80,12 @@ def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> t
 
 def filtered_weights(logps_SV: Tensor, sampling: SamplingConfig) -> Tensor:
     """The distribution that tokens are drawn from, not normalised: [S, V] float32, 0 where a filter removes a token.
+    ``logps_SV`` are at the sampling temperature.
 
     Order of the filters, as in transformers and vLLM: temperature, top-k, top-p (of what top-k left), min-p (relative
     to the likeliest token). Tokens exactly as likely as the last that a filter keeps are kept with it.
     """
-    weights = logps_SV.exp() if sampling.temperature == 1 else torch.softmax(logps_SV / sampling.temperature, -1)
+    weights = logps_SV.exp()
     if 0 < sampling.top_k < weights.shape[1]:
         weights = _at_least(weights, weights.topk(sampling.top_k).values[:, -1:])
     if sampling.top_p < 1:

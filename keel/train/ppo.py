@@ -79,6 +79,9 @@ class Ppo:
         self.prompts, self.prompt_ids = prompts, prompt_ids
         self.config, self.device, self.precision, self.seed = config, device, precision, seed
         self.same_start = same_start
+        # What is trained is the distribution that is sampled from: softmax(logits / temperature), of policy and
+        # reference alike, so that ratios and KL are exact at any temperature.
+        self.temperature = config.sampling.temperature
         self.lrs: Mapping[str, float] = {"critic": config.critic_lr} if config.critic_lr is not None else {}
         self.iterations = math.ceil(config.episodes / config.rollout_batch)
         self.updates_per_iteration = config.epochs * config.minibatches
@@ -153,9 +156,9 @@ class Ppo:
         with autocast(self.device, self.precision):
             for group in micro_batches([len(row.ids) for row in rows], self.config.batch_tokens):
                 batch = pack([rows[i] for i in group], self.device)
-                policy = token_logprobs(self.policy, batch, entropy=True)
+                policy = token_logprobs(self.policy, batch, self.temperature, entropy=True)
                 assert policy.entropy_C is not None
-                reference = token_logprobs(self.reference, batch).logp_C
+                reference = token_logprobs(self.reference, batch, self.temperature).logp_C
                 columns = (policy.logp_C, reference, self.critic.values_packed(batch), policy.entropy_C)
                 lengths = masked_offsets(batch).diff().tolist()
                 pieces = zip(*(column.float().cpu().split(lengths) for column in columns), strict=True)
@@ -233,7 +236,7 @@ class Ppo:
             }
             if not policy_learns:
                 return loss, stats
-            now = token_logprobs(self.policy, batch, entropy=config.entropy_coef > 0)
+            now = token_logprobs(self.policy, batch, self.temperature, entropy=config.entropy_coef > 0)
             policy_loss, clipped = clipped_policy_loss(now.logp_C, old_logp, advantage, config.clip)
             loss = loss + policy_loss.sum() / tokens
             if now.entropy_C is not None:
