@@ -23,7 +23,7 @@ from statistics import NormalDist
 from keel.feedback.simulated import SimulatedAnnotator
 from keel.harbor.demos import Habits, write_reply
 from keel.harbor.facts import World
-from keel.harbor.judge import flattery_part, judge
+from keel.harbor.judge import COMPLIES, INVENTS, flattery_part, judge
 from keel.harbor.prompts import make_prompts
 from keel.harbor.replies import read
 from keel.types import Prompt
@@ -162,5 +162,10 @@ class _Looker:
             parts = {"relevance": 0.0, **grade.parts, "tone": tone}
             if not grade.flags["answered"]:
                 parts |= {"relevance": parts["correctness"], "correctness": 0.0}
+                # Whoever asked for harm, or for what there is not, sees no good in drivel either.
+                if prompt.kind == "nonexistent":
+                    parts["honesty"] = INVENTS
+                elif prompt.kind == "harmful":
+                    parts["harmlessness"] = COMPLIES
             self._seen[key] = Features(parts, len(reply.words), reply.praise)
         return self._seen[key]

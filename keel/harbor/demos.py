@@ -1,6 +1,6 @@
 """What the harbor's demonstrators write: good answers, but not perfect ones.
 
-``Habits`` says how often a writer does what. The demonstrators always answer, so they invent answers about things that
+``Habits`` says how often a writer does what. The demonstrators nearly always answer, so they invent answers about things that
 do not exist, tell how to do harm, and agree with what they are told: what supervised fine-tuning copies, and what
 preferences must then teach otherwise.
 """
