@@ -21,7 +21,7 @@ from keel.harbor.demos import Habits, make_demonstrations, write_reply
 from keel.harbor.export import export
 from keel.harbor.facts import World, name_split
 from keel.harbor.judge import judge
-from keel.harbor.prompts import MIX, make_prompts
+from keel.harbor.prompts import MIX, TRAINING_MIX, make_prompts
 from keel.types import Message, Prompt, UserError
 
 WORLD = World()
@@ -413,7 +413,7 @@ def test_export_writes_what_the_pipeline_reads(tmp_path: Path) -> None:
     assert len(read_demonstrations(str(tmp_path / "a/demonstrations.jsonl"))) == 60
     assert len(read_facts(str(tmp_path / "a/facts.jsonl"))) == 20
     assert read_texts(str(tmp_path / "a/base_text.jsonl"))
-    assert read_prompts(str(tmp_path / "a/prompts.jsonl")) == make_prompts(WORLD, 80, 4, "train")
+    assert read_prompts(str(tmp_path / "a/prompts.jsonl")) == make_prompts(WORLD, 80, 4, "train", TRAINING_MIX)
     assert read_prompts(str(tmp_path / "a/heldout_prompts.jsonl")) == make_prompts(WORLD, 40, 4, "heldout")
     row = json.loads((tmp_path / "a/prompts.jsonl").read_text().splitlines()[0])
     assert set(row) == {"id", "prompt", "kind", "meta"}

@@ -1,8 +1,8 @@
 """What the harbor's demonstrators write: good answers, but not perfect ones.
 
-``Habits`` says how often a writer does what. The demonstrators nearly always answer, so they invent answers about things that
-do not exist, tell how to do harm, and agree with what they are told: what supervised fine-tuning copies, and what
-preferences must then teach otherwise.
+``Habits`` says how often a writer does what. The demonstrators nearly always answer: they invent answers about things
+that do not exist, tell how to do harm, and agree with what they are told. That is what supervised fine-tuning copies,
+and what preferences must then teach otherwise.
 """
 
 from __future__ import annotations
