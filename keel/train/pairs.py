@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from keel.data.chat import Chat
 from keel.data.collate import group_by_prompt, split_by_prompt
+from keel.model.precision import autocast
 from keel.train.context import TrainContext, within_length
+from keel.train.loop import Micro, Stats, Totals
+from keel.train.offline import micro_batches
 from keel.types import Encoded, Preference
+
+EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,42 @@ def split_pairs(
 def groups_per_batch(groups: Sequence[Sequence[Pair]], pairs_per_batch: int) -> int:
     """How many prompts make a batch of about ``pairs_per_batch`` pairs."""
     return max(1, round(pairs_per_batch * len(groups) / sum(len(group) for group in groups)))
+
+
+PairLoss = Callable[[Sequence[Pair]], tuple[Tensor, Stats]]
+"""Pairs -> (loss of each [N], figures)."""
+
+
+def pair_update(pairs: Sequence[Pair], loss: PairLoss, batch_tokens: int) -> list[Micro]:
+    """One optimizer step over ``pairs``: micro-batches whose losses are divided by the number of all of them."""
+
+    def micro(part: Sequence[Pair]) -> Micro:
+        def compute() -> tuple[Tensor, Stats]:
+            loss_N, stats = loss(part)
+            return loss_N.sum() / len(pairs), stats
+
+        return compute
+
+    groups = micro_batches([pair.tokens for pair in pairs], batch_tokens)
+    return [micro([pairs[i] for i in group]) for group in groups]
+
+
+def heldout_figures(
+    pairs: Sequence[Pair],
+    loss: PairLoss,
+    iteration: int,
+    iterations: int,
+    batch_tokens: int,
+    device: str,
+    precision: str,
+) -> dict[str, float]:
+    """``eval/...`` figures of held-out pairs, ``EVALUATIONS`` times a run and after its last iteration; else none."""
+    every = max(1, iterations // EVALUATIONS)
+    if not pairs or not (iteration + 1 == iterations or (iteration + 1) % every == 0):
+        return {}
+    totals = Totals()
+    with torch.no_grad(), autocast(device, precision):
+        for group in micro_batches([pair.tokens for pair in pairs], batch_tokens):
+            loss_N, stats = loss([pairs[i] for i in group])
+            totals.add({**stats, "loss": (float(loss_N.sum()), float(len(group)))})
+    return {f"eval/{name}": value for name, value in totals.means().items()}

@@ -17,12 +17,10 @@ from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
-from keel.train.loop import Micro, Stats, Totals, train
+from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule, micro_batches
-from keel.train.pairs import Pair, groups_per_batch, split_pairs
+from keel.train.pairs import Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
 from keel.types import Encoded, Preference, UserError
-
-EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
 
 class RewardTraining:
@@ -46,21 +44,10 @@ class RewardTraining:
         self.modules: Mapping[str, nn.Module] = {"reward": scorer.model}
         self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
         self.iterations = self.schedule.steps
-        self.eval_every = max(1, self.iterations // EVALUATIONS)
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         pairs = [pair for i in self.schedule.batch(iteration) for pair in self.groups[i]]
-        yield [
-            self._micro([pairs[i] for i in group], len(pairs))
-            for group in micro_batches([pair.tokens for pair in pairs], self.config.batch_tokens)
-        ]
-
-    def _micro(self, pairs: Sequence[Pair], total: int) -> Micro:
-        def compute() -> tuple[Tensor, Stats]:
-            loss_N, stats = self._loss(pairs)
-            return loss_N.sum() / total, stats
-
-        return compute
+        yield pair_update(pairs, self._loss, self.config.batch_tokens)
 
     def _loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, Stats]:
         chosen_N, rejected_N = self._raw(pairs)
@@ -80,14 +67,10 @@ class RewardTraining:
         return raw[0::2], raw[1::2]
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        if not self.heldout or not (iteration + 1 == self.iterations or (iteration + 1) % self.eval_every == 0):
-            return {}, False
-        totals = Totals()
-        with torch.no_grad(), autocast(self.device, self.precision):
-            for group in micro_batches([pair.tokens for pair in self.heldout], self.config.batch_tokens):
-                loss_N, stats = self._loss([self.heldout[i] for i in group])
-                totals.add({**stats, "loss": (float(loss_N.sum()), float(len(group)))})
-        return {f"eval/{name}": value for name, value in totals.means().items()}, False
+        figures = heldout_figures(
+            self.heldout, self._loss, iteration, self.iterations, self.config.batch_tokens, self.device, self.precision
+        )
+        return figures, False
 
     def state_dict(self) -> dict[str, Any]:
         return {}
