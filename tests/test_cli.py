@@ -268,7 +268,7 @@ def test_the_closing_table_shows_the_models() -> None:
         "stages": {"sft": {"gold_reward": 0.5, "win_rate_vs_sft": None}, "dpo": {"win_rate_vs_sft": [0.8, 0.7, 0.9]}}
     }
     Console(file=out, width=120).print(closing([("sft", {"seconds": 75}, {"steps": 9})], summary))
-    assert "80% [70%, 90%]" in out.getvalue()
+    assert "80% [70, 90]" in out.getvalue()
     assert "1:15 min" in out.getvalue()
     assert "steps 9" in out.getvalue()
 

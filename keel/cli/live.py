@@ -175,7 +175,7 @@ def _duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------- the end of a run
 
 _PERCENT: Callable[[float], str] = "{:.0%}".format
-_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("gold_reward", "score", "{:.2f}".format),
     ("answer_rate", "answers", _PERCENT),
     ("correct_rate", "correct", _PERCENT),
@@ -206,24 +206,27 @@ def _number(value: Any) -> str:
 
 
 def model_table(summary: Mapping[str, Any]) -> RenderableType | None:
-    """The compared models, when the run's summary has them; columns that no model has a figure for are left out."""
+    """The compared models, when the run's summary has them; rows that no model has a figure for are left out."""
     models: Mapping[str, Mapping[str, Any]] = summary.get("stages", {})
     if not models:
         return None
-    columns = [c for c in _COLUMNS if any(figures.get(c[0]) is not None for figures in models.values())]
-    wins = any(figures.get("win_rate_vs_sft") for figures in models.values())
     table = Table(title="Models on the held-out prompts", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("model", style="bold")
-    if wins:
-        table.add_column("wins against SFT", justify="right")
-    for _, title, _ in columns:
-        table.add_column(title, justify="right")
-    for name, figures in models.items():
-        cells = [form(figures[key]) if figures.get(key) is not None else "" for key, _, form in columns]
-        rate = figures.get("win_rate_vs_sft")
-        shown = f"{rate[0]:.0%} [{rate[1]:.0%}, {rate[2]:.0%}]" if rate and None not in rate[:3] else ""
-        table.add_row(name, *([shown] if wins else []), *cells)
+    table.add_column("")
+    for name in models:  # a column for each model: there are fewer of them than figures, and a terminal is narrow
+        table.add_column(name, justify="right", style="bold")
+    if any(figures.get("win_rate_vs_sft") for figures in models.values()):
+        table.add_row("wins against SFT", *(_win_rate(figures.get("win_rate_vs_sft")) for figures in models.values()))
+    for key, title, form in _FIGURES:
+        cells = [form(figures[key]) if figures.get(key) is not None else "" for figures in models.values()]
+        if any(cells):
+            table.add_row(title, *cells)
     return table
+
+
+def _win_rate(rate: Sequence[float | None] | None) -> str:
+    if not rate or rate[0] is None or rate[1] is None or rate[2] is None:
+        return ""
+    return f"{rate[0]:.0%} [{100 * rate[1]:.0f}, {100 * rate[2]:.0f}]"
 
 
 def closing(

@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -118,7 +120,7 @@ def load_scalar(
             str(path), revision=revision, dtype=torch.float32, num_labels=1
         ),
     )
-    if new_head_seed is None and not any("SequenceClassification" in name for name in model.config.architectures or ()):
+    if new_head_seed is None and not _classifies(model.config):
         raise UserError(f"{path}: this checkpoint has no reward head; train one with a 'reward' stage first")
     head = getattr(model, "score", None)
     if head is None:
@@ -130,6 +132,15 @@ def load_scalar(
     # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
     model.config.pad_token_id = tokenizer.pad_token_id
     return ScalarModel(_prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+
+
+def has_reward_head(path: str | Path) -> bool:
+    """Whether a checkpoint is a reward model already, rather than a language model to put a head on."""
+    return _classifies(_checked(path, "model", lambda: AutoConfig.from_pretrained(str(path))))
+
+
+def _classifies(config: PretrainedConfig) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or ())
 
 
 def _prepared(

@@ -77,7 +77,8 @@ def choose_different(samples: Sequence[Completion], keep: int, max_similarity: f
 
     Samples are taken in the order they were drawn, so that those kept are still the model's own distribution, but one
     that is as similar as ``max_similarity`` to a kept one waits. Those that wait fill up what is missing, always the
-    least similar to what is kept. A text that is there already is never taken twice.
+    least similar to what is kept (with a ``max_similarity`` of 0 all but the first are chosen so). A text that is there
+    already is never taken twice.
     """
     kept: list[Completion] = []
     waiting: list[Completion] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from keel.config import RewardStage
 from keel.data.collate import pack
-from keel.model.checkpoint import load_scalar, save
+from keel.model.checkpoint import has_reward_head, load_scalar, save
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.objective.preference import bradley_terry, center_penalty
@@ -102,7 +101,7 @@ def train_reward(
         device=context.device,
         lora=context.base_model.lora,
         gradient_checkpointing=config.gradient_checkpointing,
-        new_head_seed=None if _has_head(context.model_path) else context.seed,
+        new_head_seed=None if has_reward_head(context.model_path) else context.seed,
     )
     groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context)
     if all(pair.record.tie for group in groups for pair in group):
@@ -136,12 +135,6 @@ def train_reward(
         "length_correlation": _correlation([a for a, _ in scatter], [b for _, b in scatter]),
     }
     return summary, results
-
-
-def _has_head(path: Path) -> bool:
-    from transformers import AutoConfig
-
-    return any("SequenceClassification" in name for name in AutoConfig.from_pretrained(str(path)).architectures or ())
 
 
 def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
