@@ -1,4 +1,4 @@
-"""Signs that a PPO run is going wrong, read from its metrics: what, at which step, and what to do about it.
+"""Signs that a PPO or GRPO run is going wrong, read from its metrics: what, at which step, and what to do about it.
 
 Each rule looks at one figure and reports the first row that breaks its bound. A rule whose figure a run did not log is
 silent. The bounds are habits of the field, not laws: change them through ``Limits``.
@@ -63,7 +63,7 @@ class _Point:
 
 
 def find_alarms(stage: str, rows: Rows, limits: Limits = Limits()) -> list[Alarm]:
-    """Every rule's first alarm over a PPO run's rows, in the order of the steps."""
+    """Every rule's first alarm over a run's rows, in the order of the steps."""
     found = [alarm for rule in RULES if (alarm := rule(stage, rows, limits)) is not None]
     return sorted(found, key=lambda alarm: alarm.step)
 
