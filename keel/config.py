@@ -263,6 +263,15 @@ class PpoStage(OnlineBase):
     critic_lr: float | None = Field(None, gt=0, description="default: optim.lr")
     critic_warmup: int = Field(0, ge=0, description="rollouts in which only the critic learns")
 
+    @model_validator(mode="after")
+    def _steers_by_every_episode(self) -> PpoStage:
+        if self.kl.target is not None and self.old_logprobs != "trainer":
+            raise ValueError(
+                "kl.target steers by the KL of the whole rollout, which the sampler's log-probabilities leave to a "
+                "probe; set old_logprobs: trainer or leave out kl.target"
+            )
+        return self
+
 
 class GrpoStage(OnlineBase):
     """No critic: a completion's baseline is the mean score of its group, the completions of one prompt."""

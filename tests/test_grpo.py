@@ -149,6 +149,13 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
         stage(**settings)
 
 
+def test_an_adaptive_penalty_needs_the_kl_of_every_episode() -> None:
+    adaptive = {"name": "ppo", "rewards": REWARDS, "kl": {"coef": 0.1, "target": 4.0}}
+    assert PpoStage.model_validate(adaptive).old_logprobs == "trainer"
+    with pytest.raises(ValueError, match=r"kl\.target steers by the KL of the whole rollout"):
+        PpoStage.model_validate({**adaptive, "old_logprobs": "auto"})
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 

@@ -31,7 +31,7 @@ from keel.types import Encoded, Judge, PackedBatch, Prompt, Scorer, Trajectory, 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, ratios mean nothing
 # Nats a token: up to it, `auto` takes the sampler's log-probabilities. It moves a ratio by 0.1%, where clipping begins
-# at 20%; float32 stays far below it, bfloat16 above.
+# at 20%. Measured on the harbor's base model: 6e-7 in float32, 1.3e-3 (embedded) and 5e-3 (transformers) in bfloat16.
 SAMPLER_BOUND = 1e-3
 PROBE_EVERY = (
     8  # one episode in so many is measured by the trainer even where the sampler's log-probabilities are taken
@@ -44,14 +44,13 @@ Values = Callable[[PackedBatch], Tensor]
 @dataclass(frozen=True)
 class Episodes:
     """One rollout, measured. Episode n owns ``x_C[offsets[n]:offsets[n + 1]]`` of the tensors over completion tokens;
-    all of them are on the CPU. ``scores_N``: the reward source's; ``shaped_N``: as they are learned from."""
+    all of them are on the CPU. ``shaped_N``: the scores as they are learned from, cut completions penalised."""
 
     rows: list[Encoded]
     offsets: Tensor
     old_logp_C: Tensor
     ref_logp_C: Tensor | None
     value_C: Tensor | None
-    scores_N: Tensor
     shaped_N: Tensor
     figures: dict[str, float]
 
@@ -140,7 +139,6 @@ class Rollouts:
             old_logp_C,
             _joined([m.ref_logp for m in measured]),
             _joined([m.value for m in measured]),
-            scores_N,
             episode_scores(scores_N, finished_N, config.missing_eos_penalty, config.reward_clip),
             self._figures(iteration, episodes, measured, old_logp_C, scores_N, mismatch),
         )
