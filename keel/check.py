@@ -19,6 +19,7 @@ from keel.config import (
     AnnotateStage,
     DpoStage,
     EvalStage,
+    OnlineBase,
     PpoStage,
     PythonRef,
     Recipe,
@@ -34,6 +35,7 @@ from keel.data.collate import messages_hash, pack
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
 from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer
 from keel.model.logprobs import token_logprobs
+from keel.model.precision import pick_precision
 from keel.pipeline import parents
 from keel.reward.python_ref import load_python
 from keel.run import RunDir, Silent, StageContext, resolve_device
@@ -113,6 +115,10 @@ def _precision(stage: TrainBase, device: str) -> Iterator[Finding]:
         yield Finding("error", place, "this GPU has no bfloat16", "use precision: fp32")
     if stage.precision == "bf16" and device == "mps":
         yield Finding("warning", place, "bfloat16 is not faster than float32 on MPS", "use precision: auto")
+    forced = isinstance(stage, OnlineBase) and stage.old_logprobs == "sampler"
+    if forced and pick_precision(stage.precision, device) == "bf16":
+        sentence = "in bfloat16 the sampler's log-probabilities differ from the trainer's, and ratios with them"
+        yield Finding("warning", f"{stage.name}.old_logprobs", sentence, "use old_logprobs: auto")
 
 
 def _disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:
@@ -132,7 +138,7 @@ def _python_refs(stage: Stage) -> Iterator[Finding]:
     sources: list[tuple[str, object]] = []
     if isinstance(stage, AnnotateStage):
         sources = [("annotators", stage.annotators)]
-    elif isinstance(stage, PpoStage):
+    elif isinstance(stage, OnlineBase):
         sources = [("watch", stage.watch), *((f"rewards.{i}.source", t.source) for i, t in enumerate(stage.rewards))]
     elif isinstance(stage, EvalStage):
         sources = [("judge", stage.judge)]
@@ -273,7 +279,7 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
 
 
 def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> Iterator[Finding]:
-    """Held-out prompts that training sees. Those among data.prompts are left out of sampling and PPO by the stages."""
+    """Held-out prompts that training sees. The stages leave those among data.prompts out of sampling and training."""
     hashes = [messages_hash(prompt.messages) for prompt in heldout]
     place = "data.heldout_prompts"
     if both := sum(h in learned for h in hashes):
@@ -316,7 +322,7 @@ def _lengths(
 
 def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
     for stage in recipe.stages:
-        if context and isinstance(stage, SampleStage | PpoStage | EvalStage):
+        if context and isinstance(stage, SampleStage | OnlineBase | EvalStage):
             room = context - longest
             if stage.sampling.max_new_tokens > room:
                 sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
@@ -344,7 +350,7 @@ def _pairs(preferences: Sequence[Preference], recipe: Recipe, chat: Chat, contex
 
 def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterator[Finding]:
     """The policy must be its own reference before the first step: else the KL penalty does not start at 0."""
-    if not isinstance(stage, DpoStage | PpoStage) or stage.reference in (None, stage.model):
+    if not isinstance(stage, DpoStage | OnlineBase) or stage.reference in (None, stage.model):
         return
     context = StageContext(recipe, run, run.stage(stage.name), Silent(), "cpu")
     paths = [context.model_path(name) for name in (stage.model, str(stage.reference))]
@@ -369,7 +375,7 @@ def _reward_models(stage: Stage, run: RunDir) -> Iterator[Finding]:
     names: list[str] = []
     if isinstance(stage, RewardStage) and run.stage(stage.name).done:
         names = [stage.name]
-    elif isinstance(stage, PpoStage):
+    elif isinstance(stage, OnlineBase):
         names = [
             t.source.model
             for t in stage.rewards

@@ -52,7 +52,7 @@ class DataConfig(Strict):
     """Files (JSONL, JSON, CSV, Parquet), folders of them, or hub ids (``hub:owner/name:split``)."""
 
     demonstrations: str | None = None
-    prompts: str | None = Field(None, description="prompts to sample from and to run PPO on")
+    prompts: str | None = Field(None, description="prompts to sample from and to run PPO or GRPO on")
     preferences: str | None = None
     heldout_prompts: str | None = Field(None, description="evaluation prompts; default: split off by prompt")
     heldout_fraction: float = Field(0.1, gt=0, lt=0.9)
@@ -216,18 +216,42 @@ class KlConfig(Strict):
         return self
 
 
-class PpoStage(TrainBase):
-    kind: Literal["ppo"] = "ppo"
+class OnlineBase(TrainBase):
+    """What stages that learn from their own samples have in common. An episode is one prompt with one completion."""
+
     model: str = "sft"
     reference: str | None = Field(None, description="default: model")
-    critic: str | None = Field(None, description="stage or folder; default: the first reward model, else the policy")
     rewards: list[RewardTerm] = Field(min_length=1)
     prompts: str | None = Field(None, description="default: data.prompts")
-    episodes: int = Field(4096, ge=1)
-    rollout_batch: int = Field(256, ge=1, description="episodes per rollout")
+    episodes: int = Field(4096, ge=1, description="completions in all")
+    rollout_batch: int = Field(256, ge=1, description="completions per rollout")
     minibatches: int = Field(2, ge=1, description="optimizer steps per epoch over a rollout")
     epochs: int = Field(1, ge=1, description="passes over each rollout")
     sampling: SamplingConfig = SamplingConfig()
+    missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted from the score of a cut completion")
+    reward_clip: float = Field(10.0, gt=0)
+    old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
+        "trainer",
+        description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's",
+    )
+    watch: PythonRef | None = Field(None, description="a judge that only watches: its mean is logged as eval/gold")
+
+    @model_validator(mode="after")
+    def _samples_what_it_trains(self) -> OnlineBase:
+        sampling, name = self.sampling, type(self).__name__.removesuffix("Stage").upper()
+        if sampling.temperature == 0:
+            raise ValueError(f"{name} learns from differences between samples; set sampling.temperature above 0")
+        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+            raise ValueError(
+                f"top_k, top_p and min_p make {name}'s ratios those of another distribution than it samples from; "
+                "leave them out of sampling and lower the temperature instead"
+            )
+        return self
+
+
+class PpoStage(OnlineBase):
+    kind: Literal["ppo"] = "ppo"
+    critic: str | None = Field(None, description="stage or folder; default: the first reward model, else the policy")
     kl: KlConfig = KlConfig()
     clip: float = Field(0.2, gt=0)
     value_clip: float = Field(0.2, gt=0)
@@ -236,21 +260,47 @@ class PpoStage(TrainBase):
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
-    missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted from the score of a cut completion")
-    reward_clip: float = Field(10.0, gt=0)
     critic_lr: float | None = Field(None, gt=0, description="default: optim.lr")
     critic_warmup: int = Field(0, ge=0, description="rollouts in which only the critic learns")
-    watch: PythonRef | None = Field(None, description="a judge that only watches: its mean is logged as eval/gold")
 
     @model_validator(mode="after")
-    def _samples_what_it_trains(self) -> PpoStage:
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            raise ValueError("PPO learns from differences between samples; set sampling.temperature above 0")
-        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+    def _steers_by_every_episode(self) -> PpoStage:
+        if self.kl.target is not None and self.old_logprobs != "trainer":
             raise ValueError(
-                "top_k, top_p and min_p make PPO's ratios those of another distribution than it samples from; "
-                "leave them out of sampling and lower the temperature instead"
+                "kl.target steers by the KL of the whole rollout, which the sampler's log-probabilities leave to a "
+                "probe; set old_logprobs: trainer or leave out kl.target"
+            )
+        return self
+
+
+class GrpoStage(OnlineBase):
+    """No critic: a completion's baseline is the mean score of its group, the completions of one prompt."""
+
+    kind: Literal["grpo"] = "grpo"
+    reference: str | None = Field(None, description="default: model when beta is above 0, else none (no KL is logged)")
+    group_size: int = Field(8, ge=2, description="completions per prompt; rollout_batch is a multiple of it")
+    beta: float = Field(0.04, ge=0, description="weight of the KL to the reference in the loss (k3, per token)")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratios are held above 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="ratios are held below 1 + clip_high (DAPO: 0.28)")
+    scale_rewards: Literal["group", "none"] = Field(
+        "group", description="divide advantages by the standard deviation of their group, or not (Dr. GRPO)"
+    )
+    normalise: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="mean loss over the step's tokens (DAPO), of means over each completion (GRPO), or the sum over "
+        "completions x max_new_tokens (Dr. GRPO)",
+    )
+    old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
+        "auto",
+        description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's",
+    )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> GrpoStage:
+        if self.rollout_batch % self.group_size:
+            raise ValueError(
+                f"rollout_batch counts completions and {self.rollout_batch} is no multiple of group_size = "
+                f"{self.group_size}; set it to group_size x the number of prompts per rollout"
             )
         return self
 
@@ -273,7 +323,7 @@ class ReportStage(StageBase):
 
 
 Stage = Annotated[
-    SftStage | SampleStage | AnnotateStage | RewardStage | DpoStage | PpoStage | EvalStage | ReportStage,
+    SftStage | SampleStage | AnnotateStage | RewardStage | DpoStage | PpoStage | GrpoStage | EvalStage | ReportStage,
     Field(discriminator="kind"),
 ]
 

@@ -21,6 +21,8 @@ from keel.config import (
     AnnotateStage,
     DpoStage,
     EvalStage,
+    GrpoStage,
+    OnlineBase,
     PpoStage,
     PythonRef,
     Recipe,
@@ -53,6 +55,7 @@ _DATA: dict[type[Any], tuple[str, ...]] = {
     RewardStage: ("preferences", *_LENGTHS),
     DpoStage: ("preferences", *_LENGTHS),
     PpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
+    GrpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
     EvalStage: ("prompts", "heldout_prompts", "heldout_fraction", "base_text", "facts", *_LENGTHS),
     ReportStage: (),
 }
@@ -90,7 +93,7 @@ Preflight = Callable[[Stage, StageContext], None]
 # ------------------------------------------------------------------------------------------------- the stages' graph
 
 
-_POLICY = ("sft", "dpo", "ppo")
+_POLICY = ("sft", "dpo", "ppo", "grpo")
 _TRUNK = (*_POLICY, "reward")
 
 
@@ -100,13 +103,13 @@ def references(stage: Stage) -> Iterator[Reference]:
         yield Reference("model", stage.model, _TRUNK if isinstance(stage, RewardStage) else _POLICY)
     if isinstance(stage, AnnotateStage):
         yield Reference("responses", stage.responses, ("sample",))
-    if isinstance(stage, DpoStage | PpoStage) and stage.reference is not None:
+    if isinstance(stage, DpoStage | OnlineBase) and stage.reference is not None:
         yield Reference("reference", stage.reference, _POLICY)
     if isinstance(stage, RewardStage | DpoStage) and stage.preferences is not None:
         yield Reference("preferences", stage.preferences, ("annotate",))
-    if isinstance(stage, PpoStage):
-        if stage.critic is not None:
-            yield Reference("critic", stage.critic, _TRUNK)
+    if isinstance(stage, PpoStage) and stage.critic is not None:
+        yield Reference("critic", stage.critic, _TRUNK)
+    if isinstance(stage, OnlineBase):
         for i, term in enumerate(stage.rewards):
             if isinstance(term.source, RewardModelRef):
                 yield Reference(f"rewards.{i}.source.model", term.source.model, ("reward",))
@@ -148,8 +151,8 @@ def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
             raise UserError(f"{place}: {target!r} is neither a stage nor a file or folder; {stages_there(recipe)}")
     if isinstance(stage, EvalStage) and (stage.judge is None or stage.reward is None):  # the recipe's own is taken
         found |= {other.name for other in before if isinstance(other, RewardStage)}
-    if isinstance(stage, EvalStage):  # the guardrail compares PPO's learning curves
-        found |= {other.name for other in before if isinstance(other, PpoStage) and other.name in stage.models}
+    if isinstance(stage, EvalStage):  # alarms and the guardrail read learning curves
+        found |= {other.name for other in before if isinstance(other, OnlineBase) and other.name in stage.models}
     return tuple(name for name in names if name in found)
 
 
@@ -240,7 +243,7 @@ def _python_refs(stage: Stage) -> list[str]:
     found: list[Any] = []
     if isinstance(stage, AnnotateStage):
         found = [stage.annotators]
-    elif isinstance(stage, PpoStage):
+    elif isinstance(stage, OnlineBase):
         found = [stage.watch, *(term.source for term in stage.rewards)]
     elif isinstance(stage, EvalStage):
         found = [stage.judge]

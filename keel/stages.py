@@ -11,7 +11,9 @@ from keel.config import (
     DpoStage,
     EndpointRef,
     EvalStage,
+    GrpoStage,
     JudgeRef,
+    OnlineBase,
     PpoStage,
     PythonRef,
     ReportStage,
@@ -31,7 +33,7 @@ from keel.data.sources import (
     read_prompts,
     read_texts,
 )
-from keel.eval.evaluation import EvaluationInputs, evaluate_models
+from keel.eval.evaluation import EvaluationInputs, OnlineRun, evaluate_models
 from keel.eval.reward_quality import reward_quality
 from keel.feedback.pairing import annotate_responses
 from keel.model.checkpoint import frozen, load_policy, load_scalar
@@ -46,6 +48,7 @@ from keel.run import StageContext, read_json, write_json
 from keel.store import Store
 from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
+from keel.train.grpo import train_grpo
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
@@ -81,11 +84,23 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     models = [term.source.model for term in stage.rewards if isinstance(term.source, RewardModelRef)]
     critic = stage.critic or (models[0] if models else None)
     scorer = _mixed(stage.rewards, context, training.precision)
-    watch = JudgeFromPython(load_python(stage.watch.ref)) if stage.watch else None
     reference = context.model_path(stage.reference or stage.model)
     prompts = _training_prompts(stage.prompts, context)
     critic_path = context.model_path(critic) if critic else None
-    return train_ppo(stage, prompts, scorer, reference, critic_path, training, watch)
+    return train_ppo(stage, prompts, scorer, reference, critic_path, training, _watch(stage))
+
+
+def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
+    training = _training(stage, context)
+    scorer = _mixed(stage.rewards, context, training.precision)
+    named = stage.reference or (stage.model if stage.beta > 0 else None)
+    reference = context.model_path(named) if named else None
+    prompts = _training_prompts(stage.prompts, context)
+    return train_grpo(stage, prompts, scorer, reference, training, _watch(stage))
+
+
+def _watch(stage: OnlineBase) -> Judge | None:
+    return JudgeFromPython(load_python(stage.watch.ref)) if stage.watch else None
 
 
 def _training(stage: TrainBase, context: StageContext) -> TrainContext:
@@ -184,10 +199,10 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         show=stage.show,
         device=context.device,
         precision=precision,
-        ppo_rows={
-            s.name: (s.kl.coef, context.run.stage(s.name).metrics.rows())
+        online_runs={
+            s.name: OnlineRun(s.kind, _kl_weight(s), context.run.stage(s.name).metrics.rows())
             for s in recipe.stages
-            if isinstance(s, PpoStage) and s.name in stage.models
+            if isinstance(s, PpoStage | GrpoStage) and s.name in stage.models
         },
     )
     summary = evaluate_models(inputs, context.reporter)
@@ -197,6 +212,10 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         summary["reward_model"] = context.run.stage(reward.name).summary()
     context.run.write_summary(summary)
     return {name: summary[name] for name in ("stages", "order", "baseline", "judge", "alarms")}
+
+
+def _kl_weight(stage: PpoStage | GrpoStage) -> float:
+    return stage.kl.coef if isinstance(stage, PpoStage) else stage.beta
 
 
 def run_report(stage: ReportStage, context: StageContext) -> dict[str, Any]:
@@ -211,6 +230,7 @@ RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
     "reward": run_reward,
     "dpo": run_dpo,
     "ppo": run_ppo,
+    "grpo": run_grpo,
     "eval": run_eval,
     "report": run_report,
 }
@@ -262,7 +282,7 @@ def _pool(context: StageContext) -> list[Prompt]:
 
 
 def _training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
-    """Prompts for sampling and PPO, without those that the evaluation holds out."""
+    """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
     if source is not None:
         return read_prompts(source)
     data = context.recipe.data

@@ -175,7 +175,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One PPO episode: a prompt's tokens, the completion sampled for it, and what was measured on it."""
+    """One episode of PPO or GRPO: a prompt's tokens, the completion sampled for it, and what was measured on it."""
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]

@@ -178,13 +178,20 @@ def test_two_runs_in_one_folder(folder: Path, tmp_path: Path, capfd: pytest.Capt
 # --------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("kind", ["sft", "sample", "annotate", "reward", "ppo", "dpo", "eval", "report"])
+@pytest.mark.parametrize("kind", ["sft", "sample", "annotate", "reward", "ppo", "grpo", "dpo", "eval", "report"])
 def test_a_stages_help_lists_its_settings(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([kind, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    expected = {"sft": "patience", "ppo": "kl.coef", "eval": "bootstrap", "report": "title", "sample": "sampling.top_p"}
+    expected = {
+        "sft": "patience",
+        "ppo": "kl.coef",
+        "grpo": "group_size",
+        "eval": "bootstrap",
+        "report": "title",
+        "sample": "sampling.top_p",
+    }
     assert expected.get(kind, "") in text
     assert "data.max_length" in text
     assert "tokens of prompt and completion together" in text

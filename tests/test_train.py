@@ -15,7 +15,17 @@ import torch
 from tiny import WORDS, demonstrations, preferences, prompt, save_tiny, tiny_llama
 from torch import Tensor
 
-from keel.config import DataConfig, DpoStage, ModelConfig, OptimConfig, PpoStage, RewardStage, SamplingConfig, SftStage
+from keel.config import (
+    DataConfig,
+    DpoStage,
+    GrpoStage,
+    ModelConfig,
+    OptimConfig,
+    PpoStage,
+    RewardStage,
+    SamplingConfig,
+    SftStage,
+)
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order
 from keel.model.checkpoint import load_policy, load_scalar
@@ -23,6 +33,7 @@ from keel.rollout.sampler import make_sampler
 from keel.run import RunDir, Silent
 from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
+from keel.train.grpo import train_grpo
 from keel.train.loop import _update
 from keel.train.offline import Schedule, micro_batches
 from keel.train.optim import lr_factor, make_optimizer
@@ -222,7 +233,7 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
 
     from safetensors.torch import load_file, save_file
 
-    from keel.train import ppo as module
+    from keel.train.online import Rollouts
 
     other = tmp_path / "other"
     shutil.copytree(sft_model, other)
@@ -231,18 +242,18 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
     save_file({**tensors, name: tensors[name] * 1.5}, other / "model.safetensors", metadata={"format": "pt"})
     c = context(tmp_path, "ppo", sft_model)
     stage = PpoStage(**PPO, episodes=32)  # type: ignore[arg-type]
-    original = module.Ppo.__init__
+    original = Rollouts.__init__
 
     def claims_the_same(self: object, *args: object, **kwargs: object) -> None:
         kwargs["same_start"] = True
         original(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    module.Ppo.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
+    Rollouts.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
     try:
         with pytest.raises(UserError, match="same checkpoint"):
             train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), other, None, c)
     finally:
-        module.Ppo.__init__ = original  # type: ignore[method-assign]
+        Rollouts.__init__ = original  # type: ignore[method-assign]
 
 
 def test_ppo_with_a_reward_model_of_another_tokenizer(sft_model: Path, tmp_path: Path) -> None:
@@ -350,7 +361,27 @@ def _ppo(tmp: Path, model: Path) -> Path:
     return c.stage.path
 
 
-RESUMED: dict[str, Callable[[Path, Path], Path]] = {"sft": _sft, "dpo": _dpo, "reward": _reward, "ppo": _ppo}
+def _grpo(tmp: Path, model: Path) -> Path:
+    c = context(tmp, "grpo", model)
+    stage = GrpoStage(
+        **{**PPO, "name": "grpo"},  # type: ignore[arg-type]
+        group_size=4,
+        episodes=32 * 10,
+        epochs=2,
+        optim=FAST,
+        save_every_seconds=0,
+    )
+    train_grpo(stage, [prompt(n) for n in range(50)], LikesO(), model, c)
+    return c.stage.path
+
+
+RESUMED: dict[str, Callable[[Path, Path], Path]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "reward": _reward,
+    "ppo": _ppo,
+    "grpo": _grpo,
+}
 
 
 @pytest.mark.parametrize("kind", list(RESUMED))

@@ -23,8 +23,8 @@ HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl
 def find_model(run: str, stage: str | None) -> tuple[str, str]:
     """(what to call it, checkpoint path) for ``keel chat RUN --stage NAME``.
 
-    Without a name: the last finished sft, dpo or ppo stage, runs without a KL penalty left out (they are there to
-    show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
+    Without a name: the last finished sft, dpo, ppo or grpo stage, but no PPO run without a KL penalty (they are there
+    to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
     """
     folder = Path(run)
     manifest = RunDir(folder).manifest.read()
@@ -33,7 +33,7 @@ def find_model(run: str, stage: str | None) -> tuple[str, str]:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
         return run, run
     recipe = Recipe.model_validate(manifest["recipe"])
-    done = [s for s in recipe.stages if s.kind in ("sft", "dpo", "ppo") and RunDir(folder).stage(s.name).done]
+    done = [s for s in recipe.stages if s.kind in ("sft", "dpo", "ppo", "grpo") and RunDir(folder).stage(s.name).done]
     names = ["base", *(s.name for s in done)]
     if stage is None:
         kept = [s for s in done if not (isinstance(s, PpoStage) and s.kl.coef == 0 and s.kl.target is None)]

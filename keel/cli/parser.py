@@ -13,6 +13,7 @@ STAGES = {
     "annotate": "have simulated annotators judge pairs of responses",
     "reward": "train a reward model on preference pairs",
     "ppo": "optimise a policy for a reward under a KL penalty",
+    "grpo": "optimise a policy for a reward without a critic, by groups of replies",
     "dpo": "optimise a policy on preference pairs directly",
     "eval": "compare models on held-out prompts",
     "report": "write a run's HTML page",

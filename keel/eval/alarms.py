@@ -1,4 +1,4 @@
-"""Signs that a PPO run is going wrong, read from its metrics: what, at which step, and what to do about it.
+"""Signs that a PPO or GRPO run is going wrong, read from its metrics: what, at which step, and what to do about it.
 
 Each rule looks at one figure and reports the first row that breaks its bound. A rule whose figure a run did not log is
 silent. The bounds are habits of the field, not laws: change them through ``Limits``.
@@ -63,7 +63,7 @@ class _Point:
 
 
 def find_alarms(stage: str, rows: Rows, limits: Limits = Limits()) -> list[Alarm]:
-    """Every rule's first alarm over a PPO run's rows, in the order of the steps."""
+    """Every rule's first alarm over a run's rows, in the order of the steps."""
     found = [alarm for rule in RULES if (alarm := rule(stage, rows, limits)) is not None]
     return sorted(found, key=lambda alarm: alarm.step)
 
@@ -93,7 +93,7 @@ def _kl(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     return Alarm(
         stage, "kl", point.step, point.value, limits.kl,
         f"The policy is {point.value:.1f} nats a sequence away from the reference, above {limits.kl:g}.",
-        "Raise kl.coef, set kl.target, or stop earlier: beyond this the reward model grades text it never saw.",
+        "Raise kl.coef (GRPO: beta) or stop earlier: beyond this the reward model grades text it never saw.",
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _entropy(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     return Alarm(
         stage, "entropy", point.step, point.value, bound,
         f"The entropy fell to {point.value:.2f} nats a token, below {limits.entropy_share:.0%} of its start.",
-        "Lower optim.lr, raise kl.coef, or set a small entropy_coef: the policy hardly explores any more.",
+        "Lower optim.lr, or raise kl.coef or entropy_coef (GRPO: beta): the policy hardly explores any more.",
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _length(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     return Alarm(
         stage, "length", point.step, point.value, bound,
         f"Replies went from {start:.0f} to {point.value:.0f} tokens.",
-        "Look at the reward model's score against length; balance lengths in the pairs or raise kl.coef.",
+        "Look at the reward model's score against length; balance lengths in the pairs or raise kl.coef (GRPO: beta).",
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _repetition(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     return Alarm(
         stage, "repetition", point.step, point.value, limits.repetition,
         f"{point.value:.0%} of the 4-grams in the replies repeat earlier ones.",
-        "Raise kl.coef or stop earlier; read the samples, and give the annotators such replies to judge.",
+        "Raise kl.coef (GRPO: beta) or stop earlier; read the samples, and give the annotators such replies to judge.",
     )  # fmt: skip
 
 
@@ -196,7 +196,8 @@ def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
                 stage, "over_optimisation", int(row["step"]), float(row[GOLD]), float(best[GOLD] - allowed),
                 f"The proxy rose from {best[PROXY]:.2f} to {row[PROXY]:.2f} while the judge's score fell from "
                 f"{best[GOLD]:.2f} (step {best['step']}) to {row[GOLD]:.2f}.",
-                "Go back to the checkpoint with the best judge's score, raise kl.coef, and have such replies judged.",
+                "Go back to the checkpoint with the best judge's score, raise kl.coef (GRPO: beta), and have such "
+                "replies judged.",
             )  # fmt: skip
     return None
 

@@ -18,7 +18,7 @@ from keel.data.sources import Fact
 from keel.eval.alarms import find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.evaluate import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
-from keel.eval.overoptimisation import guardrail
+from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import frozen, load_policy
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.precision import Precision, autocast
@@ -30,8 +30,17 @@ TOKENS = 8192  # tokens in one forward pass
 
 
 @dataclass(frozen=True)
+class OnlineRun:
+    """A PPO or GRPO stage: its kind, the weight of its KL penalty, its metrics."""
+
+    kind: str
+    kl_weight: float
+    rows: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class EvaluationInputs:
-    """``ppo_rows``: for each PPO stage among the models its KL coefficient and its metrics."""
+    """``online_runs``: the PPO and GRPO stages among the models."""
 
     models: Mapping[str, Path]
     baseline: str
@@ -46,7 +55,7 @@ class EvaluationInputs:
     show: int
     device: str
     precision: Precision
-    ppo_rows: Mapping[str, tuple[float, Sequence[dict[str, Any]]]]
+    online_runs: Mapping[str, OnlineRun]
 
 
 def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, Any]:
@@ -68,20 +77,23 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
         "order": list(inputs.models),
         "baseline": inputs.baseline,
         "samples": side_by_side(evaluations, inputs.show),
-        "alarms": [alarm.as_dict() for name, (_, rows) in inputs.ppo_rows.items() for alarm in find_alarms(name, rows)],
+        "alarms": [
+            alarm.as_dict() for name, run in inputs.online_runs.items() for alarm in find_alarms(name, run.rows)
+        ],
     }
     pair = _guardrail_pair(inputs)
     if pair is not None:
         kept, free = pair
-        summary["guardrail"] = guardrail(kept, inputs.ppo_rows[kept][1], free, inputs.ppo_rows[free][1])
+        summary["guardrail"] = guardrail(kept, inputs.online_runs[kept].rows, free, inputs.online_runs[free].rows)
     return summary
 
 
 def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
-    """The first PPO run with a KL penalty and the first without."""
-    for a, b in combinations(inputs.ppo_rows, 2):
-        kept, free = (a, b) if inputs.ppo_rows[a][0] > 0 else (b, a)
-        if inputs.ppo_rows[kept][0] > 0 and inputs.ppo_rows[free][0] == 0:
+    """The first run with a KL penalty and the first of the same kind without, where both measured the KL."""
+    runs = {name: run for name, run in inputs.online_runs.items() if curve(run.rows)}
+    for a, b in combinations(runs, 2):
+        kept, free = (a, b) if runs[a].kl_weight > 0 else (b, a)
+        if runs[a].kind == runs[b].kind and runs[kept].kl_weight > 0 and runs[free].kl_weight == 0:
             return kept, free
     return None
 

@@ -59,13 +59,18 @@ def gae(rewards_C: Tensor, values_C: Tensor, offsets: Tensor, gamma: float, lam:
     return advantages_C, advantages_C + values_C
 
 
-def clipped_policy_loss(logp_C: Tensor, old_logp_C: Tensor, advantage_C: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def clipped_policy_loss(
+    logp_C: Tensor, old_logp_C: Tensor, advantage_C: Tensor, clip: float, clip_high: float | None = None
+) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) with ratio = policy / sampling policy: Schulman et al. 2017,
     eq. 7. -> (loss_C, clipped_C), clipped_C (bool) being where the clip holds the token's gradient at zero.
+
+    ``clip_high``: an upper bound of its own, 1 + clip_high (Yu et al. 2025, "DAPO", section 3.1); None: ``clip``.
     """
+    high = clip if clip_high is None else clip_high
     ratio_C = (logp_C - old_logp_C).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     free_C = -advantage_C * ratio_C
-    held_C = -advantage_C * ratio_C.clamp(1 - clip, 1 + clip)
+    held_C = -advantage_C * ratio_C.clamp(1 - clip, 1 + high)
     return torch.maximum(free_C, held_C), held_C > free_C
 
 

@@ -56,7 +56,7 @@ def render(run: RunFiles, heading: str = "") -> str:
             if stage.summary
         ],
         samples=samples(run, palette),
-        watched=bool(run.of_kind("ppo")),
+        watched=bool(run.of_kind("ppo") or run.of_kind("grpo")),
         alarms=run.summary.get("alarms", []),
         lineage=lineage(run),
     )

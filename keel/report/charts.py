@@ -63,6 +63,14 @@ class Panel:
 
 _LOSSES = (Line("training", ("loss",), faint=True), Line("held out", ("eval/loss",), measured=True))
 
+_ONLINE = (
+    Panel("learned reward (proxy)", "mean score", (Line("", ("objective/scores",)),)),
+    Panel("judge's score (gold)", "mean score", (Line("", ("eval/gold",), measured=True),)),
+    Panel("KL from the reference", "nats per reply", (Line("", ("objective/kl",)),), (0.0,)),
+    Panel("entropy", "nats per token", (Line("", ("policy/entropy_avg", "objective/entropy")),), (0.0,)),
+    Panel("reply length", "tokens", (Line("", ("completions/mean_length",)),), (0.0,)),
+)
+
 PANELS: Mapping[str, tuple[Panel, ...]] = {
     "sft": (Panel("loss", "nats per token", _LOSSES),),
     "reward": (
@@ -93,19 +101,16 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
             (0.0,),
         ),
     ),
-    "ppo": (
-        Panel("learned reward (proxy)", "mean score", (Line("", ("objective/scores",)),)),
-        Panel("judge's score (gold)", "mean score", (Line("", ("eval/gold",), measured=True),)),
-        Panel("KL from the reference", "nats per reply", (Line("", ("objective/kl",)),), (0.0,)),
-        Panel("entropy", "nats per token", (Line("", ("policy/entropy_avg", "objective/entropy")),), (0.0,)),
-        Panel("reply length", "tokens", (Line("", ("completions/mean_length",)),), (0.0,)),
-        Panel("value loss", "squared error", (Line("", ("loss/value_avg",)),), (0.0,)),
+    "ppo": (*_ONLINE, Panel("value loss", "squared error", (Line("", ("loss/value_avg",)),), (0.0,))),
+    "grpo": (
+        *_ONLINE,
+        Panel("groups without a signal", "share of prompts", (Line("", ("frac_reward_zero_std",)),), (0.0,), percent),
     ),
 }
 _OTHER = (Panel("loss", "loss", _LOSSES),)
 
 
-_HEADINGS = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
+_HEADINGS = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
 
 
 def learning_curves(run: RunFiles, palette: Palette) -> list[Markup]:

@@ -109,6 +109,7 @@ _WHAT = {
     "reward": "pairs → a score",
     "dpo": "learns from the pairs",
     "ppo": "learns from the score",
+    "grpo": "learns from the score",
     "eval": "held-out prompts",
 }
 
@@ -131,6 +132,7 @@ _SHOWN: Mapping[str, tuple[_Shown, ...]] = {
     ),
     "dpo": (_Shown("pairs", "pairs"), _Shown("held-out accuracy", "eval/rewards/accuracies", percent)),
     "ppo": (_Shown("episodes", "episodes"), _Shown("KL, nats", "objective/kl", one_place)),
+    "grpo": (_Shown("episodes", "episodes"), _Shown("KL, nats", "objective/kl", one_place)),
     "eval": (_Shown("prompts", "prompts"), _Shown("models", "order")),
 }
 

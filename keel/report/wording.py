@@ -6,7 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-_ACRONYMS = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "kl": "KL", "ipo": "IPO", "rm": "RM", "kto": "KTO"}
+_ACRONYMS = {
+    "sft": "SFT",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "kl": "KL",
+    "ipo": "IPO",
+    "rm": "RM",
+    "kto": "KTO",
+}
 
 Format = Callable[[float], str]
 

@@ -1,4 +1,4 @@
-"""Prompts -> token ids within length, and prompts -> trajectories for PPO."""
+"""Prompts -> token ids within length, and prompts -> trajectories for PPO and GRPO."""
 
 from __future__ import annotations
 

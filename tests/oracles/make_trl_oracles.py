@@ -1,7 +1,7 @@
-"""Writes trl_preference.json and trl_ppo.json: numbers that TRL's own code gives on small random tensors.
+"""Writes trl_preference.json, trl_grpo.json and trl_ppo.json: numbers that TRL's code gives on small random tensors.
 
 TRL is no dependency of Keel. Its numbers are kept here so that the tests can compare without it. To make them again,
-in an environment with trl 1.16 (DPO, reward model) and with trl 1.12 (the last with PPO) unpacked in some folder::
+in an environment with trl 1.16 (DPO, reward model, GRPO), and trl 1.12 (the last with PPO) unpacked in some folder::
 
     pip download --no-deps trl==1.12.0 && unzip trl-1.12.0-*.whl -d OLD
     python tests/oracles/make_trl_oracles.py OLD
@@ -24,11 +24,13 @@ from types import SimpleNamespace
 
 import torch
 import trl
+from trl.trainer import grpo_trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 
 HERE = Path(__file__).parent
 BETA = 0.3
+GRPO_BETA, LOW, HIGH, GROUP = 0.05, 0.2, 0.28, 4
 COEF, GAMMA, LAM, CLIP, VALUE_CLIP = 0.15, 0.97, 0.9, 0.2, 0.25
 
 
@@ -155,6 +157,98 @@ def preference_oracle(draw: random.Random) -> dict:
     return {"trl": trl.__version__, "beta": BETA, "smoothing": 0.1, "center": 0.05, "pairs": pairs, "rewards": rewards}
 
 
+def grpo_advantages(scores: torch.Tensor, scale: str) -> torch.Tensor:
+    """TRL's lines from rewards to advantages, as they stand in the source."""
+    source = inspect.getsource(grpo_trainer.GRPOTrainer._generate_and_score_completions)
+    start = source.index('if self.multi_objective_aggregation == "sum_then_normalize":')
+    end = source.index("is_std_zero = torch.isclose")
+    lines = textwrap.dedent(source[source.rindex("\n", 0, start) + 1 : end])
+    names = {
+        **vars(grpo_trainer),
+        "self": SimpleNamespace(
+            multi_objective_aggregation="sum_then_normalize", scale_rewards=scale, reward_weights=torch.ones(1)
+        ),
+        "device": "cpu",
+        "rewards_per_func": scores[:, None],
+        "unscorable_mask": torch.zeros_like(scores, dtype=torch.bool),
+        "num_generations": GROUP,
+    }
+    exec(lines, names)
+    return names["advantages"]
+
+
+def grpo_loss(given: dict, mask: torch.Tensor, advantages: torch.Tensor, loss_type: str, beta: float) -> dict:
+    """TRL's loss of a batch, and its gradient with respect to the policy's log-probabilities."""
+    new = given["new"].clone().requires_grad_()
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (new, torch.zeros_like(new), None),
+        accelerator=Accelerator(num_processes=1, reduce=lambda x, reduction: x),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        model=torch.nn.Identity().train(),
+        loss_type=loss_type,
+        beta=beta,
+        epsilon_low=LOW,
+        epsilon_high=HIGH,
+        max_completion_length=mask.shape[1] + 2,
+        importance_sampling_level="token",
+        current_gradient_accumulation_steps=1,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    prompt = torch.ones(len(mask), 1, dtype=torch.long)
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt,
+        "completion_ids": torch.ones_like(mask),
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": given["old"],
+        "ref_per_token_logps": given["ref"],
+        "num_items_in_batch": mask.sum(),
+    }
+    loss = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+    (grad,) = torch.autograd.grad(loss, new)
+    clipped = trainer._metrics["train"]["clip_ratio/region_mean"][0]
+    return {"loss": loss.item(), "grad": grad[mask.bool()].tolist(), "clipped": clipped}
+
+
+def grpo_oracle(draw: random.Random) -> dict:
+    lengths = [draw.randint(1, 7) for _ in range(3 * GROUP)]
+    width = max(lengths)
+    mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+
+    def grid(scale: float) -> torch.Tensor:
+        return torch.tensor([[round(draw.gauss(0, scale), 4) for _ in range(width)] for _ in lengths]).double()
+
+    old = -grid(1.0).abs()
+    given = {"old": old, "new": (old + grid(0.25)).round(decimals=4), "ref": (old + grid(0.3)).round(decimals=4)}
+    scores = torch.tensor([round(draw.gauss(0, 2), 4) for _ in lengths], dtype=torch.float64)
+    scores[GROUP : 2 * GROUP] = scores[GROUP]  # a group without a signal
+    advantages = {scale: grpo_advantages(scores, scale) for scale in ("group", "none")}
+    expected = {
+        name: grpo_loss(given, mask, advantages[scale], loss_type, beta)
+        for name, loss_type, scale, beta in (
+            ("token", "dapo", "group", GRPO_BETA),
+            ("sequence", "grpo", "group", GRPO_BETA),
+            ("constant", "dr_grpo", "none", 0.0),
+        )
+    }
+    return {
+        "trl": trl.__version__,
+        "settings": {"beta": GRPO_BETA, "clip_low": LOW, "clip_high": HIGH, "group_size": GROUP},
+        "max_new_tokens": width + 2,
+        "lengths": lengths,
+        "scores": scores.tolist(),
+        **{name: x[mask.bool()].tolist() for name, x in given.items()},
+        "advantages": {scale: x.tolist() for scale, x in advantages.items()},
+        "expected": expected,
+    }
+
+
 def ppo_lines(old: Path) -> tuple[dict, str, str]:
     """(masked statistics, lines for rewards and advantages, lines for the losses) of TRL 1.12."""
     source = (old / "trl/experimental/ppo/ppo_trainer.py").read_text()
@@ -243,6 +337,7 @@ if __name__ == "__main__":
         sys.exit(inspect.cleandoc(__doc__ or ""))
     for name, oracle in (
         ("trl_preference", preference_oracle(random.Random(0))),
+        ("trl_grpo", grpo_oracle(random.Random(2))),
         ("trl_ppo", ppo_oracle(random.Random(1), Path(sys.argv[1]))),
     ):
         (HERE / f"{name}.json").write_text(json.dumps(oracle, indent=1) + "\n")
