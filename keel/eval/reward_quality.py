@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from keel.eval.calibration import both_ways, ceiling_bounds, ece, noise_ceiling, reliability
+from keel.eval.calibration import both_ways, ece, reliability
+from keel.stats import ceiling_bounds, noise_ceiling
 from keel.types import Preference
 
 
@@ -31,10 +32,9 @@ def reward_quality(
     accuracy = sum(right) / n
     probs, outcomes = both_ways([_sigmoid(lead) for _, lead, _, _ in decided], [1.0] * n)
     known = [(truth[record.id], lead) for record, lead, _, _ in decided if record.id in truth]
-    if known:
-        ceiling: float | None = noise_ceiling([q for q, _ in known])
-    else:
-        ceiling = ceiling_bounds(agreement)[1] if agreement is not None else None
+    ceiling = noise_ceiling([q for q, _ in known])
+    if ceiling is None and agreement is not None:
+        ceiling = ceiling_bounds(agreement)[1]
     longer = [(lead > 0) == (a > b) for _, lead, a, b in decided if a != b]
     return {
         "accuracy": accuracy,
