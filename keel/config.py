@@ -174,6 +174,10 @@ class RewardStage(TrainBase):
     kind: Literal["reward"] = "reward"
     model: str = "sft"
     preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    votes: Literal["raw", "majority", "weighted"] = Field(
+        "raw",
+        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
+    )
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
     margin_weight: float = Field(0.0, ge=0, description="margin in the Bradley-Terry loss a unit of strength (Llama 2)")
@@ -187,6 +191,10 @@ class DpoStage(TrainBase):
     model: str = "sft"
     reference: str | None = Field(None, description="default: model")
     preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    votes: Literal["raw", "majority", "weighted"] = Field(
+        "raw",
+        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
+    )
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
     beta: float = Field(0.1, gt=0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class _Coded:
 
 def dawid_skene(
     votes: Sequence[Vote],
-    known: Mapping[Hashable, str] | None = None,
+    known: Mapping[Any, str] | None = None,
     mirror: Mapping[str, str] | None = None,
     shrink: float = 0.0,
 ) -> DawidSkene:
@@ -76,7 +77,7 @@ def dawid_skene(
 
 def reliabilities(
     votes: Sequence[Vote],
-    known: Mapping[Hashable, str] | None = None,
+    known: Mapping[Any, str] | None = None,
     shrink: float = 1.0,
     bootstrap: int = 200,
     seed: int = 0,
@@ -113,7 +114,7 @@ def reliabilities(
 
 
 def _coded(
-    votes: Sequence[Vote], known: Mapping[Hashable, str], mirror: Mapping[str, str], classes: tuple[str, ...] = ()
+    votes: Sequence[Vote], known: Mapping[Any, str], mirror: Mapping[str, str], classes: tuple[str, ...] = ()
 ) -> _Coded:
     assert votes, "a fit needs votes"
     items = list(dict.fromkeys(vote.item for vote in votes))
