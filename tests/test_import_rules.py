@@ -38,7 +38,7 @@ USES_HARBOR = {"cli", "__main__"}
 OPTIONAL = {
     "wandb": {"run/wandb.py"},
     "tensorboard": {"run/tensorboard.py"},
-    "datasets": {"data/rows.py", "data/hub.py"},
+    "datasets": {"data/rows.py", "data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
     "ray": set(),
     "psycopg": {"store/store.py", "store/engine.py", "store/database.py"},
