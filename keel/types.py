@@ -139,13 +139,17 @@ class PackedBatch:
     """Sequences laid end to end without padding.
 
     ids_T, positions_T: int64; cu_seqlens: int64 [B+1], offsets of each sequence in T; mask_T: bool, True where the
-    token is to be predicted (trained on or scored). A token at offset 0 of a sequence is never predicted.
+    token is to be predicted (trained on or scored). A token at position 0 is never predicted.
+
+    ``fork_B`` (int64 [B], or None when no sequence has one): the place in T of the token that a sequence goes on from
+    when it shares its beginning with an earlier one and holds its own tokens only; -1 for a sequence that is whole.
     """
 
     ids_T: Tensor
     positions_T: Tensor
     cu_seqlens: Tensor
     mask_T: Tensor
+    fork_B: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -156,10 +160,18 @@ class PackedBatch:
         return self.ids_T.numel()
 
     def lengths(self) -> Tensor:
+        """Tokens that each sequence holds itself: [B]."""
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return PackedBatch(*(t.to(device) for t in (self.ids_T, self.positions_T, self.cu_seqlens, self.mask_T)))
+        fork_B = None if self.fork_B is None else self.fork_B.to(device)
+        return PackedBatch(
+            self.ids_T.to(device),
+            self.positions_T.to(device),
+            self.cu_seqlens.to(device),
+            self.mask_T.to(device),
+            fork_B,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from keel.data.collate import (
     group_by_prompt,
     messages_hash,
     pack,
+    pack_shared,
+    shared_rows,
     split_by_prompt,
     unpack,
 )
@@ -48,6 +50,28 @@ def test_pack_by_hand() -> None:
     assert batch.ids_T.dtype == batch.positions_T.dtype == batch.cu_seqlens.dtype == torch.int64
     assert batch.mask_T.dtype == torch.bool
     assert (batch.num_sequences, batch.num_tokens, batch.lengths().tolist()) == (3, 6, [3, 1, 2])
+
+
+def test_a_shared_beginning_is_laid_down_once() -> None:
+    def reply(*ids: int) -> Encoded:
+        return Encoded((5, 6, *ids), (False, False, *(True for _ in ids)))
+
+    batch = pack_shared([[reply(7, 8), reply(9), reply(7)], [Encoded((4, 3), (False, True))]])
+    assert batch.ids_T.tolist() == [5, 6, 7, 8, 9, 7, 4, 3]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 2, 2, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 4, 5, 6, 8]
+    assert batch.mask_T.tolist() == [False, False, True, True, True, True, False, True]
+    assert batch.fork_B is not None
+    assert batch.fork_B.tolist() == [-1, 1, 1, -1]
+    # What is predicted is never shared, and every sequence has a token of its own.
+    learned = Encoded((5, 6, 7), (False, True, True))
+    assert pack_shared([[learned, learned]]).ids_T.tolist() == [5, 6, 7, 6, 7]
+    assert pack_shared([[Encoded((5,), (False,)), Encoded((5, 6), (False, True))]]).fork_B is None
+
+
+def test_rows_that_share_a_beginning_stay_short() -> None:
+    replies = [Encoded((1, 2, *range(n)), (False, False, *(True for _ in range(n)))) for n in (3, 3, 4, 9)]
+    assert [[len(s.ids) for s in row] for row in shared_rows(replies, longest=8)] == [[5, 5], [6], [11]]
 
 
 def test_pack_refuses_what_is_no_sequence() -> None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from keel.config import LoraConfig
-from keel.data.collate import pack
+from keel.data.collate import pack, pack_shared
 from keel.model import logprobs as logprobs_module
 from keel.model import packed as packed_module
 from keel.model.checkpoint import load_policy, load_scalar, save
@@ -69,6 +69,47 @@ def test_packed_equals_padded(name: str, plain_up_to: int, monkeypatch: pytest.M
     reference = padded_hidden_states(model, batch)
     assert enable_packing(model)
     torch.testing.assert_close(hidden_states(model, batch), reference, atol=1e-5, rtol=1e-5)
+
+
+def rows_that_share() -> list[list[Encoded]]:
+    """Two prompts (4 and 7 tokens) with 3 and 2 completions, and one sequence by itself."""
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, 100, (n,), generator=generator).tolist())
+
+    rows = []
+    for shared, own in ((4, (3, 6, 1)), (7, (2, 5)), (2, (3,))):
+        prompt_ids = ids(shared)
+        rows.append([Encoded(prompt_ids + ids(n), (False,) * shared + (True,) * n) for n in own])
+    return rows
+
+
+@pytest.mark.parametrize("packing", ["plain products", "fused kernel", "padded"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
+def test_a_shared_prompt_changes_no_number(name: str, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities and gradients, against every completion behind a copy of its own."""
+    monkeypatch.setattr(packed_module, "PLAIN_ATTENTION_UP_TO", 2 if packing == "fused kernel" else 256)
+    model = shapes()[name].eval()
+    rows = rows_that_share()
+    apart = pack([sequence for row in rows for sequence in row])
+    together = pack_shared(rows)
+    assert together.num_tokens == apart.num_tokens - 2 * 4 - 7
+
+    def measured(batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        logp = token_logprobs(model, batch).logp_C
+        sums = sequence_sums(logp, batch)
+        (sums * torch.arange(1.0, len(sums) + 1)).sum().backward()
+        return logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = measured(apart)
+    if packing != "padded":
+        assert enable_packing(model)
+    got, got_gradients = measured(together)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for n, gradient in got_gradients.items():
+        torch.testing.assert_close(gradient, gradients[n], atol=1e-4, rtol=1e-4, msg=n)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

@@ -51,6 +51,54 @@ def pack(sequences: Sequence[Encoded], device: torch.device | str = "cpu") -> Pa
     return PackedBatch(ids_T=ids_T, positions_T=positions_T, cu_seqlens=cu_seqlens, mask_T=mask_T).to(device)
 
 
+SHARED_ROW_UP_TO = 256  # tokens of a prompt and the completions behind it; attention's work grows with its square
+
+
+def shared_rows(sequences: Sequence[Encoded], longest: int = SHARED_ROW_UP_TO) -> list[list[Encoded]]:
+    """Sequences that begin alike, cut into rows for :func:`pack_shared` of at most ``longest`` tokens each (a sequence
+    that leaves no room for a second one goes alone)."""
+    shared = common_prefix(sequences)
+    groups = batches_by_tokens([len(s.ids) - shared for s in sequences], max(1, longest - shared))
+    return [[sequences[i] for i in group] for group in groups]
+
+
+def common_prefix(sequences: Sequence[Encoded]) -> int:
+    """How many first tokens all sequences share, none of them to be predicted, and each has at least one more."""
+    first = sequences[0]
+    shared = min(min((s.mask.index(True) if True in s.mask else len(s.ids)), len(s.ids) - 1) for s in sequences)
+    for s in sequences[1:]:
+        if s.ids[:shared] != first.ids[:shared]:
+            shared = next(i for i, (a, b) in enumerate(zip(s.ids, first.ids, strict=False)) if a != b)
+    return shared
+
+
+def pack_shared(rows: Sequence[Sequence[Encoded]], device: torch.device | str = "cpu") -> PackedBatch:
+    """As :func:`pack`, over all sequences of all rows, but what the sequences of a row begin with in common is laid
+    down once, with the first of them: completions of one prompt then cost their own tokens only."""
+    sequences, own, forks, end = [], [], [], 0
+    for row in rows:
+        shared = common_prefix(row) if len(row) > 1 else 0
+        fork = end + shared - 1
+        for i, sequence in enumerate(row):
+            begin = shared if i else 0
+            sequences.append(sequence)
+            own.append(range(begin, len(sequence.ids)))
+            forks.append(fork if begin else -1)
+            end += len(own[-1])
+    if max(forks) < 0:
+        return pack(sequences, device)
+    lengths_B = torch.tensor([len(places) for places in own])
+    mask_T = torch.tensor([s.mask[i] for s, places in zip(sequences, own, strict=True) for i in places])
+    positions_T = torch.tensor([i for places in own for i in places])
+    return PackedBatch(
+        ids_T=torch.tensor([s.ids[i] for s, places in zip(sequences, own, strict=True) for i in places]),
+        positions_T=positions_T,
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths_B.cumsum(0)]),
+        mask_T=mask_T & (positions_T > 0),
+        fork_B=torch.tensor(forks),
+    ).to(device)
+
+
 def unpack(batch: PackedBatch) -> list[Encoded]:
     """The B sequences of a batch: ``pack`` undone, but for the mask of each first token, which stays False."""
     lengths = batch.lengths().tolist()

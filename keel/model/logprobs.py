@@ -29,8 +29,12 @@ class LogProbs:
 
 def predicting(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """(positions in T whose hidden state predicts a masked token, ids of those tokens), both [C]."""
+    before_T = torch.arange(-1, batch.num_tokens - 1, device=batch.ids_T.device)
+    if batch.fork_B is not None:
+        forked = batch.fork_B >= 0
+        before_T[batch.cu_seqlens[:-1][forked]] = batch.fork_B[forked]
     target = batch.mask_T.nonzero().squeeze(1)
-    return target - 1, batch.ids_T[target]
+    return before_T[target], batch.ids_T[target]
 
 
 def token_logprobs(model: nn.Module, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False) -> LogProbs:

@@ -9,7 +9,7 @@ is also the slow reference of the tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +29,60 @@ ROUND_TOKENS, ROUND_LENGTH = 128, 16
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid."""
+    """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid.
+
+    Where sequences share a beginning the causal mask does not say which keys a query sees: then ``allowed`` (bool
+    [B, L, L]) does, and ``positions`` ([B, L]) are the tokens' places in their own sequence.
+    """
 
     cells_T: Tensor
     batch: int
     longest: int
+    allowed: Tensor | None = None
+    positions: Tensor | None = None
 
     @staticmethod
     def of(batch: PackedBatch) -> Layout:
+        """A row of the grid for each sequence, or for each that is whole with those that fork from it behind it."""
         lengths = batch.lengths()
-        longest = _rounded(int(lengths.max()), ROUND_LENGTH, lengths.device)
-        rows_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=lengths.device), lengths)
-        return Layout(rows_T * longest + batch.positions_T, batch.num_sequences, longest)
+        device = lengths.device
+        sequence_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), lengths)
+        if batch.fork_B is None:
+            longest = _rounded(int(lengths.max()), ROUND_LENGTH, device)
+            return Layout(sequence_T * longest + batch.positions_T, batch.num_sequences, longest)
+        whole_B = batch.fork_B < 0
+        row_B = whole_B.long().cumsum(0) - 1
+        begin_R = batch.cu_seqlens[:-1][whole_B]
+        row_T = row_B[sequence_T]
+        place_T = torch.arange(batch.num_tokens, device=device) - begin_R[row_T]
+        longest = _rounded(int(place_T.max()) + 1, ROUND_LENGTH, device)
+        layout = Layout(row_T * longest + place_T, len(begin_R), longest)
+        fork_B = torch.where(whole_B, -1, batch.fork_B - begin_R[row_B])  # as a place in the row
+        sequence, fork = layout.spread(sequence_T, -1), layout.spread(fork_B[sequence_T], -1)
+        place = torch.arange(longest, device=device)
+        own = (sequence[:, :, None] == sequence[:, None, :]) & (place[:, None] >= place[None, :])
+        allowed = own | (place[None, None, :] <= fork[:, :, None])
+        return replace(layout, allowed=allowed, positions=layout.spread(batch.positions_T))
+
+    @staticmethod
+    def whole(batch: PackedBatch) -> Layout:
+        """A row of the grid for each sequence, its tokens at their positions: a forked one's shared cells stay free."""
+        sequence_T = torch.repeat_interleave(
+            torch.arange(batch.num_sequences, device=batch.ids_T.device), batch.lengths()
+        )
+        longest = _rounded(int(batch.positions_T.max()) + 1, ROUND_LENGTH, batch.ids_T.device)
+        return Layout(sequence_T * longest + batch.positions_T, batch.num_sequences, longest)
+
+    def visible(self, window: int | None) -> Tensor | None:
+        """[B or 1, L, L] True where a query (row) may see a key (column); None: all that are not behind it."""
+        if window is None or window >= self.longest:
+            return self.allowed
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.longest, device=self.cells_T.device)[None]
+        distance = positions[:, :, None] - positions[:, None, :]
+        near = distance < window
+        return near & (distance >= 0 if self.allowed is None else self.allowed)
 
     def spread(self, x_TF: Tensor, fill: float | int = 0) -> Tensor:
         """[T, ...] -> [B, L, ...]"""
@@ -78,36 +120,32 @@ def _packed_attention(
         return layout.spread(x[0].transpose(0, 1)[:tokens]).transpose(1, 2)
 
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = _attend(grid(query), grid(key), grid(value), scale, sliding_window)
+    out = _attend(grid(query), grid(key), grid(value), scale, layout.visible(sliding_window))
     gathered = layout.gather(out.transpose(1, 2)).to(query.dtype)
     return F.pad(gathered, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention over [B, heads, L, D] grids whose rows are filled from the left: the causal mask alone keeps
-    real tokens from seeing padding."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> Tensor:
+    """Attention over [B, heads, L, D] grids whose rows are filled from the left: causal, which keeps real tokens from
+    seeing padding, or as ``visible`` [B or 1, L, L] says."""
     B, heads, L, D = q.shape
     if q.device.type == "cpu" and L <= PLAIN_ATTENTION_UP_TO:
         # Measured on CPU: for short sequences plain products beat the flash kernel (2.4 times at L = 60 in bfloat16),
         # whose backward is slow there.
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        bias = torch.zeros(L, L, device=q.device).masked_fill_(~_allowed(L, window, q.device), float("-inf"))
+        if visible is None:
+            visible = torch.ones(1, L, L, dtype=torch.bool, device=q.device).tril()
+        hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, float("-inf"))
+        bias = hidden[:, None].expand(B, heads, L, L).reshape(B * heads, L, L)
         flat_q, flat_k, flat_v = (x.reshape(B * heads, L, D) for x in (q, k, v))
-        scores = torch.baddbmm(bias.to(q.dtype).expand(B * heads, L, L), flat_q, flat_k.transpose(1, 2), alpha=scale)
+        scores = torch.baddbmm(bias, flat_q, flat_k.transpose(1, 2), alpha=scale)
         return torch.bmm(torch.softmax(scores.float(), -1).to(flat_v.dtype), flat_v).view(B, heads, L, D)
     if q.device.type == "cpu":  # the flash kernel's backward is five times slower in bfloat16 than in float32
         q, k, v = q.float(), k.float(), v.float()
-    mask = None if window is None or window >= L else _allowed(L, window, q.device)
+    mask = None if visible is None else visible[:, None]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
     )
-
-
-def _allowed(L: int, window: int | None, device: torch.device) -> Tensor:
-    """[L, L] True where a query (row) may see a key (column)."""
-    place = torch.arange(L, device=device)
-    distance = place[:, None] - place[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 def _no_mask(*_: object, **__: object) -> None:
@@ -164,11 +202,14 @@ def _rounded(n: int, multiple: int, device: torch.device) -> int:
 
 def padded_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The same by the plain road, right padding and a mask: for other architectures, and the tests' reference."""
-    layout = Layout.of(batch)
-    out = backbone(model)(
-        input_ids=layout.spread(batch.ids_T),
-        attention_mask=layout.spread(torch.ones_like(batch.ids_T)),
-        position_ids=layout.spread(batch.positions_T),
-        use_cache=False,
-    )
+    layout = Layout.whole(batch)
+    ids_BL, real_BL = layout.spread(batch.ids_T), layout.spread(torch.ones_like(batch.ids_T))
+    positions_BL = layout.spread(batch.positions_T)
+    if batch.fork_B is not None:  # give each its beginning back
+        source = layout.cells_T[batch.fork_B.clamp(min=0)] // layout.longest
+        for b in (batch.fork_B >= 0).nonzero().flatten().tolist():
+            own = int(batch.positions_T[batch.cu_seqlens[b]])
+            for grid in (ids_BL, real_BL, positions_BL):
+                grid[b, :own] = grid[source[b], :own]
+    out = backbone(model)(input_ids=ids_BL, attention_mask=real_BL, position_ids=positions_BL, use_cache=False)
     return layout.gather(out.last_hidden_state)

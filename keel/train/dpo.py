@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from keel.config import DpoStage
 from keel.data.chat import Chat
-from keel.data.collate import pack
 from keel.model.checkpoint import frozen, load_policy, save
 from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
 from keel.model.precision import autocast
@@ -21,8 +20,17 @@ from keel.objective.preference import dpo_sigmoid, implicit_reward, ipo, per_tok
 from keel.run import atomic_write
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
-from keel.train.offline import Schedule, micro_batches
-from keel.train.pairs import Aggregate, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
+from keel.train.offline import Schedule
+from keel.train.pairs import (
+    Aggregate,
+    PackedPairs,
+    Pair,
+    groups_per_batch,
+    heldout_figures,
+    micro_batches_of_pairs,
+    pair_update,
+    split_pairs,
+)
 from keel.types import Preference
 
 
@@ -96,18 +104,21 @@ class Dpo:
 def pair_logps(model: nn.Module, pairs: Sequence[Pair], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of each chosen completion [N], of each rejected one [N], token counts [2N] chosen and rejected
     in turn), nats a sequence."""
-    batch = pack([row for pair in pairs for row in (pair.chosen, pair.rejected)], device)
-    sums = sequence_sums(token_logprobs(model, batch).logp_C, batch)
-    return sums[0::2], sums[1::2], masked_offsets(batch).diff()
+    packed = PackedPairs.of(pairs, device)
+    sums = sequence_sums(token_logprobs(model, packed.batch).logp_C, packed.batch)
+    counts = masked_offsets(packed.batch).diff()
+    both_2N = torch.stack([packed.chosen_N, packed.rejected_N], 1).flatten()
+    return sums.index_select(0, packed.chosen_N), sums.index_select(0, packed.rejected_N), counts[both_2N]
 
 
 def reference_logps(model: nn.Module, pairs: Sequence[Pair], batch_tokens: int, device: str, precision: str) -> Tensor:
     """[N, 2] log-probabilities (chosen, rejected) under the reference, on the CPU."""
+    place = {id(pair): i for i, pair in enumerate(pairs)}
     out = torch.zeros(len(pairs), 2)
     with torch.no_grad(), autocast(device, precision):
-        for group in micro_batches([pair.tokens for pair in pairs], batch_tokens):
-            chosen, rejected, _ = pair_logps(model, [pairs[i] for i in group], device)
-            out[torch.tensor(group)] = torch.stack([chosen, rejected], 1).float().cpu()
+        for part in micro_batches_of_pairs(pairs, batch_tokens):
+            chosen, rejected, _ = pair_logps(model, part, device)
+            out[torch.tensor([place[id(pair)] for pair in part])] = torch.stack([chosen, rejected], 1).float().cpu()
     return out
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from keel.data.chat import Chat
-from keel.data.collate import group_by_prompt, split_by_prompt
+from keel.data.collate import batches_by_tokens, group_by_prompt, pack_shared, shared_rows, split_by_prompt
 from keel.model.precision import autocast
 from keel.train.context import TrainContext, within_length
 from keel.train.loop import Micro, Stats, Totals
 from keel.train.offline import micro_batches
-from keel.types import Encoded, Preference
+from keel.types import Encoded, PackedBatch, Preference
 
 EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
@@ -26,8 +26,56 @@ class Pair:
     rejected: Encoded
 
     @property
-    def tokens(self) -> int:
-        return len(self.chosen.ids) + len(self.rejected.ids)
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.chosen.ids[: self.chosen.mask.index(True)]
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """N pairs as a packed batch of their B different completions, each run once and behind one copy of its prompt
+    (InstructGPT, section 3.5). ``chosen_N``, ``rejected_N``: the places of each pair's two among the B."""
+
+    batch: PackedBatch
+    chosen_N: Tensor
+    rejected_N: Tensor
+
+    @staticmethod
+    def of(pairs: Sequence[Pair], device: str) -> PackedPairs:
+        place: dict[Encoded, int] = {}
+        rows: list[list[Encoded]] = []
+        for group in _by_prompt(pairs):
+            for row in shared_rows(_completions(group)):
+                rows.append(row)
+                for completion in row:
+                    place[completion] = len(place)
+        chosen_N = torch.tensor([place[pair.chosen] for pair in pairs], device=device)
+        rejected_N = torch.tensor([place[pair.rejected] for pair in pairs], device=device)
+        return PackedPairs(pack_shared(rows, device), chosen_N, rejected_N)
+
+
+def _completions(pairs: Sequence[Pair]) -> list[Encoded]:
+    """The different ones, in order of appearance."""
+    return list(dict.fromkeys(completion for pair in pairs for completion in (pair.chosen, pair.rejected)))
+
+
+def _by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    groups: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.prompt_ids, []).append(pair)
+    return list(groups.values())
+
+
+def micro_batches_of_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
+    """Pairs in batches of at most ``max_tokens`` tokens, those of one prompt together as far as they fit."""
+    pieces: list[list[Pair]] = []
+    sizes: list[int] = []
+    for group in _by_prompt(pairs):
+        # Cut by the tokens that the pairs would have apart: at most what they have together.
+        for part in batches_by_tokens([len(p.chosen.ids) + len(p.rejected.ids) for p in group], max_tokens):
+            pieces.append([group[i] for i in part])
+            shared = len(group[0].prompt_ids)
+            sizes.append(shared + sum(len(c.ids) - shared for c in _completions(pieces[-1])))
+    return [[pair for i in batch for pair in pieces[i]] for batch in micro_batches(sizes, max_tokens)]
 
 
 def encode_pairs(records: Sequence[Preference], chat: Chat, context: TrainContext) -> list[Pair]:
@@ -80,8 +128,7 @@ def pair_update(pairs: Sequence[Pair], loss: PairLoss, batch_tokens: int) -> lis
 
         return compute
 
-    groups = micro_batches([pair.tokens for pair in pairs], batch_tokens)
-    return [micro([pairs[i] for i in group]) for group in groups]
+    return [micro(part) for part in micro_batches_of_pairs(pairs, batch_tokens)]
 
 
 def heldout_figures(
@@ -99,7 +146,7 @@ def heldout_figures(
         return {}
     totals = Totals()
     with torch.no_grad(), autocast(device, precision):
-        for group in micro_batches([pair.tokens for pair in pairs], batch_tokens):
-            loss_N, stats = loss([pairs[i] for i in group])
-            totals.add({**stats, "loss": (float(loss_N.sum()), float(len(group)))})
+        for part in micro_batches_of_pairs(pairs, batch_tokens):
+            loss_N, stats = loss(part)
+            totals.add({**stats, "loss": (float(loss_N.sum()), float(len(part)))})
     return {f"eval/{name}": value for name, value in totals.means().items()}

@@ -19,7 +19,7 @@ from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule, micro_batches
-from keel.train.pairs import Aggregate, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
+from keel.train.pairs import Aggregate, PackedPairs, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
 from keel.types import Encoded, Preference, UserError
 
 
@@ -63,8 +63,9 @@ class RewardTraining:
         return loss_N, {"accuracy": (right, count), "margin": (lead, count)}
 
     def _raw(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        raw = self.scorer.raw_packed(pack([row for p in pairs for row in (p.chosen, p.rejected)], self.device))
-        return raw[0::2], raw[1::2]
+        packed = PackedPairs.of(pairs, self.device)
+        raw = self.scorer.raw_packed(packed.batch)
+        return raw.index_select(0, packed.chosen_N), raw.index_select(0, packed.rejected_N)
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
         figures = heldout_figures(
