@@ -312,6 +312,18 @@ class Recipe(Strict):
             seen.add(stage.name)
         return self
 
+    @model_validator(mode="after")
+    def _weights_need_overlap(self) -> Recipe:
+        overlap = {stage.name: stage.overlap for stage in self.stages if isinstance(stage, AnnotateStage)}
+        for stage in self.stages:
+            weighted = isinstance(stage, RewardStage | DpoStage) and stage.votes == "weighted" and stage.preferences
+            if weighted and overlap.get(weighted) == 0:
+                raise ValueError(
+                    f"{stage.name}.votes: weighted tells annotators apart by what two of them judged, and "
+                    f"{weighted}.overlap is 0; raise it or use votes: raw"
+                )
+        return self
+
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
             if stage.name == name:

@@ -14,7 +14,7 @@ import torch
 from tiny import preferences, save_tiny
 from torch import Tensor
 
-from keel.config import RewardStage
+from keel.config import Recipe, RewardStage
 from keel.eval.reward_quality import gold_accuracy
 from keel.feedback.aggregate import aggregate, item_of
 from keel.model.checkpoint import load_scalar
@@ -195,3 +195,14 @@ def test_gold_accuracy_by_hand() -> None:
     assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
     assert table["flat"] == {"accuracy": None, "pairs": 0}
     assert gold_accuracy([], Length(), {"good": good}) == {"good": {"accuracy": None, "pairs": 0}}
+
+
+def test_weights_without_overlap_fail_before_anything_runs() -> None:
+    def recipe(overlap: float) -> Recipe:
+        annotate = {"kind": "annotate", "name": "annotate", "annotators": {"ref": "a.py:b"}, "overlap": overlap}
+        reward = {"kind": "reward", "name": "reward", "preferences": "annotate", "votes": "weighted"}
+        return Recipe.model_validate({"model": {"path": "m"}, "stages": [annotate, reward]})
+
+    recipe(0.1)
+    with pytest.raises(ValueError, match=r"annotate\.overlap is 0; raise it"):
+        recipe(0.0)
