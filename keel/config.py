@@ -174,6 +174,10 @@ class RewardStage(TrainBase):
     kind: Literal["reward"] = "reward"
     model: str = "sft"
     preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    votes: Literal["raw", "majority", "weighted"] = Field(
+        "raw",
+        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
+    )
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
     margin_weight: float = Field(0.0, ge=0, description="margin in the Bradley-Terry loss a unit of strength (Llama 2)")
@@ -187,6 +191,10 @@ class DpoStage(TrainBase):
     model: str = "sft"
     reference: str | None = Field(None, description="default: model")
     preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    votes: Literal["raw", "majority", "weighted"] = Field(
+        "raw",
+        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
+    )
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
     beta: float = Field(0.1, gt=0)
@@ -352,6 +360,18 @@ class Recipe(Strict):
             if stage.name in seen or stage.name in reserved:
                 raise ValueError(f"stage name {stage.name!r} is used twice or is a recipe section; rename it")
             seen.add(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _weights_need_overlap(self) -> Recipe:
+        overlap = {stage.name: stage.overlap for stage in self.stages if isinstance(stage, AnnotateStage)}
+        for stage in self.stages:
+            weighted = isinstance(stage, RewardStage | DpoStage) and stage.votes == "weighted" and stage.preferences
+            if weighted and overlap.get(weighted) == 0:
+                raise ValueError(
+                    f"{stage.name}.votes: weighted tells annotators apart by what two of them judged, and "
+                    f"{weighted}.overlap is 0; raise it or use votes: raw"
+                )
         return self
 
     def stage(self, name: str) -> Stage:

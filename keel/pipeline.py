@@ -149,9 +149,12 @@ def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
                 raise UserError(f"{place}: 'base' is no {' or '.join(reference.kinds)} stage; {stages_there(recipe)}")
         elif not Path(target).exists() and not target.startswith("hub:"):
             raise UserError(f"{place}: {target!r} is neither a stage nor a file or folder; {stages_there(recipe)}")
-    if isinstance(stage, EvalStage) and (stage.judge is None or stage.reward is None):  # the recipe's own is taken
-        found |= {other.name for other in before if isinstance(other, RewardStage)}
-    if isinstance(stage, EvalStage):  # alarms and the guardrail read learning curves
+    if isinstance(stage, EvalStage):
+        rewards = {other.name for other in before if isinstance(other, RewardStage)}
+        # the recipe's own is taken, or a gold judge says which of several is best
+        if stage.judge is None or stage.reward is None or (len(rewards) > 1 and isinstance(stage.judge, PythonRef)):
+            found |= rewards
+        # alarms and the guardrail read learning curves
         found |= {other.name for other in before if isinstance(other, OnlineBase) and other.name in stage.models}
     return tuple(name for name in names if name in found)
 

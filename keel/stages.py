@@ -4,6 +4,7 @@ that the run keeps. This is where recipes' names become paths, records, models a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from keel.config import (
@@ -34,7 +35,8 @@ from keel.data.sources import (
     read_texts,
 )
 from keel.eval.evaluation import EvaluationInputs, OnlineRun, evaluate_models
-from keel.eval.reward_quality import reward_quality
+from keel.eval.reward_quality import gold_accuracy, reward_quality
+from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import annotate_responses
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.precision import Precision, pick_precision
@@ -69,14 +71,14 @@ def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
 
 def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
     preferences, truth, annotated = _preferences(stage.preferences, context)
-    summary, heldout = train_reward(stage, preferences, _training(stage, context))
+    summary, heldout = train_reward(stage, preferences, _training(stage, context), partial(aggregate, how=stage.votes))
     return summary | reward_quality(heldout, truth, annotated.get("annotator_agreement"), context.recipe.seed)
 
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     preferences, _, _ = _preferences(stage.preferences, context)
     reference = context.model_path(stage.reference or stage.model)
-    return train_dpo(stage, preferences, reference, _training(stage, context))
+    return train_dpo(stage, preferences, reference, _training(stage, context), partial(aggregate, how=stage.votes))
 
 
 def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
@@ -210,12 +212,33 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     reward = next((s for s in recipe.stages if isinstance(s, RewardStage)), None)
     if reward is not None and context.run.stage(reward.name).done:
         summary["reward_model"] = context.run.stage(reward.name).summary()
+    if isinstance(stage.judge, PythonRef):
+        summary["reward_models"] = _gold_accuracy(stage, inputs.judge, context, precision)
     context.run.write_summary(summary)
     return {name: summary[name] for name in ("stages", "order", "baseline", "judge", "alarms")}
 
 
 def _kl_weight(stage: PpoStage | GrpoStage) -> float:
     return stage.kl.coef if isinstance(stage, PpoStage) else stage.beta
+
+
+def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precision: Precision) -> dict[str, Any]:
+    """The judge's comparison of the recipe's reward models, when there are several, on the pairs of prompts that all of
+    them held out; by name, empty for one."""
+    recipe = context.recipe
+    before = recipe.stages[: recipe.stages.index(stage)]
+    rewards = [s for s in before if isinstance(s, RewardStage)]
+    if len(rewards) < 2:
+        return {}
+    trained: set[str] = set()
+    heldout: list[Preference] = []
+    for reward in rewards:
+        kept, out = split_by_prompt(_preferences(reward.preferences, context)[0], reward.heldout_fraction, recipe.seed)
+        trained |= {messages_hash(pair.prompt.messages) for pair in kept}
+        heldout += out
+    pairs = [pair for pair in heldout if messages_hash(pair.prompt.messages) not in trained]
+    scorers = {reward.name: _reward_model(reward.name, context, precision) for reward in rewards}
+    return gold_accuracy(pairs, judge, scorers, stage.bootstrap, recipe.seed)
 
 
 def run_report(stage: ReportStage, context: StageContext) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Preference:
 
     ``margin`` is the optional strength of the preference (0 = unknown, 1 = slightly, 2 = better, 3 = much better).
     A completion that was cut at the length limit is not ``finished``: it gets no end token, lest the model learn to
-    stop there.
+    stop there. ``weight`` is what the record counts for in a loss beside the others (``keel.feedback.aggregate``).
     """
 
     id: str
@@ -92,6 +92,7 @@ class Preference:
     annotator: str = ""
     chosen_finished: bool = True
     rejected_finished: bool = True
+    weight: float = 1.0
 
     def swapped(self) -> Preference:
         """The same comparison with the labels exchanged."""

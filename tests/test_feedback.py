@@ -16,15 +16,14 @@ from keel.feedback.agreement import (
     FIRST,
     SECOND,
     TIE,
-    ceiling,
     cohens_kappa,
-    expected_agreement,
     raw_agreement,
     vote_pairs,
     votes_by_item,
 )
 from keel.feedback.simulated import SimulatedAnnotator, draw, label, true_probability
 from keel.run import Silent
+from keel.stats import expected_agreement, noise_ceiling
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
 
@@ -162,7 +161,7 @@ def test_labels_agree_as_the_closed_form_says(tmp_path: Path) -> None:
 
     unequal = [vote for vote in votes if len(vote.left.text.split()) != len(vote.right.text.split())]
     q_unequal = [true_probability(annotators, v.prompt, v.left.text, v.right.text) for v in unequal]
-    best = ceiling(q_unequal)
+    best = noise_ceiling(q_unequal)
     assert best is not None
     assert sum(map(preferred, unequal)) / len(unequal) == pytest.approx(best, abs=3 * math.sqrt(0.25 / len(unequal)))
 
@@ -272,7 +271,7 @@ def test_what_is_not_defined_is_none() -> None:
     assert single.interval is None
     assert cohens_kappa([]) is None
     assert cohens_kappa([(FIRST, FIRST)] * 5) is None
-    assert ceiling([]) is expected_agreement([]) is None
+    assert noise_ceiling([]) is expected_agreement([]) is None
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -299,7 +298,7 @@ def test_cohens_kappa_against_a_worked_table() -> None:
 def test_expected_agreement_and_ceiling_by_hand() -> None:
     assert expected_agreement([0.5, 1.0]) == pytest.approx((0.5 + 1.0) / 2)
     assert expected_agreement([0.8]) == pytest.approx(0.68)
-    assert ceiling([0.8, 0.2, 0.5]) == pytest.approx((0.8 + 0.8 + 0.5) / 3)
+    assert noise_ceiling([0.8, 0.2, 0.5]) == pytest.approx((0.8 + 0.8 + 0.5) / 3)
 
 
 def test_votes_follow_the_response_not_the_side(tmp_path: Path) -> None:

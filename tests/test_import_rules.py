@@ -17,6 +17,7 @@ PACKAGE = ROOT / "keel"
 
 # Rule 4. A room imports rooms of lower rank only. Everyone may import types and config.
 RANKS = {
+    "stats": -1,  # plain numbers, below every room that has figures
     **dict.fromkeys(("run", "data", "store", "objective"), 0),
     "model": 1,
     "rollout": 2,
@@ -37,7 +38,7 @@ USES_HARBOR = {"cli", "__main__"}
 OPTIONAL = {
     "wandb": {"run/wandb.py"},
     "tensorboard": {"run/tensorboard.py"},
-    "datasets": {"data/rows.py", "data/hub.py"},
+    "datasets": {"data/rows.py", "data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
     "ray": set(),
     "psycopg": {"store/store.py", "store/engine.py", "store/database.py"},
@@ -152,6 +153,7 @@ def test_every_room_has_a_rank() -> None:
         ("objective/kl.py", "keel.run"),
         ("objective/kl.py", "keel.config"),
         ("objective/kl.py", "numpy"),
+        ("stats.py", "keel.store"),
         ("data/chat.py", "keel.store.records"),
         ("run/files.py", "keel.objective"),
         ("model/heads.py", "keel.rollout"),
@@ -180,6 +182,7 @@ def test_a_broken_rule_is_found(file: str, module: str) -> None:
         ("web/app.py", "fastapi"),
         ("cli/commands.py", "keel.harbor.export"),
         ("harbor/judge.py", "keel.feedback"),
+        ("eval/reward_quality.py", "keel.stats"),
         ("store/store.py", "sqlalchemy"),
     ],
 )

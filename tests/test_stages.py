@@ -176,7 +176,14 @@ def loop_recipe(tmp: Path, store: str | None) -> dict[str, Any]:
                 "overlap": 0.5,
             },
             {"kind": "reward", "name": "reward", "preferences": "annotate", "heldout_fraction": 0.3},
-            {"kind": "dpo", "name": "dpo", "preferences": "annotate", "heldout_fraction": 0.2},
+            {
+                "kind": "reward",
+                "name": "reward_weighted",
+                "preferences": "annotate",
+                "votes": "weighted",
+                "heldout_fraction": 0.3,
+            },
+            {"kind": "dpo", "name": "dpo", "preferences": "annotate", "votes": "majority", "heldout_fraction": 0.2},
             {
                 "kind": "ppo",
                 "name": "ppo",
@@ -222,6 +229,15 @@ def test_the_loop_through_the_database(database: str, tmp_path: Path, request: p
     assert reward["ceiling_from"] == "truth"
     assert 0.5 <= reward["ceiling"] <= 1
     assert reward["pairs"] + reward["heldout_pairs"] == len(votes)
+    weighted = done.stage("reward_weighted").summary()
+    assert (weighted["pairs"], weighted["heldout_pairs"]) == (reward["pairs"], reward["heldout_pairs"])
+    assert weighted["ceiling"] == reward["ceiling"]  # measured on the same raw votes
+    dpo = done.stage("dpo").summary()
+    assert dpo["pairs"] < len({vote.item_id for vote in votes})  # an item a record, ties out
+    compared = done.summary()["reward_models"]
+    assert set(compared) == {"reward", "reward_weighted"}
+    assert all(0 <= figures["accuracy"][0] <= 1 and figures["pairs"] > 0 for figures in compared.values())
+    assert "Sides with the judge on held-out pairs" in done.report.read_text()
     rows = done.stage("ppo").metrics.rows()
     assert all("eval/gold" in row for row in rows)
     assert done.summary()["reward_model"]["annotator_agreement"] == annotated["annotator_agreement"]

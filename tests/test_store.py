@@ -630,7 +630,7 @@ def test_a_broken_export_names_file_and_row(tmp_path: Path, store: Store) -> Non
     file.write_text("\n".join([lines[0], json.dumps(row)]), encoding="utf-8")
     with pytest.raises(UserError, match=r"votes.jsonl, row 2: KeyError 'chosen_side'"):
         exchange.read(file)
-    with pytest.raises(UserError, match=r"\.jsonl or \.parquet"):
+    with pytest.raises(UserError, match=r"\.jsonl, \.parquet, or a folder"):
         store.export_preferences(tmp_path / "votes.csv")
     with pytest.raises(UserError, match="nothing was written"):
         store.export_preferences(tmp_path / "no" / "votes.jsonl")

@@ -168,11 +168,30 @@ def _chat(arguments: argparse.Namespace) -> int:
     return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from keel.cli.exchange import export_votes
+
+    print(export_votes(arguments.store, arguments.file, arguments.batch, arguments.form, arguments.plain))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from keel.cli.exchange import import_votes
+    from keel.store.foreign import Names
+
+    responses = tuple(name.strip() for name in arguments.responses.split(",") if name.strip())
+    names = Names(arguments.prompt, responses, arguments.question)
+    print(import_votes(arguments.store, arguments.files, names, arguments.annotator, arguments.batch))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
     "demo": _demo,
     "chat": _chat,
     "harbor": _harbor,
+    "export": _export,
+    "import": _import,
     **dict.fromkeys(STAGES, _stage),
 }

@@ -229,9 +229,24 @@ def _win_rate(rate: Sequence[float | None] | None) -> str:
     return f"{rate[0]:.0%} [{100 * rate[1]:.0f}, {100 * rate[2]:.0f}]"
 
 
+def reward_table(summary: Mapping[str, Any]) -> RenderableType | None:
+    """The recipe's reward models, best first, when the evaluation compared them."""
+    models: Mapping[str, Mapping[str, Any]] = summary.get("reward_models", {})
+    known = {name: figures["accuracy"] for name, figures in models.items() if figures["accuracy"] is not None}
+    if not known:
+        return None
+    table = Table(title="Reward models on held-out pairs", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("model", style="bold")
+    table.add_column("sides with the judge", justify="right")
+    table.add_column("pairs", justify="right")
+    for name, (point, low, high) in sorted(known.items(), key=lambda entry: -entry[1][0]):
+        table.add_row(name, f"{point:.1%} [{low:.1%}, {high:.1%}]", str(models[name]["pairs"]))
+    return table
+
+
 def closing(
     entries: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]], summary: Mapping[str, Any]
 ) -> RenderableType:
-    """Both tables, one under the other."""
-    models = model_table(summary)
-    return Group("", stage_table(entries), *(["", models] if models is not None else []))
+    """The tables that there are, one under the other."""
+    tables = [stage_table(entries), model_table(summary), reward_table(summary)]
+    return Group(*(part for table in tables if table is not None for part in ("", table)))

@@ -81,6 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.set_defaults(computes=True)
 
+    store = "a run directory, a store's SQLite file, or postgresql://..."
+    export = commands.add_parser("export", help="write a store's votes to a file, one row a vote")
+    export.add_argument("store", metavar="STORE", help=store)
+    export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
+    export.add_argument("--form", choices=("trl", "openai"), default="trl", help="whose rows (default: %(default)s)")
+    export.add_argument("--plain", action="store_true", help="the form's own columns alone, without ties")
+    export.add_argument("--batch", default=None, help="only what was judged for this (default: everything)")
+
+    imports = commands.add_parser("import", help="add votes of a Keel, TRL, OpenAI, Argilla or Label Studio file")
+    imports.add_argument("store", metavar="STORE", help=f"{store}; a file that is not there is made")
+    imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; what they hold is told by itself")
+    imports.add_argument("--annotator", default="import", help="who votes where a row names nobody (default: import)")
+    imports.add_argument("--batch", default=None, help="where to put them (default: where they were, or import)")
+    imports.add_argument("--prompt", default=None, metavar="FIELD", help="Argilla, Label Studio: the prompt's field")
+    imports.add_argument("--responses", default="", metavar="A,B", help="the two responses' fields, in the order shown")
+    imports.add_argument("--question", default=None, metavar="NAME", help="the question (control) that compares them")
+
     harbor = commands.add_parser("harbor", help="the built-in world: build its base model")
     builds = harbor.add_subparsers(dest="harbor_command", required=True, metavar="COMMAND")
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")

@@ -68,12 +68,18 @@ def read_rows(source: str | Path, bad: BadRows) -> Iterator[Row]:
     if str(source).startswith("hub:"):
         found = _read_hub(str(source), bad)
     else:
-        found = (row for file in _files(Path(source).expanduser()) for row in _read_file(file, bad))
+        found = _read_local(Path(source).expanduser(), bad)
     for row in found:
         bad.rows += 1
         yield row
     if not bad.rows and not bad.found:
         raise UserError(f"{source}: no rows; give a file with at least one")
+
+
+def _read_local(path: Path, bad: BadRows) -> Iterator[Row]:
+    if (path / "dataset_info.json").exists() and (path / "state.json").exists():
+        return _read_saved(path, bad)
+    return (row for file in _files(path) for row in _read_file(file, bad))
 
 
 def _files(path: Path) -> list[Path]:
@@ -191,6 +197,18 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
                     yield from _row(path, f"row {number}", values, bad)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _read_saved(path: Path, bad: BadRows) -> Iterator[Row]:
+    """A folder that ``datasets`` wrote with ``save_to_disk``."""
+    from datasets import load_from_disk  # takes seconds to import
+
+    try:
+        table = load_from_disk(str(path))
+    except Exception as error:  # whatever the library raises
+        raise UserError(f"{path}: the data set cannot be loaded: {error}") from error
+    for number, values in enumerate(table, start=1):
+        yield from _row(path, f"row {number}", values, bad)
 
 
 def _read_hub(source: str, bad: BadRows) -> Iterator[Row]:

@@ -57,7 +57,8 @@ def read_prompts(source: str | Path) -> list[Prompt]:
 
 def read_preferences(source: str | Path) -> list[Preference]:
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
-    OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``.
+    OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
+    ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit).
 
     Two equal replies are a tie, whatever the row says: neither can be better.
     """
@@ -188,9 +189,11 @@ def _preference(row: Values) -> Preference:
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)
     annotator = name(row, "annotator")
+    ends = [flag(row, f"{side}_finished", default=True) for side in ("chosen", "rejected")]
     replies = (Message("assistant", chosen), Message("assistant", rejected))
-    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}")
-    return Preference(_id(row) or content, prompt, chosen, rejected, tie, margin, annotator)
+    cut = "" if all(ends) else f" finished {ends}"
+    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}")
+    return Preference(_id(row) or content, prompt, chosen, rejected, tie, margin, annotator, *ends)
 
 
 def _labelled(row: Values) -> LabelledCompletion:
@@ -229,6 +232,12 @@ def _fact(row: Values) -> Fact:
         index = int(number(row, "answer", low=0, high=len(choices) - 1, whole=True))
     content = messages_hash([Message("assistant", t) for t in (prompt, *choices)], salt=f"fact {index}")
     return Fact(_id(row) or content, prompt, choices, index)
+
+
+def as_prompt(value: Any) -> Prompt:
+    """A prompt that another tool's row holds, as a text or as messages. RowError when it is neither."""
+    messages = _prompt_messages({"prompt": value})
+    return Prompt(messages_hash(messages), messages)
 
 
 # -------------------------------------------------------------------------------------------------- parts of a form

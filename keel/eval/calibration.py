@@ -6,10 +6,8 @@ A Bradley-Terry model says P(A is preferred to B) = sigmoid(r_A - r_B). Here ``p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -55,48 +53,3 @@ def ece(probs: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> fl
     """
     assert len(probs) > 0, "a calibration error needs a prediction"
     return sum(b.count * abs(b.predicted - b.observed) for b in reliability(probs, outcomes, bins)) / len(probs)
-
-
-def noise_ceiling(preferred: Sequence[float]) -> float:
-    """E[max(q, 1 - q)]: the accuracy on single noisy labels of a judge who knows, for every pair, the probability q
-    that an annotator prefers A. No model can be expected to score higher. Raw agreement of two annotators is the lower
-    E[q^2 + (1 - q)^2]."""
-    assert len(preferred) > 0, "a ceiling needs a pair"
-    return math.fsum(max(q, 1 - q) for q in preferred) / len(preferred)
-
-
-def ceiling_bounds(agreement: float) -> tuple[float, float]:
-    """(low, high) between which the noise ceiling lies when all that is known is two annotators' raw agreement a.
-
-    For one pair with agreement a = q^2 + (1 - q)^2 the better guess is right with m = (1 + sqrt(2a - 1)) / 2. m is
-    concave in a, so over many pairs its mean is at most m(mean a), when all pairs are equally hard, and at least mean
-    a, when each is either certain or a coin's toss. Agreement below 1/2 is chance, and is taken as 1/2.
-    """
-    a = min(max(agreement, 0.5), 1.0)
-    return a, (1 + math.sqrt(2 * a - 1)) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class Proportion:
-    """A share of ``count`` with its interval."""
-
-    point: float
-    low: float
-    high: float
-    count: int
-
-
-def accuracy(correct: Sequence[bool], level: float = 0.95) -> Proportion:
-    """The share that is correct, with Wilson's interval (1927), which unlike the normal one stays inside [0, 1] and
-    holds for few trials.
-
-    It takes the trials as independent. Pairs that share prompts are not: ``keel.eval.winrate.win_rate`` of the chosen
-    against the rejected replies' scores is the same accuracy with a bootstrap over prompts.
-    """
-    n = len(correct)
-    assert n > 0, "an accuracy needs a trial"
-    point = sum(map(bool, correct)) / n
-    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
-    middle = (point + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (point * (1 - point) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Proportion(point, max(middle - half, 0.0), min(middle + half, 1.0), n)

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from keel.eval.calibration import both_ways, ceiling_bounds, ece, noise_ceiling, reliability
-from keel.types import Preference
+from keel.eval.calibration import both_ways, ece, reliability
+from keel.eval.winrate import TIE_WIDTH, win_rate
+from keel.stats import ceiling_bounds, noise_ceiling
+from keel.types import Completion, Judge, Preference, Scorer
 
 
 def reward_quality(
@@ -31,10 +33,9 @@ def reward_quality(
     accuracy = sum(right) / n
     probs, outcomes = both_ways([_sigmoid(lead) for _, lead, _, _ in decided], [1.0] * n)
     known = [(truth[record.id], lead) for record, lead, _, _ in decided if record.id in truth]
-    if known:
-        ceiling: float | None = noise_ceiling([q for q, _ in known])
-    else:
-        ceiling = ceiling_bounds(agreement)[1] if agreement is not None else None
+    ceiling = noise_ceiling([q for q, _ in known])
+    if ceiling is None and agreement is not None:
+        ceiling = ceiling_bounds(agreement)[1]
     longer = [(lead > 0) == (a > b) for _, lead, a, b in decided if a != b]
     return {
         "accuracy": accuracy,
@@ -49,6 +50,37 @@ def reward_quality(
         "annotator_agreement": agreement,
         "prefers_longer": sum(longer) / len(longer) if longer else None,
     }
+
+
+def gold_accuracy(
+    pairs: Sequence[Preference], judge: Judge, scorers: Mapping[str, Scorer], n_boot: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Which of several reward models is best: by name, how often each scores the reply higher that the gold judge
+    scores higher. What annotators said of the pairs does not enter; a pair that was judged often counts once.
+
+    ``accuracy``: [point, low, high], the interval a bootstrap over prompts, None where nothing is decided; ``pairs``:
+    how many the judge and the model tell apart. Pairs that the judge scores alike are left out.
+    """
+    different = {
+        (p.prompt.id, *sorted([(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)])): p for p in pairs
+    }
+    prompts = [pair.prompt for pair in different.values() for _ in range(2)]
+    replies = [
+        Completion(text, finished=finished)
+        for p in different.values()
+        for text, finished in ((p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished))
+    ]
+    gold = [grade.score for grade in judge.grade(prompts, replies)] if prompts else []
+    told = [i for i in range(0, len(gold), 2) if abs(gold[i] - gold[i + 1]) > TIE_WIDTH]
+    better = [i if gold[i] > gold[i + 1] else i + 1 for i in told]
+    worse = [2 * i + 1 - b for i, b in zip(told, better, strict=True)]
+    groups = [prompts[i].id for i in told]
+    table = {}
+    for name, scorer in scorers.items():
+        scores = scorer.score(prompts, replies).tolist() if prompts else []
+        right = win_rate([scores[i] for i in better], [scores[i] for i in worse], groups, n_boot, seed)
+        table[name] = {"accuracy": right.as_list(), "pairs": right.wins + right.losses}
+    return table
 
 
 def _sigmoid(x: float) -> float:

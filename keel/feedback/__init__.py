@@ -1,1 +1,1 @@
-"""What people prefer, simulated and measured: annotators as programs, agreement statistics."""
+"""What people prefer, simulated and measured: annotators as programs, agreement, reliability, what training takes."""

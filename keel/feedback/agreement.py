@@ -1,83 +1,85 @@
-"""How far annotators agree, and what that leaves for a reward model to reach.
+"""How far annotators agree.
 
-A figure that is not defined (no item was judged twice, chance agreement is 1) is None, never 0 or NaN.
-
-With q the probability that an annotator prefers the first of a pair (no ties):
-
-    two annotators agree            E[q^2 + (1-q)^2]
-    the best predictor of one vote  E[max(q, 1-q)]      the noise ceiling of a reward model's accuracy
-
-Both take a vote's annotator to be drawn at random for each vote, so they hold for a large population.
+A figure that is not defined (no item was judged twice, chance agreement is 1) is None, never 0 or NaN. Intervals are
+percentile bootstraps over items (``keel.stats.bootstrap_interval``): votes on one item belong together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
+from keel.stats import bootstrap_interval
 from keel.store import Judgement
 
 FIRST, SECOND, TIE = "first", "second", "tie"
+MIRROR = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}  # which response was stored first means nothing
 
 Votes = Mapping[int, Sequence[str]]  # item -> its votes
 
 
 @dataclass(frozen=True, slots=True)
+class Vote:
+    """One annotator's label of one item."""
+
+    item: Hashable
+    annotator: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class Agreement:
-    """``point``: a share in [0, 1]; ``interval``: its 95% bootstrap interval, None with fewer than 2 items;
-    ``items``: how many items it rests on."""
+    """``point``: a share in [0, 1], or a coefficient that is 1 for perfect agreement and 0 for chance; ``interval``:
+    its 95% bootstrap interval, None with fewer than 2 items; ``items``: how many items it rests on."""
 
     point: float
     interval: tuple[float, float] | None
     items: int
 
 
-def votes_by_item(judgements: Iterable[Judgement]) -> dict[int, list[str]]:
-    """Each item's votes in the order of their annotators' names: FIRST for the response that was stored first,
-    whatever side it was shown on, SECOND for the other one, or TIE. Both bad is a tie: it prefers neither."""
-    votes: dict[int, list[tuple[str, str]]] = {}
+def named_votes(judgements: Iterable[Judgement]) -> list[Vote]:
+    """FIRST for the response that was stored first, whatever side it was shown on, SECOND for the other one, or TIE.
+    Both bad is a tie: it prefers neither."""
+    votes = []
     for judgement in judgements:
         preferred = judgement.preferred
         if preferred is None:
-            vote = TIE
+            label = TIE
         else:
-            vote = FIRST if preferred.id == min(judgement.left.id, judgement.right.id) else SECOND
-        votes.setdefault(judgement.item_id, []).append((judgement.annotator, vote))
-    return {item: [vote for _, vote in sorted(named, key=lambda pair: pair[0])] for item, named in votes.items()}
+            label = FIRST if preferred.id == min(judgement.left.id, judgement.right.id) else SECOND
+        votes.append(Vote(judgement.item_id, judgement.annotator, label))
+    return votes
+
+
+def votes_by_item(judgements: Iterable[Judgement]) -> dict[int, list[str]]:
+    """Each item's votes (``named_votes``) in the order of their annotators' names."""
+    items: dict[int, list[tuple[str, str]]] = {}
+    judgements = list(judgements)
+    for judgement, vote in zip(judgements, named_votes(judgements), strict=True):
+        items.setdefault(judgement.item_id, []).append((vote.annotator, vote.label))
+    return {item: [label for _, label in sorted(named, key=lambda pair: pair[0])] for item, named in items.items()}
 
 
 def vote_pairs(votes: Votes, ties: bool = False) -> list[tuple[str, str]]:
     """Every pair of votes on one item. ``ties``: whether a tie is a vote of its own, which agrees with a tie alone;
-    else ties are left out before pairing, as the formulas above have none."""
+    else ties are left out before pairing."""
     return [pair for item in sorted(votes) for pair in combinations(_kept(votes[item], ties), 2)]
 
 
 def raw_agreement(votes: Votes, ties: bool = False, bootstrap: int = 2000, seed: int = 0) -> Agreement | None:
     """The share of pairs of votes on one item that are equal, each item weighing the same however often it was judged:
-    the mean over items with two votes or more of (equal pairs / pairs). ``ties`` as in ``vote_pairs``.
-
-    The interval is the percentile bootstrap over items (Efron & Tibshirani 1993, ch. 13): votes on one item belong
-    together. None when no item has two votes.
-    """
+    the mean over items with two votes or more of (equal pairs / pairs). ``ties`` as in ``vote_pairs``. None when no
+    item has two votes."""
     shares = []
     for item in sorted(votes):
         pairs = list(combinations(_kept(votes[item], ties), 2))
         if pairs:
-            shares.append(sum(first == second for first, second in pairs) / len(pairs))
-    if not shares:
-        return None
-    interval = None
-    if len(shares) > 1:
-        rng = np.random.default_rng(seed)
-        values = np.asarray(shares)
-        means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(bootstrap)]
-        low, high = np.percentile(means, [2.5, 97.5])
-        interval = (float(low), float(high))
-    return Agreement(sum(shares) / len(shares), interval, len(shares))
+            shares.append([sum(first == second for first, second in pairs) / len(pairs), 1.0])
+    return _estimate(np.array(shares), lambda sums: sums[:, 0] / sums[:, 1], len(shares), bootstrap, seed)
 
 
 def cohens_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
@@ -95,14 +97,67 @@ def cohens_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     return (observed - expected) / (1 - expected)
 
 
-def expected_agreement(probabilities: Sequence[float]) -> float | None:
-    """E[q^2 + (1-q)^2] over pairs with the population's preference q; None for none."""
-    return sum(q * q + (1 - q) * (1 - q) for q in probabilities) / len(probabilities) if probabilities else None
+def cohens_kappa_of_items(pairs: Sequence[tuple[str, str]], bootstrap: int = 2000, seed: int = 0) -> Agreement | None:
+    """``cohens_kappa`` of two raters who each labelled every item once (a pair an item), with its interval."""
+    point = cohens_kappa(pairs)
+    if point is None:
+        return None
+    labels = sorted({label for pair in pairs for label in pair})
+    k = len(labels)
+    rows_NF = np.zeros((len(pairs), k * k))
+    for row, (a, b) in zip(rows_NF, pairs, strict=True):
+        row[labels.index(a) * k + labels.index(b)] = 1
+
+    def kappa(sums: np.ndarray) -> np.ndarray:
+        table = sums.reshape(-1, k, k) / sums.sum(axis=1)[:, None, None]
+        observed = np.trace(table, axis1=1, axis2=2)
+        expected = (table.sum(axis=1) * table.sum(axis=2)).sum(axis=1)
+        return _chance_corrected(observed, expected)
+
+    return Agreement(point, bootstrap_interval(rows_NF, kappa, bootstrap, seed), len(pairs))
 
 
-def ceiling(probabilities: Sequence[float]) -> float | None:
-    """E[max(q, 1-q)]: the accuracy on single votes of a model that knows every q; None for none."""
-    return sum(max(q, 1 - q) for q in probabilities) / len(probabilities) if probabilities else None
+def fleiss_kappa(votes: Votes, ties: bool = True, bootstrap: int = 2000, seed: int = 0) -> Agreement | None:
+    """Fleiss' kappa (1971): agreement of any number of judges beyond chance, (P - P_e) / (1 - P_e).
+
+    P is the mean over items with two votes or more of the share of equal pairs (his eq. 2); P_e the sum over
+    categories of the squared share of votes in it (eqs. 5 and 6). ``ties``: whether a tie is a category of its own;
+    else ties are left out. Items may have different numbers of votes: an item's shares then weigh the same however
+    many they are, and items with one vote count for P_e alone (Gwet 2014, "Handbook of Inter-Rater Reliability",
+    ch. 2); with equally many votes an item this is Fleiss' own. None when no item has two votes, or all votes are in
+    one category. ``items`` counts those with two votes or more.
+    """
+    kept = [counts for item in sorted(votes) if (counts := Counter(_kept(votes[item], ties)))]
+    labels = sorted({label for counts in kept for label in counts})
+    rows = []
+    for counts in kept:
+        n = counts.total()
+        equal = sum(c * (c - 1) for c in counts.values()) / (n * (n - 1)) if n > 1 else 0.0
+        rows.append([equal, float(n > 1), 1.0, *(counts[label] / n for label in labels)])
+
+    def kappa(sums: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            observed = sums[:, 0] / sums[:, 1]
+        return _chance_corrected(observed, ((sums[:, 3:] / sums[:, 2:3]) ** 2).sum(axis=1))
+
+    return _estimate(np.array(rows), kappa, sum(row[1] > 0 for row in rows), bootstrap, seed)
+
+
+def _chance_corrected(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    room = np.where(expected < 1 - 1e-12, 1 - expected, np.nan)
+    return (observed - expected) / room
+
+
+def _estimate(
+    rows_NF: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], items: int, bootstrap: int, seed: int
+) -> Agreement | None:
+    """The figure of all rows' sum with its interval; None where it is not defined."""
+    if not items:
+        return None
+    point = float(statistic(rows_NF.sum(axis=0)[None])[0])
+    if not np.isfinite(point):
+        return None
+    return Agreement(point, bootstrap_interval(rows_NF, statistic, bootstrap, seed), items)
 
 
 def _kept(votes: Sequence[str], ties: bool) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from keel.feedback.agreement import ceiling, expected_agreement
 from keel.feedback.simulated import SimulatedAnnotator, label, true_probability
+from keel.stats import expected_agreement, noise_ceiling
 from keel.store import Response, Store
 from keel.types import Reporter, UserError
 
@@ -62,8 +62,6 @@ def annotate_responses(
         if not vote.tie:
             truth[vote.id] = true_probability(annotators, vote.prompt, vote.chosen, vote.rejected)
     known = list(truth.values())
-    return (
-        summary
-        | {"pairs": len(once) + len(twice), "expected_agreement": expected_agreement(known), "ceiling": ceiling(known)},
-        truth,
-    )
+    summary |= {"pairs": len(once) + len(twice)}
+    summary |= {"expected_agreement": expected_agreement(known), "ceiling": noise_ceiling(known)}
+    return summary, truth

@@ -51,7 +51,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         equal_kl=_equal_kl(run),
         fits=_fits(run),
         reward_models=[
-            (title(stage.name), _reward_facts(stage), reward_plots(stage, palette))
+            (title(stage.name), _reward_facts(stage) + _gold_facts(run, stage), reward_plots(stage, palette))
             for stage in run.of_kind("reward")
             if stage.summary
         ],
@@ -121,6 +121,15 @@ def _reward_facts(stage: StageFiles) -> list[Fact]:
     if (pairs := number(summary.get("heldout_pairs"))) is not None:
         facts.append(Fact("Pairs held out", f"{pairs:,.0f}"))
     return facts
+
+
+def _gold_facts(run: RunFiles, stage: StageFiles) -> list[Fact]:
+    """What the evaluation's judge says of it, where it was compared with other reward models."""
+    accuracy = run.summary.get("reward_models", {}).get(stage.name, {}).get("accuracy")
+    if not accuracy:
+        return []
+    point, low, high = (percent(share) for share in accuracy)
+    return [Fact("Sides with the judge on held-out pairs", f"{point} ({low} to {high})")]
 
 
 def _fits(run: RunFiles) -> list[str]:

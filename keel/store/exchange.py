@@ -1,16 +1,17 @@
-"""Judgements as files: JSONL or Parquet, one row a raw vote.
+"""Judgements as files: JSONL, Parquet or a folder of Hugging Face ``datasets``, one row a raw vote.
 
-A row is a preference pair as TRL reads it (``prompt``, ``chosen``, ``rejected`` as message lists) with Keel's own
-columns beside it, so that nothing is lost on the way out and in again:
+A row is a preference pair as TRL reads it (``prompt``, ``chosen``, ``rejected`` as message lists) or as OpenAI does
+(``input``, ``preferred_output``, ``non_preferred_output``; JSONL alone), with Keel's own columns beside it, so that
+nothing is lost on the way out and in again:
 
     id, annotator, annotator_kind, tie, margin      as in keel.types.Preference; margin 0 when not known
+    chosen_finished, rejected_finished              whether each reply ended by itself
     prompt_id, kind, meta                           the prompt's
     choice                                          left, right, tie, both_bad: what was said, of the sides as shown
     chosen_side                                     left or right: where ``chosen`` was shown (left in a tie)
     strength, seconds, guideline, reason, created   the judgement's; null when not known
     batch, item                                     what it was judged for, and which rows judged the same item
-    chosen_source, rejected_source                  what wrote each response: model, fingerprint, sampling, finished,
-                                                    created
+    chosen_source, rejected_source                  what wrote each response: model, fingerprint, sampling, created
 
 Parquet has one type for a column, so there ``meta`` and the sources are JSON in a string.
 """
@@ -20,11 +21,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from keel.store import hub
 from keel.store.records import AnnotatorKind, Choice, Judgement, Response
 from keel.store.rows import messages_json
 from keel.types import Message, Preference, Prompt, UserError
@@ -32,23 +35,48 @@ from keel.types import Message, Preference, Prompt, UserError
 _JSON_COLUMNS = ("meta", "chosen_source", "rejected_source")
 
 
-def write(votes: Sequence[Judgement], path: Path) -> None:
-    """Write ``votes`` to a .jsonl or .parquet file. An old file stays as it was until the new one is whole."""
-    rows = [_row(vote) for vote in votes]
+Form = Literal["trl", "openai"]
+
+
+def write(votes: Sequence[Judgement], path: Path, form: Form = "trl", plain: bool = False) -> int:
+    """Write ``votes`` to a .jsonl or .parquet file, or, when the name has no ending, as a folder that ``datasets``
+    loads from disk; returns how many rows. An old file stays as it was until the new one is whole; a folder must be
+    new.
+
+    ``plain``: the form's own columns alone, for tools that refuse others. Such rows can't say that neither was
+    preferred, so ties are left out.
+    """
+    if form == "openai" and path.suffix != ".jsonl":
+        raise UserError(f"{path}: OpenAI's form is JSONL; give the file the ending .jsonl")
+    rows = [_row(vote) for vote in votes if not (plain and vote.preferred is None)]
+    if plain:
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".jsonl":
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                lines = (_openai(row) if form == "openai" else row for row in rows)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         elif path.suffix == ".parquet":
-            _write_parquet(rows, temporary)
+            import pyarrow.parquet  # slow to import, and not needed for JSONL
+
+            pyarrow.parquet.write_table(_table(rows), temporary)
+        elif not path.suffix:
+            if path.exists():
+                raise UserError(f"{path} is there already; name a new folder, or a .jsonl or .parquet file")
+            hub.save(_table(rows), temporary)
         else:
-            raise UserError(f"{path}: exports are .jsonl or .parquet; give the file one of these endings")
+            raise UserError(
+                f"{path}: exports are .jsonl, .parquet, or a folder for datasets (no ending); name one of these"
+            )
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; nothing was written") from error
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+    return len(rows)
 
 
 def read(path: str | Path) -> list[Judgement]:
@@ -60,6 +88,8 @@ def read(path: str | Path) -> list[Judgement]:
             import pyarrow.parquet  # slow to import, and not needed for JSONL
 
             rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.is_dir():
+            rows = hub.load(path)
         else:
             lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end a line
             rows = [json.loads(line) for line in lines if line.strip()]
@@ -68,7 +98,7 @@ def read(path: str | Path) -> list[Judgement]:
     votes = []
     for number, row in enumerate(rows, start=1):
         try:
-            votes.append(_vote(row))
+            votes.append(_vote(_from_openai(row) if "input" in row else row))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{path}, row {number}: {type(error).__name__} {error}: no row of a Keel export; read other preference "
@@ -122,6 +152,8 @@ def _row(vote: Judgement) -> dict[str, Any]:
         "prompt": messages_json(pair.prompt),
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "chosen_finished": pair.chosen_finished,
+        "rejected_finished": pair.rejected_finished,
         "tie": pair.tie,
         "margin": pair.margin,
         "annotator": pair.annotator,
@@ -148,7 +180,6 @@ def _source(response: Response) -> dict[str, Any]:
         "model": response.model,
         "fingerprint": response.fingerprint,
         "sampling": response.sampling,
-        "finished": response.finished,
         "created": response.created.isoformat(),
     }
 
@@ -157,8 +188,10 @@ def _vote(row: dict[str, Any]) -> Judgement:
     plain = {name: json.loads(row[name]) if isinstance(row[name], str) else row[name] for name in _JSON_COLUMNS}
     messages = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
     prompt = Prompt(row["prompt_id"], messages, row["kind"], plain["meta"])
-    chosen = _response(prompt.id, row["chosen"][0]["content"], plain["chosen_source"])
-    rejected = _response(prompt.id, row["rejected"][0]["content"], plain["rejected_source"])
+    chosen, rejected = (
+        _response(prompt.id, row[side][0]["content"], row[f"{side}_finished"], plain[f"{side}_source"])
+        for side in ("chosen", "rejected")
+    )
     chosen_left = {"left": True, "right": False}[row["chosen_side"]]
     kind: AnnotatorKind = row["annotator_kind"]
     return Judgement(
@@ -179,12 +212,12 @@ def _vote(row: dict[str, Any]) -> Judgement:
     )
 
 
-def _response(prompt_id: str, text: str, source: dict[str, Any]) -> Response:
+def _response(prompt_id: str, text: str, finished: bool, source: dict[str, Any]) -> Response:
     return Response(
         id=0,
         prompt_id=prompt_id,
         text=text,
-        finished=source["finished"],
+        finished=finished,
         model=source["model"],
         fingerprint=source["fingerprint"],
         sampling=source["sampling"],
@@ -192,18 +225,31 @@ def _response(prompt_id: str, text: str, source: dict[str, Any]) -> Response:
     )
 
 
-def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+def _openai(row: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's row of preference fine-tuning, what else is known after its own columns."""
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
+    asked = {"messages": row["prompt"], "tools": [], "parallel_tool_calls": True}
+    return {"input": asked, "preferred_output": row["chosen"], "non_preferred_output": row["rejected"], **rest}
+
+
+def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
+    own = {"prompt": row["input"]["messages"], "chosen": row["preferred_output"]}
+    return {**row, **own, "rejected": row["non_preferred_output"]}
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    """The rows as an Arrow table with the same columns however many rows there are."""
     import pyarrow as pa  # slow to import, and not needed for JSONL
-    import pyarrow.parquet
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     special = {"tie": pa.bool_(), "margin": pa.float64(), "strength": pa.float64(), "seconds": pa.float64()}
     special |= {"prompt": messages, "chosen": messages, "rejected": messages, "item": pa.int64()}
+    special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_()}
     names = [
-        *("id", "prompt", "chosen", "rejected", "tie", "margin", "annotator", "annotator_kind", "prompt_id", "kind"),
-        *("meta", "choice", "chosen_side", "strength", "seconds", "guideline", "reason", "created", "batch", "item"),
-        *("chosen_source", "rejected_source"),
+        *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
+        *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
+        *("reason", "created", "batch", "item", "chosen_source", "rejected_source"),
     ]
-    flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS} for row in rows]
-    schema = pa.schema([(name, special.get(name, pa.string())) for name in names])
-    pa.parquet.write_table(pa.Table.from_pylist(flat, schema=schema), path)
+    flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS if name in row} for row in rows]
+    present = [name for name in names if not rows or name in rows[0]]
+    return pa.Table.from_pylist(flat, schema=pa.schema([(name, special.get(name, pa.string())) for name in present]))

@@ -278,12 +278,13 @@ class Store:
 
     # -------------------------------------------------------------------------------------- in and out
 
-    def export_preferences(self, path: str | Path, batch: str | None = None) -> int:
-        """Write every raw vote to ``path`` (.jsonl or .parquet) and return how many. Rows are in TRL's form (prompt,
-        chosen, rejected as message lists) with all else that is known beside it; see keel/store/exchange.py."""
-        votes = self.judgements(batch)
-        exchange.write(votes, Path(path))
-        return len(votes)
+    def export_preferences(
+        self, path: str | Path, batch: str | None = None, form: exchange.Form = "trl", plain: bool = False
+    ) -> int:
+        """Write every raw vote to ``path`` (.jsonl, .parquet, or a folder for ``datasets``) and return how many. Rows
+        are in TRL's or OpenAI's form with all else that is known beside it, or, ``plain``, in that form alone and
+        without ties; see keel/store/exchange.py."""
+        return exchange.write(self.judgements(batch), Path(path), form, plain)
 
     def import_preferences(
         self, records: Iterable[Preference | Judgement], annotator: str = "import", batch: str | None = None

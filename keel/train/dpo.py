@@ -22,6 +22,7 @@ from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule
 from keel.train.pairs import (
+    Aggregate,
     PackedPairs,
     Pair,
     groups_per_batch,
@@ -122,9 +123,14 @@ def reference_logps(model: nn.Module, pairs: Sequence[Pair], batch_tokens: int, 
 
 
 def train_dpo(
-    config: DpoStage, preferences: Sequence[Preference], reference_path: Path, context: TrainContext
+    config: DpoStage,
+    preferences: Sequence[Preference],
+    reference_path: Path,
+    context: TrainContext,
+    aggregate: Aggregate = list,
 ) -> dict[str, Any]:
-    """Trains the checkpoint at ``context.model_path`` on pairs and writes it; returns the stage's summary."""
+    """Trains the checkpoint at ``context.model_path`` on pairs and writes it; returns the stage's summary.
+    ``aggregate`` makes the training records of the votes (``keel.feedback.aggregate``)."""
     model, tokenizer = load_policy(
         context.model_path,
         device=context.device,
@@ -132,7 +138,7 @@ def train_dpo(
         gradient_checkpointing=config.gradient_checkpointing,
     )
     chat = Chat(tokenizer)
-    groups, heldout = split_pairs(preferences, chat, config.heldout_fraction, context)
+    groups, heldout = split_pairs(preferences, chat, config.heldout_fraction, context, aggregate)
     pairs = [pair for group in groups for pair in group] + heldout
     cache = context.stage.path / "reference_logps.safetensors"
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew

@@ -91,12 +91,17 @@ def encode_pairs(records: Sequence[Preference], chat: Chat, context: TrainContex
     return [Pair(record, chosen, rejected) for record, (chosen, rejected) in zip(kept, parts, strict=True)]
 
 
+Aggregate = Callable[[Sequence[Preference]], list[Preference]]
+"""Raw votes -> what is trained on."""
+
+
 def split_pairs(
-    records: Sequence[Preference], chat: Chat, fraction: float, context: TrainContext
+    records: Sequence[Preference], chat: Chat, fraction: float, context: TrainContext, aggregate: Aggregate = list
 ) -> tuple[list[list[Pair]], list[Pair]]:
-    """(training pairs in groups of one prompt each, held-out pairs). A prompt is on one side whole."""
+    """(training pairs in groups of one prompt each, held-out pairs). A prompt is on one side whole. Held-out votes stay
+    raw, so that models trained on differently aggregated votes are measured on the same."""
     training, heldout = split_by_prompt(records, fraction, context.seed)
-    pairs = {id(pair.record): pair for pair in encode_pairs(training, chat, context)}
+    pairs = {id(pair.record): pair for pair in encode_pairs(aggregate(training), chat, context)}
     groups = group_by_prompt([pair.record for pair in pairs.values()])
     return [[pairs[id(record)] for record in group] for group in groups], encode_pairs(heldout, chat, context)
 
@@ -111,12 +116,15 @@ PairLoss = Callable[[Sequence[Pair]], tuple[Tensor, Stats]]
 
 
 def pair_update(pairs: Sequence[Pair], loss: PairLoss, batch_tokens: int) -> list[Micro]:
-    """One optimizer step over ``pairs``: micro-batches whose losses are divided by the number of all of them."""
+    """One optimizer step over ``pairs``: the mean of their losses by the records' weights. Micro-batches are divided by
+    the weight of all of them; a step whose pairs weigh nothing moves nothing."""
+    total = sum(pair.record.weight for pair in pairs) or 1.0
 
     def micro(part: Sequence[Pair]) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
             loss_N, stats = loss(part)
-            return loss_N.sum() / len(pairs), stats
+            weight_N = torch.tensor([pair.record.weight for pair in part], device=loss_N.device)
+            return (loss_N * weight_N).sum() / total, stats
 
         return compute
 

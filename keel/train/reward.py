@@ -18,7 +18,7 @@ from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule, micro_batches
-from keel.train.pairs import PackedPairs, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
+from keel.train.pairs import Aggregate, PackedPairs, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
 from keel.types import Encoded, Preference, UserError
 
 
@@ -89,10 +89,11 @@ def raw_scores(scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, 
 
 
 def train_reward(
-    config: RewardStage, preferences: Sequence[Preference], context: TrainContext
+    config: RewardStage, preferences: Sequence[Preference], context: TrainContext, aggregate: Aggregate = list
 ) -> tuple[dict[str, Any], list[tuple[Preference, float, int, int]]]:
     """Trains a reward model from the checkpoint at ``context.model_path`` and writes it.
 
+    ``aggregate`` makes the training records of the votes (``keel.feedback.aggregate``); held-out votes stay raw.
     Returns the summary and, for every held-out pair, (record, raw score of chosen minus rejected, tokens of the chosen,
     tokens of the rejected completion): what calibration and accuracy are computed from.
     """
@@ -103,7 +104,7 @@ def train_reward(
         gradient_checkpointing=config.gradient_checkpointing,
         new_head_seed=None if has_reward_head(context.model_path) else context.seed,
     )
-    groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context)
+    groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context, aggregate)
     if all(pair.record.tie for group in groups for pair in group):
         raise UserError(f"{config.name}: every training pair is a tie, so there is nothing to learn; add decided pairs")
     algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, context.seed)

@@ -1,0 +1,83 @@
+"""``keel export`` and ``keel import``: votes out of a store and into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from keel.data.rows import BadRows, Row, RowError, read_rows
+from keel.data.sources import as_prompt, read_preferences
+from keel.run import RunDir
+from keel.store import Judgement, Store, exchange, foreign
+from keel.store.foreign import ForeignError, Names
+from keel.types import Preference, UserError
+
+Votes = Sequence[Judgement] | Sequence[Preference]
+
+
+def store_location(where: str, new: bool = False) -> str:
+    """The store that ``where`` means: a run directory's own, a SQLite file, or a database's URL. ``new``: a file that
+    is not there yet may be made."""
+    if "://" in where:
+        return where
+    path = Path(where)
+    if path.is_dir():
+        run = RunDir(path)
+        recipe = run.manifest.read().get("recipe")
+        if recipe is None:
+            raise UserError(f"{where}: not a run directory (no manifest.json); name one, or a store's file or URL")
+        return str(recipe.get("store") or run.store_url)
+    if not new and not path.exists():
+        raise UserError(f"{where}: no such run directory or store; name a run, a SQLite file, or postgresql://...")
+    return where
+
+
+def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, plain: bool) -> str:
+    """Writes the store's votes and says what was written."""
+    with Store(store_location(where)) as store:
+        standing = len(store.judgements(batch))
+        written = store.export_preferences(out, batch, form, plain)
+    left_out = f"; ties left out: {standing - written}" if written < standing else ""
+    return f"{written} votes written to {out}{left_out}"
+
+
+def import_votes(where: str, files: Sequence[str], names: Names, annotator: str, batch: str | None) -> str:
+    """Adds the files' votes to the store, all or none, and says how many were new."""
+    votes = [read_votes(file, names) for file in files]
+    with Store(store_location(where, new=True)) as store, store.session() as session:
+        new = sum(session.import_preferences(part, annotator, batch) for part in votes)
+    read = sum(len(part) for part in votes)
+    known = f" ({read - new} were there already)" if new < read else ""
+    return f"{new} votes imported{known}"
+
+
+def read_votes(file: str, names: Names) -> Votes:
+    """The votes of a Keel export, an Argilla or Label Studio export, or a file of preference pairs: which of them it
+    is, is told from its rows."""
+    bad = BadRows(file)
+    rows = list(read_rows(file, bad))
+    bad.raise_if_any()
+    if {"annotator_kind", "chosen_side", "choice"} <= rows[0].values.keys():
+        return exchange.read(file)
+    if foreign.is_label_studio(rows[0].values):
+        return _foreign(rows, bad, lambda row, now: foreign.from_label_studio(row.values, names, as_prompt, now))
+    if any(foreign.is_argilla(row.values) for row in rows):
+        return _foreign(rows, bad, lambda row, now: foreign.from_argilla(row.values, names, as_prompt, now))
+    return read_preferences(file)
+
+
+def _foreign(rows: Sequence[Row], bad: BadRows, read: Callable[[Row, datetime], list[Judgement]]) -> list[Judgement]:
+    now = datetime.now(UTC)
+    votes: list[Judgement] = []
+    for row in rows:
+        try:
+            votes += read(row, now)
+        except (ForeignError, RowError) as error:
+            bad.add(row.file, row.line, str(error))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            bad.add(row.file, row.line, f"not a row of this tool's export ({type(error).__name__}: {error})")
+    bad.raise_if_any()
+    if not votes:
+        raise UserError(f"{bad.source}: {len(rows)} rows, and none holds a vote; export the project with its answers")
+    return votes

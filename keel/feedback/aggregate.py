@@ -1,0 +1,80 @@
+"""Raw votes -> the records that training takes, a pure function: the store and its exports keep every vote."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from keel.feedback.agreement import FIRST, SECOND, TIE, Vote
+from keel.feedback.dawid_skene import reliabilities
+from keel.types import Preference, UserError
+
+How = Literal["raw", "majority", "weighted"]
+
+
+def aggregate(votes: Sequence[Preference], how: How) -> list[Preference]:
+    """``raw``: every vote as it is. ``majority``: one record an item, for the response that most of its decided votes
+    prefer; an item without a majority is left out. ``weighted``: every vote, weighted by what its annotator's word is
+    worth.
+
+    A vote's worth is 2 eta - 1, where eta is the probability that its annotator is right (from these votes alone, by
+    ``dawid_skene.reliabilities``): 1 for one who is never wrong, 0 for one who tosses a coin, and below 0, so that the
+    vote is turned round, for one who is mostly wrong. That gives the gradient of Crowd-BT's likelihood, log(eta
+    sigmoid(d) + (1 - eta) sigmoid(-d)) (Chen et al. 2013), where the rewards' difference d is small. Losses divide by
+    the sum of weights, so only their ratios matter.
+
+    Votes on one pair of responses of one prompt are one item, whichever of the two was chosen. Raises UserError when
+    ``weighted`` has nothing to tell annotators apart by.
+    """
+    if how == "raw":
+        return list(votes)
+    return _majority(votes) if how == "majority" else _weighted(votes)
+
+
+def item_of(pair: Preference) -> Hashable:
+    """The same for every vote on this pair of responses."""
+    return pair.prompt.id, *sorted([(pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)])
+
+
+def item_votes(pairs: Sequence[Preference]) -> list[Vote]:
+    """FIRST for the response that comes first in ``item_of``'s order."""
+    return [Vote(item_of(pair), pair.annotator, _label(pair)) for pair in pairs]
+
+
+def _label(pair: Preference) -> str:
+    if pair.tie:
+        return TIE
+    return FIRST if (pair.chosen, pair.chosen_finished) < (pair.rejected, pair.rejected_finished) else SECOND
+
+
+def _majority(votes: Sequence[Preference]) -> list[Preference]:
+    """The first vote of each majority stands for it, under nobody's name, with the mean strength of its side."""
+    items: dict[Hashable, list[Preference]] = {}
+    for vote in votes:
+        items.setdefault(item_of(vote), []).append(vote)
+    records = []
+    for same in items.values():
+        sides = [[vote for vote in same if _label(vote) == label] for label in (FIRST, SECOND)]
+        if len(sides[0]) == len(sides[1]):
+            continue
+        won = max(sides, key=len)
+        records.append(replace(won[0], annotator="", margin=sum(vote.margin for vote in won) / len(won)))
+    if not records:
+        raise UserError("votes: majority leaves no pair, since every item is a tie; use votes: raw")
+    return records
+
+
+def _weighted(votes: Sequence[Preference]) -> list[Preference]:
+    reliable = reliabilities(item_votes(votes), bootstrap=0)
+    if len(reliable) < 2:
+        raise UserError(
+            "votes: weighted tells annotators apart by the items that two of them judged, and there is none; have some "
+            "judged twice (annotate.overlap), or use votes: raw"
+        )
+    records = []
+    for vote in votes:
+        worth = 2 * reliable[vote.annotator].point - 1
+        record = vote.swapped() if worth < 0 and not vote.tie else vote
+        records.append(replace(record, weight=abs(worth)))
+    return records

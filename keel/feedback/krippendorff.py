@@ -1,0 +1,78 @@
+"""Krippendorff's alpha: one coefficient for any number of coders, any scale, and any values missing.
+
+K. Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), whose steps and symbols these are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from keel.feedback.agreement import Agreement
+from keel.stats import bootstrap_interval
+from keel.store import Judgement
+
+Scale = Literal["nominal", "ordinal", "interval"]
+
+
+def krippendorff_alpha(
+    units: Mapping[int, Sequence[float]], scale: Scale, bootstrap: int = 2000, seed: int = 0
+) -> Agreement | None:
+    """1 - D_o / D_e: 1 for perfect agreement, 0 for chance.
+
+    ``units``: each unit's values, one a coder who coded it; a value that is missing is just not there, and a unit with
+    a single value says nothing. ``scale``: what a difference of values weighs: nominal (equal or not), ordinal (how
+    many values lie between them), interval (their squared difference). None when no unit has two values, or when all
+    values are equal (nothing could disagree). The interval is a bootstrap over units.
+    """
+    paired = [list(units[unit]) for unit in sorted(units) if len(units[unit]) > 1]
+    values = sorted({value for unit in paired for value in unit})
+    if len(values) < 2:
+        return None
+    place = {value: i for i, value in enumerate(values)}
+    rows_NF = np.stack([_coincidences([place[value] for value in unit], len(values)).ravel() for unit in paired])
+    values_V = np.array(values, dtype=np.float64)
+
+    def alpha(sums: np.ndarray) -> np.ndarray:
+        return _alpha(sums.reshape(-1, len(values), len(values)), values_V, scale)
+
+    point = float(alpha(rows_NF.sum(axis=0)[None])[0])
+    return Agreement(point, bootstrap_interval(rows_NF, alpha, bootstrap, seed), len(paired))
+
+
+def signed_strength(judgement: Judgement) -> float:
+    """A comparison as a value on an ordinal scale from -3 (the second response much better) over 0 (tie, both bad) to
+    3 (the first much better); without a strength it counts as 1. First is the response that was stored first."""
+    preferred = judgement.preferred
+    if preferred is None:
+        return 0.0
+    first = preferred.id == min(judgement.left.id, judgement.right.id)
+    return (1.0 if first else -1.0) * (judgement.strength or 1.0)
+
+
+def _coincidences(unit: Sequence[int], size: int) -> np.ndarray:
+    """What one unit adds to the coincidence matrix: each ordered pair of its values, divided by (values - 1)."""
+    counts = Counter(unit)
+    matrix = np.zeros((size, size))
+    for a, n_a in counts.items():
+        for b, n_b in counts.items():
+            matrix[a, b] = n_a * (n_b - (a == b)) / (len(unit) - 1)
+    return matrix
+
+
+def _alpha(o_RVV: np.ndarray, values_V: np.ndarray, scale: Scale) -> np.ndarray:
+    """Coincidence matrices [R, V, V] -> alphas [R]; NaN where only one value is left."""
+    n_RV = o_RVV.sum(axis=2)
+    n_R = n_RV.sum(axis=1)
+    if scale == "nominal":
+        delta_RVV = np.broadcast_to(1.0 - np.eye(len(values_V)), o_RVV.shape)
+    else:
+        # The ordinal metric, (sum of n_g from c to k, less half of n_c and n_k)^2, is a squared difference of midranks.
+        at_RV = n_RV.cumsum(axis=1) - n_RV / 2 if scale == "ordinal" else np.broadcast_to(values_V, n_RV.shape)
+        delta_RVV = (at_RV[:, :, None] - at_RV[:, None, :]) ** 2
+    observed = (o_RVV * delta_RVV).sum(axis=(1, 2))
+    expected = (n_RV[:, :, None] * n_RV[:, None, :] * delta_RVV).sum(axis=(1, 2))
+    return 1 - (n_R - 1) * observed / np.where(expected > 0, expected, np.nan)

@@ -1,0 +1,96 @@
+"""The small statistics that several rooms share: shares and figures with their intervals, and what disagreement leaves
+to be predicted. Plain numbers in, plain numbers out.
+
+With q the probability that an annotator prefers the first of a pair (no ties):
+
+    two annotators agree            E[q^2 + (1-q)^2]
+    the best predictor of one vote  E[max(q, 1-q)]      the noise ceiling of a reward model's accuracy
+
+Both take a vote's annotator to be drawn at random for each vote, so they hold for a large population.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """A share of ``count`` with its interval."""
+
+    point: float
+    low: float
+    high: float
+    count: int
+
+
+def proportion(hits: Sequence[bool], level: float = 0.95) -> Proportion:
+    """The share that is true, with Wilson's interval (1927), which unlike the normal one stays inside [0, 1] and holds
+    for few trials. It takes the trials as independent."""
+    n = len(hits)
+    assert n > 0, "a share needs a trial"
+    point = sum(map(bool, hits)) / n
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle = (point + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (point * (1 - point) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Proportion(point, max(middle - half, 0.0), min(middle + half, 1.0), n)
+
+
+def bootstrap_interval(
+    rows_NF: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """The percentile bootstrap (Efron & Tibshirani 1993, ch. 13) of a figure that depends on N items by sums alone.
+
+    rows_NF: what each item adds to the F sums; ``statistic``: sums [R, F] -> the figure of each [R], NaN where it is
+    not defined (those resamples are left out). Drawing N items with replacement is a multinomial draw over the
+    different rows: exact, and cheap when many items are alike. None below two items, or when fewer than half of the
+    resamples have the figure.
+    """
+    if len(rows_NF) < 2:
+        return None
+    different, counts = np.unique(rows_NF, axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(rows_NF), counts / counts.sum(), size=resamples)
+    return percentiles(statistic(draws @ different), level)
+
+
+def percentiles(values: np.ndarray, level: float = 0.95) -> Interval | None:
+    """Where the middle ``level`` of the values lies; NaNs are left out. None when they are the most."""
+    known = values[np.isfinite(values)]
+    if 2 * len(known) < len(values) or not len(known):
+        return None
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def expected_agreement(probabilities: Sequence[float]) -> float | None:
+    """E[q^2 + (1-q)^2]: how often two annotators agree; None for no pairs."""
+    return math.fsum(q * q + (1 - q) * (1 - q) for q in probabilities) / len(probabilities) if probabilities else None
+
+
+def noise_ceiling(probabilities: Sequence[float]) -> float | None:
+    """E[max(q, 1-q)]: the accuracy on single votes of a model that knows every q. No model can be expected to score
+    higher. None for no pairs."""
+    return math.fsum(max(q, 1 - q) for q in probabilities) / len(probabilities) if probabilities else None
+
+
+def ceiling_bounds(agreement: float) -> Interval:
+    """(low, high) between which the noise ceiling lies when all that is known is two annotators' raw agreement a.
+
+    For one pair with agreement a = q^2 + (1 - q)^2 the better guess is right with m = (1 + sqrt(2a - 1)) / 2. m is
+    concave in a, so over many pairs its mean is at most m(mean a), when all pairs are equally hard, and at least mean
+    a, when each is either certain or a coin's toss. Agreement below 1/2 is chance, and is taken as 1/2.
+    """
+    a = min(max(agreement, 0.5), 1.0)
+    return a, (1 + math.sqrt(2 * a - 1)) / 2

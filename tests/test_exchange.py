@@ -1,0 +1,353 @@
+"""Votes as files: what goes out comes back whole, in every form, and other tools' exports come in."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from keel.cli import main
+from keel.cli.exchange import read_votes
+from keel.data.sources import read_preferences
+from keel.run import RunDir
+from keel.store import Judgement, Response, Store, exchange
+from keel.store.foreign import Names
+from keel.types import Message, Preference, Prompt, UserError
+
+ENDINGS = [".jsonl", ".parquet", "", "openai.jsonl"]  # "" is a folder for datasets
+NOW = datetime(2026, 11, 23, 12, 30, 1, 250_000, tzinfo=UTC)
+
+
+def form(ending: str) -> exchange.Form:
+    return "openai" if ending.startswith("openai") else "trl"
+
+
+# ------------------------------------------------------------------------------------------------------ round trips
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+JSON_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@st.composite
+def judgement_lists(draw: st.DrawFn) -> list[Judgement]:
+    """Votes on a few items of a few prompts, everything about them drawn."""
+    prompts = [
+        Prompt(
+            f"p{n}",
+            tuple(Message(r, draw(TEXT)) for r in ("system", "user")[draw(st.booleans()) :]),
+            draw(TEXT),
+            draw(st.dictionaries(TEXT, JSON_VALUE, max_size=2)),
+        )
+        for n in range(draw(st.integers(1, 2)))
+    ]
+    pool = [
+        Response(0, p.id, f"{n}{draw(TEXT)}", draw(st.booleans()), draw(TEXT), draw(TEXT), draw(sampling), NOW)
+        for p in prompts
+        for n, sampling in enumerate([st.none(), st.just({"top_k": 3, "stop": ["é"]}), st.none()])
+    ]
+    votes = []
+    for n in range(draw(st.integers(1, 6))):
+        prompt = draw(st.sampled_from(prompts))
+        left, right = draw(st.permutations([r for r in pool if r.prompt_id == prompt.id]))[:2]
+        choice = draw(st.sampled_from(["left", "right", "tie", "both_bad"]))
+        votes.append(
+            Judgement(
+                token=f"t{n}{draw(TEXT)}",
+                batch=draw(st.sampled_from(["", "b1", "b 2"])),
+                item_id=n,
+                annotator=f"a{n}",
+                annotator_kind=draw(st.sampled_from(["person", "simulated", "model", "unknown"])),
+                prompt=prompt,
+                left=left,
+                right=right,
+                choice=choice,
+                strength=draw(st.sampled_from([None, 1.0, 2.0, 2.5])) if choice in ("left", "right") else None,
+                seconds=draw(st.none() | st.floats(0, 1e5)),
+                guideline=draw(st.sampled_from([None, "1", "2 b"])),
+                reason=draw(st.none() | TEXT),
+                created=NOW + timedelta(microseconds=draw(st.integers(0, 10**12))),
+            )
+        )
+    return votes
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(votes=judgement_lists())
+def test_a_round_trip_loses_nothing(votes: list[Judgement]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for ending in ENDINGS:
+            path = Path(folder) / f"votes{'-' if ending.startswith('o') else ''}{ending}"
+            assert exchange.write(votes, path, form(ending)) == len(votes)
+            assert exchange.read(path) == votes
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(votes=judgement_lists())
+def test_a_round_trip_through_two_stores_loses_nothing(votes: list[Judgement]) -> None:
+    def told(store: Store) -> list[dict[str, Any]]:
+        rows = []
+        for judgement in store.judgements():
+            row = exchange._row(judgement)
+            for source in ("chosen_source", "rejected_source"):
+                del row[source]["created"]  # when the row was made, here or there
+            del row["item"]  # the database's own number
+            rows.append(row)
+        return rows
+
+    with tempfile.TemporaryDirectory() as folder, Store(f"{folder}/a.db") as a, Store(f"{folder}/b.db") as b:
+        a.import_preferences(votes)
+        assert [j.token for j in a.judgements()] == [v.token for v in votes]
+        a.export_preferences(f"{folder}/votes.jsonl")
+        b.import_preferences(exchange.read(f"{folder}/votes.jsonl"))
+        assert told(b) == told(a)
+        assert b.preferences() == a.preferences() == [v.preference() for v in votes]
+
+
+def some_votes() -> list[Judgement]:
+    prompt = Prompt("p", (Message("user", "Who keeps the light?"),), "fact", {"answer": "Ann"})
+    cut, whole = (
+        Response(0, "p", text, finished, "runs/sft", "f00", {"top_k": 5}, NOW)
+        for text, finished in (("Ann does, and", False), ("Ann.", True))
+    )
+    common: dict[str, Any] = {"batch": "b", "item_id": 1, "annotator_kind": "person", "prompt": prompt}
+    common |= {"seconds": 2.5, "guideline": "1", "reason": None, "created": NOW}
+    return [
+        Judgement(token="t1", annotator="ann", left=cut, right=whole, choice="right", strength=3.0, **common),
+        Judgement(token="t2", annotator="bo", left=whole, right=cut, choice="right", strength=1.0, **common),
+        Judgement(token="t3", annotator="cy", left=cut, right=whole, choice="tie", strength=None, **common),
+    ]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_keels_own_reader_keeps_what_was_cut(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"votes{'-' if ending.startswith('o') else ''}{ending}"
+    exchange.write(some_votes(), path, form(ending))
+    assert read_preferences(path) == [vote.preference() for vote in some_votes()]
+    assert [(p.chosen_finished, p.rejected_finished) for p in read_preferences(path)] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+
+
+def test_the_forms_are_those_that_trl_and_openai_document(tmp_path: Path) -> None:
+    trl, openai = tmp_path / "trl.jsonl", tmp_path / "openai.jsonl"
+    assert exchange.write(some_votes(), trl, "trl", plain=True) == 2  # such a row can't say that neither was preferred
+    assert exchange.write(some_votes(), openai, "openai", plain=True) == 2
+    asked = [{"role": "user", "content": "Who keeps the light?"}]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Ann.", "Ann does, and"))
+    assert json.loads(trl.read_text().splitlines()[0]) == {"prompt": asked, "chosen": chosen, "rejected": rejected}
+    assert json.loads(openai.read_text().splitlines()[0]) == {
+        "input": {"messages": asked, "tools": [], "parallel_tool_calls": True},
+        "preferred_output": chosen,
+        "non_preferred_output": rejected,
+    }
+    with pytest.raises(UserError, match=r"JSONL; give the file the ending \.jsonl"):
+        exchange.write(some_votes(), tmp_path / "x.parquet", "openai")
+
+
+def test_a_folder_is_what_datasets_loads(tmp_path: Path) -> None:
+    import datasets
+
+    exchange.write(some_votes(), tmp_path / "votes")
+    table = datasets.load_from_disk(str(tmp_path / "votes"))
+    assert table[0]["chosen"] == [{"role": "assistant", "content": "Ann."}]
+    assert {"prompt", "chosen", "rejected"} < set(table.column_names)
+    with pytest.raises(UserError, match="is there already"):
+        exchange.write(some_votes(), tmp_path / "votes")
+    exchange.write([], tmp_path / "none.parquet")
+    assert exchange.read(tmp_path / "none.parquet") == []
+
+
+# ----------------------------------------------------------------------------------------------------- Label Studio
+
+
+def task(**more: Any) -> dict[str, Any]:
+    """A task as Label Studio's JSON export has it (template "Human Preference collection for RLHF")."""
+    answers = [
+        (1, {"completed_by": 7, "lead_time": 12.5, "created_at": "2026-03-01T10:00:00.000000Z"}, "left"),
+        (2, {"completed_by": {"id": 8, "email": "bo@x.org"}, "was_cancelled": False}, "right"),
+        (3, {"completed_by": 9, "was_cancelled": True}, "left"),
+    ]
+    annotations = [
+        {
+            "id": n,
+            **annotation,
+            "result": [
+                {
+                    "type": "pairwise",
+                    "from_name": "comparison",
+                    "to_name": "answer1,answer2",
+                    "value": {"selected": s},
+                }
+            ],
+        }
+        for n, annotation, s in answers
+    ]
+    annotations.append({"id": 4, "completed_by": 9, "result": []})
+    data = {"prompt": "Why?", "answer1": "So.", "answer2": "No."}
+    return {"id": 5, "data": data, "annotations": annotations} | more
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_label_studio_tasks(tmp_path: Path) -> None:
+    votes = read_votes(write_json(tmp_path / "ls.json", [task()]), Names())
+    told = [(v.annotator, v.left.text, v.right.text, v.choice, v.seconds) for v in votes]  # type: ignore[union-attr]
+    assert told == [("7", "So.", "No.", "left", 12.5), ("bo@x.org", "So.", "No.", "right", None)]
+    assert votes[0].created == datetime(2026, 3, 1, 10, tzinfo=UTC)  # type: ignore[union-attr]
+    assert votes[0].prompt.messages == (Message("user", "Why?"),)
+    # other names, and Choices in place of Pairwise
+    chose = {"type": "choices", "from_name": "q", "to_name": "x", "value": {"choices": ["Tie"]}}
+    data = {"q": "Why?", "one": "So.", "two": "No.", "model": "m"}
+    other = task(data=data, annotations=[{"id": 1, "result": [chose]}])
+    file = write_json(tmp_path / "other.json", [other])
+    with pytest.raises(UserError, match=r"item 1: no prompt among the fields q, one, two, model.*--prompt"):
+        read_votes(file, Names())
+    with pytest.raises(UserError, match=r"item 1: which of the fields.*--responses"):
+        read_votes(file, Names("q"))
+    (vote,) = read_votes(file, Names("q", ("one", "two")))
+    assert (vote.choice, vote.annotator) == ("tie", "import")  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="none holds a vote"):
+        read_votes(write_json(tmp_path / "none.json", [task(annotations=[])]), Names())
+
+
+# ---------------------------------------------------------------------------------------------------------- Argilla
+
+FIELDS = {"prompt": "Why?", "response1": "So.", "response2": "No."}
+RANKING = [{"value": "response2", "rank": 1}, {"value": "response1", "rank": 2}]
+
+ARGILLA: dict[str, dict[str, Any]] = {
+    "version 2, to_json": {
+        "id": "r1",
+        "fields": FIELDS,
+        "metadata": {},
+        "suggestions": {"preference": {"value": "response1", "agent": "gpt"}},
+        "responses": {"preference": [{"value": ["response2", "response1"], "user_id": "u1"}]},
+    },
+    "version 2, label": {
+        "id": "r1",
+        "fields": FIELDS,
+        "responses": {"preference": [{"value": "Response 2", "user_id": "u1"}]},
+    },
+    "version 2, to_datasets": {
+        "id": "r1",
+        **FIELDS,
+        "preference.responses": ["response2", "response1", "response1"],
+        "preference.responses.users": ["u1", "u2", "u3"],
+        "preference.responses.status": ["submitted", "draft", "discarded"],
+    },
+    "version 1, nested": {
+        "fields": FIELDS,
+        "responses": [{"user_id": "u1", "status": "submitted", "values": {"preference": {"value": RANKING}}}],
+    },
+    "version 1, format_as datasets": {
+        **FIELDS,
+        "preference": [
+            {"user_id": "u1", "status": "submitted", "value": {"value": ["response2", "response1"], "rank": [1, 2]}}
+        ],
+        "preference-suggestion": None,
+        "external_id": "x",
+        "metadata": "{}",
+    },
+}
+
+
+@pytest.mark.parametrize("shape", ARGILLA)
+def test_argilla_records_of_every_shape(shape: str, tmp_path: Path) -> None:
+    names = Names(responses=("response1", "response2")) if "version 2" in shape else Names()
+    votes = read_votes(write_json(tmp_path / "argilla.json", [ARGILLA[shape]]), names)
+    told = [(v.annotator, v.left.text, v.right.text, v.choice) for v in votes]  # type: ignore[union-attr]
+    assert told == [("u1", "So.", "No.", "right")]
+    assert votes[0].prompt.messages == (Message("user", "Why?"),)
+
+
+def test_an_argilla_ranking_gives_each_of_its_pairs(tmp_path: Path) -> None:
+    ranking = [{"value": "c", "rank": 1}, {"value": "a", "rank": 2}, {"value": "b", "rank": 2}]
+    record = {"id": "r", "fields": {"prompt": "?", "a": "A", "b": "B", "c": "C"}}
+    record |= {
+        "responses": {"order": [{"value": ranking, "user_id": "u"}], "comment": [{"value": "x", "user_id": "u"}]}
+    }
+    unanswered = {"id": "s", "fields": record["fields"], "responses": {}}
+    file = write_json(tmp_path / "argilla.json", [unanswered, record])
+    with pytest.raises(UserError, match=r"item 2: it answers order, comment.*--question"):
+        read_votes(file, Names())
+    votes = read_votes(file, Names(question="order"))
+    told = [(v.left.text, v.right.text, v.choice) for v in votes]  # type: ignore[union-attr]
+    assert told == [("A", "B", "tie"), ("A", "C", "right"), ("B", "C", "right")]
+    assert len({v.token for v in votes}) == 3  # type: ignore[union-attr]
+    record["responses"]["order"][0]["value"] = [{"value": "z", "rank": 1}]
+    with pytest.raises(UserError, match="the ranking names 'z'"):
+        read_votes(write_json(tmp_path / "wrong.json", [record]), Names(question="order"))
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    db, copy, file = (str(tmp_path / name) for name in ("a.db", "b.db", "votes.parquet"))
+    with Store(db) as store:
+        store.import_preferences(some_votes())
+    assert main(["export", db, file]) == 0
+    assert main(["import", copy, file]) == 0
+    assert main(["import", copy, file]) == 0
+    assert main(["export", copy, str(tmp_path / "plain.jsonl"), "--form", "openai", "--plain"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" written")[0] for line in said] == [
+        "3 votes",
+        "3 votes imported",
+        "0 votes imported (3 were there already)",
+        "2 votes",
+    ]
+    assert said[-1].endswith("; ties left out: 1")
+    with Store(db) as a, Store(copy) as b:
+        assert a.preferences() == b.preferences()
+    # pairs that name no annotator, and another tool's, into a run's own store
+    run = tmp_path / "run"
+    run.mkdir()
+    RunDir(run).manifest.update({"recipe": {"name": "x"}})
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")
+    tasks = write_json(tmp_path / "ls.json", [task()])
+    assert main(["import", str(run), str(pairs), tasks, "--annotator", "crowd", "--batch", "old"]) == 0
+    with Store(RunDir(run).store_url) as store:
+        assert [v.annotator for v in store.judgements("old")] == ["crowd", "7", "bo@x.org"]
+        assert len({v.item_id for v in store.judgements()}) == 1  # the same two replies to the same prompt
+
+
+def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "no.db"), str(tmp_path / "x.jsonl")]) == 2
+    assert "no such run directory or store" in capsys.readouterr().err
+    assert not (tmp_path / "no.db").exists()
+    assert main(["export", str(tmp_path), str(tmp_path / "x.jsonl")]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+    # all files or none
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")
+    bad.write_text(json.dumps({"prompt": "Why?", "chosen": "So."}) + "\n")
+    assert main(["import", str(tmp_path / "new.db"), str(good), str(bad)]) == 2
+    assert "line 1" in capsys.readouterr().err
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_a_pair_that_was_cut_has_an_id_of_its_own(tmp_path: Path) -> None:
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(r) for r in (row, row | {"chosen_finished": False})))
+    whole, cut = read_preferences(file)
+    assert whole.id != cut.id
+    assert isinstance(cut, Preference)
+    assert (cut.chosen_finished, cut.rejected_finished) == (False, True)

@@ -1,0 +1,208 @@
+"""What training makes of raw votes: aggregation by hand and on simulated truths, weights in the loss, and which reward
+model a gold judge calls the best."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import preferences, save_tiny
+from torch import Tensor
+
+from keel.config import Recipe, RewardStage
+from keel.eval.reward_quality import gold_accuracy
+from keel.feedback.aggregate import aggregate, item_of
+from keel.model.checkpoint import load_scalar
+from keel.train.pairs import Pair, encode_pairs
+from keel.train.reward import RewardTraining
+from keel.types import Completion, Grade, Message, Preference, Prompt, UserError
+
+
+def vote(n: int, chosen: str, annotator: str, other: str = "", **more: object) -> Preference:
+    prompt = Prompt(f"p{n}", (Message("user", f"question {n}"),))
+    rejected = other or {"yes": "no", "no": "yes"}[chosen]
+    return Preference(f"{n}/{annotator}", prompt, chosen, rejected, annotator=annotator, **more)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_raw_votes_stay_as_they_are() -> None:
+    votes = [vote(1, "yes", "a"), vote(1, "no", "b", tie=True)]
+    assert aggregate(votes, "raw") == votes
+
+
+def test_majority_by_hand() -> None:
+    votes = [
+        *(vote(1, "yes", "a", margin=3.0), vote(1, "no", "b"), vote(1, "yes", "c", margin=1.0)),  # yes, 2 to 1
+        *(vote(2, "yes", "a"), vote(2, "no", "b")),  # no majority
+        *(vote(3, "yes", "a", tie=True), vote(3, "no", "b")),  # the tie stays out: no, 1 to 0
+        vote(4, "yes", "c", tie=True),
+        *(vote(5, "yes", "a"), vote(5, "yes", "a", other="maybe")),  # two items
+    ]
+    made = aggregate(votes, "majority")
+    assert [(p.prompt.id, p.chosen, p.rejected, p.margin, p.annotator, p.tie, p.weight) for p in made] == [
+        ("p1", "yes", "no", 2.0, "", False, 1.0),
+        ("p3", "no", "yes", 0.0, "", False, 1.0),
+        ("p5", "yes", "no", 0.0, "", False, 1.0),
+        ("p5", "yes", "maybe", 0.0, "", False, 1.0),
+    ]
+    with pytest.raises(UserError, match="every item is a tie"):
+        aggregate([vote(4, "yes", "c", tie=True)], "majority")
+
+
+def test_an_item_is_a_pair_of_responses_whichever_was_chosen() -> None:
+    assert item_of(vote(1, "yes", "a")) == item_of(vote(1, "no", "b"))
+    assert item_of(vote(1, "yes", "a")) != item_of(vote(2, "yes", "a"))
+    assert item_of(vote(1, "yes", "a")) != item_of(vote(1, "yes", "a", chosen_finished=False))
+
+
+def test_weights_need_items_with_two_judges() -> None:
+    with pytest.raises(UserError, match=r"there is none.*annotate\.overlap"):
+        aggregate([vote(n, "yes", "ab"[n % 2]) for n in range(6)], "weighted")
+
+
+def test_an_adversary_is_turned_round_and_a_coin_weighs_nothing() -> None:
+    rng = random.Random(0)
+    votes = []
+    for n in range(600):
+        truth = rng.random() < 0.5
+        for name, right in rng.sample([("good", 0.9), ("fine", 0.85), ("coin", 0.5), ("bad", 0.1), ("also", 0.9)], 3):
+            says = truth == (rng.random() < right)
+            votes.append(vote(n, "yes" if says else "no", name, tie=rng.random() < 0.1))
+    made = aggregate(votes, "weighted")
+    assert [p.id for p in made] == [v.id for v in votes]  # every vote is kept, in its place
+    weight = {p.annotator: p.weight for p in made}
+    expected = {"good": 0.8, "fine": 0.7, "coin": 0.0, "bad": 0.8, "also": 0.8}  # |2 eta - 1|
+    assert weight == pytest.approx(expected, abs=0.12)
+    for record, raw in zip(made, votes, strict=True):
+        turned = raw.annotator == "bad" or (raw.annotator == "coin" and record.chosen != raw.chosen)
+        assert replace(record, weight=1.0) == (raw.swapped() if turned and not raw.tie else raw)
+
+
+# ------------------------------------------------------------------------------------------- what it is good for
+
+
+def linear_accuracy(x_ND: np.ndarray, records: Sequence[Preference], true_D: np.ndarray) -> float:
+    """A Bradley-Terry model that is linear in features, fitted to weighted records by Newton's method; how often it
+    sides with the truth on fresh pairs. Response "yes" of prompt n has features x[n], "no" has none."""
+    rows = np.array([int(p.prompt.id[1:]) for p in records])
+    sign = np.array([1.0 if p.chosen == "yes" else -1.0 for p in records])
+    w = np.array([p.weight for p in records])
+    features, b = x_ND[rows] * sign[:, None], np.zeros(x_ND.shape[1])
+    for _ in range(25):
+        right = 1 / (1 + np.exp(-features @ b))
+        slope = features.T @ (w * (1 - right)) - b
+        b += np.linalg.solve((features * (w * right * (1 - right))[:, None]).T @ features + np.eye(len(b)), slope)
+    fresh = np.random.default_rng(99).normal(size=(20_000, len(b)))
+    return float(((fresh @ b > 0) == (fresh @ true_D > 0)).mean())
+
+
+def test_weights_recover_most_of_what_bad_votes_cost() -> None:
+    """20 annotators, two lazy and two adversarial (a fifth of the votes), a fifth of the items judged twice."""
+    recovered = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        true_D = rng.normal(size=24) * 0.5
+        x_ND = rng.normal(size=(2000, 24))
+        clean, noisy = [], []
+        for n, x_D in enumerate(x_ND):
+            for k in rng.choice(20, 1 + (n % 5 == 0), replace=False):
+                says = bool(rng.random() < 1 / (1 + np.exp(-x_D @ true_D)))
+                clean.append(vote(n, "yes" if says else "no", f"a{k}"))
+                said = not says if k < 2 else bool(rng.random() < 0.5) if k < 4 else says
+                noisy.append(vote(n, "yes" if said else "no", f"a{k}"))
+        best, raw, weighted = (
+            linear_accuracy(x_ND, records, true_D)
+            for records in (clean, aggregate(noisy, "raw"), aggregate(noisy, "weighted"))
+        )
+        assert best - raw > 0.01  # the bad votes did cost something
+        recovered.append((weighted - raw) / (best - raw))
+    assert sum(recovered) / 3 > 0.5
+
+
+# ------------------------------------------------------------------------------------------------ weights in the loss
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+def gradients(folder: Path, records: Sequence[Preference], batch_tokens: int) -> list[Tensor]:
+    """Of one reward-model update over the records."""
+    from test_train import context
+
+    scorer = load_scalar(folder, new_head_seed=0)
+    pairs = encode_pairs(records, scorer.chat, context(folder.parent / "run", "r", folder))
+    stage = RewardStage(name="r", batch_size=99, batch_tokens=batch_tokens)
+    training = RewardTraining(scorer, [pairs], list[Pair](), stage, "cpu", "fp32", 0)
+    for update in training.updates(0):
+        for micro in update:
+            loss, _ = micro()
+            loss.backward()
+    return [p.grad.clone() for p in scorer.model.parameters() if p.grad is not None]
+
+
+def test_a_weight_counts_like_repeated_records_however_the_batch_is_cut(model: Path) -> None:
+    a, b, c, d = preferences(4)
+    whole = [replace(a, weight=2.0), replace(b, weight=1.0), replace(c, weight=0.0), replace(d, weight=1.0)]
+    expected = gradients(model, [a, a, b, d], 10_000)
+    for batch_tokens in (10_000, 60):
+        for found, right in zip(gradients(model, whole, batch_tokens), expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-7)
+    scaled = [replace(p, weight=7 * p.weight) for p in whole]  # only ratios matter
+    for found, right in zip(gradients(model, scaled, 10_000), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_that_weighs_nothing_moves_nothing(model: Path) -> None:
+    none = [replace(p, weight=0.0) for p in preferences(3)]
+    assert all(not grad.any() for grad in gradients(model, none, 10_000))
+
+
+# ------------------------------------------------------------------------------------------------- the gold judge
+
+
+class Length:
+    def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]:
+        return [Grade(float(len(c.text))) for c in completions]
+
+
+class Scores:
+    def __init__(self, **scores: float) -> None:
+        self.scores = scores
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        return torch.tensor([self.scores[c.text] for c in completions])
+
+
+def test_gold_accuracy_by_hand() -> None:
+    pairs = [
+        *(vote(1, "yes", "a"), vote(1, "no", "b")),  # one pair, however often it was judged: gold says "yes"
+        vote(2, "a", "a", other="bb"),
+        vote(2, "a", "b", other="ccc"),
+        vote(3, "no", "a", other="it"),  # the judge can't tell them apart
+    ]
+    good = Scores(yes=1, no=0, a=0, bb=1, ccc=-1, it=5)  # right on 1 and on the first of 2
+    table = gold_accuracy(pairs, Length(), {"good": good, "flat": Scores(yes=0, no=0, a=0, bb=0, ccc=0, it=0)}, 200)
+    assert table["good"]["pairs"] == 3
+    assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
+    assert table["flat"] == {"accuracy": None, "pairs": 0}
+    assert gold_accuracy([], Length(), {"good": good}) == {"good": {"accuracy": None, "pairs": 0}}
+
+
+def test_weights_without_overlap_fail_before_anything_runs() -> None:
+    def recipe(overlap: float) -> Recipe:
+        annotate = {"kind": "annotate", "name": "annotate", "annotators": {"ref": "a.py:b"}, "overlap": overlap}
+        reward = {"kind": "reward", "name": "reward", "preferences": "annotate", "votes": "weighted"}
+        return Recipe.model_validate({"model": {"path": "m"}, "stages": [annotate, reward]})
+
+    recipe(0.1)
+    with pytest.raises(ValueError, match=r"annotate\.overlap is 0; raise it"):
+        recipe(0.0)
