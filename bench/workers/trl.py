@@ -2,7 +2,7 @@
 
 settings (a missing one leaves TRL's default): ``precision``, ``checkpointing``, ``micro`` (examples in one forward
 pass), ``group`` (batches of similar lengths), ``padding_free``, ``precompute`` (DPO's reference in a pass of its own),
-``attention``, ``continuous`` (GRPO: sample by continuous batching).
+``attention``, ``continuous`` (GRPO: sample by continuous batching, so configured).
 """
 
 from __future__ import annotations
@@ -179,8 +179,9 @@ def grpo(job: Job, work: Work) -> Outcome:
     rows = [{"prompt": text(ids)} for ids in prompts(work, job.shape.vocab)]
     with tempfile.TemporaryDirectory() as folder:
         given = arguments(job, work, folder)
-        if job.settings.get("continuous"):
+        if "continuous" in job.settings:
             given["use_transformers_continuous_batching"] = True
+            given["transformers_continuous_batching_config"] = job.settings["continuous"]
         args = GRPOConfig(
             **given,
             max_steps=work.examples // work.batch,
