@@ -114,7 +114,5 @@ def sampling(
     seen = requests * causal(reply, prompt)
     cache = seen * 2 * shape.layers * shape.kv_heads * shape.head_dim * width
     steps = tokens / min(batch, requests)
-    decode = Phase(
-        forward_flops(shape, tokens, seen, tokens), steps * (layers + shape.head_weights * width) + cache
-    )
+    decode = Phase(forward_flops(shape, tokens, seen, tokens), steps * (layers + shape.head_weights * width) + cache)
     return [prefill, decode]

@@ -84,7 +84,7 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-# --------------------------------------------------------------------------------------------------- what else is running
+# ----------------------------------------------------------------------------------------------- what else is running
 
 
 class Watch:

@@ -1,4 +1,4 @@
-"""What is timed: the models' shapes, the tasks' sizes, the data. Plain Python, because every peer's environment reads it.
+"""What is timed: the models' shapes, the tasks' sizes, the data. Plain Python: every peer's environment reads it.
 
 Data is random token ids from a seed, the same for everybody. Ids below ``RESERVED`` are special tokens. The tokenizer
 that lies beside each model is one word a token (``w17``), so that a text is as long as its ids for every library.
