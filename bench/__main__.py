@@ -15,6 +15,8 @@ import argparse
 import json
 import platform
 import re
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,7 +71,7 @@ class Bench:
         who = contenders(task, model, self.best_file, self.name)
         found = self.compared(who, model, work_of(task, model, self.device, self.quick), self.repeats)
         path = self.folder / f"{task}-{self.name}.json"
-        result = json.loads(path.read_text()) if path.exists() else {"task": task, "models": {}}
+        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"task": task, "models": {}}
         result["models"][model] = {"when": now(), "machine": self.machine, **found}
         write_json(path, result)
         print("\n".join(report.table(model, result["models"][model])), flush=True)
@@ -98,7 +100,7 @@ class Bench:
             tried = [peer.contender(f"{peer.name} {settings_text(s)}", s) for s in candidates(peer, task, self.name)]
             print(f"{peer.name}, {task}, model {model}: {len(tried)} candidates", flush=True)
             # One after the other: so many processes would not fit into memory together.
-            rows = {}
+            rows: dict[str, Any] = {}
             for contender in tried:
                 rows |= self.compared([contender], model, work, self.repeats)["contenders"]
             rates = {name: row["rate"] for name, row in rows.items() if "rate" in row}
@@ -158,6 +160,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed bench ends its workers too
     if args.command == "install":
         for name in ENVIRONMENTS:
             install(name)

@@ -196,7 +196,7 @@ class Job:
     @staticmethod
     def from_json(line: str) -> Job:
         row = json.loads(line)
-        work = {k: tuple(v) if isinstance(v, list) else v for k, v in row.pop("work").items()}
+        work: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.pop("work").items()}
         return Job(**row, work=Work(**work))
 
 
