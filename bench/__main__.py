@@ -165,7 +165,7 @@ def main() -> None:
         for name in ENVIRONMENTS:
             install(name)
         return
-    models = args.model or (["S", "M"] if args.device == "cpu" else ["S", "M", "qwen-0.5b", "qwen-1.5b"])
+    models = args.model or (["S", "M"] if args.device == "cpu" else ["qwen-0.5b", "qwen-1.5b"])
     tasks = args.task or [*UNITS, "growth"]
     if args.command == "report":
         for device in report.devices(args.out or RESULTS):

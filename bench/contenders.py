@@ -89,9 +89,15 @@ CANDIDATES: Mapping[tuple[str, str], Sequence[Settings]] = {
         _trained(**_FP32, precompute=True, micro=8),
         _trained(**_BF16, precompute=True, micro=32),
         _trained(**_FP32, precompute=True, micro=32),
+        _trained(**_BF16, precompute=True, group=True, micro=8),
         *_PLAIN,
     ],
-    ("TRL", "reward"): list(reversed(_PLAIN)),
+    ("TRL", "reward"): [
+        _trained(**_BF16, group=True, micro=8),
+        _trained(**_FP32, group=True, micro=8),
+        _trained(**_BF16, group=True, micro=32),
+        *_PLAIN,
+    ],
     ("TRL", "grpo"): [
         _trained(**_FP32, micro=64),
         _trained(**_BF16, micro=64),
@@ -131,8 +137,9 @@ _SAMPLING_CANDIDATES: Mapping[str, Sequence[Settings]] = {
 def candidates(peer: Peer, task: str, device: str) -> list[Settings]:
     """The settings that `tune` tries."""
     found = list(_SAMPLING_CANDIDATES[peer.name] if task in SAMPLING else CANDIDATES[peer.name, task])
-    if device != "cpu" and task == "sft":
-        found += _PADDING_FREE_ON_GPU
+    if device != "cpu":
+        found += _PADDING_FREE_ON_GPU if task == "sft" else []
+        found.sort(key=lambda settings: settings["precision"] != "bf16")  # the order matters only until `tune` has run
     return found
 
 

@@ -80,15 +80,16 @@ def table(model: str, found: Mapping[str, Any]) -> list[str]:
         f"memory {rate_text(limits['bandwidth'], 'B/s')}. Load {', '.join(map(str, found['others']['load']))}; other "
         f"programs used {found['others']['other_cores']:.2f} cores on average{busiest(found['others'])}.",
         "",
-        "| | precision | rate | peak memory | of the limit |" + "".join(f" x {name} |" for name in peers),
-        "|---|---|---|---|---|" + "---|" * len(peers),
+        "| | precision | rate | peak memory | of the limit | cores used |" + "".join(f" x {name} |" for name in peers),
+        "|---|---|---|---|---|---|" + "---|" * len(peers),
     ]
     for name, row in rows.items():
         if "rate" not in row:
-            lines.append(f"| {name} | | not measured: {row['problem']} | | |" + " |" * len(peers))
+            lines.append(f"| {name} | | not measured: {row['problem']} | | | |" + " |" * len(peers))
             continue
         spread = f"{plain(row['rate'])} ({plain(min(row['rates']))}–{plain(max(row['rates']))})"
         cells = [name, row["precision"], spread, f"{row['peak_mb']:,.0f} MiB", percent(row["share_of_limit"])]
+        cells += [f"{row['cores']:.1f}"]
         cells += [ratio_text(ratios.get((name, peer))) for peer in peers]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -59,8 +59,11 @@ def serve(prepare: Callable[[Job], Repetition]) -> None:
         for _ in sys.stdin:
             gc.collect()
             before = reset_peak(job.device)
+            wall, cpu = time.perf_counter(), time.process_time()
             outcome = repetition(job.work)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             answer(
+                cores=cpu / wall,  # fewer than its threads on a CPU: it waited, or somebody else had them
                 units=outcome.units,
                 seconds=outcome.seconds,
                 precision=outcome.precision,

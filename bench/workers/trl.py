@@ -20,7 +20,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from bench.work import EOS, OPTIM, PAD, Job, Work, conversations, pairs, prompts, text
+from bench.work import EOS, OPTIM, PAD, Job, Pair, Work, conversations, pairs, prompts, text
 from bench.worker import Outcome, Repetition, Unsupported, clock, serve
 
 MICRO = 8  # TRL's default per_device_train_batch_size
@@ -81,6 +81,7 @@ def arguments(job: Job, work: Work, folder: str) -> dict[str, Any]:
         given["gradient_checkpointing"] = settings["checkpointing"]
     if settings.get("group"):
         given["train_sampling_strategy"] = "group_by_length"
+        given["remove_unused_columns"] = False  # or the column with the lengths, which only SFT can do without, is lost
     if "padding_free" in settings:
         given["padding_free"] = settings["padding_free"]
     return given
@@ -120,6 +121,11 @@ def sft(job: Job, work: Work) -> Outcome:
     return Outcome(sum(map(len, rows)), timer.seconds, precision(args))
 
 
+def longest(pair: Pair) -> int:
+    """What a pair is padded to, and so what to group pairs by."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+
 class TimedDpo(DPOTrainer):  # type: ignore[misc]
     """Also times the reference's pass over the data, which TRL makes while it is set up."""
 
@@ -135,7 +141,12 @@ class TimedDpo(DPOTrainer):  # type: ignore[misc]
 
 def dpo(job: Job, work: Work) -> Outcome:
     rows = [
-        {"prompt": text(p.prompt), "chosen": " " + text(p.chosen), "rejected": " " + text(p.rejected)}
+        {
+            "prompt": text(p.prompt),
+            "chosen": " " + text(p.chosen),
+            "rejected": " " + text(p.rejected),
+            "length": longest(p),
+        }
         for p in pairs(work, job.shape.vocab)
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +169,8 @@ def dpo(job: Job, work: Work) -> Outcome:
 
 def reward(job: Job, work: Work) -> Outcome:
     rows = [
-        {"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs(work, job.shape.vocab)
+        {"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected, "length": longest(p)}
+        for p in pairs(work, job.shape.vocab)
     ]
     assert all(row["chosen_ids"][-1] == EOS for row in rows), "TRL expects its end token"
     with tempfile.TemporaryDirectory() as folder:
