@@ -29,7 +29,7 @@ from bench.environments import ENVIRONMENTS, FOLDER, ROOT, install
 from bench.growth import curves
 from bench.harness import compare, job, measure_limits
 from bench.models import model_folder
-from bench.work import UNITS, Job, Work, work_of
+from bench.work import SHAPES, UNITS, Job, Work, work_of
 from keel.run.machine import cpu_count
 
 RESULTS = ROOT / "bench" / "results"
@@ -148,7 +148,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("command", nargs="?", default="run", choices=("run", "tune", "install", "report"))
     parser.add_argument("--task", action="append", choices=(*UNITS, "growth"), help="default: all; may be repeated")
-    parser.add_argument("--model", action="append", help="S, M, qwen-0.5b, qwen-1.5b; default: what suits the device")
+    parser.add_argument("--model", action="append", choices=SHAPES, help="default: what suits the device")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeat", type=int, help="repetitions of each contender, in turns")
     parser.add_argument("--threads", type=int, help="default: every core that this process may use")
@@ -177,7 +177,8 @@ def main() -> None:
             if args.command == "run":
                 bench.growth()
             continue
-        for model in models:
+        # A large vocabulary is where DPO's memory goes.
+        for model in [*models, "S-128k"] if task == "dpo" and not args.model else models:
             (bench.task if args.command == "run" else bench.tune)(task, model)
     for path in report.write(bench.folder, bench.name):
         print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)

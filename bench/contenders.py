@@ -73,7 +73,8 @@ _FP32, _BF16 = {"precision": "fp32"}, {"precision": "bf16"}
 _PLAIN = [_trained(**p, micro=m) for m in (8, 32) for p in (_FP32, _BF16)]
 _PADDING_FREE_ON_GPU = [_trained(**_BF16, padding_free=True, attention="flash_attention_2", micro=32)]
 
-# The first of each list is what stands in until `tune` has run: the best of an earlier search on two cores.
+# The first of each list stands in until `tune` has run: for SFT, DPO and the reward model what an earlier search on two
+# cores found best, elsewhere a guess.
 CANDIDATES: Mapping[tuple[str, str], Sequence[Settings]] = {
     ("TRL", "sft"): [
         _trained(**_FP32, group=True, micro=8),

@@ -207,6 +207,7 @@ def summary(line: Line, job: Job, limits: Limits) -> dict[str, Any]:
         "rates": rates,
         "seconds": statistics.median(a["seconds"] for a in line.answers),
         # What the allocator kept from earlier repetitions is none of the work's need: the least is the nearest to it.
+        "before_mb": min(a["before_mb"] for a in line.answers),
         "peak_mb": min(a["peak_mb"] for a in line.answers),
         "cores": statistics.median(a["cores"] for a in line.answers),
         "share_of_limit": statistics.median(shares),

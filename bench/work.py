@@ -63,6 +63,7 @@ SHAPES = {
     "S": Shape(2048, 192, 6, 6, 6, 512, tied=False),  # 3.4M parameters
     "SM": Shape(4096, 320, 8, 8, 8, 896, tied=True),  # 11M, only to see how cost grows
     "M": Shape(8192, 512, 8, 8, 8, 1408, tied=True),  # 30M
+    "S-128k": Shape(128_000, 192, 6, 6, 6, 512, tied=True),  # S under a large vocabulary: what log-probabilities cost
     "qwen-0.5b": Shape(151_936, 896, 24, 14, 2, 4864, tied=True),
     "qwen-1.5b": Shape(151_936, 1536, 28, 12, 2, 8960, tied=True),
 }

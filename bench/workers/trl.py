@@ -168,7 +168,7 @@ def dpo(job: Job, work: Work) -> Outcome:
 
 
 def reward(job: Job, work: Work) -> Outcome:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected, "length": longest(p)}
         for p in pairs(work, job.shape.vocab)
     ]
