@@ -19,11 +19,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.contenders import PEERS, Contender, candidates, contenders, keel
+from bench.contenders import PEERS, Contender, candidates, contenders
 from bench.cost import Limits
 from bench.environments import ENVIRONMENTS, FOLDER, ROOT, install
 from bench.growth import curves
@@ -83,7 +84,7 @@ class Bench:
             points = []
             for place in curve.places:
                 print(f"{curve.name} {place.x:,.0f}", flush=True)
-                who = [c for c in contenders(curve.task, place.model, self.best_file, self.name) if grows(c)]
+                who = growing(contenders(curve.task, place.model, self.best_file, self.name))
                 found = self.compared(who, place.model, place.work, 1 if self.quick else 2)
                 rates = {name: row["rate"] for name, row in found["contenders"].items() if "rate" in row}
                 problems = {name: row["problem"] for name, row in found["contenders"].items() if "problem" in row}
@@ -119,10 +120,11 @@ class Bench:
             print(f"  fastest: {fastest}", flush=True)
 
 
-def grows(contender: Contender) -> bool:
-    """Whether a contender is on the curves: one of each library. vLLM's start-up is too long for so many points."""
-    ours = contender.ours and contender.name == keel("sft")[1].name
-    return ours or (contender.name.endswith(", best") and contender.environment != "vllm")
+def growing(who: Sequence[Contender]) -> list[Contender]:
+    """One contender of each library, with the batch that the point of the curve says. vLLM is left out: its start-up is
+    too long for so many points."""
+    shown = [c for c in who if c.name == "Keel bf16" or (c.name.endswith(", best") and c.environment != "vllm")]
+    return [replace(c, settings={k: v for k, v in c.settings.items() if k != "batch"}) for c in shown]
 
 
 def settings_text(settings: dict[str, Any]) -> str:

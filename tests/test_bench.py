@@ -13,9 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import __main__ as command
 from bench import harness, report, work
 from bench.contenders import PEERS, Contender, contenders
 from bench.cost import Limits, Phase, causal, forward_flops, phases
+from bench.growth import curves
 from bench.machine import Watch
 from bench.models import word_tokenizer
 from bench.work import EOS, SHAPES, WORK, Job, Shape, Work
@@ -126,6 +128,50 @@ def test_a_run_of_everything_names_every_task_and_peer(tmp_path: Path) -> None:
         assert len(names) == len(set(names))
         assert [n for n in names if not n.startswith("Keel")], f"{task} has no peer"
     assert {task for peer in PEERS for task in peer.tasks} == set(WORK)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> command.Bench:
+    """A bench whose contenders' rates are made up: the length of the settings' text."""
+    machine = {"flops": LIMITS.flops, "bandwidth": 1e9, "device": "a machine", "threads": 1, "torch": "2"}
+    monkeypatch.setattr(command, "measure_limits", lambda *_: (LIMITS, machine))
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "model_folder", lambda name, root: root / name)
+
+    def compare(who: list[Contender], job_of: Callable[[Contender], Job], *_: object) -> dict[str, object]:
+        assert all(Job.from_json(job_of(c).to_json()) == job_of(c) for c in who)
+        return {"contenders": {c.name: {"rate": float(len(str(c.settings)))} for c in who}, "ratios": []}
+
+    monkeypatch.setattr(command, "compare", compare)
+    monkeypatch.setattr(sys, "argv", ["bench", "--repeat", "1"])
+    return command.Bench(command.parse())
+
+
+def test_curves_are_measured_and_drawn(bench: command.Bench) -> None:
+    bench.growth()
+    series = json.loads((bench.folder / "growth-cpu.json").read_text())["series"]
+    assert [point["x"] for point in series["length"]["points"]] == [64, 128, 256, 512, 1024, 2048]
+    assert set(series["length"]["points"][0]["rates"]) == {"Keel bf16", "TRL, best"}
+    assert {point["model"] for point in series["size"]["points"]} == {"S", "SM", "M"}
+    page = report.write(bench.folder, "cpu")[1].read_text()
+    assert page.count("<polyline") >= 6
+
+
+def test_curves_keep_the_tokens_of_a_step() -> None:
+    (length, *_) = curves("cpu", quick=False)
+    assert {place.work.batch * place.work.context for place in length.places} == {4096}
+
+
+def test_tuning_keeps_the_fastest_candidate_and_it_is_used(bench: command.Bench) -> None:
+    bench.tune("ppo", "S")
+    kept = json.loads(bench.best_file.read_text())["TRL 1.12/ppo/S"]
+    fastest = max(kept["tried"], key=kept["tried"].__getitem__)
+    assert kept["tried"][fastest] > min(kept["tried"].values())
+    chosen = contenders("ppo", "S", bench.best_file, "cpu")[-1]
+    assert chosen.name == "TRL 1.12, best"
+    assert chosen.malloc
+    assert all(str(value) in fastest for value in chosen.settings.values() if not isinstance(value, bool))
 
 
 def test_jobs_survive_the_way_to_the_worker() -> None:
