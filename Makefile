@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test lint format clean
+.PHONY: help demo figures bench bench-quick test lint format clean
 
 help:
 	@echo "make demo     the whole pipeline on the built-in world: runs/demo/report.html"
@@ -12,12 +12,22 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatter"
 	@echo "make figures  the demo with seeds 0, 1 and 2: runs/figures/"
+	@echo "make bench    Keel and its peers on the same work: bench/results/ (make bench-quick: does it run?)"
 
 demo: $(STAMP)
 	$(BIN)/keel demo --out runs/demo
 
 figures: $(STAMP)
 	for seed in 0 1 2; do $(BIN)/keel demo --out runs/figures/$$seed --seed $$seed || exit 1; done
+
+# The peers get environments of their own under .bench/. One that cannot be installed is reported, not an error.
+bench: $(STAMP)
+	$(BIN)/python -m bench install
+	$(BIN)/python -m bench
+
+bench-quick: $(STAMP)
+	$(BIN)/python -m bench install
+	$(BIN)/python -m bench --quick
 
 # One torch thread a worker: more would fight over the cores.
 test: $(STAMP)

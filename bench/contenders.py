@@ -1,0 +1,171 @@
+"""Who is compared on which task, and with what settings: Keel, and each peer with its defaults and with the best
+settings found for it.
+
+The best settings are searched for, not guessed: ``python -m bench tune`` tries every candidate below and keeps the
+fastest of each peer, task and model in ``bench/results/best-DEVICE.json``. Where that has no entry, the first
+candidate stands in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.work import SAMPLING
+
+Settings = dict[str, Any]
+
+# glibc keeps freed memory instead of returning it to the system: fewer page faults. Keel's command line does the same
+# to itself (keel/cli/process.py), peers leave it to their users.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000",
+    "MALLOC_TOP_PAD_": "100000000",
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``environment``: whose Python runs it; ``worker``: the module that does; ``malloc``: with ``MALLOC`` above."""
+
+    name: str
+    environment: str
+    worker: str
+    settings: Settings = field(default_factory=dict)
+    malloc: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.environment == "keel"
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    environment: str
+    worker: str
+    tasks: tuple[str, ...]
+    defaults: Settings = field(default_factory=dict)
+
+    def contender(self, name: str, settings: Settings) -> Contender:
+        given = {k: v for k, v in settings.items() if k != "malloc"}
+        return Contender(name, self.environment, self.worker, given, bool(settings.get("malloc")))
+
+
+PEERS = (
+    Peer("TRL", "trl", "bench.workers.trl", ("sft", "dpo", "reward", "grpo")),
+    Peer("TRL 1.12", "trl-ppo", "bench.workers.trl_ppo", ("ppo",)),
+    Peer("generate", "transformers", "bench.workers.generate", SAMPLING),
+    Peer("continuous batching", "transformers", "bench.workers.generate", SAMPLING, {"continuous": {}}),
+    Peer("vLLM", "vllm", "bench.workers.vllm", SAMPLING),
+)
+
+
+def _trained(**more: Any) -> Settings:
+    """TRL's settings that never cost speed: nothing computed twice, memory kept."""
+    return {"checkpointing": False, "malloc": True, **more}
+
+
+_FP32, _BF16 = {"precision": "fp32"}, {"precision": "bf16"}
+_PLAIN = [_trained(**p, micro=m) for m in (8, 32) for p in (_FP32, _BF16)]
+_PADDING_FREE_ON_GPU = [_trained(**_BF16, padding_free=True, attention="flash_attention_2", micro=32)]
+
+# The first of each list stands in until `tune` has run: for SFT, DPO and the reward model what an earlier search on two
+# cores found best, elsewhere a guess.
+CANDIDATES: Mapping[tuple[str, str], Sequence[Settings]] = {
+    ("TRL", "sft"): [
+        _trained(**_FP32, group=True, micro=8),
+        _trained(**_BF16, group=True, micro=8),
+        _trained(**_FP32, group=True, micro=32),
+        _trained(**_BF16, group=True, micro=32),
+        _trained(**_FP32, padding_free=True, micro=8),
+        _trained(**_BF16, padding_free=True, micro=8),
+        *_PLAIN,
+    ],
+    ("TRL", "dpo"): [
+        _trained(**_BF16, precompute=True, micro=8),
+        _trained(**_FP32, precompute=True, micro=8),
+        _trained(**_BF16, precompute=True, micro=32),
+        _trained(**_FP32, precompute=True, micro=32),
+        _trained(**_BF16, precompute=True, group=True, micro=8),
+        *_PLAIN,
+    ],
+    ("TRL", "reward"): [
+        _trained(**_BF16, group=True, micro=8),
+        _trained(**_FP32, group=True, micro=8),
+        _trained(**_BF16, group=True, micro=32),
+        *_PLAIN,
+    ],
+    ("TRL", "grpo"): [
+        _trained(**_FP32, micro=64),
+        _trained(**_BF16, micro=64),
+        *_PLAIN,
+        _trained(**_FP32, micro=64, continuous={"page_size": 32, "num_blocks": 512, "max_batch_tokens": 512}),
+    ],
+    ("TRL 1.12", "ppo"): [_trained(**p, micro=m) for m in (64, 8) for p in (_FP32, _BF16)],
+}
+_SAMPLING_CANDIDATES: Mapping[str, Sequence[Settings]] = {
+    "generate": [
+        {**p, "batch": batch, "malloc": True, **more}
+        for batch in (64, 256)
+        for p in (_FP32, _BF16)
+        for more in ({}, {"attention": "eager"})
+    ]
+    + [{**_FP32, "batch": 64, "cache": "static", "malloc": True}],
+    "continuous batching": [
+        {
+            **p,
+            "continuous": {"page_size": page, "num_blocks": 64 * 512 // page, "max_batch_tokens": tokens},
+            "persistent": True,
+            "malloc": True,
+        }
+        for page in (32, 256)
+        for tokens in (512, 2048)
+        for p in (_FP32, _BF16)
+    ],
+    "vLLM": [
+        {**p, "batch": batch, "eager": eager, "malloc": True}
+        for p in (_FP32, _BF16)
+        for batch in (64, 256)
+        for eager in (False, True)
+    ],
+}
+
+
+def candidates(peer: Peer, task: str, device: str) -> list[Settings]:
+    """The settings that `tune` tries."""
+    found = list(_SAMPLING_CANDIDATES[peer.name] if task in SAMPLING else CANDIDATES[peer.name, task])
+    if device != "cpu":
+        found += _PADDING_FREE_ON_GPU if task == "sft" else []
+        found.sort(key=lambda settings: settings["precision"] != "bf16")  # the order matters only until `tune` has run
+    return found
+
+
+def keel(task: str) -> list[Contender]:
+    """Keel as its recipes run it, in both precisions; checkpointing for a fair look at memory beside TRL's default."""
+    worker = "bench.workers.keel"
+    both = [Contender(f"Keel {p['precision']}", "keel", worker, p, True) for p in (_FP32, _BF16)]
+    if task in SAMPLING:
+        return [*both, Contender("Keel bf16, 256 slots", "keel", worker, {**_BF16, "slots": 256}, True)]
+    if task in ("sft", "dpo", "reward"):
+        both.append(Contender("Keel bf16, checkpointing", "keel", worker, {**_BF16, "checkpointing": True}, True))
+    return both
+
+
+def contenders(task: str, model: str, best_file: Path, device: str) -> list[Contender]:
+    """Keel, then each peer with its defaults and with its best settings."""
+    found = keel(task)
+    for peer in PEERS:
+        if task in peer.tasks:
+            found.append(peer.contender(peer.name, peer.defaults))
+            found.append(peer.contender(f"{peer.name}, best", best(peer, task, model, best_file, device)))
+    return found
+
+
+def best(peer: Peer, task: str, model: str, best_file: Path, device: str) -> Settings:
+    kept = json.loads(best_file.read_text()) if best_file.exists() else {}
+    found: Settings | None = kept.get(f"{peer.name}/{task}/{model}", {}).get("settings")
+    return found or candidates(peer, task, device)[0]

@@ -1,0 +1,223 @@
+"""TRL 1.16: SFT, DPO, reward model, GRPO.
+
+settings (a missing one leaves TRL's default): ``precision``, ``checkpointing``, ``micro`` (examples in one forward
+pass), ``group`` (batches of similar lengths), ``padding_free``, ``precompute`` (DPO's reference in a pass of its own),
+``attention``, ``continuous`` (GRPO: sample by continuous batching, so configured).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from bench.work import EOS, OPTIM, PAD, Job, Pair, Work, conversations, pairs, prompts, text
+from bench.worker import Outcome, Repetition, Unsupported, clock, serve
+
+MICRO = 8  # TRL's default per_device_train_batch_size
+
+
+def prepare(job: Job) -> Repetition:
+    torch.set_num_threads(job.threads)
+    disable_progress_bars()
+    run = {"sft": sft, "dpo": dpo, "reward": reward, "grpo": grpo}.get(job.work.task)
+    if run is None:
+        raise Unsupported(f"TRL 1.16 has no {job.work.task}")
+    return lambda work: run(job, work)
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Training alone: from after the optimizer was made to after the last step."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.began, self.ended = device, 0.0, 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = clock(self.device)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.ended = clock(self.device)
+
+    @property
+    def seconds(self) -> float:
+        assert self.ended > self.began > 0, "the trainer did not say when it began and ended"
+        return self.ended - self.began
+
+
+def arguments(job: Job, work: Work, folder: str) -> dict[str, Any]:
+    """What all of TRL's configurations are given: the work's own, and only those settings that the job names."""
+    settings = job.settings
+    micro = min(settings.get("micro", MICRO), work.batch)
+    given: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": work.batch // micro,
+        "num_train_epochs": 1,
+        "learning_rate": OPTIM["lr"],
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": OPTIM["eps"],
+        "weight_decay": OPTIM["weight_decay"],
+        "max_grad_norm": OPTIM["max_grad_norm"],
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": work.seed,
+        "use_cpu": job.device == "cpu",
+    }
+    if "precision" in settings:
+        given["bf16"] = settings["precision"] == "bf16"
+    if "checkpointing" in settings:
+        given["gradient_checkpointing"] = settings["checkpointing"]
+    if settings.get("group"):
+        given["train_sampling_strategy"] = "group_by_length"
+        given["remove_unused_columns"] = False  # or the column with the lengths, which only SFT can do without, is lost
+    if "padding_free" in settings:
+        given["padding_free"] = settings["padding_free"]
+    return given
+
+
+def precision(args: Any) -> str:
+    return "bf16" if args.bf16 else "fp32"
+
+
+def causal(job: Job) -> Any:
+    given = {"attn_implementation": job.settings["attention"]} if "attention" in job.settings else {}
+    return AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32, **given)
+
+
+def scalar(job: Job) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(job.model_path, dtype=torch.float32, num_labels=1)
+    model.config.pad_token_id = PAD
+    return model
+
+
+def sft(job: Job, work: Work) -> Outcome:
+    rows = conversations(work, job.shape.vocab)
+    with tempfile.TemporaryDirectory() as folder:
+        given = arguments(job, work, folder)
+        # Padding-free batches may not be truncated by TRL; others are not, as nothing is that long.
+        args = SFTConfig(**given, max_length=None if job.settings.get("padding_free") else 4096)
+        timer = Clock(job.device)
+        trainer = SFTTrainer(
+            model=causal(job),
+            args=args,
+            train_dataset=Dataset.from_list([{"input_ids": ids} for ids in rows]),
+            processing_class=AutoTokenizer.from_pretrained(job.model_path),
+            callbacks=[timer],
+        )
+        trainer.train()
+    return Outcome(sum(map(len, rows)), timer.seconds, precision(args))
+
+
+def longest(pair: Pair) -> int:
+    """What a pair is padded to, and so what to group pairs by."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+
+class TimedDpo(DPOTrainer):  # type: ignore[misc]
+    """Also times the reference's pass over the data, which TRL makes while it is set up."""
+
+    reference_seconds = 0.0
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        device = "cpu" if self.args.use_cpu else "cuda"
+        began = clock(device)
+        result = super()._precompute_ref_logps(*args, **kwargs)
+        self.reference_seconds += clock(device) - began
+        return result
+
+
+def dpo(job: Job, work: Work) -> Outcome:
+    rows = [
+        {
+            "prompt": text(p.prompt),
+            "chosen": " " + text(p.chosen),
+            "rejected": " " + text(p.rejected),
+            "length": longest(p),
+        }
+        for p in pairs(work, job.shape.vocab)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        given = arguments(job, work, folder)
+        if "precompute" in job.settings:
+            given["precompute_ref_log_probs"] = job.settings["precompute"]
+        args = DPOConfig(**given, max_length=4096)
+        timer = Clock(job.device)
+        trainer = TimedDpo(
+            model=causal(job),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job.model_path),
+            callbacks=[timer],
+        )
+        trainer.train()
+    parts = {"reference": trainer.reference_seconds, "training": timer.seconds}
+    return Outcome(len(rows), sum(parts.values()), precision(args), parts)
+
+
+def reward(job: Job, work: Work) -> Outcome:
+    rows: list[dict[str, Any]] = [
+        {"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected, "length": longest(p)}
+        for p in pairs(work, job.shape.vocab)
+    ]
+    assert all(row["chosen_ids"][-1] == EOS for row in rows), "TRL expects its end token"
+    with tempfile.TemporaryDirectory() as folder:
+        args = RewardConfig(**arguments(job, work, folder), max_length=4096)
+        timer = Clock(job.device)
+        trainer = RewardTrainer(
+            model=scalar(job),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job.model_path),
+            callbacks=[timer],
+        )
+        trainer.train()
+    return Outcome(len(rows), timer.seconds, precision(args))
+
+
+def grpo(job: Job, work: Work) -> Outcome:
+    rows = [{"prompt": text(ids)} for ids in prompts(work, job.shape.vocab)]
+    with tempfile.TemporaryDirectory() as folder:
+        given = arguments(job, work, folder)
+        if "continuous" in job.settings:
+            given["use_transformers_continuous_batching"] = True
+            given["transformers_continuous_batching_config"] = job.settings["continuous"]
+        args = GRPOConfig(
+            **given,
+            max_steps=work.examples // work.batch,
+            num_generations=work.group,
+            max_completion_length=work.reply[1],
+            generation_kwargs={"eos_token_id": None},  # every completion has its full length
+        )
+        timer = Clock(job.device)
+        trainer = GRPOTrainer(
+            model=causal(job),
+            args=args,
+            reward_funcs=even_words,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job.model_path),
+            callbacks=[timer],
+        )
+        trainer.train()
+    return Outcome(work.examples, timer.seconds, precision(args))
+
+
+def even_words(completions: list[str], **_: Any) -> list[float]:
+    """The share of words with an even number: as good a reward as any, and it costs nothing."""
+    return [sum(w[-1:] in "02468" for w in words) / max(len(words), 1) for words in map(str.split, completions)]
+
+
+if __name__ == "__main__":
+    serve(prepare)
