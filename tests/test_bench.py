@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from bench.contenders import PEERS, Contender, contenders
 from bench.cost import Limits, Phase, causal, forward_flops, phases
 from bench.growth import curves
 from bench.machine import Watch
-from bench.models import word_tokenizer
+from bench.models import model_folder, word_tokenizer
 from bench.work import EOS, SHAPES, WORK, Job, Shape, Work
+from bench.workers import keel
 
 LIMITS = Limits({"fp32": 1e9, "bf16": 2e9}, 1e9)
 SFT = Work("sft", 8, 4, prompt=(2, 4), reply=(3, 5))
@@ -191,6 +193,33 @@ def test_what_else_runs_is_seen() -> None:
     found = watch.so_far()
     assert found["other_cores"] >= 0
     assert len(found["load"]) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- Keel's side
+
+PARTS = {
+    "dpo": {"reference", "training"},
+    "ppo": {"sampling", "scoring", "log-probs and values", "updates"},
+    "grpo": {"sampling", "scoring", "log-probs", "updates"},
+}
+
+
+@pytest.mark.parametrize("task", WORK)
+def test_keel_does_every_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", tiny())
+    little = replace(WORK[task], examples=16, batch=8, prompt=(2, 4), reply=(3, 5), group=min(WORK[task].group, 4))
+    folder = model_folder("tiny", tmp_path)
+    outcome = keel.prepare(Job("tiny", str(folder), little, "cpu", 1, {"batch_tokens": 64}))(little)
+    assert outcome.units >= 16
+    assert set(outcome.parts) == PARTS.get(task, set())
+    assert all(seconds > 0 for seconds in outcome.parts.values())
+    if outcome.parts:
+        assert sum(outcome.parts.values()) == pytest.approx(outcome.seconds)
+
+
+def test_grpos_reward_is_that_of_its_peer() -> None:
+    assert keel.even_words("w2 w13 w20 <eos>") == 0.5  # as bench.workers.trl, which TRL's environment alone can import
+    assert keel.even_words("") == 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- costs

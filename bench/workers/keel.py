@@ -5,7 +5,6 @@ settings: ``precision`` (fp32, bf16), ``checkpointing``, ``batch_tokens``, ``slo
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,19 +13,33 @@ from typing import Any
 import torch
 
 from bench.work import OPTIM, SAMPLING, Job, Work, conversations, pairs, prompts, stop_ids, text
-from bench.worker import Outcome, Repetition, Unsupported, clock, serve
-from keel.config import DpoStage, OptimConfig, PpoStage, PythonRef, RewardStage, RewardTerm, SamplingConfig, SftStage
+from bench.worker import Outcome, Repetition, clock, serve
+from keel.config import (
+    DpoStage,
+    GrpoStage,
+    OnlineBase,
+    OptimConfig,
+    PpoStage,
+    PythonRef,
+    RewardStage,
+    RewardTerm,
+    SamplingConfig,
+    SftStage,
+)
+from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy, load_scalar
-from keel.reward.scorer import RewardModelScorer
+from keel.reward.scorer import PythonScorer, RewardModelScorer
 from keel.rollout.sampler import make_sampler
 from keel.run import Silent, StageDir
 from keel.train.dpo import Dpo, reference_logps
+from keel.train.grpo import Grpo
 from keel.train.loop import Algorithm, train
+from keel.train.online import Rollouts
 from keel.train.pairs import Pair
 from keel.train.ppo import Ppo
 from keel.train.reward import RewardTraining
 from keel.train.sft import Sft
-from keel.types import Encoded, Message, Preference, Prompt
+from keel.types import Encoded, Message, Preference, Prompt, Scorer
 
 ADAMW = OptimConfig(**OPTIM, warmup=0, schedule="constant")  # type: ignore[arg-type]
 
@@ -35,8 +48,6 @@ def prepare(job: Job) -> Repetition:
     torch.set_num_threads(job.threads)
     if job.work.task in SAMPLING:
         return sampling(job)
-    if job.work.task == "grpo" and importlib.util.find_spec("keel.train.grpo") is None:
-        raise Unsupported("keel.train.grpo is not there yet")
     return {"sft": sft, "dpo": dpo, "reward": reward, "ppo": ppo, "grpo": grpo}[job.work.task](job)
 
 
@@ -79,9 +90,14 @@ def timed(job: Job, algorithm: Algorithm, config: Any) -> float:
 
 
 def policy(job: Job) -> torch.nn.Module:
-    return load_policy(
+    return policy_and_chat(job)[0]
+
+
+def policy_and_chat(job: Job) -> tuple[torch.nn.Module, Chat]:
+    model, tokenizer = load_policy(
         job.model_path, device=job.device, gradient_checkpointing=bool(job.settings.get("checkpointing", False))
-    )[0]
+    )
+    return model, Chat(tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -148,54 +164,50 @@ def reward(job: Job) -> Repetition:
     return run
 
 
-def ppo(job: Job) -> Repetition:
-    reference = frozen(load_policy(job.model_path, device=job.device)[0])
-    judge = load_scalar(job.model_path, device=job.device, new_head_seed=1)
-    frozen(judge.model)
+def online_settings(job: Job, work: Work) -> dict[str, Any]:
+    """One rollout and ``work.epochs`` optimizer steps over it for every batch."""
+    return {
+        **stage_settings(job, work),
+        "rewards": [RewardTerm(source=PythonRef(ref="bench:none"))],  # the scorer itself is handed over
+        "episodes": work.examples,
+        "rollout_batch": work.batch,
+        "minibatches": 1,
+        "epochs": work.epochs,
+        "sampling": SamplingConfig(max_new_tokens=work.reply[1], batch_size=job.settings.get("slots", work.batch)),
+    }
 
-    def run(work: Work) -> Outcome:
-        config = PpoStage(
-            **stage_settings(job, work),
-            rewards=[RewardTerm(source=PythonRef(ref="bench:none"))],  # the scorer below is handed over itself
-            episodes=work.examples,
-            rollout_batch=work.batch,
-            minibatches=1,
-            epochs=work.epochs,
-            sampling=SamplingConfig(max_new_tokens=work.reply[1], batch_size=job.settings.get("slots", work.batch)),
-        )
-        ids = prompts(work, job.shape.vocab)
-        records = [Prompt(f"p{n}", (Message("user", text(row)),)) for n, row in enumerate(ids)]
-        model = policy(job)
-        critic = load_scalar(
-            job.model_path, device=job.device, new_head_seed=2, gradient_checkpointing=config.gradient_checkpointing
-        )
-        stopwatch = Stopwatch(job.device)
-        scorer = RewardModelScorer(judge, config.batch_tokens, precision=precision(job))
-        sampler = make_sampler(model, "auto", [], precision(job))
-        algorithm = Ppo(
-            model, reference, critic, scorer, sampler, critic.chat, records, ids, config, job.device, precision(job),
-            work.seed,
-        )  # fmt: skip
-        stopwatch.watch(sampler, "generate", "sampling")
-        stopwatch.watch(scorer, "score", "scoring")
-        stopwatch.watch(algorithm, "_measure", "log-probs and values")
-        seconds = timed(job, algorithm, config)
-        rest = seconds - sum(stopwatch.parts.values())
-        return Outcome(work.examples, seconds, precision(job), {**stopwatch.parts, "updates": rest})
 
-    return run
+def make_rollouts(
+    job: Job, work: Work, config: OnlineBase, reference: torch.nn.Module | None, scorer: Scorer
+) -> Rollouts:
+    ids = prompts(work, job.shape.vocab)
+    records = [Prompt(f"p{n}", (Message("user", text(row)),)) for n, row in enumerate(ids)]
+    model, chat = policy_and_chat(job)
+    sampler = make_sampler(model, "auto", [], precision(job))  # nothing ends a completion
+    return Rollouts(
+        model, reference, scorer, sampler, chat, records, ids, config, job.device, precision(job), work.seed, work.group
+    )
+
+
+def online(job: Job, work: Work, algorithm: Ppo | Grpo, config: OnlineBase) -> Outcome:
+    """A whole run, and how long its parts take: what remains of an iteration is its optimizer steps."""
+    rollouts, stopwatch = algorithm.rollouts, Stopwatch(job.device)
+    stopwatch.watch(rollouts.sampler, "generate", "sampling")
+    stopwatch.watch(rollouts.scorer, "score", "scoring")
+    stopwatch.watch(rollouts, "_measure", "log-probs and values" if isinstance(algorithm, Ppo) else "log-probs")
+    seconds = timed(job, algorithm, config)
+    rest = seconds - sum(stopwatch.parts.values())
+    return Outcome(work.examples, seconds, precision(job), {**stopwatch.parts, "updates": rest})
 
 
 class Stopwatch:
-    """How long the methods of some objects take: where the time of a PPO step goes."""
+    """How long the methods of some objects take: where the time of a step goes."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.parts: dict[str, float] = {}
 
     def watch(self, owner: object, method: str, name: str) -> None:
-        if not hasattr(owner, method):  # a part that a later Keel does otherwise counts as updates
-            return
         call: Callable[..., Any] = getattr(owner, method)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -207,13 +219,34 @@ class Stopwatch:
         setattr(owner, method, watched)
 
 
-def grpo(job: Job) -> Repetition:
-    """PLACE FOR KEEL'S GRPO: ``prepare`` skips it, with the reason, while there is no ``keel.train.grpo``.
+def ppo(job: Job) -> Repetition:
+    reference = frozen(load_policy(job.model_path, device=job.device)[0])
+    judge = load_scalar(job.model_path, device=job.device, new_head_seed=1)
+    frozen(judge.model)
 
-    Like ``ppo``, without a critic and without a reference (TRL's default has no KL term): groups of ``work.group``
-    completions, one optimizer step on each batch of ``work.batch`` completions, rewards from ``even_words`` below.
-    """
-    raise Unsupported("keel.train.grpo exists, but bench/workers/keel.py does not call it yet")
+    def run(work: Work) -> Outcome:
+        config = PpoStage(**online_settings(job, work))
+        critic = load_scalar(
+            job.model_path, device=job.device, new_head_seed=2, gradient_checkpointing=config.gradient_checkpointing
+        )
+        scorer = RewardModelScorer(judge, config.batch_tokens, precision=precision(job))
+        rollouts = make_rollouts(job, work, config, reference, scorer)
+        return online(job, work, Ppo(rollouts, critic, config), config)
+
+    return run
+
+
+def grpo(job: Job) -> Repetition:
+    """As TRL has it by default: no KL term, so no reference; advantages over their group's deviation; the loss averaged
+    over tokens; one optimizer step on each batch of ``work.batch`` completions. Nothing is taken off cut completions,
+    which all of them are."""
+
+    def run(work: Work) -> Outcome:
+        config = GrpoStage(**online_settings(job, work), group_size=work.group, beta=0.0, missing_eos_penalty=0.0)
+        rollouts = make_rollouts(job, work, config, None, PythonScorer(lambda _, completion: even_words(completion)))
+        return online(job, work, Grpo(rollouts, config), config)
+
+    return run
 
 
 def even_words(completion: str) -> float:
