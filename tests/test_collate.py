@@ -14,6 +14,7 @@ from keel.data.collate import (
     epoch_order,
     group_by_prompt,
     messages_hash,
+    micro_batches,
     pack,
     pack_shared,
     shared_rows,
@@ -111,6 +112,11 @@ def test_batches_hold_each_sequence_once_within_the_bound(lengths: list[int], bo
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= bound for batch in batches)
     for batch, following in pairwise(batches):  # greedy: no batch could have taken one more
         assert sum(lengths[i] for i in batch) + lengths[following[0]] > bound
+
+
+def test_micro_batches_are_of_similar_lengths_within_the_limit() -> None:
+    assert micro_batches([5, 1, 9, 3, 7, 2], 10) == [[1, 5, 3], [0], [4], [2]]
+    assert micro_batches([], 10) == []
 
 
 def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:

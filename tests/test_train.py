@@ -35,7 +35,7 @@ from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
 from keel.train.grpo import train_grpo
 from keel.train.loop import _update
-from keel.train.offline import Schedule, micro_batches
+from keel.train.offline import Schedule
 from keel.train.optim import lr_factor, make_optimizer
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
@@ -86,13 +86,6 @@ def test_schedule_sees_every_example_once_an_epoch() -> None:
     seen = [i for step in range(schedule.steps) for i in schedule.batch(step)]
     assert seen == epoch_order(10, 3, 0) + epoch_order(10, 3, 1)
     assert sorted(seen[:10]) == list(range(10))
-
-
-def test_micro_batches_keep_everything_within_the_limit() -> None:
-    lengths = [5, 1, 9, 3, 7, 2]
-    groups = micro_batches(lengths, 10)
-    assert sorted(i for group in groups for i in group) == list(range(6))
-    assert all(sum(lengths[i] for i in group) <= 10 for group in groups)
 
 
 def test_accumulation_changes_nothing(sft_model: Path) -> None:

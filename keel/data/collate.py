@@ -122,6 +122,12 @@ def batches_by_tokens(lengths: Sequence[int], max_tokens: int, order: Sequence[i
     return batches
 
 
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Batches of at most ``max_tokens`` tokens and of similar lengths, the shortest first: attention pads within a
+    batch."""
+    return batches_by_tokens(lengths, max_tokens, sorted(range(len(lengths)), key=lengths.__getitem__))
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """A permutation of ``range(n)`` that depends on the seed and the epoch alone, so a resumed run finds its place.
 

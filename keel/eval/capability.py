@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from keel.data.collate import batches_by_tokens, pack
+from keel.data.collate import micro_batches, pack
 from keel.eval.evaluate import Estimate
 from keel.model.logprobs import sequence_sums, token_logprobs
 from keel.types import Encoded, UserError
@@ -96,12 +96,10 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def _summed_logprobs(model: nn.Module, sequences: Sequence[Encoded], batch_tokens: int) -> Tensor:
     """Summed log-probability of each sequence's masked tokens, float64 [N] on the CPU. Packed by length."""
-    lengths = [len(s.ids) for s in sequences]
-    by_length = sorted(range(len(sequences)), key=lengths.__getitem__)
     sums_N = torch.zeros(len(sequences), dtype=torch.float64)
     device = next(model.parameters()).device
     with _evaluating(model):
-        for indices in batches_by_tokens(lengths, batch_tokens, by_length):
+        for indices in micro_batches([len(s.ids) for s in sequences], batch_tokens):
             batch = pack([sequences[i] for i in indices], device)
             logp_C = token_logprobs(model, batch).logp_C
             sums_N[indices] = sequence_sums(logp_C.double(), batch).cpu()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from keel.data.collate import batches_by_tokens, pack
+from keel.data.collate import micro_batches, pack
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
@@ -56,13 +56,11 @@ class RewardModelScorer:
         """Centred and scaled scores. Raises UserError for a reply that is too long, or a score that is not finite."""
         rows = self._encode(prompts, completions)
         scores_N = torch.zeros(len(rows))
-        lengths = [len(row.ids) for row in rows]
-        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
         if self.reporter is not None:
             self.reporter.start("scoring", len(rows))
         device = self.reward_model.device
         with torch.no_grad(), autocast(device.type, self.precision):
-            for group in batches_by_tokens(lengths, self.batch_tokens, by_length):
+            for group in micro_batches([len(row.ids) for row in rows], self.batch_tokens):
                 batch = pack([rows[i] for i in group], device)
                 scores_N[torch.tensor(group)] = self.reward_model.score_packed(batch).float().cpu()
                 if self.reporter is not None:

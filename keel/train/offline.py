@@ -1,12 +1,11 @@
-"""What training from fixed records shares: the order of examples over epochs, micro-batches by tokens."""
+"""The order of examples over epochs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keel.data.collate import batches_by_tokens, epoch_order
+from keel.data.collate import epoch_order
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,3 @@ class Schedule:
         for epoch in orders:
             orders[epoch] = epoch_order(self.size, self.seed, epoch)
         return [orders[place // self.size][place % self.size] for place in places]
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that each group has at most ``max_tokens`` tokens, of similar lengths (attention pads within a
-    group)."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [list(group) for group in batches_by_tokens(lengths, max_tokens, order)]

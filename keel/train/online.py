@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from keel.config import OnlineBase
 from keel.data.chat import Chat
-from keel.data.collate import epoch_order, pack
+from keel.data.collate import epoch_order, micro_batches, pack
 from keel.model.checkpoint import frozen, load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.precision import Precision, autocast
@@ -25,7 +25,7 @@ from keel.rollout.episodes import encode_prompts, repetition, rollout
 from keel.rollout.sampler import Sampler, make_sampler
 from keel.train.context import TrainContext
 from keel.train.loop import Stats
-from keel.train.offline import Schedule, micro_batches
+from keel.train.offline import Schedule
 from keel.types import Encoded, Judge, PackedBatch, Prompt, Scorer, Trajectory, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from keel.data.chat import Chat
-from keel.data.collate import batches_by_tokens, group_by_prompt, pack_shared, shared_rows, split_by_prompt
+from keel.data.collate import (
+    batches_by_tokens,
+    group_by_prompt,
+    micro_batches,
+    pack_shared,
+    shared_rows,
+    split_by_prompt,
+)
 from keel.model.precision import autocast
 from keel.train.context import TrainContext, within_length
 from keel.train.loop import Micro, Stats, Totals
-from keel.train.offline import micro_batches
 from keel.types import Encoded, PackedBatch, Preference
 
 EVALUATIONS = 4  # times that the held-out pairs are scored on the way

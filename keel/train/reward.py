@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import RewardStage
-from keel.data.collate import pack
+from keel.data.collate import micro_batches, pack
 from keel.model.checkpoint import has_reward_head, load_scalar, save
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
-from keel.train.offline import Schedule, micro_batches
+from keel.train.offline import Schedule
 from keel.train.pairs import Aggregate, PackedPairs, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
 from keel.types import Encoded, Preference, UserError
 

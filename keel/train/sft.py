@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from keel.config import SftStage
 from keel.data.chat import Chat
-from keel.data.collate import pack, split_by_prompt
+from keel.data.collate import micro_batches, pack, split_by_prompt
 from keel.model.checkpoint import load_policy, load_tokenizer, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import inner_model
 from keel.model.precision import autocast
 from keel.train.context import TrainContext, within_length
 from keel.train.loop import Micro, Stats, train
-from keel.train.offline import Schedule, micro_batches
+from keel.train.offline import Schedule
 from keel.types import Demonstration, Encoded
 
 
