@@ -133,6 +133,11 @@ class Encoded:
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """What comes before the first learned token."""
+        return self.ids[: self.mask.index(True)] if True in self.mask else self.ids
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:

@@ -15,7 +15,9 @@ from keel.data.collate import (
     group_by_prompt,
     messages_hash,
     micro_batches,
+    micro_batches_by_prompt,
     pack,
+    pack_by_prompt,
     pack_shared,
     shared_rows,
     split_by_prompt,
@@ -112,6 +114,43 @@ def test_batches_hold_each_sequence_once_within_the_bound(lengths: list[int], bo
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= bound for batch in batches)
     for batch, following in pairwise(batches):  # greedy: no batch could have taken one more
         assert sum(lengths[i] for i in batch) + lengths[following[0]] > bound
+
+
+def completions(own: list[tuple[int, int]]) -> list[Encoded]:
+    """(which prompt, tokens behind it); prompt p is p + 3 tokens long, and every completion differs."""
+    return [
+        Encoded((p,) * (p + 3) + tuple(range(100 * i, 100 * i + n)), (False,) * (p + 3) + (True,) * n)
+        for i, (p, n) in enumerate(own, start=1)
+    ]
+
+
+def test_completions_of_one_prompt_are_packed_in_the_order_given() -> None:
+    rows = completions([(0, 2), (1, 2), (1, 1), (0, 1)])
+    batch = pack_by_prompt(rows)
+    assert batch.ids_T.tolist() == [0, 0, 0, 100, 101, 1, 1, 1, 1, 200, 201, 300, 0, 0, 0, 400]
+    assert batch.ids_T[batch.mask_T].tolist() == pack(rows).ids_T[pack(rows).mask_T].tolist()
+    assert batch.num_sequences == 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=40), st.integers(1, 400))
+def test_micro_batches_by_prompt_hold_everything_once_within_the_limit(own: list[tuple[int, int]], bound: int) -> None:
+    rows = completions(own)
+    batches = micro_batches_by_prompt(rows, bound)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+    for batch in batches:
+        packed = pack_by_prompt([rows[i] for i in batch])
+        assert packed.num_tokens <= bound or len(batch) == 1
+        learned = [t for i in batch for t in rows[i].ids[own[i][0] + 3 :]]
+        assert packed.ids_T[packed.mask_T].tolist() == learned
+
+
+def test_members_of_a_group_share_a_micro_batch_as_far_as_they_fit() -> None:
+    rows = completions([(0, 5), (1, 5), (0, 5), (1, 5), (0, 5)])
+    assert micro_batches_by_prompt(rows, 40) == [[1, 3, 0, 2, 4]]  # 4 + 10 tokens, 3 + 15 tokens
+    assert micro_batches_by_prompt(rows, 18) == [[1, 3], [0, 2, 4]]
+    assert micro_batches_by_prompt(rows, 17) == [[4], [0, 2], [1, 3]]  # 8, 13 and 14 tokens
+    assert micro_batches_by_prompt(rows, 3) == [[0], [2], [4], [1], [3]]
 
 
 def test_micro_batches_are_of_similar_lengths_within_the_limit() -> None:

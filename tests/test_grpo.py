@@ -17,18 +17,19 @@ from tiny import demonstrations, prompt, save_tiny
 from torch import Tensor
 
 from keel.config import GrpoStage, OptimConfig, PpoStage, SamplingConfig, SftStage
+from keel.data.collate import pack, pack_by_prompt
 from keel.model.checkpoint import load_policy
 from keel.objective import group
 from keel.rollout.llama import Decoder
 from keel.rollout.sampler import Sampler, make_sampler
-from keel.train import online
+from keel.train import grpo, online
 from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
 from keel.train.online import Rollouts, make_rollouts
 from keel.train.optim import make_optimizer
 from keel.train.ppo import train_ppo
 from keel.train.sft import train_sft
-from keel.types import Completion, UserError
+from keel.types import Completion, Encoded, PackedBatch, UserError
 
 TRL = json.loads((Path(__file__).parent / "oracles" / "trl_grpo.json").read_text())
 REWARDS = [{"source": {"kind": "python", "ref": "x:y"}}]
@@ -204,6 +205,59 @@ def test_accumulation_changes_nothing(normalise: str, sft_model: Path, tmp_path:
         ends.append((figures["loss"][0], figures["grad_norm"][0]))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
+
+
+def test_a_shared_prompt_changes_no_number(sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured, the loss and the gradient, against every completion behind a copy of its own."""
+    tokens: list[int] = []
+
+    def counting(packing: Any) -> Any:
+        def packed(rows: Sequence[Encoded], device: str) -> PackedBatch:
+            batch: PackedBatch = packing(rows, device)
+            tokens[-1] += batch.num_tokens
+            return batch
+
+        return packed
+
+    found = []
+    for packing in (pack, pack_by_prompt):
+        tokens.append(0)
+        for module in (online, grpo):
+            monkeypatch.setattr(module, "pack_by_prompt", counting(packing))
+        # Micro-batches so small that they cut through groups; two steps, so that groups are cut by steps too.
+        config = stage(batch_tokens=50, minibatches=2, beta=0.5, old_logprobs="trainer")
+        c = context(tmp_path, packing.__name__, sft_model)
+        rollouts = make_rollouts(config, PROMPTS, LikesO(), save_tiny(tmp_path / "ref", 1), c, config.group_size)
+        rollouts.same_start = False  # another reference, or its part of the gradient would be 0
+        algorithm = Grpo(rollouts, config)
+        episodes = rollouts.collect(0)
+        losses = []
+        for micros in algorithm.updates(0):
+            for micro in micros:
+                loss, _ = micro()
+                loss.backward()
+                losses.append(float(loss.detach()))
+        gradients = {name: p.grad for name, p in rollouts.policy.named_parameters() if p.grad is not None}
+        found.append((episodes, losses, gradients))
+    (apart, losses, gradients), (shared, shared_losses, shared_gradients) = found
+    assert tokens[1] < 0.8 * tokens[0]
+    assert shared.rows == apart.rows
+    for name in ("old_logp_C", "ref_logp_C"):
+        torch.testing.assert_close(getattr(shared, name), getattr(apart, name), atol=1e-5, rtol=0)
+    assert shared_losses == pytest.approx(losses, abs=1e-5)
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_kl_is_0_at_the_start_behind_a_shared_prompt(sft_model: Path, tmp_path: Path) -> None:
+    """To the bit: policy and reference are measured in the same packing."""
+    config = stage(old_logprobs="trainer")
+    rollouts = make_rollouts(config, PROMPTS, LikesO(), sft_model, context(tmp_path, "g", sft_model), config.group_size)
+    episodes = rollouts.collect(0)
+    assert episodes.ref_logp_C is not None
+    assert torch.equal(episodes.old_logp_C, episodes.ref_logp_C)
+    assert episodes.figures["objective/kl"] == 0.0
 
 
 def test_a_groups_prompt_is_prefilled_once(sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

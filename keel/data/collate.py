@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -65,7 +66,7 @@ def shared_rows(sequences: Sequence[Encoded], longest: int = SHARED_ROW_UP_TO) -
 def common_prefix(sequences: Sequence[Encoded]) -> int:
     """How many first tokens all sequences share, none of them to be predicted, and each has at least one more."""
     first = sequences[0]
-    shared = min(min((s.mask.index(True) if True in s.mask else len(s.ids)), len(s.ids) - 1) for s in sequences)
+    shared = min(min(len(s.prompt_ids), len(s.ids) - 1) for s in sequences)
     for s in sequences[1:]:
         if s.ids[:shared] != first.ids[:shared]:
             shared = next(i for i, (a, b) in enumerate(zip(s.ids, first.ids, strict=False)) if a != b)
@@ -99,6 +100,13 @@ def pack_shared(rows: Sequence[Sequence[Encoded]], device: torch.device | str = 
     ).to(device)
 
 
+def pack_by_prompt(sequences: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedBatch:
+    """As :func:`pack`, in the same order, but those of one prompt that follow one another stand behind one copy of it,
+    in rows of :func:`shared_rows`."""
+    runs = [list(run) for _, run in groupby(sequences, key=lambda sequence: sequence.prompt_ids)]
+    return pack_shared([row for run in runs for row in shared_rows(run)], device)
+
+
 def unpack(batch: PackedBatch) -> list[Encoded]:
     """The B sequences of a batch: ``pack`` undone, but for the mask of each first token, which stays False."""
     lengths = batch.lengths().tolist()
@@ -126,6 +134,22 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Batches of at most ``max_tokens`` tokens and of similar lengths, the shortest first: attention pads within a
     batch."""
     return batches_by_tokens(lengths, max_tokens, sorted(range(len(lengths)), key=lengths.__getitem__))
+
+
+def micro_batches_by_prompt(sequences: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
+    """Batches for :func:`pack_by_prompt`, of at most ``max_tokens`` tokens and of rows of similar lengths: sequences of
+    one prompt lie side by side as far as they share a copy of it."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(sequence.prompt_ids, []).append(i)
+    rows: list[list[int]] = []
+    sizes: list[int] = []
+    for prompt, members in groups.items():
+        own = [len(sequences[i].ids) - len(prompt) for i in members]
+        for part in batches_by_tokens(own, max(1, min(SHARED_ROW_UP_TO, max_tokens) - len(prompt))):
+            rows.append([members[j] for j in part])
+            sizes.append(len(prompt) + sum(own[j] for j in part))
+    return [[i for row in batch for i in rows[row]] for batch in micro_batches(sizes, max_tokens)]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import GrpoStage
-from keel.data.collate import pack
+from keel.data.collate import pack_by_prompt
 from keel.model.logprobs import token_logprobs
 from keel.objective.group import group_advantages, grpo_loss, token_weights, without_spread
 from keel.train.context import TrainContext
@@ -70,7 +70,7 @@ class Grpo:
     def _micro(self, data: Rollout, part: Sequence[int], weights: Sequence[float]) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
             config, device = self.config, self.rollouts.device
-            batch = pack([data.rows[i] for i in part], device)
+            batch = pack_by_prompt([data.rows[i] for i in part], device)
             length_N = data.length_N[part]
             old_logp = torch.cat([data.old_logp[i] for i in part]).to(device)
             advantage = data.advantage_N[part].repeat_interleave(length_N).to(device)

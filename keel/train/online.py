@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from keel.config import OnlineBase
 from keel.data.chat import Chat
-from keel.data.collate import epoch_order, micro_batches, pack
+from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen, load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.precision import Precision, autocast
@@ -174,15 +174,15 @@ class Rollouts:
     ) -> dict[int, _Measured]:
         """Measures the rows of ``indices``.
 
-        Policy and reference see the same packing, so that while their weights are equal their log-probabilities are
-        too, to the bit: the KL at step 0 is 0.
+        A group's completions stand behind one copy of their prompt. Policy and reference see the same packing, so that
+        while their weights are equal their log-probabilities are too, to the bit: the KL at step 0 is 0.
         """
         found: dict[int, _Measured] = {}
         if not policy and self.reference is None and values is None:
             return {i: _Measured(None, None, None, None) for i in indices}
         with autocast(self.device, self.precision):
-            for group in micro_batches([len(rows[i].ids) for i in indices], self.config.batch_tokens):
-                batch = pack([rows[indices[i]] for i in group], self.device)
+            for group in micro_batches_by_prompt([rows[i] for i in indices], self.config.batch_tokens):
+                batch = pack_by_prompt([rows[indices[i]] for i in group], self.device)
                 own = token_logprobs(self.policy, batch, self.temperature, entropy=True) if policy else None
                 columns = (
                     own.logp_C if own else None,
@@ -261,15 +261,15 @@ def _present(columns: Sequence[Tensor | None]) -> Tensor:
 def minibatches(
     rows: Sequence[Encoded], config: OnlineBase, seed: int, iteration: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """The optimizer steps over a rollout: (the step's episodes, the same in micro-batches), in an order that seed and
-    iteration determine."""
+    """The optimizer steps over a rollout: (the step's episodes, the same in micro-batches for ``pack_by_prompt``), in
+    an order that seed and iteration determine."""
     size = math.ceil(len(rows) / config.minibatches)
     for epoch in range(config.epochs):
         order = epoch_order(len(rows), seed, iteration * config.epochs + epoch)
         for start in range(0, len(rows), size):
             part = order[start : start + size]
-            groups = micro_batches([len(rows[i].ids) for i in part], config.batch_tokens)
-            yield part, [[part[i] for i in group] for group in groups]
+            batches = micro_batches_by_prompt([rows[i] for i in part], config.batch_tokens)
+            yield part, [[part[i] for i in batch] for batch in batches]
 
 
 def policy_stats(loss_C: Tensor, clipped_C: Tensor, logp_C: Tensor, old_logp_C: Tensor) -> Stats:

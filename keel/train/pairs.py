@@ -33,7 +33,7 @@ class Pair:
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        return self.chosen.ids[: self.chosen.mask.index(True)]
+        return self.chosen.prompt_ids
 
 
 @dataclass(frozen=True)

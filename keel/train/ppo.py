@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import PpoStage
-from keel.data.collate import pack
+from keel.data.collate import pack_by_prompt
 from keel.model.checkpoint import load_scalar
 from keel.model.heads import ScalarModel
 from keel.model.logprobs import token_logprobs
@@ -91,7 +91,7 @@ class Ppo:
     def _micro(self, data: Rollout, part: Sequence[int], tokens: int, policy_learns: bool) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
             config, device = self.config, self.rollouts.device
-            batch = pack([data.rows[i] for i in part], device)
+            batch = pack_by_prompt([data.rows[i] for i in part], device)
             old_logp, old_value, advantage, returns = (
                 torch.cat([column[i] for i in part]).to(device)
                 for column in (data.old_logp, data.old_value, data.advantage, data.returns)
