@@ -1,0 +1,48 @@
+"""Markdown of models and people -> HTML that can do nothing. Raw HTML is shown as text, links are text with their
+address beside it (nobody should follow a model's link from here), images are their description: nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markupsafe import Markup, escape
+
+LONGEST = 100_000  # characters; what is longer is shown as plain text
+
+
+class _Renderer(RendererHTML):
+    def link_open(self, tokens: Sequence[Token], i: int, options: Any, env: Any) -> str:
+        return '<span class="link">'
+
+    def link_close(self, tokens: Sequence[Token], i: int, options: Any, env: Any) -> str:
+        depth = 0
+        for token in reversed(tokens[:i]):
+            depth += (token.type == "link_close") - (token.type == "link_open")
+            if depth < 0:
+                shown = "".join(t.content for t in tokens[tokens.index(token) + 1 : i])
+                address = str(token.attrs.get("href", ""))
+                beside = "" if shown == address else f" <code>{escape(address)}</code>"
+                return f"</span>{beside}"
+        return "</span>"
+
+    def image(self, tokens: Sequence[Token], i: int, options: Any, env: Any) -> str:
+        return f'<span class="link">[image: {escape(tokens[i].content)}]</span>'
+
+
+_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer).enable("table")
+
+
+@lru_cache(maxsize=4096)
+def render(text: str) -> Markup:
+    """HTML of ``text``, safe to put into a page."""
+    if len(text) > LONGEST:
+        return Markup("<pre>") + escape(text) + Markup("</pre>")
+    try:
+        return Markup(_MARKDOWN.render(text))
+    except RecursionError:  # quotes within quotes within quotes
+        return Markup("<pre>") + escape(text) + Markup("</pre>")
