@@ -168,11 +168,19 @@ def _chat(arguments: argparse.Namespace) -> int:
     return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens)
 
 
+def _label(arguments: argparse.Namespace) -> int:
+    from keel.cli.label import label
+
+    set_threads(None)
+    return label(arguments)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
     "demo": _demo,
     "chat": _chat,
     "harbor": _harbor,
+    "label": _label,
     **dict.fromkeys(STAGES, _stage),
 }

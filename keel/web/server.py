@@ -25,8 +25,9 @@ def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[s
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-        except OSError as error:
-            raise UserError(f"{host}:{port}: {error.strerror}; choose another --host or --port") from error
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{host}:{port}: {reason}; choose another --host or --port") from error
         listener.listen(2048)
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         address = f"http://{shown}:{listener.getsockname()[1]}"

@@ -16,7 +16,7 @@ def pace_chart(days: Sequence[Day]) -> Markup:
     most = max((day.votes for day in days), default=0)
     if not most:
         return Markup("")
-    step = WIDTH / max(7, len(days))
+    step = WIDTH / max(14, len(days))
     parts = []
     for number, day in enumerate(days):
         height = (BASE - 24) * day.votes / most

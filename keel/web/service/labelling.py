@@ -103,7 +103,7 @@ class Labelling:
             side: {aspect: value for aspect, value in given.items() if aspect in asked}
             for side, given in (ratings or {}).items()
         }
-        return self._store.submit(
+        id = self._store.submit(
             assignment_id,
             choice,
             client_token=token,
@@ -114,6 +114,8 @@ class Labelling:
             ratings={side: given for side, given in kept.items() if given} or None,
             annotator_id=person.annotator_id,
         )
+        self._count("compare", 1)
+        return id
 
     def rank(
         self,
@@ -172,7 +174,11 @@ class Labelling:
         store = self._store
         with store.transaction(writes=True) as connection:
             back = work.undo_last(connection, kind, person.annotator_id, self._version(), store.now, store.lease)
-        return None if back is None else screen(back[0])
+        if back is None:
+            return None
+        if back[1] == "judged":
+            self._count(kind, -1)
+        return screen(back[0])
 
     # ------------------------------------------------------------------------------------------- guideline, progress
 
@@ -203,6 +209,11 @@ class Labelling:
             today = int(connection.execute(mine).scalar_one())
         done, wanted = self._of_all(kind)
         return Done(today, done, wanted)
+
+    def _count(self, kind: WorkKind, change: int) -> None:
+        """What this process just did shows at once, in a figure that is otherwise some seconds old."""
+        asked, (done, wanted) = self._progress.get(kind, (-_KEPT_SECONDS, (0, 0)))
+        self._progress[kind] = asked, (done + change, wanted)
 
     def _of_all(self, kind: WorkKind) -> tuple[int, int]:
         asked, figures = self._progress.get(kind, (-_KEPT_SECONDS, (0, 0)))
