@@ -174,8 +174,8 @@ def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, act
     """How many people are to judge each item of a queue; where more have, that many. Returns how many items changed."""
     if not 1 <= overlap <= 1000:
         raise UserError(f"overlap is {overlap}; give 1 to 1000 people an item")
-    where = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None), items.c.overlap != overlap
     value = case((items.c.taken > overlap, items.c.taken), else_=overlap)
+    where = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None), items.c.overlap != value
     changed = connection.execute(update(items).where(*where).values(overlap=value)).rowcount
     new = {"kind": kind, "overlap": overlap, "items": changed}
     connection.execute(insert(events), event(now, actor, "changed", "batch", batch, None, new))

@@ -108,7 +108,7 @@ def import_prompts(request: Request, session: Admin, file: UploadFile) -> Respon
         except UserError as error:
             raise UserError(str(error).replace(str(path), name)) from None
     added = _manage(request).add_prompts(found, session.account.name)
-    return _done("/prompts", f"{added} prompts read.")
+    return _done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
 
 
 @router.post("/prompts/sample")

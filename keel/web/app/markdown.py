@@ -34,15 +34,20 @@ class _Renderer(RendererHTML):
         return f'<span class="link">[image: {escape(tokens[i].content)}]</span>'
 
 
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer).enable("table")
+def _markdown(breaks: bool) -> MarkdownIt:
+    return MarkdownIt("commonmark", {"html": False, "breaks": breaks}, renderer_cls=_Renderer).enable("table")
+
+
+# Models and people in a conversation mean their line ends; a guideline's text is wrapped by its editor.
+_MARKDOWN = {breaks: _markdown(breaks) for breaks in (True, False)}
 
 
 @lru_cache(maxsize=4096)
-def render(text: str) -> Markup:
-    """HTML of ``text``, safe to put into a page."""
+def render(text: str, breaks: bool = True) -> Markup:
+    """HTML of ``text``, safe to put into a page. ``breaks``: a line end stays one."""
     if len(text) > LONGEST:
         return Markup("<pre>") + escape(text) + Markup("</pre>")
     try:
-        return Markup(_MARKDOWN.render(text))
+        return Markup(_MARKDOWN[breaks].render(text))
     except RecursionError:  # quotes within quotes within quotes
         return Markup("<pre>") + escape(text) + Markup("</pre>")
