@@ -1,4 +1,4 @@
-"""The app's routes: who may use them, what they reveal, what they refuse. On SQLite: the service's tests run on both."""
+"""The app's routes: who may use them, what they reveal, what they refuse. On SQLite; the service is tested on both."""
 
 from __future__ import annotations
 
@@ -249,7 +249,8 @@ def test_a_vote_sent_twice_counts_once(world: World) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"choice": "up"}, {"strength": 4}, {"seconds": -1}, {"seconds": 1e999}, {"token": "short"}, {"token": "a b" * 9},
+        {"choice": "up"}, {"strength": 4}, {"seconds": -1}, {"seconds": 1e999}, {"token": "short"},
+        {"token": "a b" * 9},
         {"assignment": 2**40}, {"assignment": -1}, {"ratings": {"middle": {}}}, {"ratings": {"left": {"helpful": 9}}},
         {"more": 1}, {"reason": "x" * 200_000},
     ],

@@ -172,10 +172,15 @@ def next_assignment(
 def _open_item(connection: Connection, values: dict[str, Any], gold: bool, wait: bool) -> Row[Any] | None:
     """The first item with a free slot that this annotator has not had, locked."""
     passing, waiting = _OPEN["batch" in values, gold]
-    item = connection.execute(passing, values).first()
-    if item is None and wait and connection.dialect.name == "postgresql":
-        item = connection.execute(waiting, values).first()
-    return item
+    if not wait or connection.dialect.name != "postgresql":
+        return connection.execute(passing, values).first()
+    # PostgreSQL keeps the lock on a row that it looked at and that another transaction had just filled. Found nothing,
+    # these locks are let go of before waiting: two who hold some out of order and wait for the others' would deadlock.
+    with connection.begin_nested() as looking:
+        item = connection.execute(passing, values).first()
+        if item is None:
+            looking.rollback()
+    return item if item is not None else connection.execute(waiting, values).first()
 
 
 def submit(

@@ -13,6 +13,7 @@ from markdown_it.token import Token
 from markupsafe import Markup, escape
 
 LONGEST = 100_000  # characters; what is longer is shown as plain text
+DEEPEST = 40  # levels of quotes and lists; the parser drops what is deeper, so there it is shown as plain text, too
 
 
 class _Renderer(RendererHTML):
@@ -35,7 +36,9 @@ class _Renderer(RendererHTML):
 
 
 def _markdown(breaks: bool) -> MarkdownIt:
-    return MarkdownIt("commonmark", {"html": False, "breaks": breaks}, renderer_cls=_Renderer).enable("table")
+    return MarkdownIt(
+        "commonmark", {"html": False, "breaks": breaks, "maxNesting": DEEPEST}, renderer_cls=_Renderer
+    ).enable("table")
 
 
 # Models and people in a conversation mean their line ends; a guideline's text is wrapped by its editor.
@@ -45,9 +48,9 @@ _MARKDOWN = {breaks: _markdown(breaks) for breaks in (True, False)}
 @lru_cache(maxsize=4096)
 def render(text: str, breaks: bool = True) -> Markup:
     """HTML of ``text``, safe to put into a page. ``breaks``: a line end stays one."""
-    if len(text) > LONGEST:
-        return Markup("<pre>") + escape(text) + Markup("</pre>")
-    try:
-        return Markup(_MARKDOWN[breaks].render(text))
-    except RecursionError:  # quotes within quotes within quotes
-        return Markup("<pre>") + escape(text) + Markup("</pre>")
+    if len(text) <= LONGEST:
+        markdown = _MARKDOWN[breaks]
+        tokens = markdown.parse(text)
+        if all(token.level < DEEPEST - 2 for token in tokens):
+            return Markup(markdown.renderer.render(tokens, markdown.options, {}))
+    return Markup("<pre>") + escape(text) + Markup("</pre>")
