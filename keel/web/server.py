@@ -20,6 +20,7 @@ def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[s
     link; ``port`` 0 is a free one. UserError when the port can't be had."""
     prepare(store)
     app = create_app(store, sources)
+    app.state.sampling.recover()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -36,5 +37,12 @@ def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[s
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("others can reach this address: put HTTPS in front of it before you invite anybody")
         # no access log: the paths of links are secrets
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,  # a reply that is still streaming does not keep the server alive
+        )
         uvicorn.Server(config).run(sockets=[listener])

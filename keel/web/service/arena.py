@@ -22,6 +22,7 @@ MOST_TURNS = 20
 MOST_STREAMS = 8  # conversations answered at once, in the whole app
 WAIT_SECONDS = 120.0  # for the next piece of a reply
 FAILED = "(The model gave no answer.)"
+BUSY = "(Many people are in the arena just now. Send your message again in a moment.)"
 
 Side = Literal["left", "right"]
 SIDES: tuple[Side, Side] = ("left", "right")
@@ -78,11 +79,15 @@ class Arena:
             if None in models:
                 raise UserError("a model of this conversation is not served any more; start a new one")
             found = arena.say(connection, id, person.annotator_id, message, self._store.now)
-        if not self._streams.acquire(blocking=False):
-            raise UserError("many people are in the arena just now; try again in a moment")
         return self._stream(found, [model for model in models if model is not None])
 
     def _stream(self, found: Conversation, models: Sequence[ArenaModel]) -> Iterator[tuple[Side, str]]:
+        # here and not before: a stream that is never begun would never give its place back
+        if not self._streams.acquire(blocking=False):
+            for side in SIDES:
+                yield side, BUSY
+                yield side, ""
+            return
         pieces: queue.Queue[tuple[Side, str]] = queue.Queue()
         stop = threading.Event()
         try:

@@ -20,12 +20,12 @@ log = logging.getLogger("keel.web")
 
 
 class Sampling:
-    """One worker thread: a model takes the machine, so requests wait for one another."""
+    """One thread works at a time, since a model takes the machine: requests wait for one another."""
 
     def __init__(self, store: Store, sources: Sources) -> None:
         self._store = store
         self._models = dict(sources.sampled)
-        self._wake = threading.Event()
+        self._working = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @property
@@ -56,9 +56,16 @@ class Sampling:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def _start(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._work, daemon=True, name="sampling")
-            self._thread.start()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="sampling")
+        self._thread.start()
+
+    def recover(self) -> None:
+        """At the server's start: go on with what waits, and say of what was running that it was stopped."""
+        with self._store.transaction(writes=True) as connection:
+            stopped = {"state": "failed", "message": "the server was stopped; ask again", "ended_at": self._store.now}
+            running = update(sampling_requests).where(sampling_requests.c.state == "running")
+            connection.execute(running.values(**stopped))
+        self._start()
 
     def wait(self, timeout: float = 60.0) -> None:
         """Until nothing is left to do; for tests."""
@@ -66,10 +73,15 @@ class Sampling:
             self._thread.join(timeout)
 
     def _work(self) -> None:
+        with self._working:
+            self._work_off()
+
+    def _work_off(self) -> None:
         while (job := self._take()) is not None:
-            state, message = "done", ""
             try:
-                message = self._sample(job)
+                if job["model"] not in self._models:
+                    raise UserError(f"the model {job['model']!r} is not here any more; ask again for another one")
+                state, message = "done", self._sample(job)
             except UserError as error:
                 state, message = "failed", str(error)
             except Exception:
@@ -80,6 +92,7 @@ class Sampling:
 
     def _take(self) -> dict[str, Any] | None:
         query = select(sampling_requests).where(sampling_requests.c.state == "waiting")
+        query = query.with_for_update(skip_locked=True)  # another server process on the same store
         with self._store.transaction(writes=True) as connection:
             found = connection.execute(query.order_by(sampling_requests.c.id).limit(1)).mappings().first()
             if found is not None:
