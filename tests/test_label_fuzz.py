@@ -36,7 +36,7 @@ def test_no_route_ends_in_a_500(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         called: set[str] = set()
 
         def call(case: Any) -> None:
-            answer = case.call(headers=headers, follow_redirects=False)
+            answer = case.call(headers=headers, allow_redirects=False)
             called.add(f"{case.method} {case.path}")
             if answer.status_code >= 500:
                 broken.append(f"{case.method} {case.path} {case.path_parameters} {case.query} {case.body!r}")

@@ -187,14 +187,14 @@ def end_sessions(connection: Connection, annotator_id: int, now: datetime) -> No
 
 def current_guideline(connection: Connection) -> Guideline | None:
     """The newest version that has a text."""
-    query = select(guidelines).where(guidelines.c.text != "").order_by(guidelines.c.created.desc()).limit(1)
-    found = [_guideline(row) for row in connection.execute(query)]
-    return found[0] if found else None
+    return next((guideline for guideline in all_guidelines(connection) if guideline.text), None)
 
 
 def all_guidelines(connection: Connection) -> list[Guideline]:
-    """Newest first."""
-    return [_guideline(row) for row in connection.execute(select(guidelines).order_by(guidelines.c.created.desc()))]
+    """Newest first; of two made at one instant, the one with the higher number."""
+    found = [_guideline(row) for row in connection.execute(select(guidelines))]
+    numbers = {g.version: int(g.version) if g.version.isdecimal() else 0 for g in found}
+    return sorted(found, key=lambda g: (g.created, numbers[g.version], g.version), reverse=True)
 
 
 def next_version(connection: Connection) -> str:
