@@ -30,7 +30,7 @@ from keel.web.service.start import prepare
 
 # Runs the app as `keel label` does, with a clock around each request.
 SERVER = """
-import json, socket, sys, time
+import json, signal, socket, sys, time
 import uvicorn
 from keel.store import Store
 from keel.web.app.create import create_app
@@ -49,8 +49,11 @@ listener = socket.socket()
 listener.bind(("127.0.0.1", 0))
 listener.listen(2048)
 print(listener.getsockname()[1], flush=True)
-uvicorn.Server(uvicorn.Config(timed, log_level="warning", access_log=False)).run(sockets=[listener])
-json.dump(times, open(sys.argv[2], "w"))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has stopped
+try:
+    uvicorn.Server(uvicorn.Config(timed, log_level="warning", access_log=False)).run(sockets=[listener])
+finally:
+    json.dump(times, open(sys.argv[2], "w"))
 """
 
 
