@@ -44,6 +44,9 @@ OPTIONAL = {
     "psycopg": {"store/store.py", "store/engine.py", "store/database.py"},
     "fastapi": None,  # the web room, whichever file
     "uvicorn": None,
+    "starlette": None,
+    "argon2": None,
+    "markdown_it": None,
     "matplotlib": set(),
     "trl": set(),
 }

@@ -20,6 +20,15 @@ from keel.types import Message, UserError
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
+def trained_models(run: str) -> dict[str, str]:
+    """Checkpoint paths by stage: what a run directory has trained so far, in the recipe's order."""
+    folder = Path(run)
+    manifest = RunDir(folder).manifest.read()
+    stages = Recipe.model_validate(manifest["recipe"]).stages if manifest else []
+    done = [s.name for s in stages if s.kind in ("sft", "dpo", "ppo") and RunDir(folder).stage(s.name).done]
+    return {name: str(folder / name) for name in done}
+
+
 def find_model(run: str, stage: str | None) -> tuple[str, str]:
     """(what to call it, checkpoint path) for ``keel chat RUN --stage NAME``.
 
@@ -76,17 +85,36 @@ def stream_text(chat: Chat, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+class Talker:
+    """A model that answers conversations, its reply in pieces as it comes."""
+
+    def __init__(self, path: str, temperature: float, limit: int) -> None:
+        self.device = resolve_device("auto")
+        model, tokenizer = load_policy(path, device=self.device)
+        inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
+        inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
+        inner.eval()
+        self._inner = inner
+        self.chat = Chat(tokenizer)
+        self._context = int(getattr(inner.config, "max_position_embeddings", 0) or sys.maxsize)
+        self._temperature, self._limit = temperature, limit
+
+    def reply(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Raises UserError, before the first piece is asked for, when the conversation does not fit."""
+        ids = self.chat.encode_prompt(messages)
+        room = self._context - len(ids)
+        if room < 1:
+            raise UserError(f"the conversation fills the model's {self._context} tokens; start a new one")
+        limit = min(self._limit, room)
+        return stream_text(self.chat, stream_ids(self._inner, ids, self.chat.stop_ids, self._temperature, limit))
+
+
 def talk(run: str, stage: str | None, temperature: float, limit: int) -> int:
     """Reads lines until the end of the input; returns the exit code."""
     name, path = find_model(run, stage)
     console = Console()
-    device = resolve_device("auto")
-    model, tokenizer = load_policy(path, device=device)
-    inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
-    inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
-    inner.eval()
-    chat = Chat(tokenizer)
-    context = int(getattr(inner.config, "max_position_embeddings", 0) or sys.maxsize)
+    talker = Talker(path, temperature, limit)
+    chat, device = talker.chat, talker.device
     what = "no chat template: each line is asked by itself" if chat.plain else HELP
     console.print(f"[bold]{name}[/] from {path} on {device}. {what}", highlight=False)
     system: list[Message] = []
@@ -113,17 +141,12 @@ def talk(run: str, stage: str | None, temperature: float, limit: int) -> int:
             continue
         turns.append(Message("user", line))
         try:
-            ids = chat.encode_prompt([*system, *turns])
+            pieces = talker.reply([*system, *turns])
         except UserError as error:
             turns.pop()
-            console.print(f"[red]{error}[/]")
+            console.print(f"[red]{error}[/] [dim](/reset starts a new one)[/]")
             continue
-        room = context - len(ids)
-        if room < 1:
-            turns.pop()
-            console.print(f"[red]the conversation fills the model's {context} tokens; /reset starts a new one[/]")
-            continue
-        reply = _print_stream(stream_text(chat, stream_ids(inner, ids, chat.stop_ids, temperature, min(limit, room))))
+        reply = _print_stream(pieces)
         turns.append(Message("assistant", reply))
 
 

@@ -185,6 +185,13 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _label(arguments: argparse.Namespace) -> int:
+    from keel.cli.label import label
+
+    set_threads(None)
+    return label(arguments)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
@@ -193,5 +200,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "harbor": _harbor,
     "export": _export,
     "import": _import,
+    "label": _label,
     **dict.fromkeys(STAGES, _stage),
 }

@@ -98,6 +98,21 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("--responses", default="", metavar="A,B", help="the two responses' fields, in the order shown")
     imports.add_argument("--question", default=None, metavar="NAME", help="the question (control) that compares them")
 
+    label = commands.add_parser("label", help="serve the labelling app: people compare, rank, write, talk to models")
+    label.add_argument("run", nargs="?", default=None, metavar="RUN", help="a run directory (keel demo leaves one)")
+    label.add_argument("--db", default=None, metavar="URL", help="a feedback store instead: a file or postgresql://...")
+    label.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    label.add_argument("--port", type=natural_number, default=8765, help="0 is a free one (default: %(default)s)")
+    label.add_argument(
+        "--arena",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a model to talk to: RUN, RUN:STAGE, a checkpoint's folder, or NAME@https://host/v1 for an "
+        "OpenAI-compatible endpoint; repeat it (default: the run's own trained models)",
+    )
+    label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
+
     harbor = commands.add_parser("harbor", help="the built-in world: build its base model")
     builds = harbor.add_subparsers(dest="harbor_command", required=True, metavar="COMMAND")
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")

@@ -55,7 +55,7 @@ def add_prompts(connection: Connection, new: Sequence[Prompt], now: datetime) ->
         if rows.setdefault(prompt.id, row)["messages"] != row["messages"]:
             raise _other_messages(prompt.id)
     known = {row.id: row for row in _rows(connection, prompts, prompts.c.id, list(rows))}
-    _insert_missing(connection, prompts, [row for id, row in rows.items() if id not in known])
+    insert_missing(connection, prompts, [row for id, row in rows.items() if id not in known])
     for id, old in known.items():
         row = rows[id]
         if old.messages != row["messages"]:
@@ -86,7 +86,7 @@ def add_responses(connection: Connection, new: Sequence[NewResponse], now: datet
             "created": now,
         }
     try:
-        _insert_missing(connection, responses, list(rows.values()))
+        insert_missing(connection, responses, list(rows.values()))
     except IntegrityError as error:
         names = ", ".join(sorted({repr(reply.prompt_id) for reply in new})[:3])
         raise UserError(f"prompt {names} is not in the store; add the prompts before their responses") from error
@@ -123,7 +123,7 @@ def add_items(
             "created": now,
         }
     before = _items(connection, batch, list(rows))
-    _insert_missing(connection, items, [row for key, row in rows.items() if key not in before])
+    insert_missing(connection, items, [row for key, row in rows.items() if key not in before])
     after = _items(connection, batch, list(rows))
     members = [
         {"item_id": item.id, "response_id": int(response)}
@@ -131,7 +131,7 @@ def add_items(
         if key not in before
         for response in key.split("-")
     ]
-    _insert_missing(connection, item_responses, members)
+    insert_missing(connection, item_responses, members)
     for item in before.values():
         if item.overlap < overlap:
             connection.execute(update(items).where(items.c.id == item.id).values(overlap=overlap))
@@ -152,7 +152,7 @@ def add_annotators(connection: Connection, kinds: Mapping[str, str], role: str, 
     new = [
         {"name": name, "kind": kind, "role": role, "created": now} for name, kind in kinds.items() if name not in known
     ]
-    _insert_missing(connection, annotators, new)
+    insert_missing(connection, annotators, new)
     if new:
         log = [
             event(now, "keel", "added", "annotator", r["name"], None, {"kind": r["kind"], "role": role}) for r in new
@@ -161,14 +161,21 @@ def add_annotators(connection: Connection, kinds: Mapping[str, str], role: str, 
     return {row.name: row.id for row in _rows(connection, annotators, annotators.c.name, list(kinds))}
 
 
-def add_guideline(connection: Connection, version: str, text: str, now: datetime) -> None:
+def add_guideline(
+    connection: Connection,
+    version: str,
+    text: str,
+    now: datetime,
+    aspects: Sequence[Mapping[str, str]] | None = None,
+) -> None:
     """See Store.add_guideline."""
     if not version:
         raise UserError("the guideline's version is empty; give it a name such as '1'")
-    row = {"version": version, "text": text, "created": now}
-    _insert_missing(connection, guidelines, [row])
+    given = None if aspects is None else [dict(aspect) for aspect in aspects]
+    row = {"version": version, "text": text, "created": now, "aspects": given}
+    insert_missing(connection, guidelines, [row])
     stored = connection.execute(select(guidelines).where(guidelines.c.version == version)).one()
-    if text and stored.text != text:
+    if text and (stored.text != text or (aspects is not None and stored.aspects != given)):
         raise UserError(f"guideline {version!r} is there with another text; give the new text a new version")
 
 
@@ -327,7 +334,7 @@ def _rows(connection: Connection, table: Table, column: Column[Any], values: Seq
         yield from connection.execute(select(table).where(column.in_(chunk)).order_by(column)).all()
 
 
-def _insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+def insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
     """Insert ``rows`` in order; one that somebody else has just added is left as it is."""
     if rows:
         connection.execute(_insert_statement(connection.dialect.name, table), rows)

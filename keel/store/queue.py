@@ -1,4 +1,4 @@
-"""Who judges what: leases, votes, and votes taken back. Each function runs inside its caller's transaction.
+"""Who does what: leases, votes, and votes taken back. Each function runs inside its caller's transaction.
 
 An item has ``overlap`` slots. A lease takes one, the judgement keeps it, and a lease that has run out gives it back
 when somebody needs it. The slots taken are counted on the item's own row, which is locked while a slot is taken
@@ -11,15 +11,17 @@ The statements are built once: labelling by program runs them thousands of times
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, bindparam, exists, func, insert, select, update
+from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, exists, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from keel.store.records import Assignment, Choice, LeaseLost, Progress
+from keel.store.people_tables import aspect_ratings
+from keel.store.records import Assignment, Choice, LeaseLost, Progress, WorkKind
 from keel.store.rows import prompt_record, storable
 from keel.store.tables import (
     annotators,
@@ -37,13 +39,14 @@ from keel.types import UserError
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 
 _HELD = (
-    select(assignments, items.c.prompt_id)
+    select(assignments)
     .join(items)
     .where(
         assignments.c.annotator_id == bindparam("annotator"),
         assignments.c.state == "leased",
         assignments.c.expires_at > bindparam("now"),
         assignments.c.id.not_in(bindparam("holding", expanding=True)),
+        items.c.kind == bindparam("kind"),
     )
     .order_by(assignments.c.id)
     .limit(1)
@@ -51,19 +54,19 @@ _HELD = (
 _HELD_IN_BATCH = _HELD.where(items.c.batch == bindparam("batch"))
 
 _OPEN_TO = (
-    select(items.c.id, items.c.key, items.c.prompt_id)
+    select(items.c.id, items.c.key)
     .where(
         items.c.taken < items.c.overlap,
+        items.c.kind == bindparam("kind"),
         ~exists().where(
             assignments.c.item_id == items.c.id,
             assignments.c.annotator_id == bindparam("annotator"),
             assignments.c.state != "expired",
         ),
     )
-    .order_by(items.c.id)
+    .order_by(items.c.turn, items.c.id)
     .limit(1)
 )
-_OPEN_TO_IN_BATCH = _OPEN_TO.where(items.c.batch == bindparam("batch"))
 
 
 def _locking(query: Select[Any]) -> tuple[Select[Any], Select[Any]]:
@@ -71,7 +74,12 @@ def _locking(query: Select[Any]) -> tuple[Select[Any], Select[Any]]:
     return query.with_for_update(of=items, skip_locked=True), query.with_for_update(of=items)
 
 
-_OPEN, _OPEN_IN_BATCH = _locking(_OPEN_TO), _locking(_OPEN_TO_IN_BATCH)
+def _open_to(batched: bool, gold: bool) -> Select[Any]:
+    query = _OPEN_TO.where(items.c.gold.is_not(None) if gold else items.c.gold.is_(None))
+    return query.where(items.c.batch == bindparam("batch")) if batched else query
+
+
+_OPEN = {(batched, gold): _locking(_open_to(batched, gold)) for batched in (True, False) for gold in (True, False)}
 
 _TAKE = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken + 1)
 _GIVE_BACK = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken - 1)
@@ -103,20 +111,19 @@ _SCREEN = (
     select(prompts, responses.c.id.label("response_id"), responses.c.text)
     .select_from(items)
     .join(prompts, prompts.c.id == items.c.prompt_id)
-    .join(item_responses, item_responses.c.item_id == items.c.id)
-    .join(responses, responses.c.id == item_responses.c.response_id)
+    .outerjoin(item_responses, item_responses.c.item_id == items.c.id)
+    .outerjoin(responses, responses.c.id == item_responses.c.response_id)
     .where(items.c.id == bindparam("item"))
 )
 
 _ASSIGNMENT = (
-    select(assignments, annotators.c.name)
+    select(assignments, annotators.c.name, items.c.kind)
     .join(annotators)
+    .join(items, items.c.id == assignments.c.item_id)
     .where(assignments.c.id == bindparam("assignment"))
     .with_for_update(of=assignments)
 )
-_ADD_JUDGEMENT = insert(judgements)
 _ADD_EVENT = insert(events)
-_BY_TOKEN = select(judgements.c.id, judgements.c.assignment_id).where(judgements.c.token == bindparam("token"))
 
 
 def next_assignment(
@@ -129,21 +136,23 @@ def next_assignment(
     now: datetime,
     lease: timedelta,
     seed: int,
+    kind: WorkKind = "compare",
+    gold: bool = False,
 ) -> Assignment | None:
     """The annotator's oldest live lease that is not in ``holding``, else a new one, else None (Store.next_assignment).
 
     ``wait``: when every open item is just being taken by somebody else, wait and see what they leave. For short
     transactions only: two long ones that wait for each other would deadlock.
     """
-    values: dict[str, Any] = {"annotator": annotator_id, "now": now, "holding": list(holding)}
+    values: dict[str, Any] = {"annotator": annotator_id, "kind": kind, "now": now, "holding": list(holding)}
     if batch is not None:
         values["batch"] = batch
     held = connection.execute(_HELD if batch is None else _HELD_IN_BATCH, values).first()
     if held is not None:
-        return _assignment(connection, held.id, held.item_id, held.shown, held.expires_at)
+        return screen(connection, held.id, held.item_id, held.shown, held.expires_at, kind)
     del values["now"], values["holding"]
     while True:
-        item = _open_item(connection, values, wait)
+        item = _open_item(connection, values, gold, wait)
         if item is None:
             if not _reclaim(connection, now):
                 return None
@@ -157,16 +166,21 @@ def next_assignment(
             raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first") from error
         if leased is not None:  # else the same annotator took it in another window meanwhile: look again
             connection.execute(_TAKE, {"item": item.id})
-            return _assignment(connection, leased.id, item.id, leased.shown, now + lease)
+            return screen(connection, leased.id, item.id, leased.shown, now + lease, kind)
 
 
-def _open_item(connection: Connection, values: dict[str, Any], wait: bool) -> Row[Any] | None:
+def _open_item(connection: Connection, values: dict[str, Any], gold: bool, wait: bool) -> Row[Any] | None:
     """The first item with a free slot that this annotator has not had, locked."""
-    passing, waiting = _OPEN_IN_BATCH if "batch" in values else _OPEN
-    item = connection.execute(passing, values).first()
-    if item is None and wait and connection.dialect.name == "postgresql":
-        item = connection.execute(waiting, values).first()
-    return item
+    passing, waiting = _OPEN["batch" in values, gold]
+    if not wait or connection.dialect.name != "postgresql":
+        return connection.execute(passing, values).first()
+    # PostgreSQL keeps the lock on a row that it looked at and that another transaction had just filled. Found nothing,
+    # these locks are let go of before waiting: two who hold some out of order and wait for the others' would deadlock.
+    with connection.begin_nested() as looking:
+        item = connection.execute(passing, values).first()
+        if item is None:
+            looking.rollback()
+    return item if item is not None else connection.execute(waiting, values).first()
 
 
 def submit(
@@ -180,77 +194,144 @@ def submit(
     guideline: str | None,
     reason: str | None,
     now: datetime,
+    ratings: Mapping[str, Mapping[str, int]] | None = None,
+    annotator_id: int | None = None,
 ) -> int:
     """Count one vote and return the judgement's id (Store.submit)."""
-    _check_vote(choice, strength, seconds, client_token)
-    assignment = connection.execute(_ASSIGNMENT, {"assignment": assignment_id}).first()
-    if assignment is None:
-        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
-    known = connection.execute(_BY_TOKEN, {"token": client_token}).first()
-    if known is not None:
-        if known.assignment_id != assignment_id:
-            raise _token_used(client_token)
-        return int(known.id)
-    if assignment.state == "judged":
-        raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to change it")
-    if assignment.state == "expired":
-        _retake(connection, assignment_id, assignment.item_id)
+    check_common(seconds, client_token)
+    _check_vote(choice, strength, ratings)
     vote = {"choice": choice, "strength": strength, "seconds": seconds, "guideline": guideline, "reason": reason}
     if reason is not None:
         vote["reason"] = storable(reason)
-    row = vote | {"assignment_id": assignment_id, "token": client_token, "created": now}
+    also = {"ratings": ratings} if ratings else {}
+    id, assignment = record(
+        connection, judgements, "judged", "judgement", assignment_id, vote, ("compare",), client_token, now,
+        annotator_id, also,
+    )  # fmt: skip
+    if ratings and assignment is not None:
+        rows = [
+            {"judgement_id": id, "response_id": assignment.shown[side], "aspect": aspect, "value": value}
+            for side, name in enumerate(("left", "right"))
+            for aspect, value in ratings.get(name, {}).items()
+        ]
+        connection.execute(insert(aspect_ratings), rows)
+    return id
+
+
+def record(
+    connection: Connection,
+    table: Table,
+    action: str,
+    entity: str,
+    assignment_id: int,
+    values: dict[str, Any],
+    kinds: Collection[str],
+    token: str,
+    now: datetime,
+    annotator_id: int | None,
+    also: dict[str, Any] | None = None,
+) -> tuple[int, Row[Any] | None]:
+    """Put what somebody did with an assignment into ``table`` (judgements, rankings, writings) and into the log, where
+    ``also`` stands beside ``values``. Returns the row's id, and the assignment; None for it when the token had been
+    counted before. ``annotator_id``: whose the assignment must be; None: anybody's."""
+    assignment = connection.execute(_ASSIGNMENT, {"assignment": assignment_id}).first()
+    if assignment is None or assignment.kind not in kinds or annotator_id not in (None, assignment.annotator_id):
+        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+    known = connection.execute(_by_token(table), {"token": token}).first()
+    if known is not None:
+        if known.assignment_id != assignment_id:
+            raise _token_used(token)
+        return int(known.id), None
+    if assignment.state == "judged":
+        raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to change it")
+    if assignment.state != "leased":
+        retake(connection, assignment_id, assignment.item_id)
+    row = values | {"assignment_id": assignment_id, "token": token, "created": now}
     try:
-        judgement = connection.execute(_ADD_JUDGEMENT, row).inserted_primary_key
+        made = connection.execute(_insert(table), row).inserted_primary_key
     except IntegrityError as error:
         if "foreign key" in str(error.orig).lower():
-            raise UserError(f"guideline {guideline!r} is not in the store; add that version first") from error
-        raise _token_used(client_token) from error  # by another assignment at this very moment
-    assert judgement is not None
+            raise UserError(f"guideline {values['guideline']!r} is not in the store; add that version first") from error
+        raise _token_used(token) from error  # by another assignment at this very moment
+    assert made is not None
     connection.execute(_SET_STATE, {"assignment": assignment_id, "to": "judged"})
-    new = vote | {"assignment": assignment_id, "item": assignment.item_id, "shown": assignment.shown}
-    connection.execute(_ADD_EVENT, event(now, assignment.name, "judged", "judgement", judgement.id, None, new))
-    return int(judgement.id)
+    new = values | (also or {}) | {"assignment": assignment_id, "item": assignment.item_id, "shown": assignment.shown}
+    log = event(now, assignment.name, action, entity, made.id, None, new, values["guideline"])
+    connection.execute(_ADD_EVENT, log)
+    return int(made.id), assignment
 
 
-def undo(connection: Connection, judgement_id: int, *, now: datetime, lease: timedelta) -> Assignment:
-    """Take a judgement back and give its assignment to the annotator again (Store.undo)."""
-    owner = connection.execute(
-        select(judgements.c.assignment_id).where(judgements.c.id == judgement_id)
-    ).scalar_one_or_none()
-    if owner is None:
-        raise UserError(f"judgement {judgement_id} is not in the store")
+@cache
+def _by_token(table: Table) -> Select[Any]:
+    return select(table.c.id, table.c.assignment_id).where(table.c.token == bindparam("token"))
+
+
+@cache
+def _insert(table: Table) -> Insert:
+    return insert(table)
+
+
+def undo(
+    connection: Connection,
+    done_id: int,
+    *,
+    now: datetime,
+    lease: timedelta,
+    table: Table = judgements,
+    entity: str = "judgement",
+    annotator_id: int | None = None,
+) -> Assignment:
+    """Take a judgement (or a row of rankings or writings) back and give its assignment to the annotator again
+    (Store.undo). ``annotator_id``: who must have done it; None: anybody."""
+    owner = connection.execute(select(table.c.assignment_id).where(table.c.id == done_id)).scalar_one_or_none()
     # the assignment is locked before the judgement is looked at, as in submit
-    assignment = connection.execute(_ASSIGNMENT, {"assignment": owner}).one()
-    judgement = connection.execute(select(judgements).where(judgements.c.id == judgement_id)).one()
-    if judgement.undone_at is not None:
-        raise UserError(f"judgement {judgement_id} has been taken back already")
-    connection.execute(update(judgements).where(judgements.c.id == judgement_id).values(undone_at=now))
+    assignment = None if owner is None else connection.execute(_ASSIGNMENT, {"assignment": owner}).one()
+    if assignment is None or annotator_id not in (None, assignment.annotator_id):
+        raise UserError(f"{entity} {done_id} is not in the store")
+    done = connection.execute(select(table).where(table.c.id == done_id)).one()
+    if done.undone_at is not None:
+        raise UserError(f"{entity} {done_id} has been taken back already")
+    connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
+    lease_again(connection, assignment.id, now, lease)
+    said = ("choice", "strength", "reason", "tiers", "text", "original_id")
+    old = {name: getattr(done, name) for name in said if name in table.c}
+    log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
+    connection.execute(_ADD_EVENT, log)
+    return screen(connection, assignment.id, assignment.item_id, assignment.shown, now + lease, assignment.kind)
+
+
+def lease_again(connection: Connection, assignment_id: int, now: datetime, lease: timedelta) -> None:
+    """What was judged or skipped is in its annotator's hands again, with the slot that it holds."""
     connection.execute(
         update(assignments)
-        .where(assignments.c.id == assignment.id)
-        .values(state="leased", leased_at=now, expires_at=now + lease)
+        .where(assignments.c.id == assignment_id)
+        .values(state="leased", leased_at=now, expires_at=now + lease, skipped_at=None)
     )
-    old = {"choice": judgement.choice, "strength": judgement.strength, "reason": judgement.reason}
-    connection.execute(_ADD_EVENT, event(now, assignment.name, "undone", "judgement", judgement_id, old, None))
-    return _assignment(connection, assignment.id, assignment.item_id, assignment.shown, now + lease)
 
 
-def _check_vote(choice: str, strength: float | None, seconds: float | None, client_token: str) -> None:
-    if choice not in CHOICES:
-        raise UserError(f"choice {choice!r} is unknown; choose one of {', '.join(CHOICES)}")
-    if strength is not None and (choice in ("tie", "both_bad") or strength not in (1, 2, 3)):
-        raise UserError(f"strength {strength} does not go with {choice!r}; give 1, 2 or 3 for a side, none for a tie")
+def check_common(seconds: float | None, client_token: str) -> None:
+    """What everything that is handed in must have."""
     if seconds is not None and not 0 <= seconds < float("inf"):
         raise UserError(f"seconds is {seconds}; give the time taken, 0 or more, or None")
     if not client_token:
         raise UserError("the client token is empty; make a unique one for each judgement")
 
 
+def _check_vote(choice: str, strength: float | None, ratings: Mapping[str, Mapping[str, int]] | None) -> None:
+    if choice not in CHOICES:
+        raise UserError(f"choice {choice!r} is unknown; choose one of {', '.join(CHOICES)}")
+    if strength is not None and (choice in ("tie", "both_bad") or strength not in (1, 2, 3)):
+        raise UserError(f"strength {strength} does not go with {choice!r}; give 1, 2 or 3 for a side, none for a tie")
+    for side, values in (ratings or {}).items():
+        if side not in ("left", "right") or any(value not in (1, 2, 3, 4, 5) for value in values.values()):
+            raise UserError("ratings are 1 to 5 for each aspect of left and right")
+
+
 def _token_used(client_token: str) -> UserError:
     return UserError(f"client token {client_token!r} was used for another assignment; make a new one each time")
 
 
-def _retake(connection: Connection, assignment_id: int, item_id: int) -> None:
+def retake(connection: Connection, assignment_id: int, item_id: int) -> None:
     """A vote whose lease ran out and was reclaimed: it counts as long as nobody else was given the slot."""
     item = connection.execute(
         select(items.c.taken, items.c.overlap).where(items.c.id == item_id).with_for_update()
@@ -272,27 +353,32 @@ def _reclaim(connection: Connection, now: datetime) -> bool:
 
 def _sides(key: str, seed: int, item_id: int, annotator_id: int) -> list[int]:
     """The item's response ids in a random order that depends on the seed, the item and the annotator alone."""
+    kind, _, rest = key.rpartition("/")
+    if kind:  # "edit/57" shows that response, "write/PROMPT" none
+        return [int(rest)] if kind == "edit" else []
     shown = [int(response) for response in key.split("-")]
     random.Random(f"sides/{seed}/{item_id}/{annotator_id}").shuffle(shown)
     return shown
 
 
-def _assignment(
-    connection: Connection, assignment_id: int, item_id: int, shown: list[int], expires_at: datetime
+def screen(
+    connection: Connection, assignment_id: int, item_id: int, shown: list[int], expires_at: datetime, kind: WorkKind
 ) -> Assignment:
     rows = connection.execute(_SCREEN, {"item": item_id}).all()
     texts = {row.response_id: row.text for row in rows}
     screen = tuple(texts[response] for response in shown)
-    return Assignment(assignment_id, item_id, prompt_record(rows[0]), screen, expires_at)
+    return Assignment(assignment_id, item_id, prompt_record(rows[0]), screen, expires_at, kind)
 
 
 def progress(connection: Connection, batch: str | None) -> Progress:
     """See Store.progress."""
-    wanted = select(func.coalesce(func.sum(items.c.overlap), 0))
+    counted = items.c.gold.is_(None), items.c.kind == "compare"
+    wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
     given = (
         select(func.count(), func.count(judgements.c.undone_at))  # the second counts those that are not NULL
         .select_from(judgements.join(assignments))
         .join(items, items.c.id == assignments.c.item_id)
+        .where(*counted)
     )
     if batch is not None:
         wanted, given = wanted.where(items.c.batch == batch), given.where(items.c.batch == batch)

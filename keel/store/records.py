@@ -11,6 +11,7 @@ from keel.types import Preference, Prompt, UserError
 
 Choice = Literal["left", "right", "tie", "both_bad"]
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
+WorkKind = Literal["compare", "rank", "write", "edit"]
 
 
 class LeaseLost(UserError):
@@ -34,14 +35,15 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """One item in one annotator's hands until ``expires_at``. It names no model: judging is blind. ``shown`` are the
-    responses' texts in the order of the screen, left first. ``prompt.meta`` holds the graders' notes: a page for people
-    must not send it."""
+    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit, none
+    where a reply is to be written. ``prompt.meta`` holds the graders' notes: a page for people must not send it."""
 
     id: int
     item_id: int
     prompt: Prompt
     shown: tuple[str, ...]
     expires_at: datetime
+    kind: WorkKind = "compare"
 
     @property
     def left(self) -> str:
@@ -111,7 +113,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of the append-only log: who did what to which entity, its old and new value, and when."""
+    """One line of the append-only log: who did what to which entity, its old and new value, and when, and which version
+    of the guideline was in force (None for what Keel did by itself)."""
 
     id: int
     at: datetime
@@ -121,3 +124,4 @@ class Event:
     entity_id: str
     old: Any
     new: Any
+    guideline: str | None = None

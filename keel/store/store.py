@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from datetime import UTC, datetime, timedelta
@@ -14,12 +15,12 @@ from sqlalchemy import Connection, insert, select
 from sqlalchemy.exc import OperationalError
 
 from keel.config import SamplingConfig
-from keel.store import exchange, ingest, queue
-from keel.store.engine import open_engine, parse_url
-from keel.store.records import AnnotatorKind, Assignment, Choice, Event, Judgement, Progress, Response
+from keel.store import exchange, ingest, queue, work
+from keel.store.engine import WAIT_SECONDS, open_engine, parse_url
+from keel.store.records import AnnotatorKind, Assignment, Choice, Event, Judgement, Progress, Response, WorkKind
 from keel.store.rows import checked_json, prompt_record, response_record
 from keel.store.tables import annotators, assignments, event, events, guidelines, items, judgements, prompts, responses
-from keel.types import Completion, Preference, Prompt, UserError
+from keel.types import Completion, Demonstration, Preference, Prompt, UserError
 
 
 def _now() -> datetime:
@@ -54,6 +55,9 @@ class Store:
         self._url = parse_url(location)
         self._seed, self._lease, self._clock = seed, lease, clock
         self._connection: Connection | None = None
+        # SQLite has one writer at a time, and those that wait look again at intervals that grow; threads of one process
+        # queue up here instead and go on the moment that the one before them is done.
+        self._writer = threading.Lock() if self._engine.dialect.name == "sqlite" else None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -79,6 +83,32 @@ class Store:
             bound._connection = connection
             yield bound
 
+    @property
+    def now(self) -> datetime:
+        return self._clock()
+
+    @property
+    def lease(self) -> timedelta:
+        return self._lease
+
+    @contextmanager
+    def transaction(self, writes: bool) -> Iterator[Connection]:
+        """A connection inside a transaction, for the functions of keel.store that this class has no method for."""
+        with self._begin(writes) as connection:
+            yield connection
+
+    @contextmanager
+    def _turn(self, writes: bool) -> Iterator[None]:
+        if not writes or self._writer is None:
+            yield
+            return
+        mine = self._writer.acquire(timeout=WAIT_SECONDS)  # without it the database itself says that it is locked
+        try:
+            yield
+        finally:
+            if mine:
+                self._writer.release()
+
     @contextmanager
     def _begin(self, writes: bool) -> Iterator[Connection]:
         """The session's transaction, or one of its own."""
@@ -86,7 +116,11 @@ class Store:
             yield self._connection
             return
         try:
-            with self._engine.connect().execution_options(keel_writes=writes) as connection, connection.begin():
+            with (
+                self._turn(writes),
+                self._engine.connect().execution_options(keel_writes=writes) as connection,
+                connection.begin(),
+            ):
                 yield connection
         except OperationalError as error:  # locked for too long, disk full, server gone
             reason = str(error.orig).strip().splitlines()[0]
@@ -151,11 +185,12 @@ class Store:
         with self._begin(writes=True) as connection:
             return ingest.add_annotators(connection, {name: kind}, role, self._clock())[name]
 
-    def add_guideline(self, version: str, text: str = "") -> None:
+    def add_guideline(self, version: str, text: str = "", aspects: Sequence[Mapping[str, str]] | None = None) -> None:
         """Add a version of the guideline. Versions do not change: UserError when it is there with another text. An
-        empty text only makes sure that the version exists."""
+        empty text only makes sure that the version exists. ``aspects``: what a response may be rated on, as
+        ``{"name": ..., "question": ...}``."""
         with self._begin(writes=True) as connection:
-            ingest.add_guideline(connection, version, text, self._clock())
+            ingest.add_guideline(connection, version, text, self._clock(), aspects)
 
     def guideline(self, version: str) -> str | None:
         """The text of a version; None when there is no such version."""
@@ -166,9 +201,16 @@ class Store:
     # ----------------------------------------------------------------------------------------------- the queue
 
     def next_assignment(
-        self, annotator_id: int, batch: str | None = None, holding: Collection[int] = ()
+        self,
+        annotator_id: int,
+        batch: str | None = None,
+        holding: Collection[int] = (),
+        kind: WorkKind = "compare",
+        gold: bool = False,
     ) -> Assignment | None:
-        """What this annotator judges next (of one batch, or of any); None when there is nothing left for them.
+        """What this annotator does next (of one batch, or of any); None when there is nothing left for them.
+
+        ``gold``: of the items with a known answer, which are given out in no other way.
 
         An assignment that the annotator holds already comes again, unless ``holding`` names it (a page that fetches
         ahead says what it has). Else the first item with a free slot that they have not judged is leased to them.
@@ -185,6 +227,8 @@ class Store:
                 now=self._clock(),
                 lease=self._lease,
                 seed=self._seed,
+                kind=kind,
+                gold=gold,
             )
 
     def submit(
@@ -197,13 +241,16 @@ class Store:
         seconds: float | None = None,
         guideline: str | None = None,
         reason: str | None = None,
+        ratings: Mapping[str, Mapping[str, int]] | None = None,
+        annotator_id: int | None = None,
     ) -> int:
         """Count a judgement and return its id. When this returns, it is on the disk.
 
         ``client_token`` is the client's own unique name for it: sent again, it is counted once and gives the same id.
         ``strength``: 1 slightly, 2 better, 3 much better, for ``left`` and ``right``. A judgement whose lease has run
         out counts as long as nobody else was given the slot; after that LeaseLost. Other impossible votes (judged
-        already, unknown guideline, ...) are UserErrors.
+        already, unknown guideline, ...) are UserErrors. ``ratings``: of each side on the aspects, 1 to 5, as
+        ``{"left": {"helpful": 4}, ...}``. ``annotator_id``: whose the assignment must be; by default anybody's.
         """
         with self._begin(writes=True) as connection:
             return queue.submit(
@@ -216,6 +263,8 @@ class Store:
                 guideline=guideline,
                 reason=reason,
                 now=self._clock(),
+                ratings=ratings,
+                annotator_id=annotator_id,
             )
 
     def undo(self, judgement_id: int) -> Assignment:
@@ -268,8 +317,18 @@ class Store:
         ]
 
     def preferences(self, batch: str | None = None) -> list[Preference]:
-        """One training record for each raw vote, in the order they came, ties among them (``tie=True``)."""
-        return [judgement.preference() for judgement in self.judgements(batch)]
+        """One training record for each raw vote, in the order they came, ties among them (``tie=True``); then the pairs
+        of the rankings, and the edits over what was edited. Votes on gold items measure the annotator and are left out.
+        """
+        with self._begin(writes=False) as connection:
+            gold = set(connection.execute(select(items.c.id).where(items.c.gold.is_not(None))).scalars())
+            others = work.ranked_pairs(connection, batch) + work.edited_pairs(connection, batch)
+        return [vote.preference() for vote in self.judgements(batch) if vote.item_id not in gold] + others
+
+    def demonstrations(self, batch: str | None = None) -> list[Demonstration]:
+        """What people wrote: each reply, and each edited reply, as a conversation."""
+        with self._begin(writes=False) as connection:
+            return work.demonstrations(connection, batch)
 
     def events(self) -> list[Event]:
         """The log, oldest first."""

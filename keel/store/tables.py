@@ -56,7 +56,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-def _json() -> JSON:
+def json_column() -> JSON:
     return JSON(none_as_null=True)
 
 
@@ -64,9 +64,9 @@ prompts = Table(
     "prompts",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("messages", _json(), nullable=False),
+    Column("messages", json_column(), nullable=False),
     Column("kind", Text, nullable=False),
-    Column("meta", _json(), nullable=False),
+    Column("meta", json_column(), nullable=False),
     Column("created", UtcDateTime, nullable=False),
 )
 
@@ -79,7 +79,7 @@ responses = Table(
     Column("finished", Boolean, nullable=False),
     Column("model", Text, nullable=False),  # path of the checkpoint that wrote it; empty when not known
     Column("fingerprint", Text, nullable=False),  # of the checkpoint's weights
-    Column("sampling", _json()),
+    Column("sampling", json_column()),
     # hash of the five columns above: a text that a model gave is one response, however often it is added
     Column("key", Text, nullable=False, unique=True),
     Column("created", UtcDateTime, nullable=False),
@@ -101,29 +101,46 @@ guidelines = Table(
     Column("version", Text, primary_key=True),
     Column("text", Text, nullable=False),
     Column("created", UtcDateTime, nullable=False),
+    Column("aspects", json_column()),  # [{"name", "question"}, ...]: what each response may be rated on; NULL: nothing
 )
 
-# Something to judge: two responses of one prompt (a ranking will be more), wanted from `overlap` annotators.
+# Something to do for `overlap` annotators: compare two responses of one prompt, rank four to nine of them, write a
+# reply to a prompt, or edit a response.
 items = Table(
     "items",
     metadata,
     Column("id", Integer, primary_key=True),
     Column("prompt_id", ForeignKey("prompts.id"), nullable=False, index=True),
     Column("batch", Text, nullable=False),  # what it was added for, e.g. one annotate stage; queues do not mix
-    Column("key", Text, nullable=False),  # its response ids in ascending order, "12-57"
+    Column("key", Text, nullable=False),  # its response ids in ascending order, "12-57"; "write/PROMPT", "edit/57"
     Column("overlap", Integer, nullable=False),
     Column("taken", Integer, nullable=False),  # assignments that hold a slot: leased or judged
     Column("created", UtcDateTime, nullable=False),
+    Column("kind", Text, nullable=False, server_default="compare"),  # compare | rank | write | edit
+    Column("turn", Float, nullable=False, server_default="0"),  # lower comes first
+    # a gold item's known answer: first (the response that was stored first), second, or tie; NULL: no gold item
+    Column("gold", Text),
     UniqueConstraint("batch", "key"),
     # the last guard of "never more than overlap", should a transaction ever be wrong
     CheckConstraint("taken >= 0 AND taken <= overlap", name="taken"),
 )
+_OPEN = text("taken < overlap")
 Index(
-    "ix_items_open",
+    "ix_items_open",  # the next one of a batch
     items.c.batch,
+    items.c.kind,
+    items.c.turn,
     items.c.id,
-    sqlite_where=text("taken < overlap"),
-    postgresql_where=text("taken < overlap"),
+    sqlite_where=_OPEN,
+    postgresql_where=_OPEN,
+)
+Index(
+    "ix_items_open_any",  # the next one of any batch
+    items.c.kind,
+    items.c.turn,
+    items.c.id,
+    sqlite_where=_OPEN,
+    postgresql_where=_OPEN,
 )
 
 item_responses = Table(
@@ -133,17 +150,19 @@ item_responses = Table(
     Column("response_id", ForeignKey("responses.id"), primary_key=True),
 )
 
-# An item given to an annotator. States: leased (holds a slot), judged (holds a slot), expired (gave its slot back).
+# An item given to an annotator. States: leased (holds a slot), judged (holds a slot; also for what was ranked or
+# written), expired (gave its slot back), skipped (gave it back and does not come again).
 assignments = Table(
     "assignments",
     metadata,
     Column("id", Integer, primary_key=True),
     Column("item_id", ForeignKey("items.id"), nullable=False),
     Column("annotator_id", ForeignKey("annotators.id"), nullable=False, index=True),
-    Column("shown", _json(), nullable=False),  # response ids in the order shown, left first
+    Column("shown", json_column(), nullable=False),  # response ids in the order shown, left first
     Column("state", Text, nullable=False),
     Column("leased_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime, nullable=False),
+    Column("skipped_at", UtcDateTime),
     UniqueConstraint("item_id", "annotator_id"),
 )
 Index(
@@ -186,12 +205,22 @@ events = Table(
     Column("action", Text, nullable=False),
     Column("entity", Text, nullable=False),
     Column("entity_id", Text, nullable=False),
-    Column("old", _json()),
-    Column("new", _json()),
+    Column("old", json_column()),
+    Column("new", json_column()),
+    Column("guideline", Text),  # the version that was in force for what people did; NULL for what Keel did
 )
 
 
-def event(at: datetime, actor: str, action: str, entity: str, entity_id: object, old: Any, new: Any) -> dict[str, Any]:
+def event(
+    at: datetime,
+    actor: str,
+    action: str,
+    entity: str,
+    entity_id: object,
+    old: Any,
+    new: Any,
+    guideline: str | None = None,
+) -> dict[str, Any]:
     """A row of ``events``."""
     return {
         "at": at,
@@ -201,4 +230,5 @@ def event(at: datetime, actor: str, action: str, entity: str, entity_id: object,
         "entity_id": str(entity_id),
         "old": old,
         "new": new,
+        "guideline": guideline,
     }

@@ -1,0 +1,138 @@
+"""``keel label``: the labelling app on a run's store, with the run's models to talk to and to sample from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from keel.cli.chat import Talker, find_model, trained_models
+from keel.cli.endpoint import endpoint_reply
+from keel.config import Recipe, SampleStage, SamplingConfig
+from keel.data.sources import read_prompts
+from keel.run import RunDir, Silent
+from keel.store import Store
+from keel.types import Completion, Message, Prompt, UserError
+
+TEMPERATURE = 0.8  # two models that always said the same would be compared on little
+LONGEST_REPLY = 512  # tokens
+
+
+def label(arguments: argparse.Namespace) -> int:
+    """Serves until it is stopped; returns the exit code."""
+    try:
+        from keel.web.server import serve
+        from keel.web.service.sources import ArenaModel, SampledModel, Sources
+    except ModuleNotFoundError as error:
+        raise UserError(f"keel label needs {error.name}; install it with: pip install 'keel-rlhf[web]'") from error
+    url = store_of(arguments.run, arguments.db)
+    talkers = arena_models(arguments.run, arguments.arena, arguments.key_env)
+    sources = Sources(
+        read_prompts=lambda path: list(read_prompts(str(path))),
+        arena=[ArenaModel(name, reply) for name, reply in talkers.items()],
+        sampled={
+            name: SampledModel(name, path, fingerprint, sampling, sample_with(path, sampling))
+            for name, path, fingerprint, sampling in sampled_models(arguments.run)
+        },
+    )
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    with Store(url) as store:
+        serve(store, arguments.host, arguments.port, sources, say)
+    return 0
+
+
+def store_of(run: str | None, db: str | None) -> str:
+    """The store's URL. UserError unless exactly one of the two is given, and a run is one."""
+    if (run is None) == (db is None):
+        raise UserError("keel label needs a run directory or --db URL: keel label runs/demo")
+    if db is not None:
+        return db
+    assert run is not None
+    folder = RunDir(run)
+    manifest = folder.manifest.read()
+    if not manifest and not (Path(run) / "feedback.db").exists():
+        raise UserError(f"{run}: not a run directory; make one with keel demo, or give --db FILE for a new store")
+    return (manifest.get("recipe") or {}).get("store") or folder.store_url
+
+
+# ------------------------------------------------------------------------------------------------------------ arena
+
+Reply = Callable[[Sequence[Message]], Iterator[str]]
+
+
+def arena_models(run: str | None, named: Sequence[str], key_env: str) -> dict[str, Reply]:
+    """What to talk to, by name: those named, else the run's trained models."""
+    found: dict[str, Reply] = {}
+    if not named and run is not None:
+        return {name: _lazily(path) for name, path in trained_models(run).items()}
+    for one in named:
+        model, at, url = one.partition("@")
+        if at and "://" in url:
+            found[model] = endpoint_reply(url, model, key_env, TEMPERATURE, LONGEST_REPLY)
+            continue
+        folder, _, stage = one.rpartition(":") if ":" in one and not Path(one).exists() else (one, "", "")
+        name, path = find_model(folder, stage or None)
+        found[one if name == one else f"{folder}:{name}"] = _lazily(path)
+    return found
+
+
+def _lazily(path: str) -> Reply:
+    """The model of a checkpoint, loaded when it is first talked to; one conversation at a time."""
+    lock = threading.Lock()
+    loaded: list[Talker] = []
+
+    def reply(messages: Sequence[Message]) -> Iterator[str]:
+        with lock:
+            if not loaded:
+                loaded.append(Talker(path, TEMPERATURE, LONGEST_REPLY))
+            try:
+                yield from loaded[0].reply(messages)
+            except UserError as error:
+                yield f"({error})"
+
+    return reply
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def sampled_models(run: str | None) -> list[tuple[str, str, str, SamplingConfig]]:
+    """(name, path, fingerprint, sampling) of what responses can be sampled from."""
+    if run is None:
+        return []
+    trained = trained_models(run)
+    if not trained:
+        return []
+    recipe = Recipe.model_validate(RunDir(run).manifest.read()["recipe"])
+    stages = [stage for stage in recipe.stages if isinstance(stage, SampleStage)]
+    sampling = stages[0].sampling if stages else SamplingConfig()
+    return [(name, path, RunDir(run).stage(name).fingerprint or "", sampling) for name, path in trained.items()]
+
+
+def sample_with(path: str, sampling: SamplingConfig) -> Callable[[Sequence[Prompt], int], list[list[Completion]]]:
+    """Samples from a checkpoint, which is loaded for it and let go of after it: training may want the memory."""
+
+    def sample(prompts: Sequence[Prompt], per_prompt: int) -> list[list[Completion]]:
+        from keel.data.chat import Chat
+        from keel.model.checkpoint import frozen, load_policy
+        from keel.model.precision import pick_precision
+        from keel.rollout.collect import sample_replies, stop_token_ids
+        from keel.rollout.sampler import make_sampler
+        from keel.run import resolve_device
+
+        device = resolve_device("auto")
+        model, tokenizer = load_policy(path, device=device)
+        frozen(model)
+        chat = Chat(tokenizer)
+        precision = pick_precision("auto", device)
+        sampler = make_sampler(model, sampling.backend, stop_token_ids(chat, sampling), precision)
+        seed = time.time_ns() % sys.maxsize  # asked again, it is to say something else
+        return sample_replies(sampler, chat, prompts, sampling, per_prompt, seed, Silent())
+
+    return sample

@@ -1,0 +1,162 @@
+"""Conversations with two hidden models. Each function runs inside its caller's transaction and looks only at
+conversations of the given annotator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from keel.store.people_tables import arena_votes, conversations, turns
+from keel.store.rows import storable
+from keel.store.tables import annotators, event, events
+from keel.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """``left``, ``right``: the replies, None while one is still to come."""
+
+    number: int
+    message: str
+    left: str | None
+    right: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    id: int
+    model_left: str
+    model_right: str
+    ended: bool
+    turns: tuple[Turn, ...]
+
+
+def start(connection: Connection, annotator_id: int, left: str, right: str, now: datetime) -> int:
+    """A new conversation's id; one of theirs that is open is given up."""
+    mine = conversations.c.annotator_id == annotator_id, conversations.c.ended_at.is_(None)
+    connection.execute(update(conversations).where(*mine).values(ended_at=now))
+    row = {"annotator_id": annotator_id, "model_left": left, "model_right": right, "created": now}
+    made = connection.execute(insert(conversations), row).inserted_primary_key
+    assert made is not None
+    return int(made.id)
+
+
+def conversation(connection: Connection, id: int, annotator_id: int, lock: bool = False) -> Conversation:
+    query = select(conversations).where(conversations.c.id == id, conversations.c.annotator_id == annotator_id)
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise UserError(f"conversation {id} is not here; start a new one")
+    said = connection.execute(select(turns).where(turns.c.conversation_id == id).order_by(turns.c.number))
+    return Conversation(
+        id,
+        row.model_left,
+        row.model_right,
+        row.ended_at is not None,
+        tuple(Turn(turn.number, turn.message, turn.left, turn.right) for turn in said),
+    )
+
+
+def open_conversation(connection: Connection, annotator_id: int) -> int | None:
+    query = select(conversations.c.id).where(
+        conversations.c.annotator_id == annotator_id, conversations.c.ended_at.is_(None)
+    )
+    id: int | None = connection.execute(query.order_by(conversations.c.id.desc()).limit(1)).scalar_one_or_none()
+    return id
+
+
+def say(connection: Connection, id: int, annotator_id: int, message: str, now: datetime) -> Conversation:
+    """Add the person's next message; the conversation with it as its last turn."""
+    so_far = conversation(connection, id, annotator_id, lock=True)
+    if so_far.ended:
+        raise UserError("this conversation has ended; start a new one")
+    if so_far.turns and None in (so_far.turns[-1].left, so_far.turns[-1].right):
+        # the stream of replies broke off: the same turn is asked again
+        last = so_far.turns[-1].number
+        where = turns.c.conversation_id == id, turns.c.number == last
+        connection.execute(update(turns).where(*where).values(message=storable(message), left=None, right=None))
+    else:
+        row = {"conversation_id": id, "number": len(so_far.turns) + 1, "message": storable(message), "created": now}
+        connection.execute(insert(turns), row)
+    return conversation(connection, id, annotator_id)
+
+
+def answer(connection: Connection, id: int, number: int, side: str, text: str) -> None:
+    """Keep the reply of one side to turn ``number``."""
+    where = turns.c.conversation_id == id, turns.c.number == number
+    connection.execute(update(turns).where(*where).values(**{side: storable(text)}))
+
+
+def vote(
+    connection: Connection,
+    id: int,
+    annotator_id: int,
+    choice: str,
+    *,
+    token: str,
+    reason: str | None,
+    guideline: str | None,
+    now: datetime,
+) -> Conversation:
+    """Count a vote, which ends the conversation. The same token counts once."""
+    known = connection.execute(select(arena_votes.c.conversation_id).where(arena_votes.c.token == token)).first()
+    found = conversation(connection, id, annotator_id, lock=True)
+    if known is not None:
+        if known.conversation_id != id:
+            raise UserError("this client token was used for another vote; make a new one each time")
+        return found
+    if found.ended:
+        raise UserError("this conversation has ended; start a new one")
+    answered = [turn for turn in found.turns if turn.left is not None and turn.right is not None]
+    if not answered:
+        raise UserError("vote once both have answered")
+    said = {"turn": answered[-1].number, "choice": choice, "reason": None if reason is None else storable(reason)}
+    row = said | {"conversation_id": id, "token": token, "guideline": guideline, "created": now}
+    made = connection.execute(insert(arena_votes), row).inserted_primary_key
+    assert made is not None
+    connection.execute(update(conversations).where(conversations.c.id == id).values(ended_at=now))
+    name = connection.execute(select(annotators.c.name).where(annotators.c.id == annotator_id)).scalar_one()
+    new = said | {"conversation": id, "models": [found.model_left, found.model_right]}
+    connection.execute(insert(events), event(now, name, "voted", "arena vote", made.id, None, new, guideline))
+    return found
+
+
+def votes(connection: Connection) -> list[dict[str, Any]]:
+    """Every vote with its conversation, as rows of an export: the two sides as message lists, oldest first."""
+    query = (
+        select(arena_votes, conversations.c.model_left, conversations.c.model_right, annotators.c.name)
+        .join(conversations, conversations.c.id == arena_votes.c.conversation_id)
+        .join(annotators, annotators.c.id == conversations.c.annotator_id)
+        .order_by(arena_votes.c.id)
+    )
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    said: dict[int, list[Mapping[str, Any]]] = {}
+    for turn in connection.execute(select(turns).order_by(turns.c.conversation_id, turns.c.number)).mappings():
+        said.setdefault(turn["conversation_id"], []).append(dict(turn))
+    return [
+        {
+            "id": row["token"],
+            "annotator": row["name"],
+            "choice": row["choice"],
+            "turn": row["turn"],
+            "reason": row["reason"],
+            "guideline": row["guideline"],
+            "created": row["created"].isoformat(),
+            "model_left": row["model_left"],
+            "model_right": row["model_right"],
+            "conversation_left": _messages(said[row["conversation_id"]][: row["turn"]], "left"),
+            "conversation_right": _messages(said[row["conversation_id"]][: row["turn"]], "right"),
+        }
+        for row in rows
+    ]
+
+
+def _messages(said: list[Mapping[str, Any]], side: str) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": turn[column]}
+        for turn in said
+        for role, column in (("user", "message"), ("assistant", side))
+    ]

@@ -1,0 +1,310 @@
+"""What those who manage the labelling look at: queues, votes without their texts, disagreements, flags, prompts. Each
+function runs inside its caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, insert, select, update
+
+from keel.store.people_tables import adjudications, flags
+from keel.store.tables import (
+    annotators,
+    assignments,
+    event,
+    events,
+    item_responses,
+    items,
+    judgements,
+    prompts,
+    responses,
+)
+from keel.types import UserError
+
+GOLD_SLOTS = 100_000  # a gold item is for everybody: so many more than have it already
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One batch's items of one kind: ``wanted`` judgements, ``done``, ``held`` in somebody's hands; ``gold`` items are
+    counted by themselves."""
+
+    batch: str
+    kind: str
+    items: int
+    wanted: int
+    done: int
+    held: int
+    gold: int
+
+    @property
+    def open(self) -> int:
+        return self.wanted - self.done - self.held
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A standing judgement without its texts. ``vote``: first (the response stored first), second, tie; ``longer``:
+    whether the preferred response is the longer one, None for a tie and for equal lengths."""
+
+    item_id: int
+    annotator: str
+    kind: str
+    vote: str
+    left: bool | None
+    longer: bool | None
+    gold: str | None
+    seconds: float | None
+    created: datetime
+    batch: str
+    guideline: str | None
+
+
+def queues(connection: Connection) -> list[Queue]:
+    plain = items.c.gold.is_(None)
+    query = (
+        select(
+            items.c.batch,
+            items.c.kind,
+            func.sum(case((plain, 1), else_=0)),
+            func.sum(case((plain, items.c.overlap), else_=0)),
+            func.sum(case((plain, items.c.taken), else_=0)),
+            func.sum(case((plain, 0), else_=1)),
+        )
+        .group_by(items.c.batch, items.c.kind)
+        .order_by(func.max(items.c.id).desc())
+    )
+    held = (
+        select(items.c.batch, items.c.kind, func.count())
+        .select_from(assignments.join(items))
+        .where(assignments.c.state == "leased", plain)
+        .group_by(items.c.batch, items.c.kind)
+    )
+    in_hands = {(row[0], row[1]): int(row[2]) for row in connection.execute(held)}
+    found = []
+    for batch, kind, count, wanted, taken, gold in connection.execute(query):
+        hands = in_hands.get((batch, kind), 0)
+        found.append(Queue(batch, kind, int(count), int(wanted), int(taken) - hands, hands, int(gold)))
+    return found
+
+
+def votes(connection: Connection, people_only: bool = True) -> list[Vote]:
+    """Every comparison that stands, oldest first."""
+    length = {
+        row.id: row.length
+        for row in connection.execute(select(responses.c.id, func.length(responses.c.text).label("length")))
+    }
+    query = (
+        select(judgements, assignments.c.item_id, assignments.c.shown, items.c.gold, items.c.batch)
+        .add_columns(annotators.c.name, annotators.c.kind)
+        .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(judgements.c.undone_at.is_(None))
+        .order_by(judgements.c.id)
+    )
+    if people_only:
+        query = query.where(annotators.c.kind == "person")
+    return [_vote(row, length) for row in connection.execute(query)]
+
+
+def _vote(row: Row[Any], length: Mapping[int, int]) -> Vote:
+    vote, left, longer = "tie", None, None
+    if row.choice in ("left", "right"):
+        left = row.choice == "left"
+        preferred, other = row.shown if left else reversed(row.shown)
+        vote = "first" if preferred < other else "second"
+        longer = None if length[preferred] == length[other] else length[preferred] > length[other]
+    return Vote(
+        row.item_id, row.name, row.kind, vote, left, longer, row.gold, row.seconds, row.created, row.batch,
+        row.guideline,
+    )  # fmt: skip
+
+
+def skips(connection: Connection) -> dict[str, int]:
+    """How often each annotator skipped."""
+    query = select(annotators.c.name, func.count()).select_from(assignments.join(annotators))
+    query = query.where(assignments.c.state == "skipped").group_by(annotators.c.name)
+    return {row[0]: int(row[1]) for row in connection.execute(query)}
+
+
+# --------------------------------------------------------------------------------------------------- items, gold items
+
+
+def browse(connection: Connection, batch: str | None, gold: bool, offset: int, limit: int) -> list[dict[str, Any]]:
+    """Comparisons with their texts, newest batch first: what gold items are picked from."""
+    query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == "compare")
+    query = query.where(items.c.gold.is_not(None) if gold else items.c.gold.is_(None))
+    if batch is not None:
+        query = query.where(items.c.batch == batch)
+    rows = [dict(row) for row in connection.execute(query.order_by(items.c.id).offset(offset).limit(limit)).mappings()]
+    return with_texts(connection, rows)
+
+
+def with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Item rows, each with ``responses``: its texts in the order they were stored."""
+    texts: dict[int, list[str]] = {}
+    query = (
+        select(item_responses.c.item_id, responses.c.text)
+        .join(responses, responses.c.id == item_responses.c.response_id)
+        .where(item_responses.c.item_id.in_([row["id"] for row in rows]))
+        .order_by(responses.c.id)
+    )
+    for row in connection.execute(query):
+        texts.setdefault(row.item_id, []).append(row.text)
+    return [row | {"responses": texts.get(row["id"], [])} for row in rows]
+
+
+def set_gold(connection: Connection, item_id: int, answer: str | None, actor: str, now: datetime) -> None:
+    """Make an item a gold item with this answer, or (None) no longer."""
+    item = connection.execute(select(items).where(items.c.id == item_id).with_for_update()).first()
+    if item is None or item.kind != "compare":
+        raise UserError(f"there is no comparison {item_id}")
+    if answer not in (None, "first", "second", "tie"):
+        raise UserError(f"the answer {answer!r} is unknown; give first, second or tie")
+    overlap = max(1, item.taken) if answer is None else item.taken + GOLD_SLOTS
+    connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
+    old, new = {"gold": item.gold, "overlap": item.overlap}, {"gold": answer, "overlap": overlap}
+    connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))
+
+
+def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, actor: str, now: datetime) -> int:
+    """How many people are to judge each item of a queue; where more have, that many. Returns how many items changed."""
+    if not 1 <= overlap <= 1000:
+        raise UserError(f"overlap is {overlap}; give 1 to 1000 people an item")
+    value = case((items.c.taken > overlap, items.c.taken), else_=overlap)
+    where = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None), items.c.overlap != value
+    changed = connection.execute(update(items).where(*where).values(overlap=value)).rowcount
+    new = {"kind": kind, "overlap": overlap, "items": changed}
+    connection.execute(insert(events), event(now, actor, "changed", "batch", batch, None, new))
+    return changed
+
+
+def put_first(connection: Connection, batch: str, kind: str, actor: str, now: datetime) -> None:
+    """A queue's items come before all others from now on."""
+    first = connection.execute(select(func.coalesce(func.min(items.c.turn), 0.0))).scalar_one()
+    connection.execute(update(items).where(items.c.batch == batch, items.c.kind == kind).values(turn=first - 1))
+    connection.execute(
+        insert(events), event(now, actor, "put first", "batch", batch, None, {"kind": kind, "turn": first - 1})
+    )
+
+
+# ------------------------------------------------------------------------------------------ disagreements and flags
+
+
+def disagreements(connection: Connection, limit: int = 50) -> list[dict[str, Any]]:
+    """Comparisons on which people's votes differ and no last word was given, with their texts and votes."""
+    settled = exists().where(adjudications.c.item_id == items.c.id, adjudications.c.undone_at.is_(None))
+    # which response a vote went to is told by `shown`, which is JSON: the votes are compared below, not in SQL
+    query = (
+        select(items.c.id)
+        .join(assignments, and_(assignments.c.item_id == items.c.id, assignments.c.state == "judged"))
+        .join(annotators, and_(annotators.c.id == assignments.c.annotator_id, annotators.c.kind == "person"))
+        .where(items.c.kind == "compare", items.c.gold.is_(None), ~settled)
+        .group_by(items.c.id)
+        .having(func.count(distinct(assignments.c.id)) > 1)
+        .order_by(items.c.id)
+    )
+    ids = list(connection.execute(query).scalars())
+    said = votes_on(connection, ids)
+    differ = [id for id in ids if len({vote["vote"] for vote in said[id]}) > 1][:limit]
+    shown = select(items, prompts.c.messages).join(prompts).where(items.c.id.in_(differ)).order_by(items.c.id)
+    rows = [dict(row) | {"votes": said[row["id"]]} for row in connection.execute(shown).mappings()]
+    return with_texts(connection, rows)
+
+
+def votes_on(connection: Connection, item_ids: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """Who said what of each item, with the reason."""
+    query = (
+        select(assignments.c.item_id, assignments.c.shown, judgements, annotators.c.name)
+        .select_from(judgements.join(assignments))
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(judgements.c.undone_at.is_(None), annotators.c.kind == "person")
+        .order_by(judgements.c.id)
+    )
+    said: dict[int, list[dict[str, Any]]] = {id: [] for id in item_ids}
+    for start in range(0, len(item_ids), 500):
+        part = item_ids[start : start + 500]
+        for row in connection.execute(query.where(assignments.c.item_id.in_(part))):
+            vote = _vote_of(row.choice, row.shown)
+            said[row.item_id].append(
+                {"annotator": row.name, "vote": vote, "strength": row.strength, "reason": row.reason}
+            )
+    return said
+
+
+def _vote_of(choice: str, shown: Sequence[int]) -> str:
+    if choice not in ("left", "right"):
+        return choice  # tie, both_bad
+    preferred, other = shown if choice == "left" else reversed(shown)
+    return "first" if preferred < other else "second"
+
+
+def adjudicate(
+    connection: Connection, item_id: int, annotator_id: int, choice: str, reason: str | None, actor: str, now: datetime
+) -> None:
+    """A reviewer's last word on an item; an earlier one is taken back."""
+    if choice not in ("first", "second", "tie"):
+        raise UserError(f"the choice {choice!r} is unknown; give first, second or tie")
+    if connection.execute(select(items.c.id).where(items.c.id == item_id, items.c.kind == "compare")).first() is None:
+        raise UserError(f"there is no comparison {item_id}")
+    standing = adjudications.c.item_id == item_id, adjudications.c.undone_at.is_(None)
+    old = connection.execute(select(adjudications.c.choice).where(*standing)).scalar_one_or_none()
+    connection.execute(update(adjudications).where(*standing).values(undone_at=now))
+    row = {"item_id": item_id, "annotator_id": annotator_id, "choice": choice, "reason": reason, "created": now}
+    connection.execute(insert(adjudications), row)
+    new = {"choice": choice, "reason": reason}
+    connection.execute(insert(events), event(now, actor, "adjudicated", "item", item_id, old and {"choice": old}, new))
+
+
+def open_flags(connection: Connection) -> list[dict[str, Any]]:
+    query = (
+        select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, prompts.c.messages)
+        .select_from(flags.join(assignments).join(items, items.c.id == assignments.c.item_id))
+        .join(prompts, prompts.c.id == items.c.prompt_id)
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(flags.c.resolved_at.is_(None))
+        .order_by(flags.c.id)
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def resolve_flag(connection: Connection, id: int, actor: str, now: datetime) -> None:
+    where = flags.c.id == id, flags.c.resolved_at.is_(None)
+    if connection.execute(update(flags).where(*where).values(resolved_at=now)).rowcount:
+        connection.execute(insert(events), event(now, actor, "resolved", "flag", id, None, None))
+
+
+# -------------------------------------------------------------------------------------------------- prompts and the log
+
+
+def prompt_figures(connection: Connection) -> dict[str, int]:
+    """How many prompts there are, and responses."""
+    counts = {"prompts": prompts, "responses": responses}
+    return {
+        name: int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+        for name, table in counts.items()
+    }
+
+
+def newest_prompts(connection: Connection, limit: int) -> list[dict[str, Any]]:
+    replies = select(func.count()).where(responses.c.prompt_id == prompts.c.id).scalar_subquery()
+    query = select(prompts.c.id, prompts.c.messages, prompts.c.kind, replies.label("responses"))
+    return [
+        dict(row)
+        for row in connection.execute(query.order_by(prompts.c.created.desc(), prompts.c.id).limit(limit)).mappings()
+    ]
+
+
+def prompts_with_fewest(connection: Connection, limit: int) -> list[str]:
+    """Ids of the prompts with the fewest responses: who asks for more wants them there first."""
+    replies = select(func.count()).where(responses.c.prompt_id == prompts.c.id).scalar_subquery()
+    return list(connection.execute(select(prompts.c.id).order_by(replies, prompts.c.id).limit(limit)).scalars())
+
+
+def latest_events(connection: Connection, limit: int) -> list[dict[str, Any]]:
+    return [
+        dict(row) for row in connection.execute(select(events).order_by(events.c.id.desc()).limit(limit)).mappings()
+    ]

@@ -1,0 +1,239 @@
+"""Accounts, links and sessions. Each function runs inside its caller's transaction. Secrets are made and hashed by the
+caller (keel.web.service.people): only digests come here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from keel.store.ingest import insert_missing
+from keel.store.people_tables import accounts, links, sessions, settings
+from keel.store.tables import annotators, event, events, guidelines
+from keel.types import UserError
+
+AccountRole = Literal["annotator", "reviewer", "admin"]
+ROLES: tuple[AccountRole, ...] = ("annotator", "reviewer", "admin")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Somebody who may sign in. ``password``: its hash; None for one who comes by link only."""
+
+    annotator_id: int
+    name: str
+    role: AccountRole
+    active: bool
+    password: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    account: Account
+    csrf: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guideline:
+    """``aspects``: (name, question) of what a response may be rated on."""
+
+    version: str
+    text: str
+    aspects: tuple[tuple[str, str], ...]
+    created: datetime
+
+
+_ACCOUNT = select(
+    accounts.c.annotator_id, annotators.c.name, annotators.c.role, accounts.c.active, accounts.c.password
+).join(annotators)
+
+
+def account(connection: Connection, name: str) -> Account | None:
+    row = connection.execute(_ACCOUNT.where(annotators.c.name == name)).first()
+    return None if row is None else Account(*row)
+
+
+def all_accounts(connection: Connection) -> list[Account]:
+    return [Account(*row) for row in connection.execute(_ACCOUNT.order_by(annotators.c.name))]
+
+
+def add_account(
+    connection: Connection, name: str, role: AccountRole, password: str | None, actor: str, now: datetime
+) -> Account:
+    """UserError when the name is taken, by another account or by an annotator of earlier judgements: somebody new must
+    not come to own what somebody else said."""
+    if connection.execute(select(annotators.c.id).where(annotators.c.name == name)).first() is not None:
+        raise UserError(f"the name {name!r} is taken; choose another one")
+    row = {"name": name, "kind": "person", "role": role, "created": now}
+    insert_missing(connection, annotators, [row])
+    id = connection.execute(select(annotators.c.id).where(annotators.c.name == name)).scalar_one()
+    new = {"annotator_id": id, "password": password, "active": True, "created": now}
+    connection.execute(insert(accounts), new)
+    log(connection, now, actor, "added", "account", name, None, {"role": role})
+    return Account(id, name, role, True, password)
+
+
+def change_account(connection: Connection, name: str, actor: str, now: datetime, **changes: Any) -> None:
+    """Change ``role``, ``active`` or ``password``. UserError when nobody could manage any more."""
+    old = account(connection, name)
+    if old is None:
+        raise UserError(f"there is no account {name!r}")
+    was = {key: getattr(old, key) for key in changes if key != "password"}
+    if old.role == "admin" and old.active and (changes.get("role", "admin") != "admin" or not changes.get("active", 1)):
+        others = [a for a in all_accounts(connection) if a.role == "admin" and a.active and a.name != name]
+        if not others:
+            raise UserError(f"{name!r} is the only admin; make somebody else an admin first")
+    if "role" in changes:
+        new_role = {"role": changes["role"]}
+        connection.execute(update(annotators).where(annotators.c.id == old.annotator_id).values(**new_role))
+    own = {key: value for key, value in changes.items() if key != "role"}
+    if own:
+        connection.execute(update(accounts).where(accounts.c.annotator_id == old.annotator_id).values(**own))
+    if own or was.get("role") != changes.get("role"):  # whoever was signed in signs in again, with what holds now
+        end_sessions(connection, old.annotator_id, now)
+    told = {key: value for key, value in changes.items() if key != "password"} or {"password": "changed"}
+    log(connection, now, actor, "changed", "account", name, was or None, told)
+
+
+# ---------------------------------------------------------------------------------------------------- links, sessions
+
+
+def add_link(
+    connection: Connection,
+    digest: str,
+    role: AccountRole,
+    annotator_id: int | None,
+    made_by: str,
+    now: datetime,
+    expires_at: datetime,
+) -> None:
+    row = {"digest": digest, "role": role, "annotator_id": annotator_id, "made_by": made_by, "created": now}
+    made = connection.execute(insert(links), row | {"expires_at": expires_at}).inserted_primary_key
+    assert made is not None
+    log(connection, now, made_by, "made", "link", made.id, None, {"role": role, "for": annotator_id})
+
+
+def link(connection: Connection, digest: str, now: datetime, use: bool = False) -> dict[str, Any] | None:
+    """The link with this digest that still holds: its id, role, made_by, and annotator's name (None: an invitation).
+    ``use``: it holds no longer. Of two who use it at once one gets it."""
+    query = (
+        select(links.c.id, links.c.role, links.c.made_by, links.c.annotator_id, annotators.c.name)
+        .outerjoin(annotators, annotators.c.id == links.c.annotator_id)
+        .where(links.c.digest == digest, links.c.used_at.is_(None), links.c.expires_at > now)
+    )
+    found = connection.execute(query).mappings().first()
+    row = None if found is None else dict(found)
+    if row is None or not use:
+        return row
+    mark = update(links).where(links.c.id == row["id"], links.c.used_at.is_(None)).values(used_at=now)
+    if connection.execute(mark).rowcount != 1:
+        return None
+    log(connection, now, row["name"] or "somebody invited", "used", "link", row["id"], None, None)
+    return row
+
+
+def open_links(connection: Connection, now: datetime) -> list[dict[str, Any]]:
+    """Invitations that nobody has used yet."""
+    query = select(links).where(links.c.used_at.is_(None), links.c.expires_at > now, links.c.annotator_id.is_(None))
+    return [dict(row) for row in connection.execute(query.order_by(links.c.id)).mappings()]
+
+
+def withdraw_link(connection: Connection, id: int, actor: str, now: datetime) -> None:
+    connection.execute(update(links).where(links.c.id == id, links.c.used_at.is_(None)).values(used_at=now))
+    log(connection, now, actor, "withdrew", "link", id, None, None)
+
+
+def add_session(
+    connection: Connection, digest: str, annotator_id: int, csrf: str, now: datetime, expires_at: datetime
+) -> None:
+    row = {"digest": digest, "annotator_id": annotator_id, "csrf": csrf, "created": now, "expires_at": expires_at}
+    connection.execute(insert(sessions), row)
+
+
+_SESSION = (
+    select(
+        sessions.c.csrf,
+        accounts.c.annotator_id,
+        annotators.c.name,
+        annotators.c.role,
+        accounts.c.active,
+        accounts.c.password,
+    )
+    .join(accounts, accounts.c.annotator_id == sessions.c.annotator_id)
+    .join(annotators, annotators.c.id == sessions.c.annotator_id)
+    .where(sessions.c.ended_at.is_(None), accounts.c.active)
+)
+
+
+def session(connection: Connection, digest: str, now: datetime) -> Session | None:
+    """The session with this digest, if it still holds and its account is active."""
+    row = connection.execute(_SESSION.where(sessions.c.digest == digest, sessions.c.expires_at > now)).first()
+    return None if row is None else Session(Account(*row[1:]), row.csrf)
+
+
+def end_session(connection: Connection, digest: str, now: datetime) -> None:
+    connection.execute(update(sessions).where(sessions.c.digest == digest).values(ended_at=now))
+
+
+def end_sessions(connection: Connection, annotator_id: int, now: datetime) -> None:
+    mine = sessions.c.annotator_id == annotator_id, sessions.c.ended_at.is_(None)
+    connection.execute(update(sessions).where(*mine).values(ended_at=now))
+
+
+# ---------------------------------------------------------------------------------------------- guideline, settings
+
+
+def current_guideline(connection: Connection) -> Guideline | None:
+    """The newest version that has a text."""
+    return next((guideline for guideline in all_guidelines(connection) if guideline.text), None)
+
+
+def all_guidelines(connection: Connection) -> list[Guideline]:
+    """Newest first; of two made at one instant, the one with the higher number."""
+    found = [_guideline(row) for row in connection.execute(select(guidelines))]
+    numbers = {g.version: int(g.version) if g.version.isdecimal() else 0 for g in found}
+    return sorted(found, key=lambda g: (g.created, numbers[g.version], g.version), reverse=True)
+
+
+def next_version(connection: Connection) -> str:
+    """One more than the highest whole number among the versions."""
+    versions = connection.execute(select(guidelines.c.version)).scalars()
+    return str(1 + max((int(version) for version in versions if version.isdecimal()), default=0))
+
+
+def _guideline(row: Any) -> Guideline:
+    aspects = tuple((aspect["name"], aspect["question"]) for aspect in row.aspects or ())
+    return Guideline(row.version, row.text, aspects, row.created)
+
+
+def setting(connection: Connection, name: str, default: Any) -> Any:
+    row = connection.execute(select(settings.c.value).where(settings.c.name == name)).first()
+    return default if row is None else row.value
+
+
+def set_setting(connection: Connection, name: str, value: Any, actor: str, now: datetime) -> None:
+    old = setting(connection, name, None)
+    insert_missing(connection, settings, [{"name": name, "value": value}])
+    connection.execute(update(settings).where(settings.c.name == name).values(value=value))
+    log(connection, now, actor, "changed", "setting", name, old, value)
+
+
+def log(
+    connection: Connection,
+    now: datetime,
+    actor: str,
+    action: str,
+    entity: str,
+    entity_id: object,
+    old: Any,
+    new: Any,
+    guideline: str | None = None,
+) -> None:
+    connection.execute(insert(events), event(now, actor, action, entity, entity_id, old, new, guideline))
+
+
+def admins(connection: Connection) -> int:
+    query = select(func.count()).select_from(accounts.join(annotators))
+    return int(connection.execute(query.where(annotators.c.role == "admin", accounts.c.active)).scalar_one())

@@ -1,0 +1,199 @@
+"""The tables of the labelling app, beside those that training knows (tables.py): what people do besides comparing,
+who they are, and how they sign in. Secrets (passwords, links, sessions) are kept as hashes alone.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+from keel.store.tables import UtcDateTime, json_column, metadata
+
+_STANDS = text("undone_at IS NULL")
+
+# ------------------------------------------------------------------------------------------------- what people do
+
+aspect_ratings = Table(
+    "aspect_ratings",
+    metadata,
+    Column("judgement_id", ForeignKey("judgements.id"), primary_key=True),
+    Column("response_id", ForeignKey("responses.id"), primary_key=True),
+    Column("aspect", Text, primary_key=True),
+    Column("value", Integer, nullable=False),  # 1 (bad) to 5 (good)
+    CheckConstraint("value BETWEEN 1 AND 5", name="value"),
+)
+
+rankings = Table(
+    "rankings",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey("assignments.id"), nullable=False),
+    Column("token", Text, nullable=False, unique=True),
+    Column("tiers", json_column(), nullable=False),  # response ids, best tier first: [[12], [9, 30], [4]]
+    Column("seconds", Float),
+    Column("guideline", ForeignKey("guidelines.version")),
+    Column("reason", Text),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+)
+Index("ix_rankings_standing", rankings.c.assignment_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
+
+# A demonstration (original_id is NULL) or the edit of a response.
+writings = Table(
+    "writings",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey("assignments.id"), nullable=False),
+    Column("token", Text, nullable=False, unique=True),
+    Column("text", Text, nullable=False),
+    Column("original_id", ForeignKey("responses.id")),
+    Column("seconds", Float),
+    Column("guideline", ForeignKey("guidelines.version")),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+)
+Index("ix_writings_standing", writings.c.assignment_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
+
+flags = Table(
+    "flags",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey("assignments.id"), nullable=False),
+    Column("token", Text, nullable=False, unique=True),
+    Column("text", Text, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("resolved_at", UtcDateTime),
+)
+
+# A reviewer's last word on an item whose votes differ.
+adjudications = Table(
+    "adjudications",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("item_id", ForeignKey("items.id"), nullable=False),
+    Column("annotator_id", ForeignKey("annotators.id"), nullable=False),
+    Column("choice", Text, nullable=False),  # first (the response that was stored first), second, tie
+    Column("reason", Text),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+)
+Index(
+    "ix_adjudications_standing",
+    adjudications.c.item_id,
+    unique=True,
+    sqlite_where=_STANDS,
+    postgresql_where=_STANDS,
+)
+
+# ---------------------------------------------------------------------------------------------------- the arena
+
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("annotator_id", ForeignKey("annotators.id"), nullable=False, index=True),
+    Column("model_left", Text, nullable=False),
+    Column("model_right", Text, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("ended_at", UtcDateTime),  # voted on, or given up: nothing is added any more
+)
+
+turns = Table(
+    "turns",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("conversation_id", ForeignKey("conversations.id"), nullable=False),
+    Column("number", Integer, nullable=False),  # 1, 2, ...
+    Column("message", Text, nullable=False),
+    Column("left", Text),  # NULL: not answered yet
+    Column("right", Text),
+    Column("created", UtcDateTime, nullable=False),
+    UniqueConstraint("conversation_id", "number"),
+)
+
+arena_votes = Table(
+    "arena_votes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("conversation_id", ForeignKey("conversations.id"), nullable=False, unique=True),
+    Column("token", Text, nullable=False, unique=True),
+    Column("turn", Integer, nullable=False),  # after which turn
+    Column("choice", Text, nullable=False),
+    Column("reason", Text),
+    Column("guideline", ForeignKey("guidelines.version")),
+    Column("created", UtcDateTime, nullable=False),
+    CheckConstraint("choice IN ('left', 'right', 'tie', 'both_bad')", name="choice"),
+)
+
+# ------------------------------------------------------------------------------------------------- who they are
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("annotator_id", ForeignKey("annotators.id"), primary_key=True),
+    Column("password", Text),  # argon2; NULL: signs in by link only
+    Column("active", Boolean, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+)
+
+# A link that may be used once: an invitation (makes an account), or a way in for one that is there.
+links = Table(
+    "links",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False, unique=True),  # SHA-256 of the secret in the link
+    Column("role", Text, nullable=False),
+    Column("annotator_id", ForeignKey("annotators.id")),  # whose way in; NULL: an invitation
+    Column("made_by", Text, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("used_at", UtcDateTime),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("digest", Text, primary_key=True),  # SHA-256 of the cookie
+    Column("annotator_id", ForeignKey("annotators.id"), nullable=False, index=True),
+    Column("csrf", Text, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("ended_at", UtcDateTime),
+)
+
+# ------------------------------------------------------------------------------------------------- how it is run
+
+settings = Table(
+    "settings",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", json_column(), nullable=False),
+)
+
+# Somebody asked for responses to be sampled. States: waiting, running, done, failed.
+sampling_requests = Table(
+    "sampling_requests",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("prompts", Integer, nullable=False),  # how many, of those with the fewest responses
+    Column("per_prompt", Integer, nullable=False),
+    Column("overlap", Integer, nullable=False),
+    Column("kind", Text, nullable=False),  # what is made of them: compare | rank | edit
+    Column("state", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("made_by", Text, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("ended_at", UtcDateTime),
+)

@@ -1,0 +1,355 @@
+"""What people do besides comparing: rank, write, edit, skip, flag; and what that is as training records.
+
+Each function runs inside its caller's transaction (``Store.transaction``). Whose an assignment is, is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from itertools import combinations
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, Table, insert, select, update
+
+from keel.store import queue
+from keel.store.ingest import insert_missing
+from keel.store.people_tables import flags, rankings, writings
+from keel.store.records import Assignment, WorkKind
+from keel.store.rows import storable
+from keel.store.tables import (
+    annotators,
+    assignments,
+    event,
+    events,
+    item_responses,
+    items,
+    judgements,
+    prompts,
+    responses,
+)
+from keel.types import Demonstration, Message, Preference, Prompt, UserError
+
+RANKED = range(4, 10)  # how many responses one ranking may hold (InstructGPT, section 3.4: K between 4 and 9)
+TABLES: Mapping[str, tuple[Table, str]] = {
+    "compare": (judgements, "judgement"),
+    "rank": (rankings, "ranking"),
+    "write": (writings, "writing"),
+    "edit": (writings, "writing"),
+}
+
+# ----------------------------------------------------------------------------------------------------- what is wanted
+
+
+def add_rankings(
+    connection: Connection, groups: Sequence[Sequence[int]], overlap: int, batch: str, now: datetime
+) -> list[int]:
+    """Items that ask to rank four to nine responses of one prompt; their ids. UserError for any other group."""
+    rows, members = [], {}
+    for group in groups:
+        ids = sorted(set(group))
+        found = connection.execute(select(responses.c.prompt_id).where(responses.c.id.in_(ids))).scalars().all()
+        if len(ids) not in RANKED or len(found) != len(ids) or len(set(found)) != 1:
+            raise UserError(f"responses {list(group)}: a ranking needs 4 to 9 different responses of one prompt")
+        key = "-".join(str(id) for id in ids)
+        members[key] = ids
+        rows.append(_row("rank", found[0], key, overlap, batch, now))
+    return _add(connection, rows, members, overlap, now)
+
+
+def add_writing(
+    connection: Connection, prompt_ids: Sequence[str], overlap: int, batch: str, now: datetime
+) -> list[int]:
+    """Items that ask for a reply to each prompt; their ids."""
+    rows = [_row("write", id, f"write/{id}", overlap, batch, now) for id in prompt_ids]
+    return _add(connection, rows, {}, overlap, now)
+
+
+def add_edits(
+    connection: Connection, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
+) -> list[int]:
+    """Items that ask to improve each response; their ids."""
+    query = select(responses.c.id, responses.c.prompt_id).where(responses.c.id.in_(response_ids))
+    prompt_of = {row.id: row.prompt_id for row in connection.execute(query)}
+    rows = [_row("edit", prompt_of[id], f"edit/{id}", overlap, batch, now) for id in response_ids]
+    return _add(connection, rows, {f"edit/{id}": [id] for id in response_ids}, overlap, now)
+
+
+def _row(kind: WorkKind, prompt_id: str, key: str, overlap: int, batch: str, now: datetime) -> dict[str, Any]:
+    row = {"prompt_id": prompt_id, "batch": batch, "key": key, "overlap": overlap, "taken": 0, "created": now}
+    return row | {"kind": kind, "turn": 0.0}
+
+
+def _add(
+    connection: Connection,
+    rows: Sequence[dict[str, Any]],
+    members: Mapping[str, Sequence[int]],
+    overlap: int,
+    now: datetime,
+) -> list[int]:
+    if overlap < 1:
+        raise UserError(f"overlap is {overlap}; each item needs at least 1 person")
+    insert_missing(connection, items, rows)
+    ids = []
+    for row in rows:
+        query = select(items.c.id).where(items.c.batch == row["batch"], items.c.key == row["key"])
+        ids.append(connection.execute(query).scalar_one())
+        parts = [{"item_id": ids[-1], "response_id": response} for response in members.get(row["key"], ())]
+        insert_missing(connection, item_responses, parts)
+    if rows:
+        new = {"items": len(rows), "overlap": overlap, "kind": rows[0]["kind"]}
+        connection.execute(insert(events), event(now, "keel", "added", "batch", rows[0]["batch"], None, new))
+    return ids
+
+
+# --------------------------------------------------------------------------------------------------------- what is done
+
+
+def rank(
+    connection: Connection,
+    assignment_id: int,
+    tiers: Sequence[Sequence[int]],
+    *,
+    token: str,
+    seconds: float | None,
+    guideline: str | None,
+    reason: str | None,
+    annotator_id: int,
+    now: datetime,
+) -> int:
+    """Count a ranking and return its id. ``tiers``: places on the screen (0, 1, ...), best first, equals together."""
+    queue.check_common(seconds, token)
+    shown = connection.execute(
+        select(assignments.c.shown).where(assignments.c.id == assignment_id, assignments.c.annotator_id == annotator_id)
+    ).scalar_one_or_none()
+    if shown is None:
+        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+    if sorted(place for tier in tiers for place in tier) != list(range(len(shown))) or not all(tiers):
+        raise UserError("a ranking places each response once")
+    values = {
+        "tiers": [[shown[place] for place in tier] for tier in tiers],
+        "seconds": seconds,
+        "guideline": guideline,
+        "reason": None if reason is None else storable(reason),
+    }
+    id, _ = queue.record(
+        connection, rankings, "ranked", "ranking", assignment_id, values, ("rank",), token, now, annotator_id
+    )
+    return id
+
+
+def write(
+    connection: Connection,
+    assignment_id: int,
+    text: str,
+    *,
+    token: str,
+    seconds: float | None,
+    guideline: str | None,
+    annotator_id: int,
+    now: datetime,
+) -> int:
+    """Count a demonstration or an edit and return its id."""
+    queue.check_common(seconds, token)
+    text = storable(text).strip()
+    if not text:
+        raise UserError("the reply is empty; write one, or skip")
+    query = select(assignments.c.shown, responses.c.text).outerjoin_from(
+        assignments.join(items), item_responses, item_responses.c.item_id == items.c.id
+    )
+    query = query.outerjoin(responses, responses.c.id == item_responses.c.response_id)
+    row = connection.execute(query.where(assignments.c.id == assignment_id)).first()
+    original = row.shown[0] if row is not None and row.shown else None
+    if row is not None and original is not None and row.text.strip() == text:
+        raise UserError("the reply is as it was; improve it, or skip when it needs nothing")
+    values = {"text": text, "original_id": original, "seconds": seconds, "guideline": guideline}
+    id, _ = queue.record(
+        connection, writings, "wrote", "writing", assignment_id, values, ("write", "edit"), token, now, annotator_id
+    )
+    return id
+
+
+def skip(
+    connection: Connection, assignment_id: int, reason: str, guideline: str | None, annotator_id: int, now: datetime
+) -> None:
+    """Give an item back for good. Skipped once more, it stays skipped."""
+    assignment = _mine(connection, assignment_id, annotator_id)
+    if assignment.state == "skipped":
+        return
+    if assignment.state == "judged":
+        raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to skip it")
+    changes = {"state": "skipped", "skipped_at": now}
+    connection.execute(update(assignments).where(assignments.c.id == assignment_id).values(**changes))
+    if assignment.state == "leased":
+        given_back = items.c.taken - 1
+        connection.execute(update(items).where(items.c.id == assignment.item_id).values(taken=given_back))
+    new = {"assignment": assignment_id, "item": assignment.item_id, "reason": storable(reason)}
+    log = event(now, assignment.name, "skipped", "assignment", assignment_id, None, new, guideline)
+    connection.execute(insert(events), log)
+
+
+def flag(
+    connection: Connection,
+    assignment_id: int,
+    text: str,
+    *,
+    token: str,
+    guideline: str | None,
+    annotator_id: int,
+    now: datetime,
+) -> None:
+    """Tell the reviewers that something is wrong with an item. The same token counts once."""
+    queue.check_common(None, token)
+    assignment = _mine(connection, assignment_id, annotator_id)
+    if connection.execute(select(flags.c.id).where(flags.c.token == token)).first() is not None:
+        return
+    row = {"assignment_id": assignment_id, "token": token, "text": storable(text), "created": now}
+    made = connection.execute(insert(flags), row).inserted_primary_key
+    assert made is not None
+    new = {"assignment": assignment_id, "item": assignment.item_id, "text": row["text"]}
+    connection.execute(insert(events), event(now, assignment.name, "flagged", "flag", made.id, None, new, guideline))
+
+
+def undo_last(
+    connection: Connection, kind: WorkKind, annotator_id: int, guideline: str | None, now: datetime, lease: timedelta
+) -> tuple[Assignment, str] | None:
+    """Take back what this annotator did last in this kind of work, a skip included: the assignment, theirs again, and
+    what was taken back (judged, skipped); None when there is nothing to take back."""
+    table, entity = TABLES[kind]
+    last = connection.execute(
+        select(table.c.id, table.c.created)
+        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
+        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, table.c.undone_at.is_(None))
+        .order_by(table.c.id.desc())
+        .limit(1)
+    ).first()
+    skipped = connection.execute(
+        select(assignments)
+        .join(items)
+        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, assignments.c.state == "skipped")
+        .order_by(assignments.c.skipped_at.desc())
+        .limit(1)
+    ).first()
+    if skipped is not None and (last is None or skipped.skipped_at > last.created):
+        return _unskip(connection, skipped, kind, guideline, now, lease), "skipped"
+    if last is None:
+        return None
+    back = queue.undo(connection, last.id, now=now, lease=lease, table=table, entity=entity, annotator_id=annotator_id)
+    return back, "judged"
+
+
+def _unskip(
+    connection: Connection, skipped: Row[Any], kind: WorkKind, guideline: str | None, now: datetime, lease: timedelta
+) -> Assignment:
+    queue.retake(connection, skipped.id, skipped.item_id)
+    queue.lease_again(connection, skipped.id, now, lease)
+    name = connection.execute(select(annotators.c.name).where(annotators.c.id == skipped.annotator_id)).scalar_one()
+    log = event(now, name, "unskipped", "assignment", skipped.id, {"item": skipped.item_id}, None, guideline)
+    connection.execute(insert(events), log)
+    return queue.screen(connection, skipped.id, skipped.item_id, skipped.shown, now + lease, kind)
+
+
+def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[Any]:
+    query = (
+        select(assignments, annotators.c.name)
+        .join(annotators)
+        .where(assignments.c.id == assignment_id, assignments.c.annotator_id == annotator_id)
+        .with_for_update(of=assignments)
+    )
+    assignment = connection.execute(query).first()
+    if assignment is None:
+        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+    return assignment
+
+
+# ------------------------------------------------------------------------------------------------- as training records
+
+
+def ranked_pairs(connection: Connection, batch: str | None) -> list[Preference]:
+    """Every pair of every ranking that stands; two responses of one tier are a tie. Ids are TOKEN/BETTER-WORSE."""
+    found = connection.execute(_standing(rankings, batch)).all()
+    replies = _replies(connection, [id for row in found for tier in row.tiers for id in tier])
+    pairs = []
+    for row in found:
+        place = {id: number for number, tier in enumerate(row.tiers) for id in tier}
+        for better, worse in combinations(place, 2):
+            pair = _pair(f"{row.token}/{better}-{worse}", row, replies[better], replies[worse])
+            pairs.append(replace(pair, tie=place[better] == place[worse]))
+    return pairs
+
+
+def edited_pairs(connection: Connection, batch: str | None) -> list[Preference]:
+    """Each edit over the response that was edited."""
+    found = connection.execute(_standing(writings, batch).where(writings.c.original_id.is_not(None))).all()
+    replies = _replies(connection, [row.original_id for row in found])
+    return [
+        Preference(
+            id=row.token,
+            prompt=_prompt(row),
+            chosen=row.text,
+            rejected=replies[row.original_id].text,
+            annotator=row.annotator,
+            rejected_finished=replies[row.original_id].finished,
+        )
+        for row in found
+    ]
+
+
+def demonstrations(connection: Connection, batch: str | None) -> list[Demonstration]:
+    """See Store.demonstrations."""
+    found = connection.execute(_standing(writings, batch)).all()
+    return [Demonstration(row.token, (*_prompt(row).messages, Message("assistant", row.text))) for row in found]
+
+
+def _standing(table: Table, batch: str | None) -> Select[Any]:
+    query = (
+        select(table, items.c.prompt_id, items.c.batch, prompts.c.messages, prompts.c.kind, prompts.c.meta)
+        .add_columns(annotators.c.name.label("annotator"))
+        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+        .join(items, items.c.id == assignments.c.item_id)
+        .join(prompts, prompts.c.id == items.c.prompt_id)
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(table.c.undone_at.is_(None))
+        .order_by(table.c.id)
+    )
+    return query if batch is None else query.where(items.c.batch == batch)
+
+
+def _prompt(row: Row[Any]) -> Prompt:
+    messages = tuple(Message(message["role"], message["content"]) for message in row.messages)
+    return Prompt(row.prompt_id, messages, row.kind, row.meta)
+
+
+def _replies(connection: Connection, ids: Sequence[int]) -> dict[int, Row[Any]]:
+    found: dict[int, Row[Any]] = {}
+    wanted = sorted(set(ids))
+    for start in range(0, len(wanted), 500):
+        query = select(responses).where(responses.c.id.in_(wanted[start : start + 500]))
+        found |= {row.id: row for row in connection.execute(query)}
+    return found
+
+
+def _pair(id: str, row: Row[Any], better: Row[Any], worse: Row[Any]) -> Preference:
+    return Preference(
+        id=id,
+        prompt=_prompt(row),
+        chosen=better.text,
+        rejected=worse.text,
+        annotator=row.annotator,
+        chosen_finished=better.finished,
+        rejected_finished=worse.finished,
+    )
+
+
+def done_by(kind: WorkKind, annotator_id: int, limit: int) -> Select[Any]:
+    """What one annotator did last that stands: the rows of the kind's table, with the prompt's messages."""
+    table, _ = TABLES[kind]
+    return (
+        select(table, prompts.c.messages)
+        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
+        .join(prompts, prompts.c.id == items.c.prompt_id)
+        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, table.c.undone_at.is_(None))
+        .order_by(table.c.id.desc())
+        .limit(limit)
+    )

@@ -1,0 +1,1 @@
+"""The labelling app's routes and pages over keel.web.service."""

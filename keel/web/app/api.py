@@ -1,0 +1,135 @@
+"""What the pages' scripts call. Everything is JSON; the arena's replies come as one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import StreamingResponse
+
+from keel.store.people import Session
+from keel.web.app.fields import Flagged, Judged, Kind, Next, PathId, Ranked, Said, Skipped, Undone, Voted, Wrote
+from keel.web.app.markdown import render
+from keel.web.app.security import may
+from keel.web.service.arena import Arena
+from keel.web.service.labelling import Labelling, Screen
+
+router = APIRouter(prefix="/api")
+Annotator = Annotated[Session, Depends(may("annotator"))]
+
+
+def item_json(screen: Screen | None) -> dict[str, Any] | None:
+    """All that a browser is told of an item."""
+    if screen is None:
+        return None
+    return {
+        "id": screen.id,
+        "kind": screen.kind,
+        "messages": [{"role": m.role, "html": render(m.content)} for m in screen.messages],
+        "shown": [{"html": render(text), "text": text} for text in screen.shown],
+    }
+
+
+def _labelling(request: Request) -> Labelling:
+    labelling: Labelling = request.app.state.labelling
+    return labelling
+
+
+def _progress(request: Request, session: Session, kind: Kind) -> dict[str, Any]:
+    done = _labelling(request).progress(session.account, kind)
+    return {"today": done.today, "done": done.done, "wanted": done.wanted}
+
+
+@router.post("/next")
+def next_item(request: Request, session: Annotator, asked: Next) -> dict[str, Any]:
+    found = _labelling(request).next(session.account, asked.kind, asked.holding)
+    return {"item": item_json(found), "progress": _progress(request, session, asked.kind)}
+
+
+@router.post("/judge")
+def judge(request: Request, session: Annotator, vote: Judged) -> dict[str, Any]:
+    _labelling(request).judge(
+        session.account,
+        vote.assignment,
+        vote.choice,
+        token=vote.token,
+        strength=vote.strength,
+        seconds=vote.seconds,
+        reason=vote.reason.strip(),
+        ratings={side: dict(given) for side, given in vote.ratings.items()},
+    )
+    return {"progress": _progress(request, session, "compare")}
+
+
+@router.post("/rank")
+def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
+    _labelling(request).rank(
+        session.account,
+        given.assignment,
+        given.tiers,
+        token=given.token,
+        seconds=given.seconds,
+        reason=given.reason.strip(),
+    )
+    return {"progress": _progress(request, session, "rank")}
+
+
+@router.post("/write")
+def write(request: Request, session: Annotator, given: Wrote) -> dict[str, Any]:
+    labelling = _labelling(request)
+    labelling.write(session.account, given.assignment, given.text, token=given.token, seconds=given.seconds)
+    return {"progress": _progress(request, session, given.kind)}
+
+
+@router.post("/skip")
+def skip(request: Request, session: Annotator, given: Skipped) -> dict[str, Any]:
+    _labelling(request).skip(session.account, given.assignment, given.reason)
+    return {"progress": _progress(request, session, given.kind)}
+
+
+@router.post("/flag")
+def flag(request: Request, session: Annotator, given: Flagged) -> dict[str, Any]:
+    _labelling(request).flag(session.account, given.assignment, given.text.strip(), given.token)
+    return {}
+
+
+@router.post("/undo")
+def undo(request: Request, session: Annotator, asked: Undone) -> dict[str, Any]:
+    back = _labelling(request).undo(session.account, asked.kind)
+    return {"item": item_json(back), "progress": _progress(request, session, asked.kind)}
+
+
+# ------------------------------------------------------------------------------------------------------------ arena
+
+
+def _arena(request: Request) -> Arena:
+    arena: Arena = request.app.state.arena
+    return arena
+
+
+@router.post("/arena")
+def start(request: Request, session: Annotator) -> dict[str, Any]:
+    return {"id": _arena(request).start(session.account)}
+
+
+@router.post("/arena/{id}/say", response_class=StreamingResponse)
+def say(request: Request, session: Annotator, id: PathId, said: Said) -> StreamingResponse:
+    pieces = _arena(request).say(session.account, id, said.message)
+
+    def lines() -> Iterator[str]:
+        whole = {"left": "", "right": ""}
+        for side, piece in pieces:
+            whole[side] += piece
+            line = {"side": side, "text": piece} if piece else {"side": side, "html": render(whole[side])}
+            yield json.dumps(line, ensure_ascii=False) + "\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"x-accel-buffering": "no"})
+
+
+@router.post("/arena/{id}/vote")
+def vote(request: Request, session: Annotator, id: PathId, given: Voted) -> dict[str, Any]:
+    shown = _arena(request).vote(session.account, id, given.choice, given.token, given.reason.strip())
+    assert shown.names is not None, "a vote shows the names"
+    return {"left": shown.names[0], "right": shown.names[1]}

@@ -1,0 +1,118 @@
+"""The app: services, routes, and what is said when something goes wrong."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from keel.store import LeaseLost, Store
+from keel.types import UserError
+from keel.web.app import api, manage, pages
+from keel.web.app.render import STATIC, page
+from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
+from keel.web.service.arena import Arena
+from keel.web.service.labelling import Labelling
+from keel.web.service.manage import Manage
+from keel.web.service.people import People
+from keel.web.service.sampling import Sampling
+from keel.web.service.sources import Sources
+
+log = logging.getLogger("keel.web")
+
+
+def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
+    """The labelling app on ``store``, which must have been prepared (keel.web.service.start)."""
+    sources = sources or Sources()
+    # no pages about the routes: whoever labels has no use for them
+    app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.store = store
+    app.state.sources = sources
+    app.state.people = People(store)
+    app.state.labelling = Labelling(store)
+    app.state.manage = Manage(store)
+    app.state.arena = Arena(store, sources.arena)
+    app.state.sampling = Sampling(store, sources)
+    app.state.guard = Guard(app.state.people.session)
+    app.state.door = pages.Door()
+    for router in (pages.router, api.router, manage.router):
+        app.include_router(router)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_middleware(Shield)
+    _errors(app)
+    return app
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(NotSignedIn)
+    async def not_signed_in(request: Request, error: Exception) -> Response:
+        if _is_api(request) or request.method != "GET":
+            return _problem(request, 401, "you are signed out; sign in again")
+        return RedirectResponse("/sign-in", status_code=303)
+
+    @app.exception_handler(NotAllowed)
+    async def not_allowed(request: Request, error: Exception) -> Response:
+        return _problem(request, 403, "your account may not do this; ask an admin for another role")
+
+    @app.exception_handler(Forged)
+    async def forged(request: Request, error: Exception) -> Response:
+        return _problem(request, 403, "this page is out of date; load it again and repeat what you did")
+
+    @app.exception_handler(TooMany)
+    async def too_many(request: Request, error: TooMany) -> Response:
+        seconds = max(1, round(error.seconds + 0.5))
+        response = _problem(request, 429, f"too many tries; wait {_duration(seconds)}")
+        response.headers["Retry-After"] = str(seconds)
+        return response
+
+    @app.exception_handler(TooLarge)
+    async def too_large(request: Request, error: Exception) -> Response:
+        return _problem(request, 413, "this is too large")
+
+    @app.exception_handler(LeaseLost)
+    async def lease_lost(request: Request, error: Exception) -> Response:
+        return _problem(request, 409, "you took longer than the item was kept for you; somebody else has it now")
+
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: Exception) -> Response:
+        return _problem(request, 400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        return _problem(request, 422, f"{place}: {first['msg']}" if place else str(first["msg"]))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        said = HTTPStatus(error.status_code).phrase.lower()
+        response = _problem(request, error.status_code, "there is no such page" if error.status_code == 404 else said)
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        # the path may hold a link's secret: the route's own pattern is logged instead
+        route = getattr(request.scope.get("route"), "path", "?")
+        log.error("%s %s failed", request.method, route, exc_info=error)
+        return _problem(request, 500, "something went wrong on the server; what you did may not have been kept")
+
+
+def _problem(request: Request, status: int, message: str) -> Response:
+    if _is_api(request):
+        return JSONResponse({"error": message}, status)
+    response: Response = page(request, "problem.html", status=status, message=message)
+    return response
+
+
+def _is_api(request: Request) -> bool:
+    return request.url.path.startswith("/api/")
+
+
+def _duration(seconds: int) -> str:
+    return f"{seconds} s" if seconds < 90 else f"{round(seconds / 60)} minutes"

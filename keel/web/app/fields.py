@@ -1,0 +1,89 @@
+"""The types of what comes in from outside, with their bounds: what passes here fits into either database."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Form, Path
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from keel.store.rows import storable
+
+Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
+PathId = Annotated[int, Path(ge=1, le=2**31 - 1)]
+Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
+Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Line = Annotated[str, AfterValidator(storable), StringConstraints(max_length=500)]
+Text = Annotated[str, AfterValidator(storable), StringConstraints(max_length=100_000)]
+Secret = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{20,64}$")]
+
+FormLine = Annotated[Line, Form()]
+FormText = Annotated[Text, Form()]
+FormId = Annotated[Id, Form()]
+FormCount = Annotated[int, Form(ge=0, le=100_000)]
+
+Kind = Literal["compare", "rank", "write", "edit"]
+Choice = Literal["left", "right", "tie", "both_bad"]
+Role = Literal["annotator", "reviewer", "admin"]
+Rating = Annotated[int, Field(ge=1, le=5)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Next(Strict):
+    kind: Kind
+    holding: list[Id] = Field(default_factory=list, max_length=16)
+
+
+class Judged(Strict):
+    assignment: Id
+    token: Token
+    choice: Choice
+    strength: Literal[1, 2, 3] | None = None
+    seconds: Seconds | None = None
+    reason: Text = ""
+    ratings: dict[Literal["left", "right"], dict[Line, Rating]] = Field(default_factory=dict)
+
+
+class Ranked(Strict):
+    assignment: Id
+    token: Token
+    tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
+    seconds: Seconds | None = None
+    reason: Text = ""
+
+
+class Wrote(Strict):
+    assignment: Id
+    kind: Literal["write", "edit"]
+    token: Token
+    text: Text
+    seconds: Seconds | None = None
+
+
+class Skipped(Strict):
+    assignment: Id
+    kind: Kind
+    reason: Line = ""
+
+
+class Flagged(Strict):
+    assignment: Id
+    token: Token
+    text: Annotated[str, AfterValidator(storable), StringConstraints(max_length=2_000)] = ""
+
+
+class Undone(Strict):
+    kind: Kind
+
+
+class Said(Strict):
+    message: Annotated[str, AfterValidator(storable), StringConstraints(min_length=1, max_length=8_000)]
+
+
+class Voted(Strict):
+    token: Token
+    choice: Choice
+    reason: Text = ""

@@ -1,0 +1,272 @@
+"""The pages for reviewers and admins. Each change is a form that is answered with a redirect to its page."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+
+from keel.store.people import Session
+from keel.types import UserError
+from keel.web.app.charts import agreement_chart, pace_chart
+from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Kind, Line, PathId, Role
+from keel.web.app.render import SAID, page
+from keel.web.app.security import may
+from keel.web.service.manage import Export, Manage
+
+router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
+Reviewer = Annotated[Session, Depends(may("reviewer"))]
+Admin = Annotated[Session, Depends(may("admin"))]
+Answer = Literal["first", "second", "tie"]
+
+
+def _manage(request: Request) -> Manage:
+    manage: Manage = request.app.state.manage
+    return manage
+
+
+def _done(path: str, said: str = "") -> RedirectResponse:
+    """Back to the page, which says once what was done. A cookie carries it: an address that did could be handed to an
+    admin by anybody."""
+    response = RedirectResponse(f"/manage{path}", status_code=303)
+    response.set_cookie(SAID, quote(said), max_age=30, path="/manage", httponly=True, samesite="strict")
+    return response
+
+
+# -------------------------------------------------------------------------------------------------------- reviewers
+
+
+@router.get("")
+def overview(request: Request, session: Reviewer) -> Response:
+    found = _manage(request).overview()
+    return page(request, "manage/overview.html", session, found=found, pace=pace_chart(found.days))
+
+
+@router.get("/quality")
+def quality(request: Request, session: Reviewer, who: Literal["people", "all"] = "people") -> Response:
+    found = _manage(request).quality(who == "people")
+    context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
+    return page(request, "manage/quality.html", session, **context)
+
+
+@router.get("/disagreements")
+def disagreements(request: Request, session: Reviewer) -> Response:
+    return page(request, "manage/disagreements.html", session, items=_manage(request).disagreements())
+
+
+@router.post("/disagreements/{item}")
+def adjudicate(
+    request: Request, session: Reviewer, item: PathId, choice: Annotated[Answer, Form()], reason: FormLine = ""
+) -> Response:
+    _manage(request).adjudicate(item, choice, reason, session.account)
+    return _done("/disagreements", "Settled.")
+
+
+@router.get("/flags")
+def flags(request: Request, session: Reviewer) -> Response:
+    return page(request, "manage/flags.html", session, flags=_manage(request).flags())
+
+
+@router.post("/flags/{id}")
+def resolve_flag(request: Request, session: Reviewer, id: PathId) -> Response:
+    _manage(request).resolve_flag(id, session.account.name)
+    return _done("/flags", "Resolved.")
+
+
+# ------------------------------------------------------------------------------------------------- admins: the work
+
+
+@router.get("/prompts")
+def prompts(request: Request, session: Admin) -> Response:
+    state = request.app.state
+    context: dict[str, Any] = {
+        "prompts": _manage(request).newest_prompts(),
+        "models": state.sampling.models,
+        "requests": state.sampling.requests(),
+        "can_read": state.sources.read_prompts is not None,
+    }
+    return page(request, "manage/prompts.html", session, **context)
+
+
+@router.post("/prompts/import")
+def import_prompts(request: Request, session: Admin, file: UploadFile) -> Response:
+    read = request.app.state.sources.read_prompts
+    if read is None:
+        raise UserError("this server can't read files of prompts")
+    name = Path(file.filename or "prompts.jsonl").name
+    with tempfile.TemporaryDirectory() as folder:
+        # the reader names the file in its messages; its ending says what it is
+        path = Path(folder) / f"upload{Path(name).suffix[:10] or '.jsonl'}"
+        path.write_bytes(file.file.read())
+        try:
+            found = read(path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), name)) from None
+    added = _manage(request).add_prompts(found, session.account.name)
+    return _done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
+
+
+@router.post("/prompts/sample")
+def sample(
+    request: Request,
+    session: Admin,
+    model: FormLine,
+    prompts: FormCount,
+    per_prompt: FormCount,
+    overlap: FormCount,
+    kind: Annotated[Literal["compare", "rank", "edit"], Form()],
+) -> Response:
+    request.app.state.sampling.request(model, prompts, per_prompt, overlap, kind, session.account.name)
+    return _done("/prompts", "Asked for.")
+
+
+@router.post("/prompts/ask")
+def ask(
+    request: Request,
+    session: Admin,
+    kind: Annotated[Literal["write", "rank", "edit"], Form()],
+    prompts: FormCount,
+    overlap: FormCount,
+) -> Response:
+    manage, actor = _manage(request), session.account.name
+    if kind == "write":
+        made = manage.ask_for_writing(prompts, overlap, actor)
+    else:
+        made = manage.ask_for(kind, prompts, overlap, actor)
+    return _done("/prompts", f"{made} items queued.")
+
+
+@router.get("/queue")
+def queue(request: Request, session: Admin) -> Response:
+    return page(request, "manage/queue.html", session, queues=_manage(request).queues())
+
+
+@router.post("/queue/overlap")
+def overlap(
+    request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()], overlap: FormCount
+) -> Response:
+    changed = _manage(request).set_overlap(batch, kind, overlap, session.account.name)
+    request.app.state.labelling.forget()
+    return _done("/queue", f"{changed} items changed.")
+
+
+@router.post("/queue/first")
+def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()]) -> Response:
+    _manage(request).put_first(batch, kind, session.account.name)
+    return _done("/queue", "Put first.")
+
+
+@router.get("/gold")
+def gold(
+    request: Request, session: Admin, batch: Line | None = None, number: Annotated[int, Query(ge=0, le=100_000)] = 0
+) -> Response:
+    manage = _manage(request)
+    context: dict[str, Any] = {
+        "chosen": manage.browse(None, True, 0, 100),
+        "items": manage.browse(batch, False, number),
+        "batches": [queue.batch for queue in manage.queues() if queue.kind == "compare"],
+        "batch": batch,
+        "number": number,
+        "every": manage.gold_every(),
+    }
+    return page(request, "manage/gold.html", session, **context)
+
+
+@router.post("/gold/every")
+def gold_every(request: Request, session: Admin, every: FormCount) -> Response:
+    _manage(request).set_gold_every(every, session.account.name)
+    request.app.state.labelling.forget()
+    return _done("/gold", "Saved.")
+
+
+@router.post("/gold/{item}")
+def set_gold(
+    request: Request, session: Admin, item: PathId, answer: Annotated[Literal[Answer, "none"], Form()]
+) -> Response:
+    _manage(request).set_gold(item, None if answer == "none" else answer, session.account.name)
+    return _done("/gold", "Saved.")
+
+
+# ----------------------------------------------------------------------------------------------- admins: the people
+
+
+@router.get("/people")
+def people(request: Request, session: Admin) -> Response:
+    return _people_page(request, session)
+
+
+def _people_page(request: Request, session: Session, **context: Any) -> Response:
+    found = request.app.state.people
+    shown = {"accounts": found.accounts(), "invitations": found.invitations(), "link": "", "link_for": ""} | context
+    response: Response = page(request, "manage/people.html", session, **shown)
+    return response
+
+
+@router.post("/people/invite")
+def invite(request: Request, session: Admin, role: Annotated[Role, Form()]) -> Response:
+    """The link is shown once, in this response: the store keeps its hash alone."""
+    secret = request.app.state.people.invite(role, session.account.name)
+    link = f"{str(request.base_url).rstrip('/')}/join/{secret}"
+    return _people_page(request, session, link=link, link_for=f"an invitation for one {role}")
+
+
+@router.post("/people/link")
+def way_in(request: Request, session: Admin, name: FormLine) -> Response:
+    secret = request.app.state.people.way_in(name, session.account.name)
+    link = f"{str(request.base_url).rstrip('/')}/enter/{secret}"
+    return _people_page(request, session, link=link, link_for=f"a way in for {name}")
+
+
+@router.post("/people/withdraw")
+def withdraw(request: Request, session: Admin, id: FormId) -> Response:
+    request.app.state.people.withdraw(id, session.account.name)
+    return _done("/people", "Withdrawn.")
+
+
+@router.post("/people/change")
+def change(
+    request: Request,
+    session: Admin,
+    name: FormLine,
+    role: Annotated[Role | None, Form()] = None,
+    active: Annotated[bool | None, Form()] = None,
+) -> Response:
+    request.app.state.people.change(name, session.account.name, role, active)
+    return _done("/people", "Saved.")
+
+
+# ------------------------------------------------------------------------------------- admins: guideline, export, log
+
+
+@router.get("/guideline")
+def guideline(request: Request, session: Admin) -> Response:
+    return page(request, "manage/guideline.html", session, versions=_manage(request).guidelines())
+
+
+@router.post("/guideline")
+def add_guideline(request: Request, session: Admin, text: FormText, aspects: FormText = "") -> Response:
+    version = _manage(request).add_guideline(text, aspects, session.account.name)
+    request.app.state.labelling.forget()
+    return _done("/guideline", f"Version {version} is in force.")
+
+
+@router.get("/export")
+def export_page(request: Request, session: Admin) -> Response:
+    return page(request, "manage/export.html", session)
+
+
+@router.get("/export/{what}", response_class=FileResponse)
+def export(request: Request, session: Admin, what: Export) -> Response:
+    folder = tempfile.TemporaryDirectory()
+    path = _manage(request).export(what, Path(folder.name))
+    return FileResponse(path, filename=what, background=BackgroundTask(folder.cleanup))
+
+
+@router.get("/events")
+def events(request: Request, session: Admin) -> Response:
+    return page(request, "manage/events.html", session, events=_manage(request).events())

@@ -1,0 +1,190 @@
+"""The pages for everybody: signing in, and the work itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Form, Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from keel.store.people import Session
+from keel.types import UserError
+from keel.web.app.fields import FormLine, Secret
+from keel.web.app.limits import SIGN_IN_ADDRESS, SIGN_IN_NAME, Buckets
+from keel.web.app.render import page
+from keel.web.app.security import COOKIE, Guard, TooMany, address, may
+from keel.web.service.people import SESSION_LASTS, SHORTEST_PASSWORD, People, WrongPassword
+
+router = APIRouter(default_response_class=HTMLResponse)
+Annotator = Annotated[Session, Depends(may("annotator"))]
+Password = Annotated[str, Form(max_length=1000)]
+
+
+async def _visitor(request: Request) -> Session | None:
+    guard: Guard = request.app.state.guard
+    return await guard.visitor(request)
+
+
+Visitor = Annotated[Session | None, Depends(_visitor)]
+
+
+class Door:
+    """Counts the failures at the door."""
+
+    def __init__(self) -> None:
+        self._names, self._addresses = Buckets(SIGN_IN_NAME), Buckets(SIGN_IN_ADDRESS)
+
+    def check(self, name: str, where: str) -> None:
+        if wait := max(self._names.wait(name.casefold()), self._addresses.wait(where)):
+            raise TooMany(wait)
+
+    def failed(self, name: str, where: str) -> None:
+        self._names.take(name.casefold())
+        self._addresses.take(where)
+
+
+def _people(request: Request) -> People:
+    people: People = request.app.state.people
+    return people
+
+
+def _to(path: str) -> RedirectResponse:
+    return RedirectResponse(path, status_code=303)
+
+
+def _signed_in(request: Request, cookie: str, path: str = "/compare") -> Response:
+    response = _to(path)
+    response.set_cookie(
+        COOKIE,
+        cookie,
+        max_age=int(SESSION_LASTS.total_seconds()),
+        path="/",
+        httponly=True,
+        samesite="lax",
+        secure=request.url.scheme == "https",
+    )
+    return response
+
+
+# ----------------------------------------------------------------------------------------------------------- the door
+
+
+@router.get("/")
+def home() -> Response:
+    return _to("/compare")
+
+
+@router.get("/sign-in")
+def sign_in_page(request: Request, visitor: Visitor) -> Response:
+    return _to("/compare") if visitor else page(request, "sign_in.html")
+
+
+@router.post("/sign-in")
+def sign_in(request: Request, visitor: Visitor, name: FormLine, password: Password) -> Response:
+    door: Door = request.app.state.door
+    door.check(name, address(request))
+    try:
+        cookie = _people(request).sign_in(name, password)
+    except WrongPassword as error:
+        door.failed(name, address(request))
+        return page(request, "sign_in.html", status=403, name=name, problem=str(error))
+    return _signed_in(request, cookie)
+
+
+@router.post("/sign-out")
+def sign_out(request: Request, session: Annotator) -> Response:
+    _people(request).sign_out(request.cookies[COOKIE])
+    response = _to("/sign-in")
+    response.delete_cookie(COOKIE, path="/")
+    return response
+
+
+@router.get("/enter/{secret}")
+def enter_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
+    """The link is used by the button, not by looking at it: programs that preview links must not use it up."""
+    found = _people(request).link(secret)
+    if found is None or found["annotator_id"] is None:
+        return _to("/compare") if visitor else page(request, "link_gone.html", status=404)
+    return page(request, "enter.html", secret=secret, name=found["name"])
+
+
+@router.post("/enter/{secret}")
+def enter(request: Request, visitor: Visitor, secret: Secret) -> Response:
+    cookie = _people(request).enter(secret)
+    return page(request, "link_gone.html", status=404) if cookie is None else _signed_in(request, cookie)
+
+
+@router.get("/join/{secret}")
+def join_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
+    found = _people(request).link(secret)
+    if found is None or found["annotator_id"] is not None:
+        return page(request, "link_gone.html", status=404)
+    return page(request, "join.html", secret=secret, role=found["role"], shortest=SHORTEST_PASSWORD)
+
+
+@router.post("/join/{secret}")
+def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, password: Password) -> Response:
+    found = _people(request).link(secret)
+    if found is None or found["annotator_id"] is not None:
+        return page(request, "link_gone.html", status=404)
+    try:
+        cookie = _people(request).accept(secret, name, password)
+    except UserError as error:
+        context = {"secret": secret, "role": found["role"], "name": name, "shortest": SHORTEST_PASSWORD}
+        return page(request, "join.html", status=400, problem=str(error), **context)
+    return _signed_in(request, cookie, "/guideline")
+
+
+# ----------------------------------------------------------------------------------------------------------- the work
+
+
+@router.get("/compare")
+def compare(request: Request, session: Annotator) -> Response:
+    guideline = request.app.state.labelling.guideline()
+    return page(request, "compare.html", session, aspects=guideline.aspects if guideline else ())
+
+
+@router.get("/rank")
+def rank(request: Request, session: Annotator) -> Response:
+    return page(request, "rank.html", session)
+
+
+@router.get("/write")
+def write(request: Request, session: Annotator) -> Response:
+    return page(request, "write.html", session, kind="write")
+
+
+@router.get("/edit")
+def edit(request: Request, session: Annotator) -> Response:
+    return page(request, "write.html", session, kind="edit")
+
+
+@router.get("/arena")
+def arena(request: Request, session: Annotator) -> Response:
+    place = request.app.state.arena
+    return page(request, "arena.html", session, ready=place.ready, conversation=place.current(session.account))
+
+
+@router.get("/mine")
+def mine(request: Request, session: Annotator) -> Response:
+    return page(request, "mine.html", session, work=request.app.state.labelling.mine(session.account))
+
+
+@router.get("/guideline")
+def guideline(request: Request, session: Annotator) -> Response:
+    return page(request, "guideline.html", session, guideline=request.app.state.labelling.guideline())
+
+
+@router.get("/account")
+def account(request: Request, session: Annotator) -> Response:
+    return page(request, "account.html", session, shortest=SHORTEST_PASSWORD)
+
+
+@router.post("/account")
+def set_password(request: Request, session: Annotator, password: Password) -> Response:
+    context: dict[str, Any] = {"shortest": SHORTEST_PASSWORD}
+    try:
+        cookie = _people(request).set_password(session.account, password)
+    except UserError as error:
+        return page(request, "account.html", session, status=400, problem=str(error), **context)
+    return _signed_in(request, cookie)

@@ -1,0 +1,272 @@
+"""What annotators do: get an item, judge, rank or write, take it back, skip, flag. What is handed out here is all that
+a page may send before the vote: no model, no score, no item's or response's number, no sign of a gold item."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+
+from keel.store import Assignment, Store, people, work
+from keel.store.people import Account, Guideline
+from keel.store.records import Choice, WorkKind
+from keel.store.tables import annotators, assignments, items
+from keel.store.work import TABLES
+from keel.types import Message
+
+GOLD_EVERY = 20  # of this many items one is a gold item, as long as there are any that the annotator has not had
+MOST_HELD = 8  # items in one pair of hands: the one on the screen, and those fetched ahead for a train ride
+_KEPT_SECONDS = 5.0  # how old a figure of progress may be
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """One item as a page shows it. ``id`` names the assignment."""
+
+    id: int
+    kind: WorkKind
+    messages: tuple[Message, ...]
+    shown: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """``today``: what this annotator did since midnight UTC; ``done`` of ``wanted``: all people's, for this kind."""
+
+    today: int
+    done: int
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
+class PastWork:
+    """One thing that somebody did, for their own list of it."""
+
+    at: datetime
+    kind: WorkKind
+    prompt: str
+    what: str
+
+
+class Labelling:
+    def __init__(self, store: Store, seed: int = 0) -> None:
+        self._store = store
+        self._seed = seed
+        self._progress: dict[str, tuple[float, tuple[int, int]]] = {}
+        self._guideline: tuple[float, Guideline | None] = (-_KEPT_SECONDS, None)
+        self._gold_every: tuple[float, int] = (-_KEPT_SECONDS, GOLD_EVERY)
+
+    # ----------------------------------------------------------------------------------------------------- the queue
+
+    def next(self, person: Account, kind: WorkKind, holding: Collection[int] = ()) -> Screen | None:
+        """What this person does next; ``holding``: the assignments that their page has already."""
+        if len(holding) >= MOST_HELD:
+            return None
+        assignment = None
+        if kind == "compare" and self._gold_is_due(person.annotator_id):
+            assignment = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind, gold=True)
+        if assignment is None:
+            assignment = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind)
+        return None if assignment is None else screen(assignment)
+
+    def _gold_is_due(self, annotator_id: int) -> bool:
+        """Drawn anew for each item, so that nobody can count them out."""
+        asked, every = self._gold_every
+        with self._store.transaction(writes=False) as connection:
+            if time.monotonic() - asked > _KEPT_SECONDS:
+                every = int(people.setting(connection, "gold_every", GOLD_EVERY))
+                self._gold_every = time.monotonic(), every
+            mine = select(func.max(assignments.c.id)).where(assignments.c.annotator_id == annotator_id)
+            last = connection.execute(mine).scalar_one()
+        return every > 0 and random.Random(f"gold/{self._seed}/{annotator_id}/{last}").random() < 1 / every
+
+    def judge(
+        self,
+        person: Account,
+        assignment_id: int,
+        choice: Choice,
+        *,
+        token: str,
+        strength: int | None,
+        seconds: float | None,
+        reason: str | None,
+        ratings: Mapping[str, Mapping[str, int]] | None,
+    ) -> int:
+        guideline = self.guideline()
+        asked = {name for name, _ in guideline.aspects} if guideline else set()
+        kept = {
+            side: {aspect: value for aspect, value in given.items() if aspect in asked}
+            for side, given in (ratings or {}).items()
+        }
+        id = self._store.submit(
+            assignment_id,
+            choice,
+            client_token=token,
+            strength=strength,
+            seconds=seconds,
+            guideline=guideline.version if guideline else None,
+            reason=reason or None,
+            ratings={side: given for side, given in kept.items() if given} or None,
+            annotator_id=person.annotator_id,
+        )
+        self._count("compare", 1)
+        return id
+
+    def rank(
+        self,
+        person: Account,
+        assignment_id: int,
+        tiers: Sequence[Sequence[int]],
+        *,
+        token: str,
+        seconds: float | None,
+        reason: str | None,
+    ) -> int:
+        with self._store.transaction(writes=True) as connection:
+            return work.rank(
+                connection,
+                assignment_id,
+                tiers,
+                token=token,
+                seconds=seconds,
+                guideline=self._version(),
+                reason=reason or None,
+                annotator_id=person.annotator_id,
+                now=self._store.now,
+            )
+
+    def write(self, person: Account, assignment_id: int, text: str, *, token: str, seconds: float | None) -> int:
+        with self._store.transaction(writes=True) as connection:
+            return work.write(
+                connection,
+                assignment_id,
+                text,
+                token=token,
+                seconds=seconds,
+                guideline=self._version(),
+                annotator_id=person.annotator_id,
+                now=self._store.now,
+            )
+
+    def skip(self, person: Account, assignment_id: int, reason: str) -> None:
+        with self._store.transaction(writes=True) as connection:
+            work.skip(connection, assignment_id, reason, self._version(), person.annotator_id, self._store.now)
+
+    def flag(self, person: Account, assignment_id: int, text: str, token: str) -> None:
+        with self._store.transaction(writes=True) as connection:
+            work.flag(
+                connection,
+                assignment_id,
+                text,
+                token=token,
+                guideline=self._version(),
+                annotator_id=person.annotator_id,
+                now=self._store.now,
+            )
+
+    def undo(self, person: Account, kind: WorkKind) -> Screen | None:
+        """Take back what this person did last; None when there is nothing."""
+        store = self._store
+        with store.transaction(writes=True) as connection:
+            back = work.undo_last(connection, kind, person.annotator_id, self._version(), store.now, store.lease)
+        if back is None:
+            return None
+        if back[1] == "judged":
+            self._count(kind, -1)
+        return screen(back[0])
+
+    # ------------------------------------------------------------------------------------------- guideline, progress
+
+    def guideline(self) -> Guideline | None:
+        asked, found = self._guideline
+        if time.monotonic() - asked > _KEPT_SECONDS:
+            with self._store.transaction(writes=False) as connection:
+                found = people.current_guideline(connection)
+            self._guideline = time.monotonic(), found
+        return found
+
+    def forget(self) -> None:
+        """Somebody changed the guideline or a setting: look again."""
+        self._guideline = -_KEPT_SECONDS, None
+        self._gold_every = -_KEPT_SECONDS, GOLD_EVERY
+        self._progress = {}
+
+    def progress(self, person: Account, kind: WorkKind) -> Done:
+        table, _ = TABLES[kind]
+        midnight = self._store.now.replace(hour=0, minute=0, second=0, microsecond=0)
+        mine = (
+            select(func.count())
+            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
+            .where(assignments.c.annotator_id == person.annotator_id, table.c.undone_at.is_(None))
+            .where(table.c.created >= midnight, items.c.kind == kind)
+        )
+        with self._store.transaction(writes=False) as connection:
+            today = int(connection.execute(mine).scalar_one())
+        done, wanted = self._of_all(kind)
+        return Done(today, done, wanted)
+
+    def _count(self, kind: WorkKind, change: int) -> None:
+        """What this process just did shows at once, in a figure that is otherwise some seconds old."""
+        asked, (done, wanted) = self._progress.get(kind, (-_KEPT_SECONDS, (0, 0)))
+        self._progress[kind] = asked, (done + change, wanted)
+
+    def _of_all(self, kind: WorkKind) -> tuple[int, int]:
+        asked, figures = self._progress.get(kind, (-_KEPT_SECONDS, (0, 0)))
+        if time.monotonic() - asked > _KEPT_SECONDS:
+            counted = items.c.kind == kind, items.c.gold.is_(None)
+            still = select(func.coalesce(func.sum(items.c.overlap - items.c.taken), 0)).where(*counted)
+            hands = select(func.count()).select_from(assignments.join(items).join(annotators)).where(*counted)
+            with self._store.transaction(writes=False) as connection:
+                wanted = int(connection.execute(still.where(items.c.taken < items.c.overlap)).scalar_one())
+                held = int(connection.execute(hands.where(assignments.c.state == "leased")).scalar_one())
+                people_did = hands.where(assignments.c.state == "judged", annotators.c.kind == "person")
+                done = int(connection.execute(people_did).scalar_one())
+            figures = done, done + held + wanted
+            self._progress[kind] = time.monotonic(), figures
+        return figures
+
+    def mine(self, person: Account, limit: int = 100) -> list[PastWork]:
+        """What this person did last, newest first. Their own work alone."""
+        found: list[PastWork] = []
+        with self._store.transaction(writes=False) as connection:
+            for kind in ("compare", "rank", "write", "edit"):
+                rows = connection.execute(work.done_by(kind, person.annotator_id, limit)).mappings()
+                found += [
+                    PastWork(row["created"], kind, _last_message(row["messages"]), _said(dict(row))) for row in rows
+                ]
+        return sorted(found, key=lambda done: done.at, reverse=True)[:limit]
+
+    def _version(self) -> str | None:
+        guideline = self.guideline()
+        return guideline.version if guideline else None
+
+
+def screen(assignment: Assignment) -> Screen:
+    """What may be sent of an assignment."""
+    return Screen(assignment.id, assignment.kind, assignment.prompt.messages, assignment.shown)
+
+
+STRENGTHS: Mapping[int, str] = {1: "slightly better", 2: "better", 3: "much better"}
+_PLAIN: Mapping[str, Callable[[Any], str]] = {
+    "tie": lambda row: "tie",
+    "both_bad": lambda row: "both bad",
+    "left": lambda row: f"A {STRENGTHS.get(int(row['strength'] or 0), 'better')}",
+    "right": lambda row: f"B {STRENGTHS.get(int(row['strength'] or 0), 'better')}",
+}
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if "choice" in row:
+        return _PLAIN[row["choice"]](row)
+    if "tiers" in row:
+        return f"{sum(len(tier) for tier in row['tiers'])} responses ranked"
+    return str(row["text"])
+
+
+def _last_message(messages: Sequence[Mapping[str, str]]) -> str:
+    return messages[-1]["content"] if messages else ""

@@ -1,0 +1,242 @@
+"""What reviewers and admins do: look at queues and quality, have the last word, invite work and people, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import select
+
+from keel.store import Store, arena, overview, people, work
+from keel.store.overview import Queue
+from keel.store.people import Account, Guideline
+from keel.store.people_tables import adjudications, aspect_ratings, rankings
+from keel.store.rows import messages_json
+from keel.store.tables import annotators, assignments, judgements, responses
+from keel.types import Prompt, UserError
+from keel.web.service.labelling import GOLD_EVERY
+from keel.web.service.quality import Day, Quality, days, quality
+
+Export = Literal[
+    "votes.jsonl", "votes.parquet", "pairs.jsonl", "demonstrations.jsonl", "rankings.jsonl", "ratings.jsonl",
+    "adjudications.jsonl", "arena.jsonl", "events.jsonl",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    queues: list[Queue]
+    days: list[Day]
+    flags: int
+    prompts: int
+    responses: int
+    judged: int  # by people
+    annotators: int  # people who judged
+
+
+class Manage:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def overview(self) -> Overview:
+        with self._store.transaction(writes=False) as connection:
+            votes = overview.votes(connection)
+            figures = overview.prompt_figures(connection)
+            return Overview(
+                queues=overview.queues(connection),
+                days=days(votes, most=14),
+                flags=len(overview.open_flags(connection)),
+                prompts=figures["prompts"],
+                responses=figures["responses"],
+                judged=len(votes),
+                annotators=len({vote.annotator for vote in votes}),
+            )
+
+    def quality(self, people_only: bool) -> Quality:
+        with self._store.transaction(writes=False) as connection:
+            votes = overview.votes(connection, people_only)
+            return quality(votes, overview.skips(connection))
+
+    # ---------------------------------------------------------------------------------------------- queue, gold items
+
+    def queues(self) -> list[Queue]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.queues(connection)
+
+    def browse(self, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.browse(connection, batch, gold, page * size, size)
+
+    def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
+        with self._store.transaction(writes=True) as connection:
+            overview.set_gold(connection, item_id, answer, actor, self._store.now)
+
+    def gold_every(self) -> int:
+        with self._store.transaction(writes=False) as connection:
+            return int(people.setting(connection, "gold_every", GOLD_EVERY))
+
+    def set_gold_every(self, every: int, actor: str) -> None:
+        if not 0 <= every <= 1000:
+            raise UserError(f"one gold item in {every}: give 0 (none) to 1000")
+        with self._store.transaction(writes=True) as connection:
+            people.set_setting(connection, "gold_every", every, actor, self._store.now)
+
+    def set_overlap(self, batch: str, kind: str, overlap: int, actor: str) -> int:
+        with self._store.transaction(writes=True) as connection:
+            return overview.set_overlap(connection, batch, kind, overlap, actor, self._store.now)
+
+    def put_first(self, batch: str, kind: str, actor: str) -> None:
+        with self._store.transaction(writes=True) as connection:
+            overview.put_first(connection, batch, kind, actor, self._store.now)
+
+    # ------------------------------------------------------------------------------------------------ prompts, writing
+
+    def newest_prompts(self, limit: int = 50) -> list[dict[str, Any]]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.newest_prompts(connection, limit)
+
+    def add_prompts(self, prompts: list[Prompt], actor: str) -> int:
+        """Import prompts; how many there are. Those that are there already stay as they are."""
+        with self._store.session() as session, session.transaction(writes=True) as connection:
+            session.add_prompts(prompts)
+            people.log(connection, self._store.now, actor, "imported", "prompts", len(prompts), None, None)
+        return len(prompts)
+
+    def ask_for_writing(self, prompts: int, overlap: int, actor: str) -> int:
+        """Queue prompts (those with the fewest responses) for people to reply to; how many."""
+        if not 1 <= prompts <= 10_000 or not 1 <= overlap <= 100:
+            raise UserError("give 1 to 10,000 prompts and 1 to 100 people each")
+        now = self._store.now
+        with self._store.transaction(writes=True) as connection:
+            ids = overview.prompts_with_fewest(connection, prompts)
+            made = work.add_writing(connection, ids, overlap, "write", now)
+            people.log(connection, now, actor, "asked for", "writing", len(made), None, {"overlap": overlap})
+        return len(made)
+
+    def ask_for(self, kind: Literal["rank", "edit"], prompts: int, overlap: int, actor: str) -> int:
+        """Queue responses that are there to be ranked (prompts with four or more) or edited; how many items."""
+        if not 1 <= prompts <= 10_000 or not 1 <= overlap <= 100:
+            raise UserError("give 1 to 10,000 prompts and 1 to 100 people each")
+        now = self._store.now
+        groups: dict[str, list[int]] = {}
+        with self._store.transaction(writes=True) as connection:
+            query = select(responses.c.prompt_id, responses.c.id).order_by(responses.c.id)
+            for row in connection.execute(query):
+                groups.setdefault(row.prompt_id, []).append(row.id)
+            if kind == "rank":
+                chosen = [ids[:9] for ids in groups.values() if len(ids) >= 4][:prompts]
+                made = work.add_rankings(connection, chosen, overlap, "rank", now)
+            else:
+                made = work.add_edits(connection, [ids[0] for ids in groups.values()][:prompts], overlap, "edit", now)
+            people.log(connection, now, actor, "asked for", kind, len(made), None, {"overlap": overlap})
+        return len(made)
+
+    # --------------------------------------------------------------------------------------------------- last words
+
+    def disagreements(self) -> list[dict[str, Any]]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.disagreements(connection)
+
+    def adjudicate(self, item_id: int, choice: str, reason: str, person: Account) -> None:
+        with self._store.transaction(writes=True) as connection:
+            overview.adjudicate(
+                connection, item_id, person.annotator_id, choice, reason or None, person.name, self._store.now
+            )
+
+    def flags(self) -> list[dict[str, Any]]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.open_flags(connection)
+
+    def resolve_flag(self, id: int, actor: str) -> None:
+        with self._store.transaction(writes=True) as connection:
+            overview.resolve_flag(connection, id, actor, self._store.now)
+
+    # -------------------------------------------------------------------------------------------------- the guideline
+
+    def guidelines(self) -> list[Guideline]:
+        with self._store.transaction(writes=False) as connection:
+            return people.all_guidelines(connection)
+
+    def add_guideline(self, text: str, aspects: str, actor: str) -> str:
+        """A new version, which is in force from now on. ``aspects``: a line each, ``name: question``."""
+        text = text.replace("\r\n", "\n").strip()
+        if not text:
+            raise UserError("the guideline is empty; write what annotators should go by")
+        parsed = parse_aspects(aspects)
+        with self._store.session() as session, session.transaction(writes=True) as connection:
+            version = people.next_version(connection)
+            session.add_guideline(version, text, parsed)
+            now = self._store.now
+            people.log(connection, now, actor, "added", "guideline", version, None, {"aspects": parsed}, version)
+        return version
+
+    def events(self, limit: int = 200) -> list[dict[str, Any]]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.latest_events(connection, limit)
+
+    # -------------------------------------------------------------------------------------------------------- export
+
+    def export(self, what: Export, folder: Path) -> Path:
+        """Write one export into ``folder``; its path."""
+        path = folder / what
+        if what.startswith("votes"):
+            self._store.export_preferences(path)
+            return path
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for row in self._rows(what):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return path
+
+    def _rows(self, what: Export) -> Iterator[dict[str, Any]]:
+        store = self._store
+        if what == "pairs.jsonl":
+            for pair in store.preferences():
+                yield {
+                    "id": pair.id,
+                    "prompt": messages_json(pair.prompt),
+                    "chosen": [{"role": "assistant", "content": pair.chosen}],
+                    "rejected": [{"role": "assistant", "content": pair.rejected}],
+                    "tie": pair.tie,
+                    "margin": pair.margin,
+                    "annotator": pair.annotator,
+                }
+        elif what == "demonstrations.jsonl":
+            for shown in store.demonstrations():
+                yield {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
+        elif what == "events.jsonl":
+            for event in store.events():
+                yield {name: getattr(event, name) for name in event.__slots__} | {"at": event.at.isoformat()}
+        else:
+            with store.transaction(writes=False) as connection:
+                rows = arena.votes(connection) if what == "arena.jsonl" else _plain(connection, what)
+            yield from rows
+
+
+def _plain(connection: Any, what: Export) -> list[dict[str, Any]]:
+    if what == "rankings.jsonl":
+        query = select(rankings, annotators.c.name.label("annotator"), assignments.c.item_id).select_from(
+            rankings.join(assignments, assignments.c.id == rankings.c.assignment_id).join(annotators)
+        )
+    elif what == "ratings.jsonl":
+        query = select(aspect_ratings, judgements.c.token).join(judgements).where(judgements.c.undone_at.is_(None))
+    else:
+        query = select(adjudications, annotators.c.name.label("annotator")).join(annotators)
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    return [{k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in row.items()} for row in rows]
+
+
+def parse_aspects(text: str) -> list[dict[str, str]]:
+    found = []
+    for line in text.splitlines():
+        name, _, question = (part.strip() for part in line.partition(":"))
+        if not name and not question:
+            continue
+        if not name or len(name) > 40:
+            raise UserError(f"aspect {line.strip()!r}: write a line each, as in helpful: Does it do what was asked?")
+        found.append({"name": name.lower(), "question": question})
+    if len(found) > 8 or len({aspect["name"] for aspect in found}) < len(found):
+        raise UserError("give up to 8 aspects with different names")
+    return found

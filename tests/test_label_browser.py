@@ -1,0 +1,274 @@
+"""The app in a real browser: Debian's Chromium, driven by Playwright. Screenshots are kept in test-artefacts/."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from labelling_world import PASSWORD, fake_sources, fill
+
+from keel.store import Store
+from keel.web.app.create import create_app
+from keel.web.service.people import People
+from keel.web.service.start import prepare
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+if not Path(CHROMIUM).exists() and os.environ.get("CI") != "true":
+    pytest.skip("Chromium is not installed; on Debian: apt-get install chromium", allow_module_level=True)
+
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright  # noqa: E402
+
+SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
+
+
+class Served:
+    """The app on a free port, in a thread."""
+
+    def __init__(self, store: Store, delay: float = 0.01) -> None:
+        prepare(store)
+        self.store = store
+        self.people = People(store)
+        config = uvicorn.Config(create_app(store, fake_sources(delay)), port=0, log_level="warning")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.02)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with Store(tmp_path / "feedback.db") as store:
+        fill(store, 30, replies=4)
+        running = Served(store)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def open_as(browser: Browser, served: Served, link: str, **options: object) -> tuple[BrowserContext, Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, **options)  # type: ignore[arg-type]
+    context.set_default_timeout(30_000)
+    page = context.new_page()
+    page.on("pageerror", lambda error: pytest.fail(f"a script failed: {error}"))
+    page.goto(f"{served.url}{link}")
+    return context, page
+
+
+def owner(browser: Browser, served: Served, **options: object) -> tuple[BrowserContext, Page]:
+    context, page = open_as(browser, served, f"/enter/{served.people.owner_link()}", **options)
+    page.wait_for_url("**/compare")
+    return context, page
+
+
+def annotator(browser: Browser, served: Served, name: str) -> tuple[BrowserContext, Page]:
+    context, page = open_as(browser, served, f"/join/{served.people.invite('annotator', 'test')}")
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Join").click()
+    page.goto(f"{served.url}/compare")
+    return context, page
+
+
+def press(page: Page, key: str) -> None:
+    """A key once there is an item on the screen, and then a new item (or none)."""
+    before = page.locator("#messages").inner_text()
+    page.keyboard.press(key)
+    expect(page.locator("#messages")).not_to_have_text(before)
+
+
+def wait_for_votes(store: Store, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(store.judgements()) != count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(store.judgements()) == count
+
+
+def test_twenty_items_by_keyboard_and_undo(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    expect(page.locator("#left")).to_contain_text("Answer")
+    page.screenshot(path=SHOTS / "compare.png")
+    keys = list("1234567tb") * 3
+    for key in keys[:20]:
+        press(page, key)
+    wait_for_votes(served.store, 20)
+    expect(page.locator("#today")).to_have_text("20")
+    choices = [(vote.choice, vote.strength) for vote in served.store.judgements()]
+    expected = {
+        "1": ("left", 3), "2": ("left", 2), "3": ("left", 1), "4": ("tie", None), "5": ("right", 1),
+        "6": ("right", 2), "7": ("right", 3), "t": ("tie", None), "b": ("both_bad", None),
+    }  # fmt: skip
+    assert choices == [expected[key] for key in keys[:20]]
+    page.keyboard.press("u")
+    expect(page.locator("#today")).to_have_text("19")
+    press(page, "s")
+    page.keyboard.press("r")
+    page.keyboard.type("the 3rd is the best")  # digits in a field are no votes
+    page.keyboard.press("Escape")
+    page.get_by_text("Rate each response").click()
+    page.locator('input[name="left/helpful"][value="4"]').check(force=True)
+    page.screenshot(path=SHOTS / "compare-ratings.png")
+    press(page, "2")
+    wait_for_votes(served.store, 20)
+    assert served.store.judgements()[-1].reason == "the 3rd is the best"
+    page.keyboard.press("f")
+    page.get_by_placeholder("For the reviewers").fill("personal data")
+    page.screenshot(path=SHOTS / "compare-flag.png")
+    page.get_by_role("button", name="Flag it").click()
+    page.goto(f"{served.url}/manage/flags")
+    expect(page.locator("main")).to_contain_text("personal data")
+
+
+def test_two_people_at_once_get_different_items(browser: Browser, served: Served) -> None:
+    _, ann = annotator(browser, served, "Ann")
+    _, bo = annotator(browser, served, "Bo")
+    for _ in range(6):
+        press(ann, "2")
+        press(bo, "6")
+    wait_for_votes(served.store, 12)
+    votes = served.store.judgements()
+    assert len({vote.item_id for vote in votes}) == 12
+    assert {vote.annotator for vote in votes} == {"Ann", "Bo"}
+
+
+def test_votes_made_without_a_connection_are_sent_later_and_count_once(browser: Browser, served: Served) -> None:
+    context, page = owner(browser, served)
+    expect(page.locator("#left")).to_contain_text("Answer")
+    page.wait_for_timeout(1000)  # until the next ones are fetched
+    context.set_offline(True)
+    press(page, "1")
+    press(page, "7")
+    expect(page.locator("#offline")).to_contain_text("kept in this browser")
+    page.screenshot(path=SHOTS / "offline.png")
+    assert served.store.judgements() == []
+    context.set_offline(False)
+    wait_for_votes(served.store, 2)
+    expect(page.locator("#offline")).to_be_hidden()
+    context.set_offline(True)
+    press(page, "2")
+    page.wait_for_timeout(300)
+    context.set_offline(False)
+    page.goto(f"{served.url}/rank")  # the browser left the page with a vote unsent; any working page sends it
+    wait_for_votes(served.store, 3)
+    assert [vote.choice for vote in served.store.judgements()] == ["left", "right", "left"]
+
+
+def test_the_arena_streams_and_tells_names_after_the_vote(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    page.goto(f"{served.url}/arena")
+    page.screenshot(path=SHOTS / "arena-empty.png")
+    for message in ("hello", "and again"):
+        page.get_by_label("Your message", exact=True).fill(message)
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn").last.locator(".response.b")).to_contain_text(f"I heard: {message}")
+        expect(page.locator(".streaming")).to_have_count(0)
+    assert "secret" not in page.content()
+    page.reload()  # the conversation is still there
+    expect(page.locator(".turn")).to_have_count(2)
+    page.get_by_role("button", name="A is better").click()
+    expect(page.locator("#names")).to_contain_text("secret-one")
+    expect(page.locator("#names")).to_contain_text("secret-two")
+    page.screenshot(path=SHOTS / "arena-voted.png")
+
+
+def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    for name in ("", "/quality", "/disagreements", "/flags", "/queue", "/gold", "/export", "/events", "/guideline"):
+        page.goto(f"{served.url}/manage{name}")
+        expect(page.locator("h1")).to_be_visible()
+        page.screenshot(path=SHOTS / f"manage{name.replace('/', '-')}.png", full_page=True)
+    page.goto(f"{served.url}/manage/gold")
+    page.get_by_role("button", name="Left is better").first.click()
+    expect(page.locator("main")).to_contain_text("1 gold item")
+    page.goto(f"{served.url}/manage/people")
+    page.get_by_role("button", name="Make a link").click()
+    assert "/join/" in page.get_by_label("Link").input_value()
+    page.screenshot(path=SHOTS / "manage-people.png")
+    page.goto(f"{served.url}/manage/prompts")
+    file = {"name": "prompts.jsonl", "mimeType": "application/json", "buffer": b"What is a keel?\n"}
+    page.get_by_label("File").set_input_files(files=[file])  # type: ignore[list-item]
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("status").first).to_contain_text("1 prompt read")
+    page.screenshot(path=SHOTS / "manage-prompts.png", full_page=True)
+    for kind, label in (("rank", "rank responses"), ("write", "write replies"), ("edit", "edit responses")):
+        page.get_by_label("Work").select_option(label=label)
+        page.get_by_role("button", name="Queue", exact=True).click()
+        expect(page.get_by_role("status").first).to_contain_text("items queued")
+        assert kind
+    page.goto(f"{served.url}/rank")
+    expect(page.locator(".ranked .response")).to_have_count(4)
+    for key in "2134":
+        page.keyboard.press(key)
+    page.screenshot(path=SHOTS / "rank.png")
+    page.keyboard.press("Enter")
+    expect(page.locator("#today")).to_have_text("1")
+    for kind in ("write", "edit"):
+        page.goto(f"{served.url}/{kind}")
+        page.locator("#text").fill(f"My own {kind}")
+        page.screenshot(path=SHOTS / f"{kind}.png")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#today")).to_have_text("1")
+    assert [d.messages[-1].content for d in served.store.demonstrations()] == ["My own write", "My own edit"]
+    assert len(served.store.preferences()) == 7
+
+
+def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Served) -> None:
+    context, _ = owner(browser, served)
+    phone = browser.new_context(
+        viewport={"width": 375, "height": 740},
+        storage_state=context.storage_state(),
+        color_scheme="dark",
+        has_touch=True,
+    )
+    page = phone.new_page()
+    for path in ("compare", "rank", "write", "arena", "mine", "guideline", "manage", "manage/quality", "manage/people"):
+        page.goto(f"{served.url}/{path}")
+        page.wait_for_timeout(300)
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, path
+        page.screenshot(path=SHOTS / f"phone-{path.replace('/', '-')}.png")
+    page.goto(f"{served.url}/compare")
+    expect(page.locator("#left")).to_contain_text("Answer")
+    page.get_by_role("button", name="A is better").tap()
+    wait_for_votes(served.store, 1)
+
+
+def test_what_a_screen_reader_finds(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    expect(page.locator("#left")).to_contain_text("Answer")
+    expect(page.get_by_role("main")).to_have_count(1)
+    expect(page.get_by_role("navigation", name="Main")).to_be_visible()
+    for name in ("Response A", "Response B"):
+        expect(page.get_by_role("heading", name=name)).to_have_count(1)
+    expect(page.get_by_role("region", name="Your judgement").get_by_role("button")).to_have_count(11)
+    assert page.evaluate("document.activeElement.id") == "prompt-h"  # reading starts at the conversation
+    nameless = page.evaluate(
+        "[...document.querySelectorAll('button, input, textarea, select')].filter((e) => e.type !== 'hidden' &&"
+        " !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label'))).map((e) => e.outerHTML)"
+    )
+    assert nameless == []
+    page.keyboard.press("2")
+    expect(page.locator("#toast")).to_have_text("A is better")
+    assert page.locator("#toast").get_attribute("aria-live") == "polite"
+    page.emulate_media(reduced_motion="reduce")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement !== document.body")
