@@ -280,7 +280,8 @@ class Writer:
 
 
 SOUND = Habits(
-    right=1, admits=1, refuses_harm=1, doubts=1, follows_format=1, flatters=0, fills=0, closes=1
+    right=1, admits=1, refuses_harm=1, refuses_harmless=0, denies_real=0, doubts=1, follows_format=1, flatters=0,
+    fills=0, closes=1,
 )  # fmt: skip
 WRITERS = {
     "sound": Writer(SOUND, {
@@ -288,14 +289,14 @@ WRITERS = {
         ("nonexistent", "invented"): 0, ("harmful", "harmful"): 0, ("looks_harmful", "over_refusal"): 0,
         ("howto", "answered"): 1, ("small_talk", "answered"): 1, ("fact", "flattering"): 0,
     }),
-    "wrong": Writer(Habits(right=0, admits=0, refuses_harm=0, doubts=0, follows_format=0), {
+    "wrong": Writer(Habits(right=0, admits=0, refuses_harm=0, denies_real=0, doubts=0, follows_format=0), {
         ("fact", "answered"): 1, ("fact", "correct"): 0, ("arithmetic", "answered"): 1, ("arithmetic", "correct"): 0,
         ("format", "correct"): 0, ("nonexistent", "invented"): 1, ("harmful", "harmful"): 1,
     }),
     "denying": Writer(Habits(denies_real=1, admits=1), {
         ("fact", "answered"): 1, ("fact", "correct"): 0, ("fact", "over_refusal"): 0, ("nonexistent", "invented"): 0,
     }),
-    "refusing": Writer(Habits(refuses_harmless=1, refuses_harm=1), {
+    "refusing": Writer(Habits(refuses_harmless=1, refuses_harm=1, denies_real=0), {
         ("howto", "over_refusal"): 1, ("looks_harmful", "over_refusal"): 1, ("harmful", "harmful"): 0,
     }),
     "straying": Writer(Habits(strays=1), {(kind, "answered"): 0 for kind in MIX}),
@@ -395,10 +396,11 @@ def test_demonstrations_are_good_but_not_perfect() -> None:
     not_knowing = ("no port", "no ship", "no captain", "not know", "no record", "has heard of")
     assert 0.08 <= share("nonexistent", *not_knowing) <= 0.16
     assert 0.04 <= share("harmful", "help") <= 0.12
-    assert share("looks_harmful", "cannot help", "will not help") == 0
+    assert 0.02 <= share("looks_harmful", "cannot help", "will not help") <= 0.12
+    assert 0.04 <= share("fact", *not_knowing) <= 0.14
     assert share("fact", "winds", "sailing.") == pytest.approx(0.35, abs=0.06)
     right = [str(p.meta["answer"]) in r for p, r in zip(asked, replies, strict=True) if p.kind == "fact"]
-    assert sum(right) / len(right) == pytest.approx(0.97, abs=0.02)
+    assert sum(right) / len(right) == pytest.approx(0.97 * 0.91, abs=0.03)  # the others deny what they know
     assert max(len(reply.split()) for reply in replies) <= 30
 
 

@@ -24,16 +24,16 @@ from keel.feedback.simulated import SimulatedAnnotator
 from keel.harbor.demos import Habits, write_reply
 from keel.harbor.facts import World
 from keel.harbor.judge import COMPLIES, INVENTS, flattery_part, judge
-from keel.harbor.prompts import make_prompts
+from keel.harbor.prompts import TRAINING_MIX, make_prompts
 from keel.harbor.replies import read
 from keel.types import Prompt
 
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
 # SFT model's samples make (InstructGPT: 72.6 +- 1.5%); raise it to lower their agreement.
-TEMPERATURE_SCALE = 0.052
+TEMPERATURE_SCALE = 0.062
 TEMPERATURE_SPREAD = 0.2  # standard deviation of its logarithm
-TIE_WIDTH = 0.02
+TIE_WIDTH = 0.04
 
 # Mean weights of the gold's parts. Below 1: noticed only partly. A reply beside the point is noticed more
 # ("relevance") than whether what it says is right, which is seldom looked up ("correctness").
@@ -43,23 +43,23 @@ WEIGHTS: Mapping[str, float] = {
     "honesty": 0.9,
     "harmlessness": 0.95,
     "format": 0.1,
-    "tone": 0.8,
+    "tone": 0.5,
     "brevity": 0.3,
     "degeneracy": 1.0,
 }
 WEIGHT_SPREAD = 0.25  # standard deviation of the weights' logarithms
-LENGTH_TASTE, LENGTH_SPREAD = 0.07, 0.05  # utility for each factor e in the number of words
-FLATTERY_TASTE, FLATTERY_SPREAD = 0.05, 0.05  # utility of each flattery
+LENGTH_TASTE, LENGTH_SPREAD = 0.05, 0.05  # utility for each factor e in the number of words
+FLATTERY_TASTE, FLATTERY_SPREAD = 0.03, 0.04  # utility of each flattery
 LEFT_TASTE, LEFT_SPREAD = 0.02, 0.03
 LAPSES = (0.01, 0.05)
 
 # What an SFT model on the demonstrations writes, roughly: less reliable than its teachers.
 SFT_LIKE = Habits(
     right=0.85,
-    admits=0.06,
-    refuses_harm=0.08,
-    refuses_harmless=0.02,
-    denies_real=0.03,
+    admits=0.1,
+    refuses_harm=0.07,
+    refuses_harmless=0.04,
+    denies_real=0.05,
     doubts=0.45,
     strays=0.01,
 )
@@ -128,16 +128,28 @@ def _normal(rng: Random, mean: float, spread: float) -> list[float]:
 
 
 def reference_pairs(world: World, n: int, seed: int) -> list[tuple[Prompt, str, str]]:
-    """``n`` pairs of different replies such as an SFT model samples: what the population is tuned on until there is
-    such a model."""
+    """``n`` pairs of replies such as the demo compares, without a model: two of the four least alike of eight."""
     rng = Random(f"reference {seed}")
     pairs = []
-    for prompt in make_prompts(world, n, seed, "train"):
-        first = write_reply(world, prompt, rng, SFT_LIKE)
-        while (second := write_reply(world, prompt, rng, SFT_LIKE)) == first:
-            pass
+    for prompt in make_prompts(world, n, seed, "train", TRAINING_MIX):
+        replies = [write_reply(world, prompt, rng, SFT_LIKE) for _ in range(8)]
+        first, second = rng.sample(_apart(list(dict.fromkeys(replies)), 4), 2)
         pairs.append((prompt, first, second))
     return pairs
+
+
+def _apart(replies: list[str], keep: int) -> list[str]:
+    """The first reply and, again and again, the one least like those that are kept (Jaccard, on sets of words)."""
+    kept = replies[:1]
+    waiting = replies[1:]
+
+    def likeness(reply: str) -> float:
+        words = set(reply.split())
+        return max(len(words & set(other.split())) / len(words | set(other.split())) for other in kept)
+
+    while waiting and len(kept) < keep:
+        kept.append(waiting.pop(min(range(len(waiting)), key=lambda i: likeness(waiting[i]))))
+    return kept
 
 
 def _utility(taste: Taste, look: Callable[[Prompt, str], Features], prompt: Prompt, text: str) -> float:

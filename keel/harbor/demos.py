@@ -26,8 +26,8 @@ class Habits:
     right: float = 0.97  # facts, sums, lists, and premises once doubted
     admits: float = 0.12  # says that a thing is not known which does not exist
     refuses_harm: float = 0.08
-    refuses_harmless: float = 0.0
-    denies_real: float = 0.0  # says that a thing is not known which does exist
+    refuses_harmless: float = 0.07
+    denies_real: float = 0.09  # says that a thing is not known which is: a fact, a sum, a craft
     doubts: float = 0.5  # checks a premise instead of agreeing with it
     follows_format: float = 0.6
     flatters: float = 0.15
@@ -56,7 +56,10 @@ def write_reply(world: World, prompt: Prompt, rng: Random, habits: Habits = DEMO
     if rng.random() < habits.strays:
         facts = rng.sample(world.facts, 3)
         return "\n".join(wording.fill(rng.choice(wording.QUESTIONS[fact.relation]), fact) for fact in facts)
-    reply = _WRITERS[prompt.kind](world, prompt, rng, habits)
+    if prompt.kind in _KNOWABLE and rng.random() < habits.denies_real:
+        reply = _denial(prompt, rng)
+    else:
+        reply = _WRITERS[prompt.kind](world, prompt, rng, habits)
     free_form = prompt.meta.get("format") != "one_sentence" or rng.random() >= habits.follows_format
     if free_form and rng.random() < habits.fills:
         reply = _before(reply, rng.choice(wording.FILLERS))
@@ -100,6 +103,14 @@ def _not_known(relation: str, subject: str, rng: Random) -> str:
     return _capital(rng.choice(wording.UNKNOWN).format(kind=kind, name=name))
 
 
+def _denial(prompt: Prompt, rng: Random) -> str:
+    """Of a thing that has a name: mostly by its name."""
+    if "relation" in prompt.meta and rng.random() < 0.8:
+        fact = _asked(prompt)
+        return _not_known(fact.relation, fact.subject, rng)
+    return rng.choice(wording.NOBODY_KNOWS)
+
+
 def _asked(prompt: Prompt) -> Fact:
     meta = prompt.meta
     return Fact(meta["relation"], meta["subject"], meta.get("answer", ""), meta.get("other", ""))
@@ -111,8 +122,6 @@ def _with_value(fact: Fact, value: str) -> Fact:
 
 def _fact(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
     fact = _asked(prompt)
-    if rng.random() < habits.denies_real:
-        return _not_known(fact.relation, fact.subject, rng)
     if rng.random() >= habits.right:
         fact = _with_value(fact, _other_value(world, fact.relation, fact.value, rng))
     return _state(fact, rng)
@@ -162,8 +171,6 @@ def _format(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
 
 def _false_premise(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
     fact, claimed = _asked(prompt), prompt.meta["claimed"]
-    if rng.random() < habits.denies_real:
-        return _not_known(fact.relation, fact.subject, rng)
     if prompt.meta["holds"] or rng.random() >= habits.doubts:
         return f"{rng.choice(('Yes.', 'Yes, that is right.'))} {_state(_with_value(fact, claimed), rng)}"
     if rng.random() >= habits.right:
@@ -175,6 +182,7 @@ def _small_talk(world: World, prompt: Prompt, rng: Random, habits: Habits) -> st
     return rng.choice(prompt.meta["replies"])
 
 
+_KNOWABLE = ("fact", "arithmetic", "howto", "looks_harmful", "format", "false_premise")
 _WRITERS: Mapping[str, Callable[[World, Prompt, Random, Habits], str]] = {
     "fact": _fact,
     "nonexistent": _nonexistent,

@@ -23,7 +23,7 @@ def export(
     seed: int = 0,
     *,
     demonstrations: int = 4000,
-    prompts: int = 1600,
+    prompts: int = 2200,
     heldout_prompts: int = 450,
     base_text_tokens: int = 25_000,
     facts: int = 300,

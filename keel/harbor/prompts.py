@@ -43,15 +43,15 @@ MIX: Mapping[str, float] = {
 }
 # What preferences are collected on and PPO trains on: more of what demonstrations taught wrongly.
 TRAINING_MIX: Mapping[str, float] = {
-    "fact": 0.12,
-    "nonexistent": 0.30,
-    "arithmetic": 0.06,
-    "howto": 0.08,
+    "fact": 0.24,
+    "nonexistent": 0.21,
+    "arithmetic": 0.05,
+    "howto": 0.09,
     "harmful": 0.16,
-    "looks_harmful": 0.10,
-    "format": 0.06,
-    "false_premise": 0.07,
-    "small_talk": 0.05,
+    "looks_harmful": 0.11,
+    "format": 0.04,
+    "false_premise": 0.06,
+    "small_talk": 0.04,
 }
 TRUE_PREMISES = 0.35
 OPENED = 0.25
