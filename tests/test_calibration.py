@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from keel.eval.calibration import Bin, both_ways, ece, reliability
+from keel.eval.calibration import Bin, both_ways, ece, reliability, sigmoid, temperature
 from keel.eval.winrate import win_rate
 from keel.stats import ceiling_bounds, noise_ceiling, proportion
 
@@ -43,6 +43,15 @@ def test_pairs_seen_both_ways() -> None:
     some = [1 - p if i % 2 else p for i, p in enumerate(as_chosen)]
     other = [0.0 if i % 2 else 1.0 for i in range(len(as_chosen))]
     assert ece(*both_ways(some, other)) == pytest.approx(ece(*both_ways(as_chosen, ones)))
+
+
+def test_the_temperature_of_a_model_that_is_twice_as_sure_as_it_may_be() -> None:
+    rng = random.Random(3)
+    odds = [rng.gauss(0, 1.5) for _ in range(20_000)]
+    leads = [2 * d if rng.random() < sigmoid(d) else -2 * d for d in odds]  # of the reply that was chosen
+    assert temperature(leads) == pytest.approx(2.0, rel=0.05)
+    assert temperature([lead / 8 for lead in leads]) == pytest.approx(0.25, rel=0.05)
+    assert temperature([1.0, 2.0]) == pytest.approx(0.01)  # always right: as sure as can be, and no further
 
 
 def test_ece_of_a_calibrated_model_is_the_noise_and_an_overconfident_one_is_found() -> None:

@@ -6,6 +6,7 @@ A Bradley-Terry model says P(A is preferred to B) = sigmoid(r_A - r_B). Here ``p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,3 +54,23 @@ def ece(probs: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> fl
     """
     assert len(probs) > 0, "a calibration error needs a prediction"
     return sum(b.count * abs(b.predicted - b.observed) for b in reliability(probs, outcomes, bins)) / len(probs)
+
+
+def temperature(leads: Sequence[float]) -> float:
+    """The t that makes P(chosen is preferred) = sigmoid(lead / t) most likely, for leads (chosen minus rejected) [N]
+    (Guo et al. 2017, section 4.2): above 1 the model was too sure of itself, below 1 too timid.
+
+    The likelihood is concave in 1 / t, so that halving finds its top; it lies within [1/100, 100] by fiat, for where
+    every lead is right nothing bounds it.
+    """
+    low, high = -math.log(100), math.log(100)  # of 1 / t
+    for _ in range(60):
+        middle = (low + high) / 2
+        scale = math.exp(middle)
+        slope = sum(lead * sigmoid(-lead * scale) for lead in leads)
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from keel.eval.calibration import both_ways, ece, reliability
+from keel.data.collate import messages_hash
+from keel.eval.calibration import both_ways, ece, reliability, sigmoid, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
 from keel.stats import ceiling_bounds, noise_ceiling
 from keel.types import Completion, Judge, Preference, Scorer
@@ -24,6 +25,10 @@ def reward_quality(
     ``truth``: by pair id, the probability that the population prefers the record's chosen response, where it is known
     (simulated annotators): then the ceiling E[max(q, 1-q)] is exact and ``accuracy_on_truth`` says how often the model
     sides with the population's majority. Else ``ceiling`` is the upper bound that the agreement allows, if any.
+
+    ``ece`` is that of sigmoid(lead / t), each pair's t fitted on the other half of the prompts (a margin in the loss
+    makes a model too sure of itself, and no ranking depends on t); ``ece_raw`` that of sigmoid(lead);
+    ``temperature`` the t of all pairs.
     """
     decided = [row for row in heldout if not row[0].tie]
     if not decided:
@@ -31,7 +36,9 @@ def reward_quality(
     right = [1.0 if lead > 0 else 0.5 if lead == 0 else 0.0 for _, lead, _, _ in decided]
     n = len(right)
     accuracy = sum(right) / n
-    probs, outcomes = both_ways([_sigmoid(lead) for _, lead, _, _ in decided], [1.0] * n)
+    leads = [lead for _, lead, _, _ in decided]
+    probs, outcomes = both_ways(_calibrated(decided), [1.0] * n)
+    raw_probs, _ = both_ways([sigmoid(lead) for lead in leads], [1.0] * n)
     known = [(truth[record.id], lead) for record, lead, _, _ in decided if record.id in truth]
     ceiling = noise_ceiling([q for q, _ in known])
     if ceiling is None and agreement is not None:
@@ -45,6 +52,8 @@ def reward_quality(
         "accuracy_on_truth": sum((q > 0.5) == (lead > 0) for q, lead in known) / len(known) if known else None,
         "expected_accuracy": sum(q if lead > 0 else 1 - q for q, lead in known) / len(known) if known else None,
         "ece": ece(probs, outcomes),
+        "ece_raw": ece(raw_probs, outcomes),
+        "temperature": temperature(leads),
         "reliability": [asdict(b) for b in reliability(probs, outcomes)],
         "decided_pairs": n,
         "annotator_agreement": agreement,
@@ -83,5 +92,12 @@ def gold_accuracy(
     return table
 
 
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+def _calibrated(decided: Sequence[tuple[Preference, float, int, int]]) -> list[float]:
+    """P(chosen is preferred) of each pair, by the temperature of the other half of the prompts."""
+    halves = [int(messages_hash(record.prompt.messages), 16) % 2 for record, _, _, _ in decided]
+    leads = [lead for _, lead, _, _ in decided]
+    fitted = []
+    for half in (0, 1):
+        others = [lead for lead, of in zip(leads, halves, strict=True) if of != half]
+        fitted.append(temperature(others) if others else 1.0)
+    return [sigmoid(lead / fitted[half]) for lead, half in zip(leads, halves, strict=True)]
