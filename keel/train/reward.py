@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import RewardStage
-from keel.data.collate import micro_batches, pack
+from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import has_reward_head, load_scalar, save
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
@@ -81,11 +81,14 @@ class RewardTraining:
 
 def raw_scores(scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str) -> Tensor:
     """Raw head outputs [N] on the CPU, in the order of ``rows``."""
-    scores = torch.zeros(len(rows))
+    different = list(dict.fromkeys(rows))  # a completion stands in several pairs, and is run once
+    scores = torch.zeros(len(different))
     with torch.no_grad(), autocast(device, precision):
-        for group in micro_batches([len(row.ids) for row in rows], batch_tokens):
-            scores[torch.tensor(group)] = scorer.raw_packed(pack([rows[i] for i in group], device)).float().cpu()
-    return scores
+        for group in micro_batches_by_prompt(different, batch_tokens):
+            batch = pack_by_prompt([different[i] for i in group], device)
+            scores[torch.tensor(group)] = scorer.raw_packed(batch).float().cpu()
+    place = {row: i for i, row in enumerate(different)}
+    return scores[torch.tensor([place[row] for row in rows])]
 
 
 def train_reward(
