@@ -393,7 +393,7 @@ def test_parquet_and_csv_rows_are_counted_from_one(tmp_path: Path) -> None:
         ("words.txt", b"a", "unknown kind of file; expected a name ending in .jsonl"),
         ("fake.parquet", b"nothing of the kind", "cannot be read as Parquet"),
         ("fake.jsonl.gz", b"nothing of the kind", "cannot be read"),
-        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "cannot be read"),
+        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-12], "cannot be read"),
         ("twice.csv", b"text,text\na,b\n", "line 1: column text stands twice"),
         ("quote.csv", b'text\n"a" b\n', "broken CSV"),
     ],
