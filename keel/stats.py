@@ -94,3 +94,8 @@ def ceiling_bounds(agreement: float) -> Interval:
     """
     a = min(max(agreement, 0.5), 1.0)
     return a, (1 + math.sqrt(2 * a - 1)) / 2
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), without overflow on either side."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from keel.eval.calibration import Bin, both_ways, ece, reliability, sigmoid, temperature
+from keel.eval.calibration import Bin, both_ways, ece, reliability, temperature
 from keel.eval.winrate import win_rate
-from keel.stats import ceiling_bounds, noise_ceiling, proportion
+from keel.stats import ceiling_bounds, noise_ceiling, proportion, sigmoid
 
 
 def test_reliability_by_hand() -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keel.stats import sigmoid
+
 
 @dataclass(frozen=True, slots=True)
 class Bin:
@@ -70,7 +72,3 @@ def temperature(leads: Sequence[float]) -> float:
         slope = sum(lead * sigmoid(-lead * scale) for lead in leads)
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.exp(-(low + high) / 2)
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from keel.data.collate import messages_hash
-from keel.eval.calibration import both_ways, ece, reliability, sigmoid, temperature
+from keel.eval.calibration import both_ways, ece, reliability, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
-from keel.stats import ceiling_bounds, noise_ceiling
+from keel.stats import ceiling_bounds, noise_ceiling, sigmoid
 from keel.types import Completion, Judge, Preference, Scorer
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keel.feedback.agreement import cohens_kappa, raw_agreement, vote_pairs, votes_by_item
+from keel.stats import sigmoid
 from keel.store import Store
 from keel.types import Prompt, Reporter, UserError
 
@@ -78,7 +79,7 @@ class SimulatedAnnotator:
     def probability_left(self, prompt: Prompt, left: str, right: str) -> float:
         """P(left preferred | no tie), the formula at the top of this file."""
         pull = (self.difference(prompt, left, right) + self.left_bias) / self.temperature
-        return (1 - self.lapse) * _sigmoid(pull) + self.lapse / 2
+        return (1 - self.lapse) * sigmoid(pull) + self.lapse / 2
 
     def judge(self, prompt: Prompt, left: str, right: str, rng: random.Random) -> Opinion:
         """One judgement. It draws, in this order: lapse, time, then the lapse's coin or the preference's noise.
@@ -210,7 +211,3 @@ def draw(*place: object) -> random.Random:
     """A random stream of its own for each place (seed, annotator, prompt, texts): what an annotator says there does
     not depend on what was asked before, so labelling that was stopped goes on to the same judgements."""
     return random.Random(hashlib.sha256("\0".join(map(str, place)).encode()).digest())
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

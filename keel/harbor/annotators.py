@@ -26,7 +26,8 @@ from keel.harbor.facts import World
 from keel.harbor.judge import COMPLIES, INVENTS, flattery_part, judge
 from keel.harbor.prompts import TRAINING_MIX, make_prompts
 from keel.harbor.replies import read
-from keel.types import Prompt
+from keel.rollout.collect import choose_different
+from keel.types import Completion, Prompt
 
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
@@ -133,23 +134,12 @@ def reference_pairs(world: World, n: int, seed: int) -> list[tuple[Prompt, str, 
     pairs = []
     for prompt in make_prompts(world, n, seed, "train", TRAINING_MIX):
         replies = [write_reply(world, prompt, rng, SFT_LIKE) for _ in range(8)]
-        first, second = rng.sample(_apart(list(dict.fromkeys(replies)), 4), 2)
-        pairs.append((prompt, first, second))
+        # Words stand for tokens here: each has the number of its first appearance.
+        number = {word: i for i, word in enumerate(dict.fromkeys(" ".join(replies).split()))}
+        samples = [Completion(reply, tuple(number[word] for word in reply.split())) for reply in replies]
+        first, second = rng.sample(choose_different(samples, keep=4, max_similarity=0.0), 2)
+        pairs.append((prompt, first.text, second.text))
     return pairs
-
-
-def _apart(replies: list[str], keep: int) -> list[str]:
-    """The first reply and, again and again, the one least like those that are kept (Jaccard, on sets of words)."""
-    kept = replies[:1]
-    waiting = replies[1:]
-
-    def likeness(reply: str) -> float:
-        words = set(reply.split())
-        return max(len(words & set(other.split())) / len(words | set(other.split())) for other in kept)
-
-    while waiting and len(kept) < keep:
-        kept.append(waiting.pop(min(range(len(waiting)), key=lambda i: likeness(waiting[i]))))
-    return kept
 
 
 def _utility(taste: Taste, look: Callable[[Prompt, str], Features], prompt: Prompt, text: str) -> float:
