@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from keel.model.packed import hidden_states, inner_model
 from keel.types import PackedBatch
 
-CHUNK_ELEMENTS = 4_000_000  # logits held at once: 16 MB in float32, what a CPU's last-level cache can take
+CHUNK_ELEMENTS = 4_000_000  # logits made at once: 16 MB in float32, what a CPU's last-level cache can take
+KEPT_ELEMENTS = 16_000_000  # probabilities kept for the backward pass rather than made again: 32 MB in bfloat16
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def head_logprobs(
     weight = head.weight.float()
     bias = head.bias.float() if getattr(head, "bias", None) is not None else None
     device = hidden_CH.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     with torch.autocast(device, enabled=False):
         logp, ent = _HeadLogProbs.apply(
             hidden_CH.float(),
@@ -65,6 +68,7 @@ def head_logprobs(
             scale / temperature,
             softcap / temperature if softcap else None,
             entropy,
+            low,
         )
     return LogProbs(logp, ent if entropy else None)
 
@@ -81,7 +85,8 @@ def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """Linear head, softmax and gather in chunks of tokens; the backward pass recomputes each chunk's logits.
+    """Linear head, softmax and gather in chunks of tokens; the backward pass recomputes each chunk's logits, but for
+    small batches and vocabularies, whose probabilities are kept. Gradients' products run in ``low`` precision.
 
     With z = logits, p = softmax(z), H = entropy:  d logp_y / dz = onehot(y) - p,  dH / dz = -p (log p + H).
     """
@@ -96,46 +101,60 @@ class _HeadLogProbs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         entropy: bool,
+        low: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         logp = hidden.new_empty(hidden.shape[0])
         ent = hidden.new_zeros(hidden.shape[0] if entropy else 0)
+        kept = None
+        if any(ctx.needs_input_grad) and softcap is None and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
+            kept = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=low)
         for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, scale, softcap)
-            lse = logits.logsumexp(-1)
-            logp[part] = logits.gather(1, ids[part, None]).squeeze(1) - lse
+            logps = torch.log_softmax(_logits(hidden[part], weight, bias, scale, softcap), -1)
+            logp[part] = logps.gather(1, ids[part, None]).squeeze(1)
             if entropy:
-                ent[part] = lse - (torch.softmax(logits, -1) * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, ids)
-        ctx.settings = (scale, softcap, entropy)
+                ent[part] = -torch.linalg.vecdot(logps.exp(), logps)
+            if kept is not None:
+                kept[part] = logps.exp_()
+        ctx.save_for_backward(hidden, weight, bias, ids, kept)
+        ctx.settings = (scale, softcap, low)
+        ctx.set_materialize_grads(False)
         return logp, ent
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_ent: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, weight, bias, ids = ctx.saved_tensors
-        scale, softcap, entropy = ctx.settings
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_ent: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden, weight, bias, ids, kept = ctx.saved_tensors
+        scale, softcap, low = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
+        low_weight, low_hidden = weight.to(low), hidden.to(low)
         for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, scale, softcap)
-            logp = torch.log_softmax(logits, -1)
-            p = logp.exp()
-            grad = p * -grad_logp[part, None]
-            grad.scatter_add_(1, ids[part, None], grad_logp[part, None])
-            if entropy:
-                h = -(p * logp).sum(-1, keepdim=True)
-                grad -= p * (logp + h) * grad_ent[part, None]
+            p, logits, logps = None if kept is None else kept[part], None, None
+            if p is None or grad_ent is not None:
+                logits = _logits(hidden[part], weight, bias, scale, softcap)
+                logps = torch.log_softmax(logits, -1)
+                p = logps.exp()
+            grad = torch.zeros_like(p)
+            if grad_logp is not None:
+                g = (grad_logp[part, None] * scale).to(p.dtype)
+                grad = (p * -g).scatter_add_(1, ids[part, None], g)
+            if grad_ent is not None:
+                assert logps is not None
+                h = -torch.linalg.vecdot(p, logps).unsqueeze(-1)
+                grad -= p * (logps + h) * (grad_ent[part, None] * scale)
             if softcap is not None:
+                assert logits is not None
                 grad *= 1 - (logits / softcap) ** 2
-            grad *= scale
+            grad = grad.to(low)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight
+                grad_hidden[part] = grad @ low_weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[part])
+                grad_weight += grad.t() @ low_hidden[part]
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+                grad_bias += grad.sum(0, dtype=torch.float32)
+        return grad_hidden, grad_weight, grad_bias, *[None] * 5
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -9,7 +9,10 @@ is also the slow reference of the tests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from keel.model import fused
 from keel.types import PackedBatch, UserError
 
 ATTENTION = "keel_packed"
@@ -83,6 +87,25 @@ class Layout:
         distance = positions[:, :, None] - positions[:, None, :]
         near = distance < window
         return near & (distance >= 0 if self.allowed is None else self.allowed)
+
+    def grids(self, window: int | None, heads: int, dtype: torch.dtype) -> list[fused.Grid]:
+        """The layout cut where rows of different lengths meet (micro-batches are sorted), so that attention does not
+        pad all rows to the longest."""
+        row_T, place_T = self.cells_T // self.longest, self.cells_T % self.longest
+        lengths = torch.bincount(row_T, minlength=self.batch).tolist()
+        visible = self.visible(window)
+        grids, begin = [], 0
+        for rows in _buckets([_rounded(n, ROUND_LENGTH, self.cells_T.device) for n in lengths]):
+            longest = _rounded(max(lengths[rows.start : rows.stop]), ROUND_LENGTH, self.cells_T.device)
+            tokens = slice(begin, begin := begin + sum(lengths[rows.start : rows.stop]))
+            if visible is None:
+                seen = torch.ones(1, longest, longest, dtype=torch.bool, device=row_T.device).tril()
+            else:
+                seen = visible.expand(self.batch, -1, -1)[rows.start : rows.stop, :longest, :longest]
+            bias = torch.zeros(seen.shape, dtype=dtype, device=row_T.device).masked_fill_(~seen, float("-inf"))
+            bias = bias if len(bias) == 1 else bias.repeat_interleave(heads, dim=0)
+            grids.append(fused.Grid(tokens, row_T[tokens] - rows.start, place_T[tokens], len(rows), longest, bias))
+        return grids
 
     def spread(self, x_TF: Tensor, fill: float | int = 0) -> Tensor:
         """[T, ...] -> [B, L, ...]"""
@@ -187,13 +210,58 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
         return padded_hidden_states(model, batch)
     tokens = batch.num_tokens
     spare = _rounded(tokens, ROUND_TOKENS, batch.ids_T.device) - tokens
-    out = backbone(model)(
-        input_ids=F.pad(batch.ids_T, (0, spare))[None],
-        position_ids=F.pad(batch.positions_T, (0, spare))[None],
-        use_cache=False,
-        keel_layout=Layout.of(batch),
-    )
+    ids, positions = F.pad(batch.ids_T, (0, spare))[None], F.pad(batch.positions_T, (0, spare))[None]
+    decoder: Any = backbone(model)
+    if fused.is_fusable(decoder):
+        embedded = decoder.embed_tokens(ids[0])
+        cos, sin = decoder.rotary_emb(embedded, position_ids=positions)
+        hidden = fused.run_layers(decoder, embedded, cos[0], sin[0], _FusedAttention(Layout.of(batch)))
+        return decoder.norm(hidden[:tokens])
+    out = decoder(input_ids=ids, position_ids=positions, use_cache=False, keel_layout=Layout.of(batch))
     return out.last_hidden_state[0, :tokens]
+
+
+class _FusedAttention:
+    """``fused.Attention`` over a layout. Grids and their masks are made once for all layers."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.grids: dict[int | None, list[fused.Grid]] = {}
+
+    def __call__(self, block: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # Qwen's attention modules know their window, Mistral's leave it to the configuration.
+        layout = self.layout
+        window = getattr(block, "sliding_window", getattr(block.config, "sliding_window", None))
+        heads = block.q_proj.out_features // block.head_dim
+        if layout.longest <= PLAIN_ATTENTION_UP_TO:
+            if window not in self.grids:
+                self.grids[window] = layout.grids(window, heads, qkv.dtype)
+            return fused.Attend.apply(qkv, cos, sin, heads, block.scaling, self.grids[window])
+        tokens, kv_heads = layout.cells_T.numel(), (qkv.shape[1] - heads) // 2
+        q, k, v = qkv[:tokens].split([heads, kv_heads, kv_heads], dim=1)
+        q, k = (fused.rotate(x, cos[:tokens], sin[:tokens]).to(v.dtype) for x in (q, k))
+        q, k, v = (layout.spread(x).transpose(1, 2) for x in (q, k, v))
+        attended = layout.gather(_attend(q, k, v, block.scaling, layout.visible(window)).transpose(1, 2))
+        return F.pad(attended.to(v.dtype).flatten(1), (0, 0, 0, len(qkv) - tokens))
+
+
+BUCKET_GAIN = 0.8  # of the cells of attention's products that must be left for another grid's operations to pay
+
+
+def _buckets(lengths: Sequence[int]) -> list[range]:
+    """Rows cut into runs that are padded to the longest of each: recursively, in two where that saves enough."""
+
+    def cut(rows: range) -> list[range]:
+        own = lengths[rows.start : rows.stop]
+        before = list(accumulate(own, max))  # the longest up to a row,
+        behind = list(accumulate(reversed(own), max))[::-1]  # and from it on
+        cells = [i * before[i - 1] ** 2 + (len(own) - i) * behind[i] ** 2 for i in range(1, len(own))]
+        if not cells or min(cells) > BUCKET_GAIN * len(own) * before[-1] ** 2:
+            return [rows]
+        middle = rows.start + 1 + cells.index(min(cells))
+        return cut(range(rows.start, middle)) + cut(range(middle, rows.stop))
+
+    return cut(range(len(lengths)))
 
 
 def _rounded(n: int, multiple: int, device: torch.device) -> int:
