@@ -205,7 +205,8 @@ class Attend(torch.autograd.Function):
     ) -> Tensor:
         kv_heads = (qkv.shape[1] - heads) // 2
         group = heads // kv_heads
-        turned, v = rotate(qkv[:, :-kv_heads], cos, sin).to(qkv.dtype), qkv[:, -kv_heads:]
+        cos, sin = cos[:, None], sin[:, None]
+        turned, v = rotate(qkv[:, :-kv_heads].float(), cos, sin).to(qkv.dtype), qkv[:, -kv_heads:]
         out = qkv.new_zeros(len(qkv), heads, qkv.shape[2])
         saved = []
         for grid in grids:
@@ -238,15 +239,16 @@ class Attend(torch.autograd.Function):
             dk.copy_(_from_grid(torch.bmm(dscores.transpose(1, 2), q_NLD), grid, heads, group))
             dv.copy_(_from_grid(torch.bmm(probs.transpose(1, 2), do_NLD), grid, heads, group))
         turned = dqkv[:, :-kv_heads]
-        turned.copy_(rotate(turned, cos * scale, sin * -scale))  # a rotation's transpose is the rotation backwards
+        turned.copy_(
+            rotate(turned.float(), cos * scale, sin * -scale)
+        )  # a rotation's transpose is the rotation backwards
         return dqkv, None, None, None, None, None
 
 
-def rotate(x_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face checkpoints: float32."""
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    half = x_TGD.shape[-1] // 2
-    x = x_TGD.float()
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of [..., D] in the half-split layout of Hugging Face checkpoints;
+    ``cos`` and ``sin`` broadcast to it."""
+    half = x.shape[-1] // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])

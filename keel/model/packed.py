@@ -239,7 +239,7 @@ class _FusedAttention:
             return fused.Attend.apply(qkv, cos, sin, heads, block.scaling, self.grids[window])
         tokens, kv_heads = layout.cells_T.numel(), (qkv.shape[1] - heads) // 2
         q, k, v = qkv[:tokens].split([heads, kv_heads, kv_heads], dim=1)
-        q, k = (fused.rotate(x, cos[:tokens], sin[:tokens]).to(v.dtype) for x in (q, k))
+        q, k = (fused.rotate(x.float(), cos[:tokens, None], sin[:tokens, None]).to(v.dtype) for x in (q, k))
         q, k, v = (layout.spread(x).transpose(1, 2) for x in (q, k, v))
         attended = layout.gather(_attend(q, k, v, block.scaling, layout.visible(window)).transpose(1, 2))
         return F.pad(attended.to(v.dtype).flatten(1), (0, 0, 0, len(qkv) - tokens))

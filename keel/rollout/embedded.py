@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
-from keel.rollout.llama import ROWS, Decoder, round_up
+from keel.rollout.llama import ROWS, Decoder, Weights, round_up
 from keel.rollout.sampler import Precision, choose, context_length, room, stream_key, uniforms
 from keel.types import Completion
 
+ALONE_UP_TO = 16_000_000  # parameters; see EmbeddedSampler._workers
+ALONE_SLOTS = 64  # the fewest that are worth a thread: with less to compute threads wait for each other in Python
 PREFILL_TOKENS = 8192  # tokens in one prefill pass: bounds its memory
-RESERVE = 64  # columns beyond the prompt that the cache starts with; it grows as needed
 
 
 @dataclass(slots=True)
@@ -77,32 +80,88 @@ class EmbeddedSampler:
         if not prompts:
             return []
         requests = [Request(i, tuple(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
-        return _Run(self, requests, sampling, seed).run()
+        weights = Weights.of(self.model, self.dtype)
+        parts = divided(requests, self._workers(weights, min(sampling.batch_size, len(requests))))
+        slots = -(-sampling.batch_size // len(parts))
+        done: list[Completion | None] = [None] * len(requests)
+        runs = [_Run(self, weights, part, min(slots, len(part)), sampling, seed, done) for part in parts]
+        if len(runs) == 1:
+            runs[0].run()
+        else:
+            side_by_side(runs)
+        return [completion for completion in done if completion is not None]
+
+    def _workers(self, weights: Weights, slots: int) -> int:
+        """In a small model most operations of a step are too short for a second thread to join in: the slots are then
+        divided among threads that decode by themselves. In a large one each would read all weights again."""
+        small = sum(p.numel() for p in self.model.parameters()) <= ALONE_UP_TO
+        if weights.embedding_VH.device.type != "cpu" or not small:
+            return 1
+        return max(1, min(torch.get_num_threads(), slots // ALONE_SLOTS))
+
+
+def divided(requests: Sequence[Request], parts: int) -> list[list[Request]]:
+    """Requests for each thread, the samples of a prompt in one. The same in every run, whatever the threads' pace, or
+    a resumed run would round differently."""
+    # Longest first: prompts of a length are prefilled together, and a prompt's samples lie side by side.
+    ordered = sorted(requests, key=lambda r: (-len(r.prompt), r.prompt, r.index))
+    dealt: list[list[Request]] = [[] for _ in range(parts)]
+    for _, same in groupby(ordered, key=lambda r: r.prompt):
+        min(dealt, key=len).extend(same)
+    return [part for part in dealt if part]
+
+
+def side_by_side(runs: Sequence[_Run]) -> None:
+    """Each run in a thread of its own, which computes alone."""
+    threads = torch.get_num_threads()
+
+    def alone(run: _Run) -> None:
+        torch.set_num_threads(1)  # of this thread
+        with torch.inference_mode():
+            run.run()
+
+    try:
+        with ThreadPoolExecutor(len(runs)) as pool:
+            futures = [pool.submit(alone, run) for run in runs]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                for run in runs:
+                    run.stopped = True
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Run:
-    """One call of ``generate``."""
+    """Decodes ``requests``, and writes the completions into ``done``."""
 
-    def __init__(self, sampler: EmbeddedSampler, requests: list[Request], sampling: SamplingConfig, seed: int) -> None:
+    def __init__(
+        self,
+        sampler: EmbeddedSampler,
+        weights: Weights,
+        requests: Sequence[Request],
+        slots: int,
+        sampling: SamplingConfig,
+        seed: int,
+        done: list[Completion | None],
+    ) -> None:
         self.sampling, self.seed = sampling, seed
-        slots = min(sampling.batch_size, len(requests))
-        context = max(len(r.prompt) + r.limit for r in requests)
-        self.decoder = Decoder(sampler.model, sampler.dtype, slots, context)
-        self.decoder.reserve(min(context, max(len(r.prompt) for r in requests) + RESERVE))
+        self.decoder = Decoder(sampler.model, weights, slots, max(len(r.prompt) + r.limit for r in requests))
         device = self.decoder.cos.device
         self.stops = torch.tensor(sampler.stop_ids, dtype=torch.int64, device=device)
         self.state = Slots.empty(slots, sampling.max_new_tokens, device)
-        # Longest first: prompts of a length are prefilled together, and a prompt's samples lie side by side.
-        self.queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.prompt, r.index)))
+        self.queue = deque(requests)
         self.running: list[Request | None] = [None] * slots
-        self.done: list[Completion | None] = [None] * len(requests)
+        self.done = done
+        self.stopped = False
 
-    def run(self) -> list[Completion]:
-        while True:
+    def run(self) -> None:
+        while not self.stopped:
             self._fill()
             self._shrink()
             if not any(self.running):
-                return [c for c in self.done if c is not None]
+                return
             finished = self._step().nonzero().squeeze(1)
             if finished.numel():
                 self._collect(finished)

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keel.model.fused import rotate
 from keel.model.packed import inner_model
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
-COLUMNS = 16  # the cache is read in multiples of this,
+COLUMNS = 16  # the cache grows in multiples of this,
 ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
 # about half a millisecond to prepare, the time of the product itself in a small model
 
@@ -77,34 +78,49 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class NormLinear:
+    """Linear layers that read the same RMS norm, their outputs side by side. Weights that must be cast are copies
+    anyway: they are laid together, with the norm's own weights multiplied in (``norm`` is None then)."""
+
+    norm: Tensor | None
+    parts: tuple[Linear, ...]
+    dtype: torch.dtype
+    eps: float
+
+    @staticmethod
+    def of(norm: Tensor, modules: Sequence[Any], dtype: torch.dtype, eps: float) -> NormLinear:
+        parts = tuple(Linear.of(module, norm.dtype) for module in modules)
+        if norm.dtype == dtype:
+            return NormLinear(norm, parts, dtype, eps)
+        weight = torch.cat([part.weight for part in parts]).mul_(norm).to(dtype)
+        biases = [part.bias for part in parts if part.bias is not None]
+        return NormLinear(None, (Linear(weight, torch.cat(biases).to(dtype) if biases else None),), dtype, eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        h = normed(x, self.norm, self.eps).to(self.dtype)
+        return self.parts[0](h) if len(self.parts) == 1 else torch.cat([part(h) for part in self.parts], -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
-    norm_in: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: NormLinear
     q_norm: Tensor | None  # Qwen3: RMS norm of each head
     k_norm: Tensor | None
     o: Linear
-    norm_mlp: Tensor
-    gate: Linear
-    up: Linear
+    gate_up: NormLinear
     down: Linear
 
     @staticmethod
-    def of(module: Any, dtype: torch.dtype) -> Layer:
+    def of(module: Any, dtype: torch.dtype, eps: float) -> Layer:
         attention, mlp = module.self_attn, module.mlp
-        normed = hasattr(attention, "q_norm")
+        has_norms = hasattr(attention, "q_norm")
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         return Layer(
-            norm_in=module.input_layernorm.weight.float(),
-            q=Linear.of(attention.q_proj, dtype),
-            k=Linear.of(attention.k_proj, dtype),
-            v=Linear.of(attention.v_proj, dtype),
-            q_norm=attention.q_norm.weight.float() if normed else None,
-            k_norm=attention.k_norm.weight.float() if normed else None,
+            qkv=NormLinear.of(module.input_layernorm.weight, projections, dtype, eps),
+            q_norm=attention.q_norm.weight.float() if has_norms else None,
+            k_norm=attention.k_norm.weight.float() if has_norms else None,
             o=Linear.of(attention.o_proj, dtype),
-            norm_mlp=module.post_attention_layernorm.weight.float(),
-            gate=Linear.of(mlp.gate_proj, dtype),
-            up=Linear.of(mlp.up_proj, dtype),
+            gate_up=NormLinear.of(module.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj), dtype, eps),
             down=Linear.of(mlp.down_proj, dtype),
         )
 
@@ -128,15 +144,15 @@ class Weights:
     @staticmethod
     def of(model: nn.Module, dtype: torch.dtype) -> Weights:
         inner: Any = inner_model(model)
-        attention = inner.model.layers[0].self_attn
+        attention, eps = inner.model.layers[0].self_attn, inner.config.rms_norm_eps
         return Weights(
             embedding_VH=inner.model.embed_tokens.weight,
-            layers=tuple(Layer.of(layer, dtype) for layer in inner.model.layers),
+            layers=tuple(Layer.of(layer, dtype, eps) for layer in inner.model.layers),
             norm=inner.model.norm.weight.float(),
             # The head stays in float32, as in the trainer's log-probabilities (keel.model.logprobs).
             head=Linear.of(inner.lm_head, torch.float32),
             act=inner.model.layers[0].mlp.act_fn,
-            eps=inner.config.rms_norm_eps,
+            eps=eps,
             scale=attention.scaling,
             heads=inner.config.num_attention_heads,
             kv_heads=inner.config.num_key_value_heads,
@@ -151,35 +167,31 @@ class Weights:
 class Decoder:
     """The forward pass over a cache of ``slots`` rows: ``prefill`` fills rows, ``step`` reads one token a row.
 
-    Keys are kept as [S, kv_heads, head_dim, capacity] and values as [S, kv_heads, capacity, head_dim]: the layouts in
-    which the two products of a single query are fastest on a CPU. The capacity grows as sequences do.
+    The cache of a layer is [2, S, kv_heads, capacity, head_dim], keys and values. The capacity follows the longest
+    sequence, a few columns at a time, and a step reads all of it: a CPU's batched products over a part of a cache cost
+    more than copying the whole now and then.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, slots: int, context: int) -> None:
-        self.w = Weights.of(model, dtype)
+    def __init__(self, model: nn.Module, weights: Weights, slots: int, context: int) -> None:
+        self.w = weights
         device = self.w.embedding_VH.device
         positions = torch.arange(context, device=device)[None]
         cos, sin = inner_model(model).model.rotary_emb(torch.zeros(1, device=device), positions)  # type: ignore[operator, union-attr]
         self.cos, self.sin = cos[0], sin[0]  # [context, head_dim]
         self.capacity = 0
-        shape = (slots, self.w.kv_heads, self.w.head_dim, 0)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.w.layers]
-        self.values = [key.transpose(2, 3) for key in self.keys]
+        shape = (2, slots, self.w.kv_heads, 0, self.w.head_dim)
+        self.caches = [torch.zeros(shape, dtype=weights.dtype, device=device) for _ in self.w.layers]
 
     def reserve(self, columns: int) -> None:
         """Room for ``columns`` tokens in each row."""
         if columns <= self.capacity:
             return
-        # Half as much again, or growing would copy the cache every few steps.
-        self.capacity = round_up(max(columns, self.capacity * 3 // 2), COLUMNS)
-        for i, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            more = self.capacity - key.shape[3]
-            self.keys[i], self.values[i] = F.pad(key, (0, more)), F.pad(value, (0, 0, 0, more))
+        self.capacity = round_up(columns, COLUMNS)
+        self.caches = [F.pad(cache, (0, 0, 0, self.capacity - cache.shape[3])) for cache in self.caches]
 
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows."""
-        self.keys = [key[rows] for key in self.keys]
-        self.values = [value[rows] for value in self.values]
+        self.caches = [cache[:, rows] for cache in self.caches]
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], source: Sequence[int]) -> None:
         """Computes the keys and values of ``prompts`` once each, and writes those of ``prompts[source[i]]`` to row
@@ -198,68 +210,68 @@ class Decoder:
         cos, sin = self.cos[:longest, None], self.sin[:longest, None]
         x = F.embedding(ids, w.embedding_VH).float()
         for i, layer in enumerate(w.layers):
-            q, k, v = self._qkv(layer, x, cos, sin)  # [U, L, heads, head_dim]
-            self.keys[i][rows, :, :, :longest] = k.permute(0, 2, 3, 1)[from_rows]
-            self.values[i][rows, :, :longest] = v.transpose(1, 2)[from_rows]
+            q, kv = self._qkv(layer, x, cos, sin)  # [U, L, heads, head_dim], [2, U, L, kv_heads, head_dim]
+            kv = kv.transpose(2, 3)
+            self.caches[i][:, rows, :, :longest] = kv[:, from_rows].to(self.caches[i].dtype)
             if i + 1 == len(w.layers):
                 break  # nobody reads the last layer's output: the prompt's last token goes through `step`
             out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=w.scale,
-                enable_gqa=w.heads != w.kv_heads,
-            )  # fmt: skip
+                q.transpose(1, 2), kv[0], kv[1], is_causal=True, scale=w.scale, enable_gqa=w.heads != w.kv_heads
+            )
             x = self._after_attention(layer, x, out.transpose(1, 2).flatten(2))
 
     def step(self, tokens_S: Tensor, positions_S: Tensor, columns: int) -> Tensor:
         """Logits [S, V] float32 after one more token a row. ``columns``: more than the largest position."""
         self.reserve(columns)
-        w, S = self.w, tokens_S.shape[0]
-        W = round_up(columns, COLUMNS)  # the capacity is a multiple too
-        rows = torch.arange(S, device=tokens_S.device)
+        if columns <= self.capacity - 2 * COLUMNS:  # the long ones are done
+            self.capacity = round_up(columns, COLUMNS)
+            self.caches = [cache[:, :, :, : self.capacity].contiguous() for cache in self.caches]
+        w, S, device = self.w, tokens_S.shape[0], tokens_S.device
+        W = self.capacity
         cos, sin = self.cos[positions_S, None], self.sin[positions_S, None]
-        hidden = torch.arange(W, device=tokens_S.device) > positions_S[:, None]
-        bias_S1W = torch.zeros(S, 1, W, device=tokens_S.device).masked_fill_(hidden[:, None], float("-inf"))
-        group = w.heads // w.kv_heads
+        hidden = torch.arange(W, device=device) > positions_S[:, None]
+        bias_S1W = torch.zeros(S, 1, W, device=device).masked_fill_(hidden[:, None], float("-inf"))
+        # Where this token's keys and values go, in a cache of rows of head_dim.
+        rows = torch.arange(2 * S * w.kv_heads, device=device).view(2, S, w.kv_heads) * self.capacity
+        rows = (rows + positions_S[:, None]).flatten()
         x = F.embedding(tokens_S, w.embedding_VH).float()
-        for i, layer in enumerate(w.layers):
-            q, k, v = self._qkv(layer, x, cos, sin)  # [S, heads, head_dim]
-            key, value = self.keys[i], self.values[i]
-            key[rows, :, :, positions_S] = k
-            value[rows, :, positions_S] = v
-            scores = torch.bmm(q.view(S * w.kv_heads, group, w.head_dim), key.flatten(0, 1)[:, :, :W])
-            scores = torch.add(bias_S1W, scores.view(S, w.heads, W), alpha=w.scale)
-            probs = torch.softmax(scores, -1).to(w.dtype).view(S * w.kv_heads, group, W)
-            out = torch.bmm(probs, value.flatten(0, 1)[:, :W])
+        for layer, cache in zip(w.layers, self.caches, strict=True):
+            q, kv = self._qkv(layer, x, cos, sin)  # [S, heads, head_dim], [2, S, kv_heads, head_dim]
+            cache.view(-1, w.head_dim).index_copy_(0, rows, kv.view(-1, w.head_dim).to(cache.dtype))
+            keys, values = cache.flatten(1, 2)
+            q = q.view(S * w.kv_heads, w.heads // w.kv_heads, w.head_dim).to(cache.dtype)
+            scores = torch.bmm(q, keys.transpose(1, 2)).view(S, w.heads, W)
+            probs = torch.softmax(torch.add(bias_S1W, scores, alpha=w.scale), -1).to(cache.dtype)
+            out = torch.bmm(probs.view(S * w.kv_heads, -1, W), values)
             x = self._after_attention(layer, x, out.view(S, w.heads * w.head_dim))
-        return w.head(self._norm(x, w.norm))
+        return w.head(normed(x, w.norm, w.eps))
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.w.eps)
-
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [..., H] -> q [..., heads, head_dim], k and v [..., kv_heads, head_dim], with rotary positions."""
+    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [..., H] -> q [..., heads, head_dim], keys and values [2, ..., kv_heads, head_dim], with rotary positions,
+        float32."""
         w = self.w
-        h = self._norm(x, layer.norm_in).to(w.dtype)
-        q = layer.q(h).unflatten(-1, (w.heads, w.head_dim)).float()
-        k = layer.k(h).unflatten(-1, (w.kv_heads, w.head_dim)).float()
-        v = layer.v(h).unflatten(-1, (w.kv_heads, w.head_dim))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        return _rotate(q, cos, sin).to(w.dtype), _rotate(k, cos, sin).to(w.dtype), v
+        qkv = layer.qkv(x).unflatten(-1, (-1, w.head_dim)).float()
+        qk, v = qkv[..., : -w.kv_heads, :], qkv[..., -w.kv_heads :, :]
+        if layer.q_norm is not None:
+            q, k = qk[..., : w.heads, :], qk[..., w.heads :, :]
+            qk = torch.cat([normed(q, layer.q_norm, w.eps), normed(k, layer.k_norm, w.eps)], -2)
+        qk = rotate(qk, cos, sin)
+        return qk[..., : w.heads, :].contiguous(), torch.stack([qk[..., w.heads :, :], v])
 
     def _after_attention(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + layer.o(attended)
-        h = self._norm(x, layer.norm_mlp).to(self.w.dtype)
-        return x + layer.down(self.w.act(layer.gate(h)) * layer.up(h))
+        """The rest of a layer; ``x`` is overwritten."""
+        x += layer.o(attended.to(self.w.dtype))
+        gate, up = layer.gate_up(x).chunk(2, -1)
+        x += layer.down(self.w.act(gate).mul_(up))
+        return x
+
+
+def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS norm (Zhang and Sennrich 2019) in few operations: x / sqrt(mean(x^2) + eps), times ``weight``."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    h = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return h if weight is None else h.mul_(weight)
 
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face checkpoints."""
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out

@@ -67,25 +67,25 @@ def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> t
     where the Gumbel trick needs V. The log-probabilities (nats) are those of the distribution at the sampling
     temperature (at 1 for greedy) before any filter.
     """
-    logps_SV = torch.log_softmax(logits_SV.float() / (sampling.temperature or 1.0), -1)
+    probs_SV = torch.softmax(logits_SV.float() / (sampling.temperature or 1.0), -1)
     if sampling.temperature == 0:
-        ids_S1 = logps_SV.argmax(-1, keepdim=True)
+        ids_S1 = probs_SV.argmax(-1, keepdim=True)
     else:
-        cumulative_SV = filtered_weights(logps_SV, sampling).cumsum(-1)
+        cumulative_SV = filtered_weights(probs_SV, sampling).cumsum(-1)
         # The first token whose cumulative weight reaches u * total. As u > 0 its own weight is positive; as the total
         # is the last of the sums themselves, u = 1 stays in range whatever the rounding.
         ids_S1 = torch.searchsorted(cumulative_SV, uniforms_S[:, None] * cumulative_SV[:, -1:])
-    return ids_S1.squeeze(1), logps_SV.gather(1, ids_S1).squeeze(1)
+    return ids_S1.squeeze(1), probs_SV.gather(1, ids_S1).log_().squeeze(1)
 
 
-def filtered_weights(logps_SV: Tensor, sampling: SamplingConfig) -> Tensor:
+def filtered_weights(probs_SV: Tensor, sampling: SamplingConfig) -> Tensor:
     """The distribution that tokens are drawn from, not normalised: [S, V] float32, 0 where a filter removes a token.
-    ``logps_SV`` are at the sampling temperature.
+    ``probs_SV`` are at the sampling temperature.
 
     Order of the filters, as in transformers and vLLM: temperature, top-k, top-p (of what top-k left), min-p (relative
     to the likeliest token). Tokens exactly as likely as the last that a filter keeps are kept with it.
     """
-    weights = logps_SV.exp()
+    weights = probs_SV
     if 0 < sampling.top_k < weights.shape[1]:
         weights = _at_least(weights, weights.topk(sampling.top_k).values[:, -1:])
     if sampling.top_p < 1:
