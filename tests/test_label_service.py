@@ -466,6 +466,13 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
     assert manage.disagreements() == []
     manage.adjudicate(items[0], "second", "on second thought", boss)
     assert [row["choice"] for row in manage._rows("adjudications.jsonl")] == ["first", "second"]
+    # training gets that word in the place of the two votes, and every vote can still be had
+    settled, *others = manage._rows("pairs.jsonl")
+    assert settled["chosen"][0]["content"].endswith("number 1")
+    assert (settled["annotator"], settled["settled"], len(others)) == ("", "chosen", 2)
+    votes = [vote for vote in store.judgements() if vote.item_id == items[0]]
+    assert len(votes) == 2
+    assert {vote.settled_by for vote in votes} == {"boss"}
     assert len(manage.flags()) == 4
     manage.resolve_flag(manage.flags()[0]["id"], "boss")
     assert len(manage.flags()) == 3

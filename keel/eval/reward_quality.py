@@ -70,9 +70,7 @@ def gold_accuracy(
     ``accuracy``: [point, low, high], the interval a bootstrap over prompts, None where nothing is decided; ``pairs``:
     how many the judge and the model tell apart. Pairs that the judge scores alike are left out.
     """
-    different = {
-        (p.prompt.id, *sorted([(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)])): p for p in pairs
-    }
+    different = {pair.item: pair for pair in pairs}
     prompts = [pair.prompt for pair in different.values() for _ in range(2)]
     replies = [
         Completion(text, finished=finished)

@@ -259,6 +259,22 @@ def adjudicate(
     connection.execute(insert(events), event(now, actor, "adjudicated", "item", item_id, old and {"choice": old}, new))
 
 
+@dataclass(frozen=True, slots=True)
+class LastWord:
+    """A reviewer's word on an item that stands: first (the response that was stored first), second or tie."""
+
+    choice: str
+    by: str
+    reason: str | None
+    created: datetime
+
+
+def last_words(connection: Connection) -> dict[int, LastWord]:
+    """By item."""
+    query = select(adjudications, annotators.c.name).join(annotators).where(adjudications.c.undone_at.is_(None))
+    return {row.item_id: LastWord(row.choice, row.name, row.reason, row.created) for row in connection.execute(query)}
+
+
 def open_flags(connection: Connection) -> list[dict[str, Any]]:
     query = (
         select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, prompts.c.messages)

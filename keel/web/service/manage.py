@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from sqlalchemy import select
 
-from keel.store import Store, arena, overview, people, work
+from keel.store import Store, arena, exchange, overview, people, work
 from keel.store.overview import Queue
 from keel.store.people import Account, Guideline
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
-from keel.store.rows import messages_json
+from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements, responses
 from keel.types import Prompt, UserError
 from keel.web.service.labelling import GOLD_EVERY
@@ -193,15 +193,16 @@ class Manage:
     def _rows(self, what: Export) -> Iterator[dict[str, Any]]:
         store = self._store
         if what == "pairs.jsonl":
-            for pair in store.preferences():
+            for pair in settle(store.preferences()):
                 yield {
                     "id": pair.id,
-                    "prompt": messages_json(pair.prompt),
-                    "chosen": [{"role": "assistant", "content": pair.chosen}],
-                    "rejected": [{"role": "assistant", "content": pair.rejected}],
+                    **exchange.pair_columns(pair),
+                    "chosen_finished": pair.chosen_finished,
+                    "rejected_finished": pair.rejected_finished,
                     "tie": pair.tie,
                     "margin": pair.margin,
                     "annotator": pair.annotator,
+                    "settled": pair.settled or None,
                 }
         elif what == "demonstrations.jsonl":
             for shown in store.demonstrations():
