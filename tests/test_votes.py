@@ -16,7 +16,7 @@ from torch import Tensor
 
 from keel.config import Recipe, RewardStage
 from keel.data.sources import read_preferences
-from keel.eval.reward_quality import gold_accuracy
+from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.model.checkpoint import load_scalar
 from keel.store.settled import settle
@@ -271,6 +271,21 @@ def test_gold_accuracy_by_hand() -> None:
     assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
     assert table["flat"] == {"accuracy": None, "pairs": 0}
     assert gold_accuracy([], Length(), {"good": good}) == {"good": {"accuracy": None, "pairs": 0}}
+
+
+def test_accuracy_of_each_annotators_votes_by_hand() -> None:
+    votes = [(vote(n, "yes", "ann"), 1.0 if n < 8 else -1.0, 3, 3) for n in range(10)]  # 8 of 10
+    votes += [(vote(n, "yes", "bo"), -1.0, 3, 3) for n in range(4)]  # 0 of 4
+    votes += [(vote(1, "yes", "bo", tie=True), 1.0, 3, 3), (vote(1, "yes", ""), 1.0, 3, 3)]  # ties, votes of nobody
+    ann, bo = reward_quality(votes, {}, None, 0)["annotators"]
+    # Wilson's interval of 8 in 10, z = 1.959964: centre (0.8 + 0.192073) / 1.384146, half width 0.226574
+    assert ann == {"annotator": "ann", "accuracy": 0.8, "votes": 10} | {
+        "low": pytest.approx(0.490162, abs=1e-5),
+        "high": pytest.approx(0.943318, abs=1e-5),
+    }
+    # of 0 in 4: from 0 to z^2 / (4 + z^2)
+    assert bo == {"annotator": "bo", "accuracy": 0.0, "votes": 4, "low": 0.0, "high": pytest.approx(0.489900, abs=1e-5)}
+    assert reward_quality(votes[-2:-1], {}, None, 0)["annotators"] == []
 
 
 def test_weights_without_overlap_fail_before_anything_runs() -> None:
