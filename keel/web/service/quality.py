@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from statistics import median
 
-from keel.feedback.agreement import TIE, Agreement, cohens_kappa, raw_agreement, vote_pairs
+from keel.feedback.agreement import MIRROR, TIE, Agreement, cohens_kappa, raw_agreement, vote_pairs
 from keel.feedback.krippendorff import krippendorff_alpha
 from keel.store.overview import Vote
 from keel.web.service.reliability import Reliability, reliability
@@ -54,7 +54,7 @@ class Habits:
 @dataclass(frozen=True, slots=True)
 class Quality:
     """``alpha``: Krippendorff's, of first, second and tie as names; ``graded_alpha``: of what was said with its
-    strength, on an ordinal scale."""
+    strength, on an ordinal scale. These and kappa say the same whichever response was stored first."""
 
     agreement: Agreement | None  # ties left out
     agreement_with_ties: Agreement | None
@@ -78,13 +78,20 @@ def quality(votes: Sequence[Vote], skips: dict[str, int], reliable: Reliability 
     return Quality(
         raw_agreement(by_item, bootstrap=500),
         raw_agreement(by_item, ties=True, bootstrap=500),
-        cohens_kappa(vote_pairs(by_item, ties=True)),
-        krippendorff_alpha(_values(votes, graded=False), "nominal", bootstrap=500),
-        krippendorff_alpha(_values(votes, graded=True), "ordinal", bootstrap=500),
+        _kappa(by_item),
+        krippendorff_alpha(_values(votes, graded=False), "nominal", bootstrap=500, mirror=True),
+        krippendorff_alpha(_values(votes, graded=True), "ordinal", bootstrap=500, mirror=True),
         days(votes),
         [_judged(one, reliable) for one in habits(votes, skips)],
         reliable,
     )
+
+
+def _kappa(by_item: dict[int, list[str]]) -> float | None:
+    """Cohen's kappa of all pairs of votes, each counted both ways round: which response was stored first means
+    nothing, and chance must not hang on it."""
+    pairs = vote_pairs(by_item, ties=True)
+    return cohens_kappa([*pairs, *((MIRROR[a], MIRROR[b]) for a, b in pairs)])
 
 
 def _values(votes: Sequence[Vote], graded: bool) -> dict[int, list[float]]:
