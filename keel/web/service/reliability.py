@@ -62,5 +62,5 @@ def _said(one: Agreement, of: Mapping[str, Agreement]) -> str:
     assert one.interval is not None, "nobody is named without an interval"
     low, high = one.interval
     most = median(other.point for other in of.values() if other.items)
-    turned = "; mostly the opposite" if high < 0.5 else "; no better than a coin" if low < 0.5 else ""
+    turned = "; mostly the opposite" if high < 0.5 else "; hardly better than a coin" if low < 0.5 else ""
     return f"{one.point:.0%} of decided votes ({low:.0%} to {high:.0%}; half of all reach {most:.0%}){turned}"
