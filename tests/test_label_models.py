@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from labelling_world import Client, World, fake_sources, fill, person
 
+from keel.cli.label import with_models
 from keel.cli.models import trained_stages
 from keel.store import Store, overview, people, work
 from keel.types import UserError
@@ -219,6 +220,15 @@ def test_models_are_read_from_run_directories(tmp_path: Path) -> None:
         trained_stages([first, str(write_run(tmp_path / "other" / "first", "2026-11-02T12:00:00Z"))])
     with pytest.raises(UserError, match="not a run directory"):
         trained_stages([str(tmp_path)])
+
+
+def test_whose_models_have_a_page(tmp_path: Path) -> None:
+    run, empty = str(write_run(tmp_path / "run", "2026-11-01T12:00:00Z")), str(tmp_path)
+    assert with_models(run, []) == [run]
+    assert with_models(None, [run]) == [run]
+    assert with_models(None, []) == with_models(empty, []) == []
+    with pytest.raises(UserError, match="--models .*: not a run directory"):
+        with_models(run, [empty])
 
 
 def test_without_models_the_page_says_how_to_have_them(tmp_path: Path) -> None:
