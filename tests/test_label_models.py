@@ -227,7 +227,7 @@ def test_whose_models_have_a_page(tmp_path: Path) -> None:
     assert with_models(run, []) == [run]
     assert with_models(None, [run]) == [run]
     assert with_models(None, []) == with_models(empty, []) == []
-    with pytest.raises(UserError, match="--models .*: not a run directory"):
+    with pytest.raises(UserError, match=r"--models .*: not a run directory"):
         with_models(run, [empty])
 
 
