@@ -12,7 +12,7 @@ Records are frozen: a stage makes new ones, it never edits what another stage ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -74,6 +74,10 @@ class Completion:
     finished: bool = True
 
 
+Settled = Literal["", "chosen", "rejected", "tie"]
+_SWAPPED: Mapping[Settled, Settled] = {"": "", "chosen": "rejected", "rejected": "chosen", "tie": "tie"}
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
     """``chosen`` was preferred over ``rejected`` (or neither, when ``tie``).
@@ -81,6 +85,7 @@ class Preference:
     ``margin`` is the optional strength of the preference (0 = unknown, 1 = slightly, 2 = better, 3 = much better).
     A completion that was cut at the length limit is not ``finished``: it gets no end token, lest the model learn to
     stop there. ``weight`` is what the record counts for in a loss beside the others (``keel.feedback.aggregate``).
+    ``settled`` is a reviewer's last word on this pair, whatever this vote says; empty where there is none.
     """
 
     id: str
@@ -93,6 +98,12 @@ class Preference:
     chosen_finished: bool = True
     rejected_finished: bool = True
     weight: float = 1.0
+    settled: Settled = ""
+
+    @property
+    def item(self) -> Hashable:
+        """The same for every vote on these two responses, whichever was chosen."""
+        return self.prompt.id, *sorted([(self.chosen, self.chosen_finished), (self.rejected, self.rejected_finished)])
 
     def swapped(self) -> Preference:
         """The same comparison with the labels exchanged."""
@@ -102,6 +113,7 @@ class Preference:
             rejected=self.chosen,
             chosen_finished=self.rejected_finished,
             rejected_finished=self.chosen_finished,
+            settled=_SWAPPED[self.settled],
         )
 
 

@@ -259,6 +259,10 @@ def _reward_summary(rng: random.Random) -> dict[str, Any]:
         "length_scatter": scatter,
         "length_correlation": 0.14,
         "prefers_longer": 0.56,
+        "annotators": [
+            {"annotator": "secret-ann", "accuracy": 0.75, "low": 0.68, "high": 0.81, "votes": 160},
+            {"annotator": "secret-bo", "accuracy": 0.4, "low": 0.27, "high": 0.55, "votes": 40},
+        ],
         "accuracy_on_truth": 0.91,
         "mean": 0.1,
         "std": 1.3,

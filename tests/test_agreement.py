@@ -81,6 +81,23 @@ def test_alpha_is_the_krippendorff_packages(case: int) -> None:
         assert found.point == pytest.approx(expected, abs=1e-9)
 
 
+def test_alpha_of_mirrored_values_by_hand() -> None:
+    """(1, 1), (1, 1), (1, -1): coincidences 4 of 1-1, 1 each of 1 with -1; mirrored 2 and 2, and 1 each. n = 6, n_1 =
+    n_-1 = 3: alpha = 1 - 5 * 2 / (2 * 3 * 3) = 4 / 9."""
+    units = {1: [1.0, 1.0], 2: [1.0, 1.0], 3: [1.0, -1.0]}
+    for scale in ("nominal", "ordinal", "interval"):
+        found = krippendorff_alpha(units, scale, mirror=True)  # type: ignore[arg-type]
+        assert found is not None
+        assert found.point == pytest.approx(4 / 9)
+        turned = {unit: [-value for value in values] if unit > 1 else values for unit, values in units.items()}
+        again = krippendorff_alpha(turned, scale, mirror=True)  # type: ignore[arg-type]
+        assert again == found  # also its interval: a unit weighs the same either way round
+    assert krippendorff_alpha({1: [0.0, 0.0], 2: [0.0, 0.0]}, "nominal", mirror=True) is None
+    agreed = krippendorff_alpha({1: [1.0, 1.0], 2: [1.0, 1.0]}, "nominal", mirror=True)
+    assert agreed is not None
+    assert agreed.point == 1.0
+
+
 def test_alpha_that_is_not_defined_is_none_and_perfect_agreement_is_one() -> None:
     assert krippendorff_alpha({}, "nominal") is None
     assert krippendorff_alpha({1: [1.0], 2: [2.0]}, "nominal") is None  # nothing was coded twice

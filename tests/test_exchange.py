@@ -312,7 +312,7 @@ def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
         "0 votes imported (3 were there already)",
         "2 votes",
     ]
-    assert said[-1].endswith("; ties left out: 1")
+    assert said[-1].endswith("; left out (ties, votes that a reviewer settled): 1")
     with Store(db) as a, Store(copy) as b:
         assert a.preferences() == b.preferences()
     # pairs that name no annotator, and another tool's, into a run's own store

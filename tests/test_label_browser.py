@@ -6,16 +6,19 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import uvicorn
 from labelling_world import PASSWORD, fake_sources, fill
+from test_label_models import Judged
 
 from keel.store import Store
 from keel.web.app.create import create_app
 from keel.web.service.people import People
+from keel.web.service.sources import TrainedModel
 from keel.web.service.start import prepare
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -30,11 +33,14 @@ SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
 class Served:
     """The app on a free port, in a thread."""
 
-    def __init__(self, store: Store, delay: float = 0.01) -> None:
+    def __init__(
+        self, store: Store, delay: float = 0.01, trained: Callable[[], Sequence[TrainedModel]] = tuple
+    ) -> None:
         prepare(store)
         self.store = store
         self.people = People(store)
-        config = uvicorn.Config(create_app(store, fake_sources(delay)), port=0, log_level="warning")
+        app = create_app(store, replace(fake_sources(delay), trained=trained))
+        config = uvicorn.Config(app, port=0, log_level="warning")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -195,7 +201,18 @@ def test_the_arena_streams_and_tells_names_after_the_vote(browser: Browser, serv
 
 def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> None:
     _, page = owner(browser, served)
-    for name in ("", "/quality", "/disagreements", "/flags", "/queue", "/gold", "/export", "/events", "/guideline"):
+    for name in (
+        "",
+        "/quality",
+        "/models",
+        "/disagreements",
+        "/flags",
+        "/queue",
+        "/gold",
+        "/export",
+        "/events",
+        "/guideline",
+    ):
         page.goto(f"{served.url}/manage{name}")
         expect(page.locator("h1")).to_be_visible()
         page.screenshot(path=SHOTS / f"manage{name.replace('/', '-')}.png", full_page=True)
@@ -232,6 +249,29 @@ def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> No
         expect(page.locator("#today")).to_have_text("1")
     assert [d.messages[-1].content for d in served.store.demonstrations()] == ["My own write", "My own edit"]
     assert len(served.store.preferences()) == 7
+
+
+def test_model_pages_are_readable_on_a_desktop_and_a_phone(browser: Browser, tmp_path: Path) -> None:
+    with Store(tmp_path / "feedback.db") as store:
+        judged = Judged(store)
+        served = Served(store, trained=judged.models)
+        context, page = owner(browser, served)
+        page.goto(f"{served.url}/manage/models")
+        page.get_by_role("link", name="reward").click()
+        expect(page.get_by_role("heading", name="reward")).to_be_visible()
+        page.screenshot(path=SHOTS / "model.png", full_page=True)
+        page.get_by_role("row", name="bo").get_by_role("link", name="2").click()
+        expect(page.locator("h1")).to_have_text("Judgements of reward")
+        expect(page.locator(".case")).to_have_count(2)
+        page.screenshot(path=SHOTS / "model-judgements.png", full_page=True)
+        phone = browser.new_context(viewport={"width": 375, "height": 740}, storage_state=context.storage_state())
+        page = phone.new_page()
+        for name in ("models", "models/reward", "models/ppo", "models/reward/judgements", "quality"):
+            page.goto(f"{served.url}/manage/{name}")
+            wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wide <= 0, name
+            page.screenshot(path=SHOTS / f"phone-manage-{name.replace('/', '-')}.png", full_page=True)
+        served.close()
 
 
 def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Served) -> None:

@@ -52,6 +52,8 @@ LEAST: dict[str, str | None] = {
     "POST /api/skip": "annotator", "POST /api/flag": "annotator", "POST /api/undo": "annotator",
     "POST /api/arena": "annotator", "POST /api/arena/{id}/say": "annotator", "POST /api/arena/{id}/vote": "annotator",
     "GET /manage": "reviewer", "GET /manage/quality": "reviewer", "GET /manage/disagreements": "reviewer",
+    "GET /manage/models": "reviewer", "GET /manage/models/{model}": "reviewer",
+    "GET /manage/models/{model}/judgements": "reviewer",
     "POST /manage/disagreements/{item}": "reviewer", "GET /manage/flags": "reviewer",
     "POST /manage/flags/{id}": "reviewer", "GET /manage/prompts": "admin", "POST /manage/prompts/import": "admin",
     "POST /manage/prompts/sample": "admin", "POST /manage/prompts/ask": "admin", "GET /manage/queue": "admin",
@@ -108,7 +110,7 @@ def all_routes(world: World) -> list[tuple[str, str]]:
 
 def ask(client: Client, method: str, route: str):  # type: ignore[no-untyped-def]
     path = route.replace("{secret}", "x" * 43).replace("{what}", "votes.jsonl")
-    path = path.replace("{id}", "1").replace("{item}", "1")
+    path = path.replace("{id}", "1").replace("{item}", "1").replace("{model}", "reward")
     if method == "GET":
         return client.get(path)
     if path in API_BODIES:

@@ -14,6 +14,7 @@ import pytest
 from databases import postgres_urls, sqlite_urls
 from labelling_world import PASSWORD, World, fake_sources, fill, person
 from sqlalchemy import select, text
+from test_label_models import Judged
 
 from keel.store import Store, overview, people, work
 from keel.store.people_tables import aspect_ratings, links, sessions
@@ -21,6 +22,7 @@ from keel.types import UserError
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage, parse_aspects
+from keel.web.service.models import Models
 from keel.web.service.people import People, WrongPassword
 from keel.web.service.quality import quality
 from keel.web.service.sampling import Sampling
@@ -466,9 +468,24 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
     assert manage.disagreements() == []
     manage.adjudicate(items[0], "second", "on second thought", boss)
     assert [row["choice"] for row in manage._rows("adjudications.jsonl")] == ["first", "second"]
+    # training gets that word in the place of the two votes, and every vote can still be had
+    settled, *others = manage._rows("pairs.jsonl")
+    assert settled["chosen"][0]["content"].endswith("number 1")
+    assert (settled["annotator"], settled["settled"], len(others)) == ("", "chosen", 2)
+    votes = [vote for vote in store.judgements() if vote.item_id == items[0]]
+    assert len(votes) == 2
+    assert {vote.settled_by for vote in votes} == {"boss"}
     assert len(manage.flags()) == 4
     manage.resolve_flag(manage.flags()[0]["id"], "boss")
     assert len(manage.flags()) == 3
+
+
+def test_models_lead_back_to_their_judgements(store: Store) -> None:
+    models = Models(store, Judged(store).models)
+    count, entries = models.work("reward", "trained", None, None, 0)
+    assert count == 4
+    assert {entry["work"].token for entry in entries} == {"ann-0", "ann-1", "a-ranking", "a-writing"}
+    assert [work.token for work in models.one("ppo").parts["undone"]] == ["bo-0"]
 
 
 def test_every_judgement_can_be_recomputed_from_the_log(store: Store) -> None:

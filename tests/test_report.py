@@ -166,6 +166,13 @@ def test_passwords_stay_out_of_the_page(html: str) -> None:
     assert "postgresql://keel:***@db/feedback" in html
 
 
+def test_accuracy_of_each_annotators_votes_stands_without_their_names(html: str) -> None:
+    text = Page(html).text
+    assert "1 75% 68–81% 160" in text
+    assert "2 40% 27–55% 40" in text
+    assert "secret-" not in html
+
+
 def test_a_run_of_other_stages_and_a_judge_without_flags(copy: Path) -> None:
     """Names of one's own, no base, no KL, no DPO, scores alone: what a user's first run looks like."""
     for name in ("dpo", "ppo", "ppo_no_kl", "reward", "sample", "annotate"):

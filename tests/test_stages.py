@@ -4,6 +4,7 @@ with a database, PostgreSQL included, and checkpoints that transformers loads as
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from keel.cli.models import trained_stages
 from keel.config import Recipe
 from keel.feedback.simulated import SimulatedAnnotator
 from keel.pipeline import run_pipeline
@@ -36,6 +38,7 @@ from keel.run import RunDir, Silent
 from keel.stages import RUNNERS
 from keel.store import Store
 from keel.types import Grade, Prompt
+from keel.web.service.models import Models
 
 
 def base_model(name: str) -> PreTrainedModel:
@@ -241,5 +244,26 @@ def test_the_loop_through_the_database(database: str, tmp_path: Path, request: p
     rows = done.stage("ppo").metrics.rows()
     assert all("eval/gold" in row for row in rows)
     assert done.summary()["reward_model"]["annotator_agreement"] == annotated["annotator_agreement"]
+    # every vote leads to the model that it shaped, and back
+    models = {model.name: model for model in trained_stages([str(done.path)])}
+    assert list(models) == ["sft", "reward", "reward_weighted", "dpo", "ppo"]
+    assert models["ppo"].parents == ("sft", "reward")
+    assert models["reward"].others == ("annotate",)
+    learned = models["reward"]
+    assert learned.trained is not None
+    assert sorted((*learned.trained, *learned.heldout)) == sorted(vote.token for vote in votes)
+    assert set(learned.trained) == set(models["reward_weighted"].trained or ())
+    by = {vote.token: vote.annotator for vote in votes if vote.preferred is not None}
+    held = Counter(by[token] for token in learned.heldout if token in by)
+    assert {row["annotator"]: row["votes"] for row in reward["annotators"]} == held
+    right = sum(row["accuracy"] * row["votes"] for row in reward["annotators"])
+    assert right / held.total() == pytest.approx(reward["accuracy"])  # no two scores are equal here
+    assert "Accuracy on each annotator" in done.report.read_text()
+    with Store(url or done.store_url) as store:
+        shaped = Models(store, lambda: list(models.values())).one("ppo")
+    assert [one.key for one in shaped.sources] == ["ppo", "sft", "reward"][1:]
+    assert len(shaped.parts["trained"]) == len(learned.trained)
+    assert shaped.parts["since"] == shaped.parts["unused"] == []
+    assert shaped.elsewhere == len(models["sft"].trained or ()) + len(models["sft"].heldout)  # from a file
     exported = (done.stage("annotate").path / "preferences.jsonl").read_text().splitlines()
     assert len(exported) == len(votes)

@@ -27,8 +27,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from keel.config import SamplingConfig
 from keel.data.sources import read_preferences
-from keel.store import Assignment, LeaseLost, Store, exchange, tables
+from keel.store import Assignment, Judgement, LeaseLost, Store, exchange, overview, tables
 from keel.store.engine import VERSION_TABLE, alembic_config, parse_url
+from keel.store.settled import settle
 from keel.types import Completion, Message, Preference, Prompt, UserError
 
 # ------------------------------------------------------------------------------------------------------ two databases
@@ -595,6 +596,41 @@ def test_export_and_import_lose_nothing(new_url: Callable[[], str], tmp_path: Pa
             assert (read.margin, read.annotator, read.prompt) == (pair.margin, pair.annotator, pair.prompt)
         # and only one batch goes out when one is asked for
         assert store.export_preferences(file, batch="two") == len(exchange.read(file)) == 2
+
+
+def test_a_reviewers_word_goes_with_the_votes_out_and_in(new_url: Callable[[], str], tmp_path: Path) -> None:
+    file, plain = tmp_path / "votes.jsonl", tmp_path / "plain.jsonl"
+    with Store(new_url()) as store, Store(new_url()) as copy:
+        filled(store)
+        boss = store.add_annotator("boss")
+        by_item: dict[int, list[Judgement]] = {}
+        for vote in store.judgements():
+            by_item.setdefault(vote.item_id, []).append(vote)
+        first, second, *_ = by_item
+        with store.transaction(writes=True) as connection:
+            for item, word in ((first, "second"), (second, "tie")):
+                overview.adjudicate(connection, item, boss, "first", "too quick", "boss", store.now)
+                overview.adjudicate(connection, item, boss, word, None, "boss", store.now)
+        later = {reply.id for reply in (by_item[first][0].left, by_item[first][0].right)}
+        for vote in store.judgements():
+            if vote.item_id == first:  # the word is told in terms of each vote's own sides
+                assert {"left": vote.left, "right": vote.right}[vote.settled or ""].id == max(later)
+            assert vote.settled_by == ("boss" if vote.item_id in (first, second) else None)
+            assert (vote.settled == "tie") == (vote.item_id == second)
+        assert store.export_preferences(file) == 8  # every raw vote
+        assert copy.import_preferences(exchange.read(file)) == 8
+        assert details(copy) == details(store)
+        assert copy.preferences() == store.preferences()
+        assert Counter(event.action for event in copy.events())["adjudicated"] == 2
+        assert [p.settled for p in read_preferences(file)] == [p.settled for p in store.preferences()]
+        # for tools that know no such column the word takes the place of the votes; a tie is left out
+        expected = [p for p in settle(store.preferences()) if not p.tie]
+        assert store.export_preferences(plain, plain=True) == len(expected)
+        rows = [(p.prompt.messages, p.chosen, p.rejected) for p in read_preferences(plain)]
+        assert rows == [(p.prompt.messages, p.chosen, p.rejected) for p in expected]
+        (word_on_first,) = [p for p in expected if p.prompt == by_item[first][0].prompt]
+        texts = {reply.id: reply.text for reply in (by_item[first][0].left, by_item[first][0].right)}
+        assert word_on_first.chosen == texts[max(texts)]
 
 
 def test_preference_pairs_of_others_are_kept_as_they_are(store: Store) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ from keel.config import (
 )
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order
+from keel.feedback.aggregate import aggregate
 from keel.model.checkpoint import load_policy, load_scalar
 from keel.rollout.sampler import make_sampler
-from keel.run import RunDir, Silent
+from keel.run import RunDir, Silent, read_json
 from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
 from keel.train.grpo import train_grpo
@@ -169,8 +171,38 @@ def test_reward_batches_hold_a_prompts_pairs_together(sft_model: Path, tmp_path:
     groups, heldout = split_pairs(records, scorer.chat, 0.2, c)
     assert all(len({p.record.prompt.id for p in group}) == 1 and len(group) == 3 for group in groups)
     assert not {p.record.prompt.id for g in groups for p in g} & {p.record.prompt.id for p in heldout}
+    known = read_json(c.stage.path / "judgements.json")
+    assert sorted(known["trained"]) == sorted(p.record.id for g in groups for p in g)
+    assert known["heldout"] == [p.record.id for p in heldout]
     training = RewardTraining(scorer, groups, heldout, RewardStage(name="r", batch_size=6), "cpu", "fp32", 0)
     assert all(len(training.schedule.batch(step)) == 2 for step in range(training.iterations - 1))
+
+
+def test_the_votes_behind_what_is_trained_on_are_recorded(sft_model: Path, tmp_path: Path) -> None:
+    from keel.train.pairs import split_pairs
+
+    def votes(n: int) -> list[Preference]:
+        """Two who agree and one who does not; on every fourth prompt nobody has a majority, on the next a reviewer had
+        the last word, on the next one reply is too long."""
+        long = "day " * 100 if n % 4 == 2 else "day"
+        said = [("a", "good", long), ("b", long, "good"), ("c", "good", long)][: 2 if n % 4 == 0 else 3]
+        word = "rejected" if n % 4 == 1 else ""
+        return [
+            Preference(f"{n}/{name}", prompt(n), yes, no, annotator=name, settled=word if yes == "good" else "")
+            for name, yes, no in said
+        ]
+
+    c = context(tmp_path, "reward", sft_model, max_length=80, over_length="skip")
+    scorer = load_scalar(sft_model, new_head_seed=0)
+    records = [vote for n in range(40) for vote in votes(n)]
+    groups, _ = split_pairs(records, scorer.chat, 0.3, c, partial(aggregate, how="majority"))
+    known = read_json(c.stage.path / "judgements.json")
+    trained = {p.record.prompt.id for g in groups for p in g}
+    assert {int(id.split("/")[0]) % 4 for id in known["trained"]} == {3}
+    assert {int(id.split("/")[0]) % 4 for id in known["settled"]} == {1}
+    assert {int(id.split("/")[0]) % 4 for id in known["heldout"]} == {0, 1, 3}
+    assert len(known["trained"]) + len(known["settled"]) == 3 * len(trained)  # the outvoted one had a say too
+    assert not set(known["heldout"]) & {*known["trained"], *known["settled"]}
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "ipo"}, {"length_normalised": True, "beta": 2.0}])

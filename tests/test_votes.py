@@ -15,9 +15,11 @@ from tiny import preferences, save_tiny
 from torch import Tensor
 
 from keel.config import Recipe, RewardStage
-from keel.eval.reward_quality import gold_accuracy
-from keel.feedback.aggregate import aggregate, item_of
+from keel.data.sources import read_preferences
+from keel.eval.reward_quality import gold_accuracy, reward_quality
+from keel.feedback.aggregate import aggregate
 from keel.model.checkpoint import load_scalar
+from keel.store.settled import settle
 from keel.train.pairs import Pair, encode_pairs
 from keel.train.reward import RewardTraining
 from keel.types import Completion, Grade, Message, Preference, Prompt, UserError
@@ -57,9 +59,9 @@ def test_majority_by_hand() -> None:
 
 
 def test_an_item_is_a_pair_of_responses_whichever_was_chosen() -> None:
-    assert item_of(vote(1, "yes", "a")) == item_of(vote(1, "no", "b"))
-    assert item_of(vote(1, "yes", "a")) != item_of(vote(2, "yes", "a"))
-    assert item_of(vote(1, "yes", "a")) != item_of(vote(1, "yes", "a", chosen_finished=False))
+    assert vote(1, "yes", "a").item == vote(1, "no", "b").item
+    assert vote(1, "yes", "a").item != vote(2, "yes", "a").item
+    assert vote(1, "yes", "a").item != vote(1, "yes", "a", chosen_finished=False).item
 
 
 def test_weights_need_items_with_two_judges() -> None:
@@ -83,6 +85,80 @@ def test_an_adversary_is_turned_round_and_a_coin_weighs_nothing() -> None:
     for record, raw in zip(made, votes, strict=True):
         turned = raw.annotator == "bad" or (raw.annotator == "coin" and record.chosen != raw.chosen)
         assert replace(record, weight=1.0) == (raw.swapped() if turned and not raw.tie else raw)
+
+
+# ------------------------------------------------------------------------------------------- a reviewer's last word
+
+
+def settled_votes() -> list[Preference]:
+    """Item 1 was settled for "no" against two of three votes, item 2 as a tie, item 3 by nobody."""
+    return [
+        vote(1, "yes", "a", margin=3.0, settled="rejected"),
+        vote(1, "yes", "b", margin=2.0, settled="rejected"),
+        vote(1, "no", "c", margin=1.0, settled="chosen"),
+        vote(2, "yes", "a", settled="tie"),
+        vote(2, "no", "b", margin=2.0, settled="tie"),
+        vote(3, "yes", "a"),
+        vote(3, "yes", "b"),
+        vote(3, "no", "c"),
+    ]
+
+
+def row(p: Preference) -> tuple[str, str, bool, float, str]:
+    return p.prompt.id, p.chosen, p.tie, p.margin, p.annotator
+
+
+def test_the_reviewers_word_stands_for_the_votes_whatever_training_takes() -> None:
+    votes = settled_votes()
+    word, tie = ("p1", "no", False, 1.0, ""), ("p2", "yes", True, 0.0, "")
+    open_votes = [("p3", "yes", False, 0.0, "a"), ("p3", "yes", False, 0.0, "b"), ("p3", "no", False, 0.0, "c")]
+    assert [row(p) for p in aggregate(votes, "raw")] == [word, tie, *open_votes]
+    assert [row(p) for p in aggregate(votes, "majority")] == [word, ("p3", "yes", False, 0.0, "")]  # ties are out
+    weighted = aggregate(votes, "weighted")
+    assert [row(p)[:2] for p in weighted[:2]] == [("p1", "no"), ("p2", "yes")]
+    assert [p.weight for p in weighted[:2]] == [1.0, 1.0]
+    assert votes == settled_votes()  # and the votes are as they were
+    assert settle(settle(votes)) == settle(votes)
+    assert settle(votes[5:]) == votes[5:]
+
+
+def test_a_word_that_nobody_said_turns_a_vote_round() -> None:
+    (only,) = settle([vote(1, "yes", "a", margin=3.0, settled="rejected"), vote(1, "yes", "b", settled="rejected")])
+    assert (*row(only), only.rejected, only.settled) == ("p1", "no", False, 0.0, "", "yes", "chosen")
+    (said,) = settle([vote(1, "yes", "a", tie=True, settled="chosen")])
+    assert row(said) == ("p1", "yes", False, 0.0, "")
+    # settled in two batches: the later word counts
+    (late,) = settle([vote(1, "yes", "a", settled="chosen"), vote(1, "yes", "b", settled="rejected")])
+    assert late.chosen == "no"
+    swapped = vote(1, "yes", "a", settled="chosen").swapped()
+    assert (swapped.chosen, swapped.settled) == ("no", "rejected")
+
+
+def test_annotators_are_judged_by_the_reviewers_word() -> None:
+    """Two who always agree, and one who never does: the majority would call that one an adversary. The reviewer says
+    that the lone one is right."""
+    votes = []
+    for n in range(60):
+        for name, said in (("a", "yes"), ("b", "yes"), ("lone", "no")):
+            word = "" if n > 9 else "chosen" if said == "no" else "rejected"
+            votes.append(vote(n, said, name, settled=word))
+    made = {p.prompt.id: p for p in aggregate(votes, "weighted") if p.annotator in ("a", "")}
+    assert all(made[f"p{n}"].chosen == "no" for n in range(60))
+    assert all(p.weight > 0.9 for p in made.values())
+
+
+def test_the_word_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(
+        '{"prompt": "a", "chosen": "x", "rejected": "y", "settled": "rejected"}\n'
+        '{"prompt": "a", "chosen": "x", "rejected": "y", "settled": null}\n'
+    )
+    first, second = read_preferences(file)
+    assert (first.settled, second.settled) == ("rejected", "")
+    assert first.id != second.id
+    file.write_text('{"prompt": "a", "chosen": "x", "rejected": "y", "settled": "x"}\n')
+    with pytest.raises(UserError, match="'settled': expected chosen, rejected, tie or nothing"):
+        read_preferences(file)
 
 
 # ------------------------------------------------------------------------------------------- what it is good for
@@ -195,6 +271,21 @@ def test_gold_accuracy_by_hand() -> None:
     assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
     assert table["flat"] == {"accuracy": None, "pairs": 0}
     assert gold_accuracy([], Length(), {"good": good}) == {"good": {"accuracy": None, "pairs": 0}}
+
+
+def test_accuracy_of_each_annotators_votes_by_hand() -> None:
+    votes = [(vote(n, "yes", "ann"), 1.0 if n < 8 else -1.0, 3, 3) for n in range(10)]  # 8 of 10
+    votes += [(vote(n, "yes", "bo"), -1.0, 3, 3) for n in range(4)]  # 0 of 4
+    votes += [(vote(1, "yes", "bo", tie=True), 1.0, 3, 3), (vote(1, "yes", ""), 1.0, 3, 3)]  # ties, votes of nobody
+    ann, bo = reward_quality(votes, {}, None, 0)["annotators"]
+    # Wilson's interval of 8 in 10, z = 1.959964: centre (0.8 + 0.192073) / 1.384146, half width 0.226574
+    assert ann == {"annotator": "ann", "accuracy": 0.8, "votes": 10} | {
+        "low": pytest.approx(0.490162, abs=1e-5),
+        "high": pytest.approx(0.943318, abs=1e-5),
+    }
+    # of 0 in 4: from 0 to z^2 / (4 + z^2)
+    assert bo == {"annotator": "bo", "accuracy": 0.0, "votes": 4, "low": 0.0, "high": pytest.approx(0.489900, abs=1e-5)}
+    assert reward_quality(votes[-2:-1], {}, None, 0)["annotators"] == []
 
 
 def test_weights_without_overlap_fail_before_anything_runs() -> None:

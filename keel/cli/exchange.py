@@ -38,7 +38,7 @@ def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, p
     with Store(store_location(where)) as store:
         standing = len(store.judgements(batch))
         written = store.export_preferences(out, batch, form, plain)
-    left_out = f"; ties left out: {standing - written}" if written < standing else ""
+    left_out = f"; left out (ties, votes that a reviewer settled): {standing - written}" if written < standing else ""
     return f"{written} votes written to {out}{left_out}"
 
 

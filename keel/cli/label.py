@@ -24,11 +24,13 @@ LONGEST_REPLY = 512  # tokens
 def label(arguments: argparse.Namespace) -> int:
     """Serves until it is stopped; returns the exit code."""
     try:
+        from keel.cli.models import trained_stages
         from keel.web.server import serve
         from keel.web.service.sources import ArenaModel, SampledModel, Sources
     except ModuleNotFoundError as error:
         raise UserError(f"keel label needs {error.name}; install it with: pip install 'keel-rlhf[web]'") from error
     url = store_of(arguments.run, arguments.db)
+    runs = with_models(arguments.run, arguments.models)
     talkers = arena_models(arguments.run, arguments.arena, arguments.key_env)
     sources = Sources(
         read_prompts=lambda path: list(read_prompts(str(path))),
@@ -37,6 +39,7 @@ def label(arguments: argparse.Namespace) -> int:
             name: SampledModel(name, path, fingerprint, sampling, sample_with(path, sampling))
             for name, path, fingerprint, sampling in sampled_models(arguments.run)
         },
+        trained=lambda: trained_stages(runs),
     )
 
     def say(line: str) -> None:
@@ -59,6 +62,17 @@ def store_of(run: str | None, db: str | None) -> str:
     if not manifest and not (Path(run) / "feedback.db").exists():
         raise UserError(f"{run}: not a run directory; make one with keel demo, or give --db FILE for a new store")
     return (manifest.get("recipe") or {}).get("store") or folder.store_url
+
+
+def with_models(run: str | None, named: Sequence[str]) -> list[str]:
+    """The runs whose models have a page: those named, else the run that is served when it has trained anything.
+    UserError for a name that is no run."""
+    for path in named:
+        if not RunDir(path).manifest.read():
+            raise UserError(f"--models {path}: not a run directory (no manifest.json); name one")
+    if named or run is None or not RunDir(run).manifest.read():
+        return list(named)
+    return [run]
 
 
 # ------------------------------------------------------------------------------------------------------------ arena

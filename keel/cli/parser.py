@@ -111,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a model to talk to: RUN, RUN:STAGE, a checkpoint's folder, or NAME@https://host/v1 for an "
         "OpenAI-compatible endpoint; repeat it (default: the run's own trained models)",
     )
+    label.add_argument(
+        "--models",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a run directory whose trained models have a page; repeat it (default: RUN)",
+    )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
 
     harbor = commands.add_parser("harbor", help="the built-in world: build its base model")

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from keel.data.collate import messages_hash
 from keel.data.fields import flag, json_value, message_list, name, number, text, text_list
 from keel.data.rows import BadRows, Row, RowError, read_rows, shown
-from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, StepLabels
+from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, Settled, StepLabels
 
 Values = dict[str, Any]
 
@@ -58,7 +58,8 @@ def read_prompts(source: str | Path) -> list[Prompt]:
 def read_preferences(source: str | Path) -> list[Preference]:
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
-    ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit).
+    ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
+    reviewer's last word on the pair: chosen, rejected or tie).
 
     Two equal replies are a tie, whatever the row says: neither can be better.
     """
@@ -189,11 +190,22 @@ def _preference(row: Values) -> Preference:
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)
     annotator = name(row, "annotator")
-    ends = [flag(row, f"{side}_finished", default=True) for side in ("chosen", "rejected")]
+    ends = (flag(row, "chosen_finished", default=True), flag(row, "rejected_finished", default=True))
     replies = (Message("assistant", chosen), Message("assistant", rejected))
     cut = "" if all(ends) else f" finished {ends}"
-    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}")
-    return Preference(_id(row) or content, prompt, chosen, rejected, tie, margin, annotator, *ends)
+    settled = _settled(row)
+    word = f" settled {settled}" if settled else ""
+    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}")
+    return Preference(_id(row) or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
+
+
+def _settled(row: Values) -> Settled:
+    """A reviewer's last word on the pair; empty (an empty cell, too) where there is none."""
+    value = row.get("settled", "")
+    if value not in ("", "chosen", "rejected", "tie"):
+        raise RowError(f"field 'settled': expected chosen, rejected, tie or nothing, got {shown(value)}")
+    settled: Settled = value
+    return settled
 
 
 def _labelled(row: Values) -> LabelledCompletion:

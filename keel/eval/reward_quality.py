@@ -10,7 +10,7 @@ from typing import Any
 from keel.data.collate import messages_hash
 from keel.eval.calibration import both_ways, ece, reliability, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
-from keel.stats import ceiling_bounds, noise_ceiling, sigmoid
+from keel.stats import ceiling_bounds, noise_ceiling, proportion, sigmoid
 from keel.types import Completion, Judge, Preference, Scorer
 
 
@@ -28,11 +28,11 @@ def reward_quality(
 
     ``ece`` is that of sigmoid(lead / t), each pair's t fitted on the other half of the prompts (a margin in the loss
     makes a model too sure of itself, and no ranking depends on t); ``ece_raw`` that of sigmoid(lead);
-    ``temperature`` the t of all pairs.
+    ``temperature`` the t of all pairs. ``annotators``: see ``accuracy_by_annotator``.
     """
     decided = [row for row in heldout if not row[0].tie]
     if not decided:
-        return {"accuracy": None, "ceiling": None, "ece": None, "annotator_agreement": agreement}
+        return {"accuracy": None, "ceiling": None, "ece": None, "annotator_agreement": agreement, "annotators": []}
     right = [1.0 if lead > 0 else 0.5 if lead == 0 else 0.0 for _, lead, _, _ in decided]
     n = len(right)
     accuracy = sum(right) / n
@@ -58,7 +58,25 @@ def reward_quality(
         "decided_pairs": n,
         "annotator_agreement": agreement,
         "prefers_longer": sum(longer) / len(longer) if longer else None,
+        "annotators": accuracy_by_annotator([(record.annotator, lead > 0) for record, lead, _, _ in decided]),
     }
+
+
+def accuracy_by_annotator(votes: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """With which share of each annotator's held-out decided votes the model agrees, those with the most votes first.
+    ``votes``: (annotator, whether the model scores the chosen reply higher); an empty name is nobody's. ``low`` and
+    ``high``: Wilson's 95% interval."""
+    by_name: dict[str, list[bool]] = {}
+    for name, agrees in votes:
+        if name:
+            by_name.setdefault(name, []).append(agrees)
+    rows = []
+    for name, hits in sorted(by_name.items(), key=lambda one: (-len(one[1]), one[0])):
+        share = proportion(hits)
+        rows.append(
+            {"annotator": name, "accuracy": share.point, "low": share.low, "high": share.high, "votes": share.count}
+        )
+    return rows
 
 
 def gold_accuracy(
@@ -70,9 +88,7 @@ def gold_accuracy(
     ``accuracy``: [point, low, high], the interval a bootstrap over prompts, None where nothing is decided; ``pairs``:
     how many the judge and the model tell apart. Pairs that the judge scores alike are left out.
     """
-    different = {
-        (p.prompt.id, *sorted([(p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished)])): p for p in pairs
-    }
+    different = {pair.item: pair for pair in pairs}
     prompts = [pair.prompt for pair in different.values() for _ in range(2)]
     replies = [
         Completion(text, finished=finished)

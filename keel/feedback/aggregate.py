@@ -8,6 +8,7 @@ from typing import Literal
 
 from keel.feedback.agreement import FIRST, SECOND, TIE, Vote
 from keel.feedback.dawid_skene import reliabilities
+from keel.store.settled import settle
 from keel.types import Preference, UserError
 
 How = Literal["raw", "majority", "weighted"]
@@ -17,6 +18,9 @@ def aggregate(votes: Sequence[Preference], how: How) -> list[Preference]:
     """``raw``: every vote as it is. ``majority``: one record an item, for the response that most of its decided votes
     prefer; an item without a majority is left out. ``weighted``: every vote, weighted by what its annotator's word is
     worth.
+
+    Where a reviewer settled an item (``Preference.settled``), that word is its one record, of weight 1, in each of
+    these (``keel.store.settled.settle``); ``weighted`` also judges annotators by it, as by a gold item's answer.
 
     A vote's worth is 2 eta - 1, where eta is the probability that its annotator is right (from these votes alone, by
     ``dawid_skene.reliabilities``): 1 for one who is never wrong, 0 for one who tosses a coin, and below 0, so that the
@@ -28,18 +32,13 @@ def aggregate(votes: Sequence[Preference], how: How) -> list[Preference]:
     ``weighted`` has nothing to tell annotators apart by.
     """
     if how == "raw":
-        return list(votes)
-    return _majority(votes) if how == "majority" else _weighted(votes)
-
-
-def item_of(pair: Preference) -> Hashable:
-    """The same for every vote on this pair of responses."""
-    return pair.prompt.id, *sorted([(pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)])
+        return settle(votes)
+    return _majority(settle(votes)) if how == "majority" else _weighted(votes)
 
 
 def item_votes(pairs: Sequence[Preference]) -> list[Vote]:
-    """FIRST for the response that comes first in ``item_of``'s order."""
-    return [Vote(item_of(pair), pair.annotator, _label(pair)) for pair in pairs]
+    """FIRST for the response that comes first in ``Preference.item``."""
+    return [Vote(pair.item, pair.annotator, _label(pair)) for pair in pairs]
 
 
 def _label(pair: Preference) -> str:
@@ -52,7 +51,7 @@ def _majority(votes: Sequence[Preference]) -> list[Preference]:
     """The first vote of each majority stands for it, under nobody's name, with the mean strength of its side."""
     items: dict[Hashable, list[Preference]] = {}
     for vote in votes:
-        items.setdefault(item_of(vote), []).append(vote)
+        items.setdefault(vote.item, []).append(vote)
     records = []
     for same in items.values():
         sides = [[vote for vote in same if _label(vote) == label] for label in (FIRST, SECOND)]
@@ -66,15 +65,17 @@ def _majority(votes: Sequence[Preference]) -> list[Preference]:
 
 
 def _weighted(votes: Sequence[Preference]) -> list[Preference]:
-    reliable = reliabilities(item_votes(votes), bootstrap=0)
+    records = settle(votes)
+    answers = {record.item: _label(record) for record in records if record.settled}
+    reliable = reliabilities(item_votes(votes), answers, bootstrap=0)
     if len(reliable) < 2:
         raise UserError(
             "votes: weighted tells annotators apart by the items that two of them judged, and there is none; have some "
             "judged twice (annotate.overlap), or use votes: raw"
         )
-    records = []
-    for vote in votes:
-        worth = 2 * reliable[vote.annotator].point - 1
-        record = vote.swapped() if worth < 0 and not vote.tie else vote
-        records.append(replace(record, weight=abs(worth)))
-    return records
+    weighted = []
+    for record in records:
+        worth = 1.0 if record.settled else 2 * reliable[record.annotator].point - 1
+        turned = record.swapped() if worth < 0 and not record.tie else record
+        weighted.append(replace(turned, weight=abs(worth)))
+    return weighted

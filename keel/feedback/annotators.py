@@ -69,16 +69,24 @@ def annotator_figures(
 def doubtful(figures: Sequence[AnnotatorFigures], notable: float = NOTABLE) -> list[str]:
     """Who is clearly less reliable than most: the whole interval lies ``notable`` or more below the median reliability
     of all, or the same is true of gold items (failures more than ``notable`` above the median share)."""
-    known = [f.reliability.point for f in figures if f.reliability is not None and f.reliability.items]
+    below = unreliable({f.name: f.reliability for f in figures if f.reliability is not None}, notable)
     failed = [f.failed.point for f in figures if f.failed is not None]
     names = []
     for f in figures:
-        r = f.reliability
-        unreliable = r is not None and r.interval is not None and r.interval[1] < float(np.median(known)) - notable
         inattentive = f.failed is not None and f.failed.low > float(np.median(failed)) + notable
-        if unreliable or inattentive:
+        if f.name in below or inattentive:
             names.append(f.name)
     return names
+
+
+def unreliable(reliable: Mapping[str, Agreement], notable: float = NOTABLE) -> set[str]:
+    """Whose whole interval lies ``notable`` or more below the median of those that there is something to tell by."""
+    known = [one.point for one in reliable.values() if one.items]
+    return {
+        name
+        for name, one in reliable.items()
+        if one.interval is not None and one.interval[1] < float(np.median(known)) - notable
+    }
 
 
 def _chose_longer(judgement: Judgement) -> bool | None:

@@ -97,20 +97,39 @@ def reliabilities(
     telling = [vote for vote in decided if times[vote.item] > 1 or vote.item in answers]
     if not telling:
         return {}
-    coded = _coded(telling, answers, MIRROR, classes=(FIRST, SECOND))
-    weight_I = np.ones(len(coded.items))
+    coded, weight_I = _alike_together(telling, answers)
     _, errors_AKK, posterior_IK, _ = _em(coded, _shares(coded), weight_I, shrink)
     rng = np.random.default_rng(seed)
     draws_RA = np.empty((bootstrap, len(coded.annotators)))
     for draw_A in draws_RA:
-        weights = rng.multinomial(len(weight_I), weight_I / len(weight_I)).astype(np.float64)
+        weights = rng.multinomial(int(weight_I.sum()), weight_I / weight_I.sum()).astype(np.float64)
         draw_A[:] = _em(coded, posterior_IK, weights, shrink, tolerance=1e-4)[1][:, 0, 0]
     everyone = Agreement(float(_pooled(coded, posterior_IK, weight_I)[0, 0]), None, 0)
     found = {vote.annotator: everyone for vote in votes}
-    items = np.bincount(coded.annotator_V, minlength=len(coded.annotators))
+    items = np.bincount(coded.annotator_V, weight_I[coded.item_V], len(coded.annotators))
     for place, name in enumerate(coded.annotators):
         found[name] = Agreement(float(errors_AKK[place, 0, 0]), percentiles(draws_RA[:, place]), int(items[place]))
     return found
+
+
+def _alike_together(votes: Sequence[Vote], answers: Mapping[Any, str]) -> tuple[_Coded, np.ndarray]:
+    """Comparisons on which the same annotators said the same, or all of it the other way round, as one item, and how
+    many there are of each [I]: the model can't tell them apart, and EM costs what the different ones cost."""
+    said: dict[Hashable, list[tuple[str, str]]] = {}
+    for vote in votes:
+        said.setdefault(vote.item, []).append((vote.annotator, vote.label))
+    alike: dict[tuple[tuple[tuple[str, str], ...], str | None], int] = {}
+    for item, labels in said.items():
+        labels.sort()
+        turn = labels[0][1] == SECOND
+        pattern = tuple((name, MIRROR[label] if turn else label) for name, label in labels)
+        answer = answers.get(item)
+        key = pattern, MIRROR[answer] if answer is not None and turn else answer
+        alike[key] = alike.get(key, 0) + 1
+    different = [Vote(number, name, label) for number, (pattern, _) in enumerate(alike) for name, label in pattern]
+    known = {number: answer for number, (_, answer) in enumerate(alike) if answer is not None}
+    coded = _coded(different, known, MIRROR, classes=(FIRST, SECOND))
+    return coded, np.array(list(alike.values()), dtype=np.float64)
 
 
 def _coded(
@@ -162,8 +181,10 @@ def _em(
 
 def _counts(coded: _Coded, weighted_IK: np.ndarray) -> np.ndarray:
     """How often each annotator said l of items of class j [A, K, K], by the items' probabilities of being it."""
-    counts_AKK = np.zeros((len(coded.annotators), len(coded.classes), len(coded.classes)))
-    np.add.at(counts_AKK.transpose(0, 2, 1), (coded.annotator_V, coded.label_V), weighted_IK[coded.item_V])
+    a, k = len(coded.annotators), len(coded.classes)
+    place_V = coded.annotator_V * k + coded.label_V
+    by_class = [np.bincount(place_V, weighted_IK[coded.item_V, j], a * k).reshape(a, k) for j in range(k)]
+    counts_AKK = np.stack(by_class, axis=1)
     turned = coded.turned_K
     return (counts_AKK + counts_AKK[:, turned][:, :, turned]) / 2
 
@@ -181,9 +202,11 @@ def _rates(counts: np.ndarray) -> np.ndarray:
 
 def _classify(coded: _Coded, prior_K: np.ndarray, errors_AKK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(posterior [I, K], likelihood [I]) of the items: eqs. 2.5 and 2.6."""
-    log_VK = np.log(np.maximum(errors_AKK, TINY))[coded.annotator_V, :, coded.label_V]
+    log_AKK = np.log(np.maximum(errors_AKK, TINY))
     log_IK = np.tile(np.log(np.maximum(prior_K, TINY)), (len(coded.items), 1))
-    np.add.at(log_IK, coded.item_V, log_VK)
+    for j in range(len(coded.classes)):
+        log_V = log_AKK[coded.annotator_V, j, coded.label_V]
+        log_IK[:, j] += np.bincount(coded.item_V, log_V, len(coded.items))
     top_I = log_IK.max(axis=1)
     joint_IK = np.exp(log_IK - top_I[:, None])
     sum_I = joint_IK.sum(axis=1)

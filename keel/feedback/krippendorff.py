@@ -19,7 +19,7 @@ Scale = Literal["nominal", "ordinal", "interval"]
 
 
 def krippendorff_alpha(
-    units: Mapping[int, Sequence[float]], scale: Scale, bootstrap: int = 2000, seed: int = 0
+    units: Mapping[int, Sequence[float]], scale: Scale, bootstrap: int = 2000, seed: int = 0, mirror: bool = False
 ) -> Agreement | None:
     """1 - D_o / D_e: 1 for perfect agreement, 0 for chance.
 
@@ -27,13 +27,21 @@ def krippendorff_alpha(
     a single value says nothing. ``scale``: what a difference of values weighs: nominal (equal or not), ordinal (how
     many values lie between them), interval (their squared difference). None when no unit has two values, or when all
     values are equal (nothing could disagree). The interval is a bootstrap over units.
+
+    ``mirror``: a value and its negative are one answer seen from either side, as with comparisons, where which response
+    was stored first means nothing. Each unit then counts half as it is and half with all its values negated, so that
+    what is expected by chance does not hang on that order.
     """
     paired = [list(units[unit]) for unit in sorted(units) if len(units[unit]) > 1]
-    values = sorted({value for unit in paired for value in unit})
+    given = {value for unit in paired for value in unit}
+    values = sorted(given | {-value for value in given} if mirror else given)
     if len(values) < 2:
         return None
     place = {value: i for i, value in enumerate(values)}
-    rows_NF = np.stack([_coincidences([place[value] for value in unit], len(values)).ravel() for unit in paired])
+    rows_NVV = np.stack([_coincidences([place[value] for value in unit], len(values)) for unit in paired])
+    if mirror:
+        rows_NVV = (rows_NVV + rows_NVV[:, ::-1, ::-1]) / 2
+    rows_NF = rows_NVV.reshape(len(paired), -1)
     values_V = np.array(values, dtype=np.float64)
 
     def alpha(sums: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from keel.report.charts import Palette, guardrail_plots, learning_curves, reward
 from keel.report.reading import RunFiles, StageFiles, read_run
 from keel.report.sections import Fact, headline, lineage, pipeline, samples, total_seconds
 from keel.report.table import table
-from keel.report.wording import duration, number, one_place, percent, three_places, title, two_places
+from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, title, two_places
 from keel.run import atomic_write_text
 
 
@@ -51,7 +51,12 @@ def render(run: RunFiles, heading: str = "") -> str:
         equal_kl=_equal_kl(run),
         fits=_fits(run),
         reward_models=[
-            (title(stage.name), _reward_facts(stage) + _gold_facts(run, stage), reward_plots(stage, palette))
+            (
+                title(stage.name),
+                _reward_facts(stage) + _gold_facts(run, stage),
+                reward_plots(stage, palette),
+                _annotators(stage),
+            )
             for stage in run.of_kind("reward")
             if stage.summary
         ],
@@ -121,6 +126,14 @@ def _reward_facts(stage: StageFiles) -> list[Fact]:
     if (pairs := number(summary.get("heldout_pairs"))) is not None:
         facts.append(Fact("Pairs held out", f"{pairs:,.0f}"))
     return facts
+
+
+def _annotators(stage: StageFiles) -> list[tuple[str, str, str]]:
+    """(accuracy, interval, votes) of each annotator, without names: the page may go further than they should."""
+    return [
+        (percent(row["accuracy"]), percent_range(row["low"], row["high"]), f"{row['votes']:,}")
+        for row in stage.summary.get("annotators", ())
+    ]
 
 
 def _gold_facts(run: RunFiles, stage: StageFiles) -> list[Fact]:

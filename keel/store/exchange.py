@@ -11,6 +11,8 @@ nothing is lost on the way out and in again:
     chosen_side                                     left or right: where ``chosen`` was shown (left in a tie)
     strength, seconds, guideline, reason, created   the judgement's; null when not known
     batch, item                                     what it was judged for, and which rows judged the same item
+    settled, settled_by                             a reviewer's last word on the item (chosen, rejected, tie); null
+                                                    where nobody settled it
     chosen_source, rejected_source                  what wrote each response: model, fingerprint, sampling, created
 
 Parquet has one type for a column, so there ``meta`` and the sources are JSON in a string.
@@ -30,6 +32,7 @@ from typing import Any, Literal
 from keel.store import hub
 from keel.store.records import AnnotatorKind, Choice, Judgement, Response
 from keel.store.rows import messages_json
+from keel.store.settled import settle
 from keel.types import Message, Preference, Prompt, UserError
 
 _JSON_COLUMNS = ("meta", "chosen_source", "rejected_source")
@@ -44,13 +47,14 @@ def write(votes: Sequence[Judgement], path: Path, form: Form = "trl", plain: boo
     new.
 
     ``plain``: the form's own columns alone, for tools that refuse others. Such rows can't say that neither was
-    preferred, so ties are left out.
+    preferred, so ties are left out; nor that a reviewer settled the pair, so that word stands for the votes on it.
     """
     if form == "openai" and path.suffix != ".jsonl":
         raise UserError(f"{path}: OpenAI's form is JSONL; give the file the ending .jsonl")
-    rows = [_row(vote) for vote in votes if not (plain and vote.preferred is None)]
     if plain:
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        rows = [pair_columns(pair) for pair in settle([vote.preference() for vote in votes]) if not pair.tie]
+    else:
+        rows = [_row(vote) for vote in votes]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".jsonl":
@@ -125,6 +129,8 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         chosen_left = True  # a tie reads back with the left response as `chosen`
     else:
         choice = "left" if chosen_left else "right"
+    side, other = ("left", "right") if chosen_left else ("right", "left")
+    sides = {"": None, "tie": "tie", "chosen": side, "rejected": other}
     return Judgement(
         token=token,
         batch="import",
@@ -140,7 +146,18 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         guideline=None,
         reason=None,
         created=now,
+        settled=sides[pair.settled],  # type: ignore[arg-type]
+        settled_by=annotator if pair.settled else None,
     )
+
+
+def pair_columns(pair: Preference) -> dict[str, Any]:
+    """The columns that every reader of preference pairs knows."""
+    return {
+        "prompt": messages_json(pair.prompt),
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+    }
 
 
 def _row(vote: Judgement) -> dict[str, Any]:
@@ -149,9 +166,7 @@ def _row(vote: Judgement) -> dict[str, Any]:
     chosen, rejected = (vote.left, vote.right) if chosen_side == "left" else (vote.right, vote.left)
     return {
         "id": pair.id,
-        "prompt": messages_json(pair.prompt),
-        "chosen": [{"role": "assistant", "content": pair.chosen}],
-        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        **pair_columns(pair),
         "chosen_finished": pair.chosen_finished,
         "rejected_finished": pair.rejected_finished,
         "tie": pair.tie,
@@ -170,6 +185,8 @@ def _row(vote: Judgement) -> dict[str, Any]:
         "created": vote.created.isoformat(),
         "batch": vote.batch,
         "item": vote.item_id,
+        "settled": pair.settled or None,
+        "settled_by": vote.settled_by,
         "chosen_source": _source(chosen),
         "rejected_source": _source(rejected),
     }
@@ -194,6 +211,8 @@ def _vote(row: dict[str, Any]) -> Judgement:
     )
     chosen_left = {"left": True, "right": False}[row["chosen_side"]]
     kind: AnnotatorKind = row["annotator_kind"]
+    other = {"left": "right", "right": "left"}[row["chosen_side"]]
+    sides = {None: None, "tie": "tie", "chosen": row["chosen_side"], "rejected": other}
     return Judgement(
         token=row["id"],
         batch=row["batch"],
@@ -209,6 +228,8 @@ def _vote(row: dict[str, Any]) -> Judgement:
         guideline=row["guideline"],
         reason=row["reason"],
         created=datetime.fromisoformat(row["created"]),
+        settled=sides[row.get("settled")],  # type: ignore[arg-type]  # an older export has no such column
+        settled_by=row.get("settled_by"),
     )
 
 
@@ -248,7 +269,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     names = [
         *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
         *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
-        *("reason", "created", "batch", "item", "chosen_source", "rejected_source"),
+        *("reason", "created", "batch", "item", "settled", "settled_by", "chosen_source", "rejected_source"),
     ]
     flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS if name in row} for row in rows]
     present = [name for name in names if not rows or name in rows[0]]

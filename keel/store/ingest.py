@@ -15,6 +15,7 @@ from sqlalchemy import Column, Connection, Row, Table, case, insert, select, upd
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from keel.store.people_tables import adjudications
 from keel.store.records import AnnotatorKind, Judgement, Response
 from keel.store.rows import checked_json, messages_json, response_key, storable
 from keel.store.tables import (
@@ -229,7 +230,30 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
         new |= {"assignment": vote["assignment_id"], "item": row["item_id"], "shown": row["shown"]}
         log.append(event(now, name, "imported", "judgement", id, None, new))
     connection.execute(insert(events), log)
+    _settle(connection, places, item_ids, now)
     return len(votes)
+
+
+def _settle(
+    connection: Connection, places: Sequence[_Place], item_ids: Mapping[tuple[str, str], int], now: datetime
+) -> None:
+    """The reviewers' words that came with the votes, on items that nobody here has settled."""
+    words = {item_ids[place.batch, place.key]: place for place in places if place.vote.settled is not None}
+    for chunk in _chunks(sorted(words)):
+        standing = adjudications.c.item_id.in_(chunk), adjudications.c.undone_at.is_(None)
+        for item in connection.execute(select(adjudications.c.item_id).where(*standing)).scalars():
+            del words[item]
+    by = {place.vote.settled_by or place.vote.annotator for place in words.values()}
+    known = {row.name: row.kind for row in _rows(connection, annotators, annotators.c.name, sorted(by))}
+    ids = add_annotators(connection, {name: known.get(name, "person") for name in by}, "reviewer", now)
+    for item, place in words.items():
+        vote, name = place.vote, place.vote.settled_by or place.vote.annotator
+        choice = "tie"
+        if vote.settled in ("left", "right"):
+            choice = "first" if (vote.settled == "left") == (place.left < place.right) else "second"
+        row = {"item_id": item, "annotator_id": ids[name], "choice": choice, "created": now}
+        connection.execute(insert(adjudications), row)
+        connection.execute(insert(events), event(now, name, "adjudicated", "item", item, None, {"choice": choice}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,8 @@ class Queue:
 @dataclass(frozen=True, slots=True)
 class Vote:
     """A standing judgement without its texts. ``vote``: first (the response stored first), second, tie; ``longer``:
-    whether the preferred response is the longer one, None for a tie and for equal lengths."""
+    whether the preferred response is the longer one, None for a tie and for equal lengths; ``responses``: the ids of
+    the first and the second; ``settled``: a reviewer's last word on the item, in the terms of ``vote``."""
 
     item_id: int
     annotator: str
@@ -61,6 +62,9 @@ class Vote:
     created: datetime
     batch: str
     guideline: str | None
+    strength: float | None = None
+    responses: tuple[int, int] = (0, 1)
+    settled: str | None = None
 
 
 def queues(connection: Connection) -> list[Queue]:
@@ -107,10 +111,11 @@ def votes(connection: Connection, people_only: bool = True) -> list[Vote]:
     )
     if people_only:
         query = query.where(annotators.c.kind == "person")
-    return [_vote(row, length) for row in connection.execute(query)]
+    settled = last_words(connection)
+    return [_vote(row, length, settled.get(row.item_id)) for row in connection.execute(query)]
 
 
-def _vote(row: Row[Any], length: Mapping[int, int]) -> Vote:
+def _vote(row: Row[Any], length: Mapping[int, int], word: LastWord | None) -> Vote:
     vote, left, longer = "tie", None, None
     if row.choice in ("left", "right"):
         left = row.choice == "left"
@@ -119,7 +124,7 @@ def _vote(row: Row[Any], length: Mapping[int, int]) -> Vote:
         longer = None if length[preferred] == length[other] else length[preferred] > length[other]
     return Vote(
         row.item_id, row.name, row.kind, vote, left, longer, row.gold, row.seconds, row.created, row.batch,
-        row.guideline,
+        row.guideline, row.strength, (min(row.shown), max(row.shown)), word.choice if word else None,
     )  # fmt: skip
 
 
@@ -259,6 +264,22 @@ def adjudicate(
     connection.execute(insert(events), event(now, actor, "adjudicated", "item", item_id, old and {"choice": old}, new))
 
 
+@dataclass(frozen=True, slots=True)
+class LastWord:
+    """A reviewer's word on an item that stands: first (the response that was stored first), second or tie."""
+
+    choice: str
+    by: str
+    reason: str | None
+    created: datetime
+
+
+def last_words(connection: Connection) -> dict[int, LastWord]:
+    """By item."""
+    query = select(adjudications, annotators.c.name).join(annotators).where(adjudications.c.undone_at.is_(None))
+    return {row.item_id: LastWord(row.choice, row.name, row.reason, row.created) for row in connection.execute(query)}
+
+
 def open_flags(connection: Connection) -> list[dict[str, Any]]:
     query = (
         select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, prompts.c.messages)
@@ -302,6 +323,11 @@ def prompts_with_fewest(connection: Connection, limit: int) -> list[str]:
     """Ids of the prompts with the fewest responses: who asks for more wants them there first."""
     replies = select(func.count()).where(responses.c.prompt_id == prompts.c.id).scalar_subquery()
     return list(connection.execute(select(prompts.c.id).order_by(replies, prompts.c.id).limit(limit)).scalars())
+
+
+def last_event(connection: Connection) -> int:
+    """The number of the last thing that happened: while it is the same, so is every figure."""
+    return int(connection.execute(select(func.coalesce(func.max(events.c.id), 0))).scalar_one())
 
 
 def latest_events(connection: Connection, limit: int) -> list[dict[str, Any]]:

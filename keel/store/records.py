@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from keel.types import Preference, Prompt, UserError
+from keel.types import Preference, Prompt, Settled, UserError
 
 Choice = Literal["left", "right", "tie", "both_bad"]
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
@@ -59,7 +59,8 @@ class Judgement:
     """One raw vote with all that is known of it.
 
     ``token`` names it across databases. ``strength``: 1 slightly, 2 better, 3 much better, None for a tie or when it
-    was not asked. ``seconds``, ``guideline``, ``reason``: None when not known.
+    was not asked. ``seconds``, ``guideline``, ``reason``: None when not known. ``settled``: what a reviewer said of the
+    item in the end, in terms of the sides of this vote; None while nobody did.
     """
 
     token: str
@@ -76,6 +77,8 @@ class Judgement:
     guideline: str | None
     reason: str | None
     created: datetime
+    settled: Literal["left", "right", "tie"] | None = None
+    settled_by: str | None = None
 
     @property
     def preferred(self) -> Response | None:
@@ -85,6 +88,9 @@ class Judgement:
     def preference(self) -> Preference:
         """The vote as a training record. In a tie (both bad is one) the left response stands as ``chosen``."""
         chosen, rejected = (self.right, self.left) if self.choice == "right" else (self.left, self.right)
+        settled: Settled = "tie" if self.settled == "tie" else ""
+        if self.settled in ("left", "right"):
+            settled = "chosen" if (self.settled == "right") == (self.choice == "right") else "rejected"
         return Preference(
             id=self.token,
             prompt=self.prompt,
@@ -95,6 +101,7 @@ class Judgement:
             tie=self.preferred is None,
             margin=self.strength or 0.0,
             annotator=self.annotator,
+            settled=settled,
         )
 
 

@@ -10,12 +10,13 @@ from copy import copy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from sqlalchemy import Connection, insert, select
 from sqlalchemy.exc import OperationalError
 
 from keel.config import SamplingConfig
-from keel.store import exchange, ingest, queue, work
+from keel.store import exchange, ingest, overview, queue, work
 from keel.store.engine import WAIT_SECONDS, open_engine, parse_url
 from keel.store.records import AnnotatorKind, Assignment, Choice, Event, Judgement, Progress, Response, WorkKind
 from keel.store.rows import checked_json, prompt_record, response_record
@@ -25,6 +26,13 @@ from keel.types import Completion, Demonstration, Preference, Prompt, UserError
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _side(choice: str, shown: Sequence[int]) -> Literal["left", "right", "tie"]:
+    """A reviewer's word (first: the response that was stored first, second, tie) on the sides of one vote."""
+    if choice == "tie":
+        return "tie"
+    return "left" if (choice == "first") == (shown[0] < shown[1]) else "right"
 
 
 class Store:
@@ -281,7 +289,8 @@ class Store:
     # ------------------------------------------------------------------------------------------ what was said
 
     def judgements(self, batch: str | None = None) -> list[Judgement]:
-        """Every raw vote that stands (not taken back), in the order they came."""
+        """Every raw vote that stands (not taken back), in the order they came, each with what a reviewer said of its
+        item in the end, if one did."""
         query = (
             select(judgements, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch)
             .add_columns(annotators.c.name, annotators.c.kind)
@@ -294,6 +303,7 @@ class Store:
             query = query.where(items.c.batch == batch)
         with self._begin(writes=False) as connection:
             rows = connection.execute(query).all()
+            settled = overview.last_words(connection)
             asked = {row.id: prompt_record(row) for row in connection.execute(select(prompts))}
             replies = {row.id: response_record(row) for row in connection.execute(select(responses))}
         return [
@@ -312,6 +322,8 @@ class Store:
                 guideline=row.guideline,
                 reason=row.reason,
                 created=row.created,
+                settled=_side(settled[row.item_id].choice, row.shown) if row.item_id in settled else None,
+                settled_by=settled[row.item_id].by if row.item_id in settled else None,
             )
             for row in rows
         ]
@@ -319,6 +331,8 @@ class Store:
     def preferences(self, batch: str | None = None) -> list[Preference]:
         """One training record for each raw vote, in the order they came, ties among them (``tie=True``); then the pairs
         of the rankings, and the edits over what was edited. Votes on gold items measure the annotator and are left out.
+        Where a reviewer settled a disagreement each of its votes says so (``settled``); ``keel.store.settled.settle``
+        puts that word in the place of the votes, as ``keel.feedback.aggregate`` does before anything is trained on.
         """
         with self._begin(writes=False) as connection:
             gold = set(connection.execute(select(items.c.id).where(items.c.gold.is_not(None))).scalars())
@@ -341,8 +355,8 @@ class Store:
         self, path: str | Path, batch: str | None = None, form: exchange.Form = "trl", plain: bool = False
     ) -> int:
         """Write every raw vote to ``path`` (.jsonl, .parquet, or a folder for ``datasets``) and return how many. Rows
-        are in TRL's or OpenAI's form with all else that is known beside it, or, ``plain``, in that form alone and
-        without ties; see keel/store/exchange.py."""
+        are in TRL's or OpenAI's form with all else that is known beside it, or, ``plain``, in that form alone, without
+        ties and with reviewers' words in the place of the votes that they settled; see keel/store/exchange.py."""
         return exchange.write(self.judgements(batch), Path(path), form, plain)
 
     def import_preferences(

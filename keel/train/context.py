@@ -1,4 +1,4 @@
-"""What every training stage is handed, and the checks on lengths that they share."""
+"""What every training stage is handed, what it records of its data, and the checks on lengths that they share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from keel.config import DataConfig, ModelConfig
 from keel.model.precision import Precision
-from keel.run import StageDir
+from keel.run import StageDir, write_json
 from keel.types import Encoded, Reporter, UserError
 
 T = TypeVar("T")
@@ -28,6 +28,17 @@ class TrainContext:
     device: str
     precision: Precision
     seed: int
+
+
+def record_lineage(
+    stage: StageDir, trained: Sequence[str], heldout: Sequence[str], settled: Sequence[str] = ()
+) -> None:
+    """Writes the stage's ``judgements.json``: the ids of the votes (or demonstrations) that it trains on, of those held
+    out, and of those in whose place a reviewer's word is trained on. It leads from a judgement to the weights that it
+    shaped."""
+    write_json(
+        stage.path / "judgements.json", {"trained": list(trained), "settled": list(settled), "heldout": list(heldout)}
+    )
 
 
 def within_length(

@@ -18,7 +18,7 @@ from keel.data.collate import (
     split_by_prompt,
 )
 from keel.model.precision import autocast
-from keel.train.context import TrainContext, within_length
+from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, Totals
 from keel.types import Encoded, PackedBatch, Preference
 
@@ -105,11 +105,22 @@ def split_pairs(
     records: Sequence[Preference], chat: Chat, fraction: float, context: TrainContext, aggregate: Aggregate = list
 ) -> tuple[list[list[Pair]], list[Pair]]:
     """(training pairs in groups of one prompt each, held-out pairs). A prompt is on one side whole. Held-out votes stay
-    raw, so that models trained on differently aggregated votes are measured on the same."""
+    raw, so that models trained on differently aggregated votes are measured on the same. Which votes stand behind
+    either side is recorded in the stage's folder (``record_lineage``)."""
     training, heldout = split_by_prompt(records, fraction, context.seed)
     pairs = {id(pair.record): pair for pair in encode_pairs(aggregate(training), chat, context)}
     groups = group_by_prompt([pair.record for pair in pairs.values()])
-    return [[pairs[id(record)] for record in group] for group in groups], encode_pairs(heldout, chat, context)
+    held = encode_pairs(heldout, chat, context)
+    kept = {pair.record.item for pair in pairs.values()}
+    settled = {record.item for record in training if record.settled}
+    behind = [record for record in training if record.item in kept]
+    record_lineage(
+        context.stage,
+        trained=[record.id for record in behind if record.item not in settled],
+        heldout=[pair.record.id for pair in held],
+        settled=[record.id for record in behind if record.item in settled],
+    )
+    return [[pairs[id(record)] for record in group] for group in groups], held
 
 
 def groups_per_batch(groups: Sequence[Sequence[Pair]], pairs_per_batch: int) -> int:

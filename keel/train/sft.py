@@ -16,7 +16,7 @@ from keel.model.checkpoint import load_policy, load_tokenizer, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import inner_model
 from keel.model.precision import autocast
-from keel.train.context import TrainContext, within_length
+from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule
 from keel.types import Demonstration, Encoded
@@ -115,7 +115,8 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
     )
     chat = Chat(tokenizer)
     training, heldout = split_by_prompt(demonstrations, context.data.heldout_fraction, context.seed)
-    rows, heldout_rows = (_encode(part, chat, context) for part in (training, heldout))
+    (trained, rows), (held, heldout_rows) = (_encode(part, chat, context) for part in (training, heldout))
+    record_lineage(context.stage, trained, held)
     algorithm = Sft(model, rows, heldout_rows, config, context.device, context.precision, context.seed)
     before = mean_loss(model, heldout_rows, config.batch_tokens, context.device, context.precision)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
@@ -134,8 +135,9 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
     }
 
 
-def _encode(records: Sequence[Demonstration], chat: Chat, context: TrainContext) -> list[Encoded]:
+def _encode(records: Sequence[Demonstration], chat: Chat, context: TrainContext) -> tuple[list[str], list[Encoded]]:
+    """(ids, conversations) of those that fit."""
     encoded = chat.encode_demonstrations(records)
     ids = [record.id for record in records]
-    _, kept = within_length(records, [(row,) for row in encoded], ids, context.data, context.reporter)
-    return [row for (row,) in kept]
+    kept, parts = within_length(records, [(row,) for row in encoded], ids, context.data, context.reporter)
+    return [record.id for record in kept], [row for (row,) in parts]

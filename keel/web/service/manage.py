@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, Literal
 
 from sqlalchemy import select
 
-from keel.store import Store, arena, overview, people, work
+from keel.store import Store, arena, exchange, overview, people, work
 from keel.store.overview import Queue
 from keel.store.people import Account, Guideline
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
-from keel.store.rows import messages_json
+from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements, responses
 from keel.types import Prompt, UserError
 from keel.web.service.labelling import GOLD_EVERY
@@ -37,9 +38,23 @@ class Overview:
     annotators: int  # people who judged
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """``last``: the last event that the figures know of; ``reliable_at``: that the reliabilities know of."""
+
+    last: int
+    reliable_at: int
+    quality: Quality
+
+
+STALE = 0.02
+
+
 class Manage:
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._working = threading.Lock()  # two who ask at once wait for one answer
+        self._quality: dict[bool, _Kept] = {}
 
     def overview(self) -> Overview:
         with self._store.transaction(writes=False) as connection:
@@ -56,9 +71,20 @@ class Manage:
             )
 
     def quality(self, people_only: bool) -> Quality:
-        with self._store.transaction(writes=False) as connection:
-            votes = overview.votes(connection, people_only)
-            return quality(votes, overview.skips(connection))
+        """Worked out once until something happens in the store; the reliabilities, which cost the most, until as many
+        things have happened as are ``STALE`` of the votes that they rest on."""
+        with self._working:
+            with self._store.transaction(writes=False) as connection:
+                last = overview.last_event(connection)
+                kept = self._quality.get(people_only)
+                if kept is not None and kept.last == last:
+                    return kept.quality
+                votes = overview.votes(connection, people_only)
+                skips = overview.skips(connection)
+            fresh = kept is not None and last - kept.reliable_at <= STALE * kept.quality.reliability.votes
+            found = quality(votes, skips, kept.quality.reliability if kept is not None and fresh else None)
+            self._quality[people_only] = _Kept(last, kept.reliable_at if kept is not None and fresh else last, found)
+            return found
 
     # ---------------------------------------------------------------------------------------------- queue, gold items
 
@@ -193,15 +219,16 @@ class Manage:
     def _rows(self, what: Export) -> Iterator[dict[str, Any]]:
         store = self._store
         if what == "pairs.jsonl":
-            for pair in store.preferences():
+            for pair in settle(store.preferences()):
                 yield {
                     "id": pair.id,
-                    "prompt": messages_json(pair.prompt),
-                    "chosen": [{"role": "assistant", "content": pair.chosen}],
-                    "rejected": [{"role": "assistant", "content": pair.rejected}],
+                    **exchange.pair_columns(pair),
+                    "chosen_finished": pair.chosen_finished,
+                    "rejected_finished": pair.rejected_finished,
                     "tie": pair.tie,
                     "margin": pair.margin,
                     "annotator": pair.annotator,
+                    "settled": pair.settled or None,
                 }
         elif what == "demonstrations.jsonl":
             for shown in store.demonstrations():

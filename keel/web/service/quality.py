@@ -1,5 +1,5 @@
-"""How far the judgements can be trusted: agreement over time, and each annotator's habits. A figure that is not
-defined is None."""
+"""How far the judgements can be trusted: agreement over time, each annotator's reliability and habits, and who is named
+for bad votes. A figure that is not defined is None."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from datetime import date
 from statistics import median
 
-from keel.feedback.agreement import Agreement, cohens_kappa, raw_agreement, vote_pairs
+from keel.feedback.agreement import MIRROR, TIE, Agreement, cohens_kappa, raw_agreement, vote_pairs
+from keel.feedback.krippendorff import krippendorff_alpha
 from keel.store.overview import Vote
+from keel.web.service.reliability import Reliability, reliability
 
 ENOUGH = 20  # votes below which nothing is said of an annotator
 HASTY_SECONDS = 2.0
@@ -43,26 +45,72 @@ class Habits:
     ties: float | None
     seconds: float | None  # median
     skips: int
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # habits worth a look; they name nobody
+    reliability: Agreement | None = None  # by Dawid & Skene
+    crowd_bt: Agreement | None = None
+    reasons: tuple[str, ...] = ()  # why the votes are bad; nothing for most
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
+    """``alpha``: Krippendorff's, of first, second and tie as names; ``graded_alpha``: of what was said with its
+    strength, on an ordinal scale. These and kappa say the same whichever response was stored first."""
+
     agreement: Agreement | None  # ties left out
     agreement_with_ties: Agreement | None
     kappa: float | None
+    alpha: Agreement | None
+    graded_alpha: Agreement | None
     days: list[Day]
     annotators: list[Habits]
+    reliability: Reliability
+
+    @property
+    def named(self) -> list[Habits]:
+        """Those whose votes are bad."""
+        return [one for one in self.annotators if one.reasons]
 
 
-def quality(votes: Sequence[Vote], skips: dict[str, int]) -> Quality:
+def quality(votes: Sequence[Vote], skips: dict[str, int], reliable: Reliability | None = None) -> Quality:
+    """``reliable``: worked out before, over most of these votes; by default now, over all of them."""
+    reliable = reliability(votes) if reliable is None else reliable
     by_item = _by_item(votes)
     return Quality(
         raw_agreement(by_item, bootstrap=500),
         raw_agreement(by_item, ties=True, bootstrap=500),
-        cohens_kappa(vote_pairs(by_item, ties=True)),
+        _kappa(by_item),
+        krippendorff_alpha(_values(votes, graded=False), "nominal", bootstrap=500, mirror=True),
+        krippendorff_alpha(_values(votes, graded=True), "ordinal", bootstrap=500, mirror=True),
         days(votes),
-        habits(votes, skips),
+        [_judged(one, reliable) for one in habits(votes, skips)],
+        reliable,
+    )
+
+
+def _kappa(by_item: dict[int, list[str]]) -> float | None:
+    """Cohen's kappa of all pairs of votes, each counted both ways round: which response was stored first means
+    nothing, and chance must not hang on it."""
+    pairs = vote_pairs(by_item, ties=True)
+    return cohens_kappa([*pairs, *((MIRROR[a], MIRROR[b]) for a, b in pairs)])
+
+
+def _values(votes: Sequence[Vote], graded: bool) -> dict[int, list[float]]:
+    """Each item's votes as values: 1 for the first response, -1 for the second, 0 for a tie; ``graded``: times the
+    strength, 1 where there is none."""
+    values: dict[int, list[float]] = {}
+    for vote in votes:
+        if vote.gold is None:
+            side = {"first": 1.0, "second": -1.0}.get(vote.vote, 0.0)
+            values.setdefault(vote.item_id, []).append(side * (vote.strength or 1.0) if graded else side)
+    return values
+
+
+def _judged(one: Habits, reliable: Reliability) -> Habits:
+    return replace(
+        one,
+        reliability=reliable.dawid_skene.get(one.annotator),
+        crowd_bt=reliable.crowd_bt.get(one.annotator),
+        reasons=reliable.reasons(one.annotator),
     )
 
 
@@ -76,17 +124,26 @@ def _by_item(votes: Sequence[Vote]) -> dict[int, list[str]]:
 
 
 def days(votes: Sequence[Vote], most: int = 30) -> list[Day]:
-    """The last days on which anything was judged."""
+    """The last days on which anything was judged, each with the agreement (ties left out) of all votes until then."""
     by_day: dict[date, list[Vote]] = {}
     for vote in votes:
         by_day.setdefault(vote.created.date(), []).append(vote)
     found = []
-    so_far: list[Vote] = []
+    said: dict[int, Counter[str]] = {}
+    share: dict[int, float] = {}  # of equal pairs, by item with two votes or more
+    total = 0.0
     for day in sorted(by_day):
-        so_far += by_day[day]
-        agreement = raw_agreement(_by_item(so_far), bootstrap=1)
+        for vote in by_day[day]:
+            if vote.gold is not None or vote.vote == TIE:
+                continue
+            counts = said.setdefault(vote.item_id, Counter())
+            counts[vote.vote] += 1
+            if (pairs := math.comb(counts.total(), 2)) > 0:
+                equal = sum(math.comb(count, 2) for count in counts.values()) / pairs
+                total += equal - share.get(vote.item_id, 0.0)
+                share[vote.item_id] = equal
         names = {vote.annotator for vote in by_day[day]}
-        found.append(Day(day, len(by_day[day]), len(names), agreement.point if agreement else None))
+        found.append(Day(day, len(by_day[day]), len(names), total / len(share) if share else None))
     return found[-most:]
 
 

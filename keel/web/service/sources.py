@@ -1,11 +1,13 @@
-"""What the composition root hands to the app: models to talk to and to sample from, readers of files. The app itself
-imports no model and no data room."""
+"""What the composition root hands to the app: models to talk to and to sample from, what runs have trained, readers of
+files. The app itself imports no model and no data room."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from keel.config import SamplingConfig
 from keel.types import Completion, Message, Prompt
@@ -35,7 +37,31 @@ class SampledModel:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A stage of a run that trained a model, as its folder tells. ``key``: its name in addresses; ``parents``: keys of
+    the models that it was made from, ``others``: names of the other stages whose results it used. ``trained``,
+    ``settled``, ``heldout``: ids of the records that it learned from, of those in whose place a reviewer's word was,
+    and of those held out; ``trained`` is None when it recorded none. ``started``: when it began to read its data."""
+
+    key: str
+    run: str
+    name: str
+    kind: str
+    status: str
+    started: datetime | None
+    seconds: float | None
+    fingerprint: str
+    parents: tuple[str, ...]
+    others: tuple[str, ...]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    trained: tuple[str, ...] | None = None
+    settled: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     read_prompts: Callable[[Path], list[Prompt]] | None = None
     arena: Sequence[ArenaModel] = ()
     sampled: Mapping[str, SampledModel] = field(default_factory=dict)
+    trained: Callable[[], Sequence[TrainedModel]] = tuple

@@ -1,0 +1,100 @@
+"""Every piece of work by its token, which is the id of its training records: what leads from a model back to the
+judgements that shaped it. Each function runs inside its caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from keel.store.overview import last_words
+from keel.store.people_tables import rankings, writings
+from keel.store.records import AnnotatorKind, WorkKind
+from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
+
+TABLES = (judgements, rankings, writings)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One judgement, ranking, demonstration or edit; ``undone``: when it was taken back, None while it stands.
+    ``gold``: on a gold item, so never trained on."""
+
+    token: str
+    kind: WorkKind
+    item_id: int
+    annotator: str
+    annotator_kind: AnnotatorKind
+    guideline: str | None
+    created: datetime
+    undone: datetime | None
+    gold: bool
+
+
+def works(connection: Connection) -> dict[str, Work]:
+    """All of them by token, those taken back too."""
+    found = {}
+    for table in TABLES:
+        query = (
+            select(table.c.token, table.c.guideline, table.c.created, table.c.undone_at, assignments.c.item_id)
+            .add_columns(items.c.kind, items.c.gold, annotators.c.name, annotators.c.kind.label("annotator_kind"))
+            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+            .join(items, items.c.id == assignments.c.item_id)
+            .join(annotators, annotators.c.id == assignments.c.annotator_id)
+            .order_by(table.c.id)
+        )
+        for row in connection.execute(query):
+            found[row.token] = Work(
+                row.token, row.kind, row.item_id, row.name, row.annotator_kind, row.guideline, row.created,
+                row.undone_at, row.gold is not None,
+            )  # fmt: skip
+    return found
+
+
+def guideline_dates(connection: Connection) -> dict[str, datetime]:
+    """When each version of the guideline was made."""
+    return {row.version: row.created for row in connection.execute(select(guidelines.c.version, guidelines.c.created))}
+
+
+def texts(connection: Connection, chosen: Sequence[Work]) -> list[dict[str, Any]]:
+    """Each piece of work with all that a reviewer reads of it: ``work``, ``messages``, ``replies`` (dicts of ``text``
+    and ``note``: best first for a ranking; what was written, then what was edited), ``said``, ``reason``, ``word`` (a
+    reviewer's last word on the item, or None)."""
+    rows: dict[str, Any] = {}
+    tokens = [work.token for work in chosen]
+    for table in TABLES:
+        query = (
+            select(table, assignments.c.shown, prompts.c.messages)
+            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+            .join(items, items.c.id == assignments.c.item_id)
+            .join(prompts, prompts.c.id == items.c.prompt_id)
+            .where(table.c.token.in_(tokens))
+        )
+        rows |= {row["token"]: row for row in connection.execute(query).mappings()}
+    ids = {id for row in rows.values() for id in row["shown"]}
+    query = select(responses.c.id, responses.c.text).where(responses.c.id.in_(ids))
+    text = {row.id: row.text for row in connection.execute(query)}
+    words = last_words(connection)
+    return [
+        {"work": work, "messages": rows[work.token]["messages"], "reason": rows[work.token].get("reason")}
+        | {"word": words.get(work.item_id), **_said(work.kind, rows[work.token], text)}
+        for work in chosen
+    ]
+
+
+def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
+    if kind == "compare":
+        order = sorted(row["shown"])
+        preferred = {"left": row["shown"][0], "right": row["shown"][1]}.get(row["choice"])
+        replies = [{"text": text[id], "note": "preferred" if id == preferred else ""} for id in order]
+        strength = {1: "slightly better", 2: "better", 3: "much better"}.get(row["strength"] or 0, "")
+        return {"replies": replies, "said": {"tie": "tie", "both_bad": "both bad"}.get(row["choice"], strength)}
+    if kind == "rank":
+        placed = [{"text": text[id], "note": f"place {n}"} for n, tier in enumerate(row["tiers"], 1) for id in tier]
+        return {"replies": placed, "said": f"ranked {len(placed)}"}
+    written = [{"text": row["text"], "note": "written"}]
+    edited = [{"text": text[row["original_id"]], "note": "before"}] if row["original_id"] else []
+    return {"replies": written + edited, "said": ""}
