@@ -55,7 +55,7 @@ def test_bald_is_the_information_that_a_vote_has_about_the_model() -> None:
 
 
 def test_people_who_differ_are_no_reason_to_ask() -> None:
-    """All members say that it is a toss-up: their votes would teach nothing; one sure member against one unsure does."""
+    """That all members call it a toss-up teaches nothing; that one is sure and one is not does."""
     toss_up, torn = bald(np.array([[0.1, 4.0], [-0.1, 0.0]]))
     assert toss_up < 0.01 < torn
 

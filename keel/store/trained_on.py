@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,28 @@ def vote_hashes(location: str | Path) -> VoteHashes:
         return VoteHashes()
     with Store(location) as store, store.transaction(writes=False) as connection:
         return VoteHashes(people=_hash(_people(connection)), withdrawn=_hash(_withdrawn(connection)))
+
+
+@dataclass(frozen=True, slots=True)
+class PeopleVotes:
+    """Judgements that stand and that training would take, by anybody but simulated annotators; ``new``: since then."""
+
+    all: int
+    new: int
+
+
+def people_votes(connection: Connection, since: datetime | None) -> PeopleVotes:
+    """How many there are, and how many came after ``since`` (None: all of them did)."""
+    count, new = 0, 0
+    for table in (judgements, rankings, writings):
+        query = _standing(table).with_only_columns(table.c.created).where(items.c.gold.is_(None))
+        query = query.where(annotators.c.kind != "simulated")
+        if table is writings:
+            query = query.where(writings.c.original_id.is_not(None))
+        times = list(connection.execute(query).scalars())
+        count += len(times)
+        new += sum(since is None or time > since for time in times)
+    return PeopleVotes(count, new)
 
 
 def _people(connection: Connection) -> Iterable[tuple[Any, ...]]:

@@ -13,12 +13,13 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store
 from keel.types import UserError
-from keel.web.app import api, manage, pages
+from keel.web.app import api, manage, pages, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
+from keel.web.service.ordering import Ordering
 from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
@@ -38,9 +39,10 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     app.state.manage = Manage(store)
     app.state.arena = Arena(store, sources.arena)
     app.state.sampling = Sampling(store, sources)
+    app.state.ordering = Ordering(store, sources.ensemble)
     app.state.guard = Guard(app.state.people.session)
     app.state.door = pages.Door()
-    for router in (pages.router, api.router, manage.router):
+    for router in (pages.router, api.router, manage.router, training.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Shield)
