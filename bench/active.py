@@ -43,7 +43,7 @@ class Plan:
     members: int
 
 
-FULL, SHORT = (250, 500, 1000, 1500, 2000), (60, 120, 240)
+FULL, SHORT = (250, 600, 1200, 2000), (60, 120, 240)
 
 
 @dataclass(frozen=True)
@@ -186,13 +186,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few votes: does it run?")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 0 1 2; with --quick 0")
+    parser.add_argument("--rounds", type=int, nargs="+", default=None, help="votes in all after each; default: 250 ...")
     parser.add_argument("--members", type=int, default=None, help="default: 3; with --quick 2")
     parser.add_argument("--folder", type=Path, default=Path(".bench/harbor"), help="where worlds are kept")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     quick = arguments.quick
     seeds = arguments.seeds or ([0] if quick else [0, 1, 2])
-    plan = Plan(SHORT if quick else FULL, arguments.members or (2 if quick else 3))
+    rounds = tuple(arguments.rounds or (SHORT if quick else FULL))
+    plan = Plan(rounds, arguments.members or (2 if quick else 3))
     started = time.monotonic()
     found, prompts = {}, {}
     for seed in seeds:
