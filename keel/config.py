@@ -165,19 +165,63 @@ class AnnotateStage(StageBase):
     kind: Literal["annotate"] = "annotate"
     responses: str = "sample"
     annotators: PythonRef = Field(description="returns the simulated population: a callable seed -> list of annotators")
-    pairs_per_prompt: int = Field(1, ge=1)
+    pairs_per_prompt: int = Field(1, ge=1, description="pairs of one prompt, at most")
+    pairs: int | None = Field(None, ge=1, description="pairs in all, at most; default: those of every prompt")
+    choice: Literal["random", "uncertain"] = Field(
+        "random", description="which pairs: at random, or those on which the reward models named in rewards disagree"
+    )
+    rewards: list[str] = Field(
+        default_factory=list,
+        description="reward stages that choose (choice: uncertain); what they were trained on is not asked again",
+    )
     overlap: float = Field(0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement")
     guideline: str = "1"
 
+    @model_validator(mode="after")
+    def _who_chooses(self) -> AnnotateStage:
+        if self.choice == "uncertain" and len(set(self.rewards)) < 2:
+            raise ValueError(
+                "choice: uncertain compares reward models; name two reward stages or more in rewards, with seeds of "
+                "their own"
+            )
+        if self.choice == "random" and self.rewards:
+            raise ValueError("rewards choose pairs with choice: uncertain; set it, or leave rewards out")
+        return self
 
-class RewardStage(TrainBase):
-    kind: Literal["reward"] = "reward"
+
+PEOPLE = "people"  # as a source of preferences: the store's votes by anybody but simulated annotators
+
+
+class PreferenceBase(TrainBase):
+    """What stages that learn from preferences have in common."""
+
     model: str = "sft"
-    preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
+    preferences: str | list[str] | None = Field(
+        None,
+        description="annotate stages, 'people' (the store's votes by anybody but simulated annotators), or a file; "
+        "several in a list; default: data.preferences",
+    )
+    voters: Literal["all", "people", "simulated"] = Field(
+        "all",
+        description="of annotate stages: the simulated votes and whatever people have judged in the store so far, or "
+        "one of the two alone",
+    )
     votes: Literal["raw", "majority", "weighted"] = Field(
         "raw",
         description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
     )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """``preferences`` as a list."""
+        if self.preferences is None:
+            return ()
+        return (self.preferences,) if isinstance(self.preferences, str) else tuple(self.preferences)
+
+
+class RewardStage(PreferenceBase):
+    kind: Literal["reward"] = "reward"
+    seed: int | None = Field(None, ge=0, description="of its head and of the order of the pairs; default: the recipe's")
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
     margin_weight: float = Field(0.0, ge=0, description="margin in the Bradley-Terry loss a unit of strength (Llama 2)")
@@ -186,15 +230,9 @@ class RewardStage(TrainBase):
     heldout_fraction: float = Field(0.1, gt=0, lt=0.9, description="prompts kept out for accuracy and calibration")
 
 
-class DpoStage(TrainBase):
+class DpoStage(PreferenceBase):
     kind: Literal["dpo"] = "dpo"
-    model: str = "sft"
     reference: str | None = Field(None, description="default: model")
-    preferences: str | None = Field(None, description="annotate stage or file; default: data.preferences")
-    votes: Literal["raw", "majority", "weighted"] = Field(
-        "raw",
-        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
-    )
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
     beta: float = Field(0.1, gt=0)
@@ -355,10 +393,12 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _graph(self) -> Recipe:
         seen = {"base"}
-        reserved = set(type(self).model_fields)
+        reserved = {*type(self).model_fields, PEOPLE}
         for stage in self.stages:
             if stage.name in seen or stage.name in reserved:
-                raise ValueError(f"stage name {stage.name!r} is used twice or is a recipe section; rename it")
+                raise ValueError(
+                    f"stage name {stage.name!r} is used twice or is a recipe section or 'people'; rename it"
+                )
             seen.add(stage.name)
         return self
 
@@ -366,11 +406,13 @@ class Recipe(Strict):
     def _weights_need_overlap(self) -> Recipe:
         overlap = {stage.name: stage.overlap for stage in self.stages if isinstance(stage, AnnotateStage)}
         for stage in self.stages:
-            weighted = isinstance(stage, RewardStage | DpoStage) and stage.votes == "weighted" and stage.preferences
-            if weighted and overlap.get(weighted) == 0:
+            if not isinstance(stage, PreferenceBase) or stage.votes != "weighted":
+                continue
+            shares = [overlap.get(source) for source in stage.sources]
+            if shares and all(share == 0 for share in shares):
                 raise ValueError(
                     f"{stage.name}.votes: weighted tells annotators apart by what two of them judged, and "
-                    f"{weighted}.overlap is 0; raise it or use votes: raw"
+                    f"{stage.sources[0]}.overlap is 0; raise it or use votes: raw"
                 )
         return self
 

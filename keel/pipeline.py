@@ -1,8 +1,9 @@
 """The recipe's stages as a graph: which are done, which are stale, and the running of what is left, in order.
 
 A stage is known by its *fingerprint*: a hash of its settings, the seed, the device class and precision, the contents
-of the data that it reads, Keel's major and minor version, and the fingerprints of its parents (the stages whose
-results it uses). A finished stage with the fingerprint that the recipe asks for is not run again.
+of the data that it reads, people's votes where it learns from them, Keel's major and minor version, and the
+fingerprints of its parents (the stages whose results it uses). A finished stage with the fingerprint that the recipe
+asks for is not run again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,14 @@ import torch
 
 from keel import __version__
 from keel.config import (
+    PEOPLE,
     AnnotateStage,
     DpoStage,
     EvalStage,
     GrpoStage,
     OnlineBase,
     PpoStage,
+    PreferenceBase,
     PythonRef,
     Recipe,
     ReportStage,
@@ -34,6 +37,7 @@ from keel.config import (
     Stage,
     TrainBase,
 )
+from keel.inputs import reads_store
 from keel.run import (
     RunDir,
     StageContext,
@@ -44,6 +48,7 @@ from keel.run import (
     stages_there,
     versions,
 )
+from keel.store.trained_on import VoteHashes, vote_hashes
 from keel.types import Reporter, UserError
 
 # The data settings that a stage's result depends on, besides its own. The report has none: it reads the other stages.
@@ -103,10 +108,15 @@ def references(stage: Stage) -> Iterator[Reference]:
         yield Reference("model", stage.model, _TRUNK if isinstance(stage, RewardStage) else _POLICY)
     if isinstance(stage, AnnotateStage):
         yield Reference("responses", stage.responses, ("sample",))
+        for i, reward in enumerate(stage.rewards):
+            yield Reference(f"rewards.{i}", reward, ("reward",))
     if isinstance(stage, DpoStage | OnlineBase) and stage.reference is not None:
         yield Reference("reference", stage.reference, _POLICY)
-    if isinstance(stage, RewardStage | DpoStage) and stage.preferences is not None:
-        yield Reference("preferences", stage.preferences, ("annotate",))
+    if isinstance(stage, PreferenceBase):
+        for i, source in enumerate(stage.sources):
+            if source != PEOPLE:
+                place = f"preferences.{i}" if isinstance(stage.preferences, list) else "preferences"
+                yield Reference(place, source, ("annotate",))
     if isinstance(stage, PpoStage) and stage.critic is not None:
         yield Reference("critic", stage.critic, _TRUNK)
     if isinstance(stage, OnlineBase):
@@ -213,11 +223,15 @@ class _Contents:
         return f"{self.of(spec.origin) if spec and spec.origin else place}:{name}"
 
 
-def _fingerprint(recipe: Recipe, stage: Stage, above: Mapping[str, str], device: str, contents: _Contents) -> str:
+def _fingerprint(
+    recipe: Recipe, stage: Stage, above: Mapping[str, str], device: str, contents: _Contents, votes: VoteHashes
+) -> str:
     settings = stage.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds"})
-    for field in ("prompts", "preferences"):
-        if isinstance(settings.get(field), str) and settings[field] not in above:
-            settings[field] = contents.of(settings[field])
+    if isinstance(settings.get("prompts"), str):
+        settings["prompts"] = contents.of(settings["prompts"])
+    if isinstance(stage, PreferenceBase):
+        files = [source for source in stage.sources if source not in above and source != PEOPLE]
+        settings["preferences"] = [contents.of(s) if s in files else s for s in stage.sources]
     for reference in references(stage):
         if reference.target not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
@@ -234,12 +248,32 @@ def _fingerprint(recipe: Recipe, stage: Stage, above: Mapping[str, str], device:
     }
     if isinstance(stage, AnnotateStage):
         facts["store"] = recipe.store  # the judgements lie there
+    if _votes_of(recipe, stage, votes) != VoteHashes():  # what stands there besides the annotate stages' own
+        facts["votes"] = asdict(_votes_of(recipe, stage, votes))
     if not isinstance(stage, AnnotateStage | ReportStage):
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")
         model |= {"path": contents.of(recipe.model.path), "chat_template": contents.of(template) if template else None}
         facts |= {"model": model, "device": torch.device(device).type}
     return hash_config(facts)
+
+
+def _votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
+    """The hashes of those votes that the stage learns from."""
+    annotated = {other.name for other in recipe.stages if isinstance(other, AnnotateStage)}
+    if not isinstance(stage, PreferenceBase) or not reads_store(stage, annotated):
+        return VoteHashes()
+    people = PEOPLE in stage.sources or stage.voters != "simulated"
+    simulated = bool(set(stage.sources) & annotated) and stage.voters != "people"
+    return VoteHashes(votes.people if people else "", votes.withdrawn if simulated else "")
+
+
+def _vote_hashes(recipe: Recipe, run: RunDir) -> VoteHashes:
+    """Of the run's store, when a stage learns from it."""
+    annotated = {stage.name for stage in recipe.stages if isinstance(stage, AnnotateStage)}
+    if not any(isinstance(stage, PreferenceBase) and reads_store(stage, annotated) for stage in recipe.stages):
+        return VoteHashes()
+    return vote_hashes(recipe.store or run.store_url)
 
 
 def _python_refs(stage: Stage) -> list[str]:
@@ -255,15 +289,17 @@ def _python_refs(stage: Stage) -> list[str]:
 
 def plan(recipe: Recipe, run: RunDir) -> list[Step]:
     """Every stage's standing in ``run``, in the recipe's order. Reads only. `UserError` for a broken reference."""
-    return _plan(recipe, run, resolve_device(recipe.device), _Contents(run.manifest.read().get("data", {})))
+    contents = _Contents(run.manifest.read().get("data", {}))
+    return _plan(recipe, run, resolve_device(recipe.device), contents, _vote_hashes(recipe, run))
 
 
-def _plan(recipe: Recipe, run: RunDir, device: str, contents: _Contents) -> list[Step]:
+def _plan(recipe: Recipe, run: RunDir, device: str, contents: _Contents, votes: VoteHashes) -> list[Step]:
+    known = run.manifest.read().get("votes")
     fingerprints: dict[str, str] = {}
     steps: list[Step] = []
     for stage in recipe.stages:
         above = {name: fingerprints[name] for name in parents(recipe, stage)}
-        fingerprint = _fingerprint(recipe, stage, above, device, contents)
+        fingerprint = _fingerprint(recipe, stage, above, device, contents, votes)
         fingerprints[stage.name] = fingerprint
         folder = run.stage(stage.name)
         moved = [name for name in above if any(step.stage.name == name and step.state == "stale" for step in steps)]
@@ -273,7 +309,10 @@ def _plan(recipe: Recipe, run: RunDir, device: str, contents: _Contents) -> list
         elif folder.fingerprint == fingerprint:
             state, reason = "todo", "interrupted, goes on from its last saved state"
         elif folder.fingerprint is not None:
-            state, reason = "stale", f"{', '.join(moved)} changed" if moved else "its settings or data changed"
+            before = VoteHashes() if known is None else VoteHashes(**known)
+            voted = _votes_of(recipe, stage, before) != _votes_of(recipe, stage, votes)
+            reason = "people judged more, or took something back" if voted else "its settings or data changed"
+            state, reason = "stale", f"{', '.join(moved)} changed" if moved else reason
         else:
             state, reason = "todo", "not run yet"
         steps.append(Step(stage, state, reason, fingerprint, tuple(above)))
@@ -303,7 +342,8 @@ def run_pipeline(
     device = resolve_device(recipe.device)
     with run.lock():
         contents = _Contents(run.manifest.read().get("data", {}))
-        steps = _plan(recipe, run, device, contents)
+        votes = _vote_hashes(recipe, run)
+        steps = _plan(recipe, run, device, contents, votes)
         run.manifest.update(
             {
                 "name": recipe.name,
@@ -312,6 +352,7 @@ def run_pipeline(
                 "seed": recipe.seed,
                 "device": device,
                 "data": contents.entries,
+                "votes": asdict(votes),
                 "stages": _kept_entries(run, recipe),
             }
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
 from keel.config import (
@@ -26,35 +27,32 @@ from keel.config import (
     TrainBase,
 )
 from keel.data.chat import Chat
-from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
-from keel.data.sources import (
-    read_demonstrations,
-    read_facts,
-    read_preferences,
-    read_prompts,
-    read_texts,
-)
+from keel.data.collate import messages_hash, split_by_prompt
+from keel.data.sources import read_demonstrations, read_facts, read_texts
 from keel.eval.evaluation import EvaluationInputs, OnlineRun, evaluate_models
 from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
-from keel.feedback.pairing import annotate_responses
+from keel.feedback.pairing import PairChoice, annotate_responses
+from keel.feedback.uncertainty import bald
+from keel.inputs import heldout_prompts, preferences, store_url, training_prompts
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.precision import Precision, pick_precision
 from keel.report import build_report
+from keel.reward.ensemble import Candidate, leads
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.python_ref import load_python
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart
 from keel.rollout.collect import sample_replies, stop_token_ids
 from keel.rollout.sampler import make_sampler
-from keel.run import StageContext, read_json, write_json
-from keel.store import Store
+from keel.run import StageContext, write_json
+from keel.store import Response, Store
 from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
 from keel.train.grpo import train_grpo
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
-from keel.types import Judge, Preference, Prompt, Scorer, UserError
+from keel.types import Judge, Preference, Scorer, UserError
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
 
@@ -70,15 +68,17 @@ def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
 
 
 def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
-    preferences, truth, annotated = _preferences(stage.preferences, context)
-    summary, heldout = train_reward(stage, preferences, _training(stage, context), partial(aggregate, how=stage.votes))
-    return summary | reward_quality(heldout, truth, annotated.get("annotator_agreement"), context.recipe.seed)
+    learned = preferences(stage, context)
+    how = partial(aggregate, how=stage.votes)
+    summary, heldout = train_reward(stage, learned.pairs, _training(stage, context), how)
+    return summary | learned.counts | reward_quality(heldout, learned.truth, learned.agreement, context.recipe.seed)
 
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
-    preferences, _, _ = _preferences(stage.preferences, context)
+    learned = preferences(stage, context)
     reference = context.model_path(stage.reference or stage.model)
-    return train_dpo(stage, preferences, reference, _training(stage, context), partial(aggregate, how=stage.votes))
+    how = partial(aggregate, how=stage.votes)
+    return train_dpo(stage, learned.pairs, reference, _training(stage, context), how) | learned.counts
 
 
 def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     critic = stage.critic or (models[0] if models else None)
     scorer = _mixed(stage.rewards, context, training.precision)
     reference = context.model_path(stage.reference or stage.model)
-    prompts = _training_prompts(stage.prompts, context)
+    prompts = training_prompts(stage.prompts, context)
     critic_path = context.model_path(critic) if critic else None
     return train_ppo(stage, prompts, scorer, reference, critic_path, training, _watch(stage))
 
@@ -97,7 +97,7 @@ def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
     scorer = _mixed(stage.rewards, context, training.precision)
     named = stage.reference or (stage.model if stage.beta > 0 else None)
     reference = context.model_path(named) if named else None
-    prompts = _training_prompts(stage.prompts, context)
+    prompts = training_prompts(stage.prompts, context)
     return train_grpo(stage, prompts, scorer, reference, training, _watch(stage))
 
 
@@ -131,7 +131,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     chat = Chat(tokenizer)
     precision = pick_precision("auto", context.device)
     sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
-    prompts = _training_prompts(stage.prompts, context)
+    prompts = training_prompts(stage.prompts, context)
     replies = sample_replies(
         sampler,
         chat,
@@ -144,7 +144,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
         max_similarity=stage.max_similarity,
     )
     fingerprint = _fingerprint(context)
-    with Store(_store_url(context)) as store, store.session() as session:
+    with Store(store_url(context)) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
             session.add_responses(prompt.id, group, str(path), stage.sampling, fingerprint)
@@ -163,13 +163,13 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
     """Has simulated annotators judge pairs of sampled responses through the store's queue; exports the votes."""
     annotators = load_python(stage.annotators.ref)(context.recipe.seed)
     made_by = context.parent(stage.responses).summary()["fingerprint"]
-    with Store(_store_url(context)) as store:
+    with Store(store_url(context)) as store:
         summary, truth = annotate_responses(
             store,
             annotators,
             made_by=made_by,
             batch=_fingerprint(context),
-            pairs_per_prompt=stage.pairs_per_prompt,
+            choice=_choice(stage, context, store),
             overlap=stage.overlap,
             guideline=stage.guideline,
             seed=context.recipe.seed,
@@ -178,6 +178,27 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
         store.export_preferences(context.stage_dir.path / "preferences.jsonl", batch=_fingerprint(context))
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary
+
+
+def _choice(stage: AnnotateStage, context: StageContext, store: Store) -> PairChoice:
+    if stage.choice == "random":
+        return PairChoice(stage.pairs_per_prompt, stage.pairs)
+    recipe = context.recipe
+    rewards = [recipe.stage(name) for name in stage.rewards]
+    annotated = {source for reward in rewards if isinstance(reward, RewardStage) for source in reward.sources}
+    batches = {context.parent(s.name).fingerprint for s in recipe.stages if s.name in annotated}
+    asked = {frozenset((j.left.id, j.right.id)) for j in store.judgements() if j.batch in batches}
+    fitted = [context.parent(name).summary().get("temperature") or 1.0 for name in stage.rewards]
+    precision = pick_precision("auto", context.device)
+    scorers = [_reward_model(name, context, precision) for name in stage.rewards]
+    prompts = {prompt.id: prompt for prompt in store.prompts()}
+
+    def gains(pairs: Sequence[tuple[Response, Response]]) -> list[float]:
+        candidates = [Candidate(prompts[a.prompt_id], a.completion(), b.completion()) for a, b in pairs]
+        disagreement: list[float] = bald(leads(scorers, candidates, geometric_mean(fitted))).tolist()
+        return disagreement
+
+    return PairChoice(stage.pairs_per_prompt, stage.pairs, gains, frozenset(asked))
 
 
 # ----------------------------------------------------------------------------------------------- evaluation and report
@@ -190,7 +211,7 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     inputs = EvaluationInputs(
         models={name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])},
         baseline=stage.baseline,
-        prompts=_heldout_prompts(stage.prompts, context),
+        prompts=heldout_prompts(stage.prompts, context),
         texts=read_texts(recipe.data.base_text) if recipe.data.base_text else [],
         facts=read_facts(recipe.data.facts) if recipe.data.facts else [],
         judge=_judge(stage.judge, context, precision),
@@ -233,7 +254,7 @@ def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precis
     trained: set[str] = set()
     heldout: list[Preference] = []
     for reward in rewards:
-        kept, out = split_by_prompt(_preferences(reward.preferences, context)[0], reward.heldout_fraction, recipe.seed)
+        kept, out = split_by_prompt(preferences(reward, context).pairs, reward.heldout_fraction, recipe.seed)
         trained |= {messages_hash(pair.prompt.messages) for pair in kept}
         heldout += out
     pairs = [pair for pair in heldout if messages_hash(pair.prompt.messages) not in trained]
@@ -259,73 +280,10 @@ RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- inputs
-
-
 def _fingerprint(context: StageContext) -> str:
     fingerprint = context.stage_dir.fingerprint
     assert fingerprint is not None, "a stage runs in a folder that was begun"
     return fingerprint
-
-
-def _store_url(context: StageContext) -> str:
-    return context.recipe.store or context.run.store_url
-
-
-def _preferences(
-    source: str | None, context: StageContext
-) -> tuple[list[Preference], dict[str, float], dict[str, Any]]:
-    """(pairs, true probability by pair id where the annotators are simulated, the annotate stage's summary)."""
-    kinds = {stage.name: stage.kind for stage in context.recipe.stages}
-    if source is not None and kinds.get(source) == "annotate":
-        parent = context.parent(source)
-        truth = read_json(parent.path / "truth.json")
-        batch = parent.fingerprint
-        assert batch is not None, "the pipeline runs a stage after its parents"
-        with Store(_store_url(context)) as store:
-            return store.preferences(batch), truth, parent.summary()
-    source = source or context.recipe.data.preferences
-    if source is None:
-        raise UserError(f"stage {context.stage_dir.name}: no preferences; set data.preferences=FILE or name a stage")
-    return read_preferences(source), {}, {}
-
-
-def _pool(context: StageContext) -> list[Prompt]:
-    """Prompts where the recipe names none of their own: those of the demonstrations, else those of the pairs."""
-    data = context.recipe.data
-    if data.prompts is not None:
-        return read_prompts(data.prompts)
-    if data.demonstrations is not None:
-        found = [Prompt(d.id, prompt_messages(d)) for d in read_demonstrations(data.demonstrations) if not d.plain]
-    elif data.preferences is not None:
-        found = [preference.prompt for preference in read_preferences(data.preferences)]
-    else:
-        raise UserError(f"stage {context.stage_dir.name}: no prompts; set data.prompts=FILE")
-    return list({messages_hash(p.messages): p for p in found}.values())
-
-
-def _training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
-    """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
-    if source is not None:
-        return read_prompts(source)
-    data = context.recipe.data
-    pool = _pool(context)
-    if data.heldout_prompts is None:
-        return split_by_prompt(pool, data.heldout_fraction, context.recipe.seed)[0]
-    heldout = {messages_hash(prompt.messages) for prompt in read_prompts(data.heldout_prompts)}
-    kept = [prompt for prompt in pool if messages_hash(prompt.messages) not in heldout]
-    if len(kept) < len(pool):
-        context.reporter.note(f"left out {len(pool) - len(kept)} prompts that are held out for the evaluation")
-    if not kept:
-        raise UserError("every prompt of data.prompts is in data.heldout_prompts too; give others to train on")
-    return kept
-
-
-def _heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
-    data = context.recipe.data
-    if source or data.heldout_prompts:
-        return read_prompts(source or data.heldout_prompts or "")
-    return split_by_prompt(_pool(context), data.heldout_fraction, context.recipe.seed)[1]
 
 
 # ------------------------------------------------------------------------------------------------ scorers and judges

@@ -23,7 +23,7 @@ RANKS = {
     "rollout": 2,
     "reward": 3,
     **dict.fromkeys(("train", "feedback", "eval"), 4),
-    "report": 5,
+    **dict.fromkeys(("report", "inputs"), 5),
     "stages": 6,
     "pipeline": 7,
     "check": 8,

@@ -32,9 +32,13 @@ QUICK = (
 
 def _run(arguments: argparse.Namespace) -> int:
     file, overrides = split_words(arguments.words)
-    if file is None:
+    if file is not None:
+        return _execute(load_recipe(file, overrides, arguments.seed), Path(arguments.out))
+    earlier = RunDir(arguments.out).manifest.read().get("recipe")
+    if earlier is None:
         raise UserError("keel run needs a recipe: keel run recipes/assistant.yaml model.path=./my-base --out runs/mine")
-    return _execute(load_recipe(file, overrides, arguments.seed), Path(arguments.out))
+    draft = Draft(earlier, str(Path(arguments.out) / "manifest.json"))
+    return _execute(finish(draft, overrides, arguments.seed), Path(arguments.out))
 
 
 def _stage(arguments: argparse.Namespace) -> int:

@@ -6,16 +6,19 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from keel.cli.chat import Talker, find_model, trained_models
 from keel.cli.endpoint import endpoint_reply
+from keel.cli.ensemble import RunEnsemble
+from keel.cli.retrain import Retraining
 from keel.config import Recipe, SampleStage, SamplingConfig
 from keel.data.sources import read_prompts
-from keel.run import RunDir, Silent
+from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
+from keel.web.service.sources import SampledModel
 
 TEMPERATURE = 0.8  # two models that always said the same would be compared on little
 LONGEST_REPLY = 512  # tokens
@@ -26,7 +29,8 @@ def label(arguments: argparse.Namespace) -> int:
     try:
         from keel.cli.models import trained_stages
         from keel.web.server import serve
-        from keel.web.service.sources import ArenaModel, SampledModel, Sources
+        from keel.web.service.ordering import Ordering
+        from keel.web.service.sources import ArenaModel, Sources
     except ModuleNotFoundError as error:
         raise UserError(f"keel label needs {error.name}; install it with: pip install 'keel-rlhf[web]'") from error
     url = store_of(arguments.run, arguments.db)
@@ -35,10 +39,9 @@ def label(arguments: argparse.Namespace) -> int:
     sources = Sources(
         read_prompts=lambda path: list(read_prompts(str(path))),
         arena=[ArenaModel(name, reply) for name, reply in talkers.items()],
-        sampled={
-            name: SampledModel(name, path, fingerprint, sampling, sample_with(path, sampling))
-            for name, path, fingerprint, sampling in sampled_models(arguments.run)
-        },
+        sampled=_RunModels(arguments.run),
+        ensemble=RunEnsemble(arguments.run) if arguments.run else None,
+        training=Retraining(arguments.run) if arguments.run else None,
         trained=lambda: trained_stages(runs),
     )
 
@@ -46,6 +49,11 @@ def label(arguments: argparse.Namespace) -> int:
         print(line, flush=True)
 
     with Store(url) as store:
+        if arguments.uncertain_first:
+            ordering = Ordering(store, sources.ensemble)
+            ordering.uncertain_first("keel label")
+            ordering.wait(timeout=float("inf"))
+            say(ordering.state().message)
         serve(store, arguments.host, arguments.port, sources, say)
     return 0
 
@@ -97,16 +105,19 @@ def arena_models(run: str | None, named: Sequence[str], key_env: str) -> dict[st
 
 
 def _lazily(path: str) -> Reply:
-    """The model of a checkpoint, loaded when it is first talked to; one conversation at a time."""
+    """The model of a checkpoint, loaded when it is first talked to, and again when it was trained anew; one
+    conversation at a time."""
     lock = threading.Lock()
-    loaded: list[Talker] = []
+    loaded: dict[str, Talker] = {}  # by what the folder was made for
 
     def reply(messages: Sequence[Message]) -> Iterator[str]:
         with lock:
-            if not loaded:
-                loaded.append(Talker(path, TEMPERATURE, LONGEST_REPLY))
+            made_for = StageDir(Path(path)).fingerprint or ""
+            if made_for not in loaded:
+                loaded.clear()
+                loaded[made_for] = Talker(path, TEMPERATURE, LONGEST_REPLY)
             try:
-                yield from loaded[0].reply(messages)
+                yield from loaded[made_for].reply(messages)
             except UserError as error:
                 yield f"({error})"
 
@@ -114,6 +125,28 @@ def _lazily(path: str) -> Reply:
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
+
+
+class _RunModels(Mapping[str, SampledModel]):
+    """What the run has at the moment: training makes new models, and responses must be known by what wrote them."""
+
+    def __init__(self, run: str | None) -> None:
+        self._run = run
+
+    def _found(self) -> dict[str, SampledModel]:
+        return {
+            name: SampledModel(name, path, fingerprint, sampling, sample_with(path, sampling))
+            for name, path, fingerprint, sampling in sampled_models(self._run)
+        }
+
+    def __getitem__(self, name: str) -> SampledModel:
+        return self._found()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
 
 
 def sampled_models(run: str | None) -> list[tuple[str, str, str, SamplingConfig]]:

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
 
     run = commands.add_parser("run", help="run a whole recipe, but for what is done already", epilog=_OVERRIDES)
-    _recipe_arguments(run, "+", "the recipe (YAML), then key=value settings")
+    _recipe_arguments(run, "*", "the recipe (YAML; default: the one that made DIR), then key=value settings")
     run.set_defaults(computes=True)
 
     for kind, what in STAGES.items():
@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="RUN",
         help="a run directory whose trained models have a page; repeat it (default: RUN)",
+    )
+    label.add_argument(
+        "--uncertain-first", action="store_true", help="order the open pairs by how much the run's reward models differ"
     )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
 

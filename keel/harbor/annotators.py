@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from statistics import NormalDist
@@ -117,6 +117,27 @@ def population(seed: int) -> list[SimulatedAnnotator]:
         )
         for number, (own, length, flattery, noise, left_bias, lapsing) in enumerate(people, 1)
     ]
+
+
+LAZY, ADVERSARIAL = "lazy", "adversarial"  # how the names of such annotators begin
+BAD = {LAZY: 3, ADVERSARIAL: 2}
+
+
+def with_bad(seed: int) -> list[SimulatedAnnotator]:
+    """The population and, for a fifth of all votes, such as spoil a project: some vote at random without looking, some
+    for the response that an annotator of the population likes less."""
+    honest = population(seed)
+    lazy = [SimulatedAnnotator(f"{LAZY}{n:02d}", lambda prompt, text: 0.0, lapse=1.0) for n in range(1, BAD[LAZY] + 1)]
+    contrary = Random(f"adversaries {seed}").sample(honest, BAD[ADVERSARIAL])
+    adversarial = [
+        replace(model, name=f"{ADVERSARIAL}{n:02d}", utility=partial(_opposite, model.utility))
+        for n, model in enumerate(contrary, 1)
+    ]
+    return [*honest, *lazy, *adversarial]
+
+
+def _opposite(utility: Callable[[Prompt, str], float], prompt: Prompt, text: str) -> float:
+    return -utility(prompt, text)
 
 
 def _quantiles(rng: Random) -> list[float]:

@@ -68,6 +68,14 @@ def parse_url(location: str | Path) -> URL:
     return url
 
 
+def exists(location: str | Path) -> bool:
+    """False for a SQLite file that opening would make; a server's database is taken to be there."""
+    given = str(location)
+    if "://" in given and not given.startswith("sqlite:"):
+        return True
+    return Path(make_url(given).database or "" if "://" in given else given).exists()
+
+
 def alembic_config(connection: Connection) -> Config:
     """Alembic's settings for Keel's migrations, to run on ``connection`` inside its transaction."""
     config = Config()

@@ -3,6 +3,7 @@ function runs inside its caller's transaction."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -189,7 +190,8 @@ def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, act
 
 def put_first(connection: Connection, batch: str, kind: str, actor: str, now: datetime) -> None:
     """A queue's items come before all others from now on."""
-    first = connection.execute(select(func.coalesce(func.min(items.c.turn), 0.0))).scalar_one()
+    # a whole number: ranked pairs lie between two (priority.py)
+    first = math.floor(connection.execute(select(func.coalesce(func.min(items.c.turn), 0.0))).scalar_one())
     connection.execute(update(items).where(items.c.batch == batch, items.c.kind == kind).values(turn=first - 1))
     connection.execute(
         insert(events), event(now, actor, "put first", "batch", batch, None, {"kind": kind, "turn": first - 1})

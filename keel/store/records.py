@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from keel.types import Preference, Prompt, Settled, UserError
+from keel.types import Completion, Preference, Prompt, Settled, UserError
 
 Choice = Literal["left", "right", "tie", "both_bad"]
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
@@ -30,6 +30,9 @@ class Response:
     fingerprint: str
     sampling: Mapping[str, Any] | None
     created: datetime
+
+    def completion(self) -> Completion:
+        return Completion(self.text, finished=self.finished)
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,16 +328,18 @@ class Store:
             for row in rows
         ]
 
-    def preferences(self, batch: str | None = None) -> list[Preference]:
+    def preferences(self, batch: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> list[Preference]:
         """One training record for each raw vote, in the order they came, ties among them (``tie=True``); then the pairs
         of the rankings, and the edits over what was edited. Votes on gold items measure the annotator and are left out.
         Where a reviewer settled a disagreement each of its votes says so (``settled``); ``keel.store.settled.settle``
         puts that word in the place of the votes, as ``keel.feedback.aggregate`` does before anything is trained on.
+        ``kinds``: of annotators of these kinds alone.
         """
         with self._begin(writes=False) as connection:
             gold = set(connection.execute(select(items.c.id).where(items.c.gold.is_not(None))).scalars())
-            others = work.ranked_pairs(connection, batch) + work.edited_pairs(connection, batch)
-        return [vote.preference() for vote in self.judgements(batch) if vote.item_id not in gold] + others
+            others = work.ranked_pairs(connection, batch, kinds) + work.edited_pairs(connection, batch, kinds)
+        votes = [vote for vote in self.judgements(batch) if kinds is None or vote.annotator_kind in kinds]
+        return [vote.preference() for vote in votes if vote.item_id not in gold] + others
 
     def demonstrations(self, batch: str | None = None) -> list[Demonstration]:
         """What people wrote: each reply, and each edited reply, as a conversation."""

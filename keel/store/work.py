@@ -5,7 +5,7 @@ Each function runs inside its caller's transaction (``Store.transaction``). Whos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import combinations
@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, Select, Table, insert, select, update
 from keel.store import queue
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import flags, rankings, writings
-from keel.store.records import Assignment, WorkKind
+from keel.store.records import AnnotatorKind, Assignment, WorkKind
 from keel.store.rows import storable
 from keel.store.tables import (
     annotators,
@@ -266,9 +266,11 @@ def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[
 # ------------------------------------------------------------------------------------------------- as training records
 
 
-def ranked_pairs(connection: Connection, batch: str | None) -> list[Preference]:
+def ranked_pairs(
+    connection: Connection, batch: str | None, kinds: Collection[AnnotatorKind] | None = None
+) -> list[Preference]:
     """Every pair of every ranking that stands; two responses of one tier are a tie. Ids are TOKEN/BETTER-WORSE."""
-    found = connection.execute(_standing(rankings, batch)).all()
+    found = connection.execute(_standing(rankings, batch, kinds)).all()
     replies = _replies(connection, [id for row in found for tier in row.tiers for id in tier])
     pairs = []
     for row in found:
@@ -279,9 +281,11 @@ def ranked_pairs(connection: Connection, batch: str | None) -> list[Preference]:
     return pairs
 
 
-def edited_pairs(connection: Connection, batch: str | None) -> list[Preference]:
+def edited_pairs(
+    connection: Connection, batch: str | None, kinds: Collection[AnnotatorKind] | None = None
+) -> list[Preference]:
     """Each edit over the response that was edited."""
-    found = connection.execute(_standing(writings, batch).where(writings.c.original_id.is_not(None))).all()
+    found = connection.execute(_standing(writings, batch, kinds).where(writings.c.original_id.is_not(None))).all()
     replies = _replies(connection, [row.original_id for row in found])
     return [
         Preference(
@@ -302,7 +306,7 @@ def demonstrations(connection: Connection, batch: str | None) -> list[Demonstrat
     return [Demonstration(row.token, (*_prompt(row).messages, Message("assistant", row.text))) for row in found]
 
 
-def _standing(table: Table, batch: str | None) -> Select[Any]:
+def _standing(table: Table, batch: str | None, kinds: Collection[AnnotatorKind] | None = None) -> Select[Any]:
     query = (
         select(table, items.c.prompt_id, items.c.batch, prompts.c.messages, prompts.c.kind, prompts.c.meta)
         .add_columns(annotators.c.name.label("annotator"))
@@ -313,6 +317,8 @@ def _standing(table: Table, batch: str | None) -> Select[Any]:
         .where(table.c.undone_at.is_(None))
         .order_by(table.c.id)
     )
+    if kinds is not None:
+        query = query.where(annotators.c.kind.in_(list(kinds)))
     return query if batch is None else query.where(items.c.batch == batch)
 
 

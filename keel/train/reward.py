@@ -100,17 +100,19 @@ def train_reward(
     Returns the summary and, for every held-out pair, (record, raw score of chosen minus rejected, tokens of the chosen,
     tokens of the rejected completion): what calibration and accuracy are computed from.
     """
+    # The split stays the recipe's: the members of an ensemble hold out the same prompts.
+    seed = context.seed if config.seed is None else config.seed
     scorer = load_scalar(
         context.model_path,
         device=context.device,
         lora=context.base_model.lora,
         gradient_checkpointing=config.gradient_checkpointing,
-        new_head_seed=None if has_reward_head(context.model_path) else context.seed,
+        new_head_seed=None if has_reward_head(context.model_path) else seed,
     )
     groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context, aggregate)
     if all(pair.record.tie for group in groups for pair in group):
         raise UserError(f"{config.name}: every training pair is a tie, so there is nothing to learn; add decided pairs")
-    algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, context.seed)
+    algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, seed)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
     # Centred and scaled on the replies it was trained on, so that a reward of 1 means the same for every reward model.
     rows = [row for group in groups for pair in group for row in (pair.chosen, pair.rejected)]

@@ -21,6 +21,7 @@ def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[s
     prepare(store)
     app = create_app(store, sources)
     app.state.sampling.recover()
+    app.state.ordering.recover()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,13 +13,14 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store
 from keel.types import UserError
-from keel.web.app import api, manage, models, pages
+from keel.web.app import api, manage, models, pages, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.models import Models
+from keel.web.service.ordering import Ordering
 from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
@@ -40,9 +41,10 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     app.state.models = Models(store, sources.trained)
     app.state.arena = Arena(store, sources.arena)
     app.state.sampling = Sampling(store, sources)
+    app.state.ordering = Ordering(store, sources.ensemble)
     app.state.guard = Guard(app.state.people.session)
     app.state.door = pages.Door()
-    for router in (pages.router, api.router, manage.router, models.router):
+    for router in (pages.router, api.router, manage.router, models.router, training.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Shield)

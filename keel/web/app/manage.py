@@ -30,7 +30,7 @@ def _manage(request: Request) -> Manage:
     return manage
 
 
-def _done(path: str, said: str = "") -> RedirectResponse:
+def done(path: str, said: str = "") -> RedirectResponse:
     """Back to the page, which says once what was done. A cookie carries it: an address that did could be handed to an
     admin by anybody."""
     response = RedirectResponse(f"/manage{path}", status_code=303)
@@ -64,7 +64,7 @@ def adjudicate(
     request: Request, session: Reviewer, item: PathId, choice: Annotated[Answer, Form()], reason: FormLine = ""
 ) -> Response:
     _manage(request).adjudicate(item, choice, reason, session.account)
-    return _done("/disagreements", "Settled.")
+    return done("/disagreements", "Settled.")
 
 
 @router.get("/flags")
@@ -75,7 +75,7 @@ def flags(request: Request, session: Reviewer) -> Response:
 @router.post("/flags/{id}")
 def resolve_flag(request: Request, session: Reviewer, id: PathId) -> Response:
     _manage(request).resolve_flag(id, session.account.name)
-    return _done("/flags", "Resolved.")
+    return done("/flags", "Resolved.")
 
 
 # ------------------------------------------------------------------------------------------------- admins: the work
@@ -108,7 +108,7 @@ def import_prompts(request: Request, session: Admin, file: UploadFile) -> Respon
         except UserError as error:
             raise UserError(str(error).replace(str(path), name)) from None
     added = _manage(request).add_prompts(found, session.account.name)
-    return _done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
+    return done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
 
 
 @router.post("/prompts/sample")
@@ -122,7 +122,7 @@ def sample(
     kind: Annotated[Literal["compare", "rank", "edit"], Form()],
 ) -> Response:
     request.app.state.sampling.request(model, prompts, per_prompt, overlap, kind, session.account.name)
-    return _done("/prompts", "Asked for.")
+    return done("/prompts", "Asked for.")
 
 
 @router.post("/prompts/ask")
@@ -138,12 +138,24 @@ def ask(
         made = manage.ask_for_writing(prompts, overlap, actor)
     else:
         made = manage.ask_for(kind, prompts, overlap, actor)
-    return _done("/prompts", f"{made} items queued.")
+    return done("/prompts", f"{made} items queued.")
 
 
 @router.get("/queue")
 def queue(request: Request, session: Admin) -> Response:
-    return page(request, "manage/queue.html", session, queues=_manage(request).queues())
+    ordering = request.app.state.ordering
+    context = {"queues": _manage(request).queues(), "models": ordering.models, "order": ordering.state()}
+    return page(request, "manage/queue.html", session, **context)
+
+
+@router.post("/queue/order")
+def order(request: Request, session: Admin, by: Annotated[Literal["uncertain", "added"], Form()]) -> Response:
+    ordering, actor = request.app.state.ordering, session.account.name
+    if by == "added":
+        ordering.as_added(actor)
+        return done("/queue", "In the order they were added.")
+    ordering.uncertain_first(actor)
+    return done("/queue", "The pairs are being scored; they are given out in the new order when that is done.")
 
 
 @router.post("/queue/overlap")
@@ -152,13 +164,13 @@ def overlap(
 ) -> Response:
     changed = _manage(request).set_overlap(batch, kind, overlap, session.account.name)
     request.app.state.labelling.forget()
-    return _done("/queue", f"{changed} items changed.")
+    return done("/queue", f"{changed} items changed.")
 
 
 @router.post("/queue/first")
 def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()]) -> Response:
     _manage(request).put_first(batch, kind, session.account.name)
-    return _done("/queue", "Put first.")
+    return done("/queue", "Put first.")
 
 
 @router.get("/gold")
@@ -181,7 +193,7 @@ def gold(
 def gold_every(request: Request, session: Admin, every: FormCount) -> Response:
     _manage(request).set_gold_every(every, session.account.name)
     request.app.state.labelling.forget()
-    return _done("/gold", "Saved.")
+    return done("/gold", "Saved.")
 
 
 @router.post("/gold/{item}")
@@ -189,7 +201,7 @@ def set_gold(
     request: Request, session: Admin, item: PathId, answer: Annotated[Literal[Answer, "none"], Form()]
 ) -> Response:
     _manage(request).set_gold(item, None if answer == "none" else answer, session.account.name)
-    return _done("/gold", "Saved.")
+    return done("/gold", "Saved.")
 
 
 # ----------------------------------------------------------------------------------------------- admins: the people
@@ -225,7 +237,7 @@ def way_in(request: Request, session: Admin, name: FormLine) -> Response:
 @router.post("/people/withdraw")
 def withdraw(request: Request, session: Admin, id: FormId) -> Response:
     request.app.state.people.withdraw(id, session.account.name)
-    return _done("/people", "Withdrawn.")
+    return done("/people", "Withdrawn.")
 
 
 @router.post("/people/change")
@@ -237,7 +249,7 @@ def change(
     active: Annotated[bool | None, Form()] = None,
 ) -> Response:
     request.app.state.people.change(name, session.account.name, role, active)
-    return _done("/people", "Saved.")
+    return done("/people", "Saved.")
 
 
 # ------------------------------------------------------------------------------------- admins: guideline, export, log
@@ -252,7 +264,7 @@ def guideline(request: Request, session: Admin) -> Response:
 def add_guideline(request: Request, session: Admin, text: FormText, aspects: FormText = "") -> Response:
     version = _manage(request).add_guideline(text, aspects, session.account.name)
     request.app.state.labelling.forget()
-    return _done("/guideline", f"Version {version} is in force.")
+    return done("/guideline", f"Version {version} is in force.")
 
 
 @router.get("/export")

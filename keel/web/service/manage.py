@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from keel.store.people import Account, Guideline
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements, responses
+from keel.store.trained_on import PeopleVotes, people_votes
 from keel.types import Prompt, UserError
 from keel.web.service.labelling import GOLD_EVERY
 from keel.web.service.quality import Day, Quality, days, quality
@@ -159,6 +161,17 @@ class Manage:
                 made = work.add_edits(connection, [ids[0] for ids in groups.values()][:prompts], overlap, "edit", now)
             people.log(connection, now, actor, "asked for", kind, len(made), None, {"overlap": overlap})
         return len(made)
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def people_votes(self, since: datetime | None) -> PeopleVotes:
+        """How many judgements by people training would take, and how many came after ``since``."""
+        with self._store.transaction(writes=False) as connection:
+            return people_votes(connection, since)
+
+    def log_training(self, what: str, actor: str) -> None:
+        with self._store.transaction(writes=True) as connection:
+            people.log(connection, self._store.now, actor, what, "training", "", None, None)
 
     # --------------------------------------------------------------------------------------------------- last words
 

@@ -24,7 +24,7 @@ class Sampling:
 
     def __init__(self, store: Store, sources: Sources) -> None:
         self._store = store
-        self._models = dict(sources.sampled)
+        self._models = sources.sampled
         self._working = threading.Lock()
         self._thread: threading.Thread | None = None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from keel.config import SamplingConfig
 from keel.types import Completion, Message, Prompt
@@ -34,6 +34,58 @@ class SampledModel:
     fingerprint: str
     sampling: SamplingConfig
     sample: Sample = field(repr=False)
+
+
+class Ensemble(Protocol):
+    """The run's reward models, as they are now."""
+
+    def names(self) -> list[str]: ...
+
+    def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
+        """How much a vote on each pair would tell, by how much the models differ on it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """One stage of a training run. ``state``: running, done, failed, interrupted, or waiting; ``accuracy`` of a reward
+    model on its held-out votes, and ``before`` the one that it replaces; how many votes it learned from are whose."""
+
+    name: str
+    kind: str
+    state: str
+    seconds: float
+    accuracy: float | None = None
+    before: float | None = None
+    people_votes: int | None = None
+    simulated_votes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStatus:
+    """The latest training that was started here. ``state``: never (there was none), running, done, failed, stopped.
+    ``trained_at``: when the models that are there began to learn from judgements; None when there are none."""
+
+    state: str
+    by: str = ""
+    started: datetime | None = None
+    ended: datetime | None = None
+    message: str = ""
+    stages: Sequence[StageProgress] = ()
+    log: Sequence[str] = ()
+    trained_at: datetime | None = None
+
+
+class Training(Protocol):
+    """Training again with the judgements so far, in a process of its own."""
+
+    def start(self, actor: str) -> None:
+        """Returns at once. UserError while one is under way."""
+        ...
+
+    def stop(self) -> None: ...
+
+    def status(self) -> TrainingStatus: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,5 +115,7 @@ class TrainedModel:
 class Sources:
     read_prompts: Callable[[Path], list[Prompt]] | None = None
     arena: Sequence[ArenaModel] = ()
-    sampled: Mapping[str, SampledModel] = field(default_factory=dict)
+    sampled: Mapping[str, SampledModel] = field(default_factory=dict)  # may change: training makes new ones
     trained: Callable[[], Sequence[TrainedModel]] = tuple
+    ensemble: Ensemble | None = None
+    training: Training | None = None

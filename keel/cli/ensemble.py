@@ -1,0 +1,42 @@
+"""A run's reward models as an ensemble, for the labelling app: loaded when they are asked and let go of after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
+
+from keel.run import RunDir
+from keel.types import Completion, Prompt
+
+
+class RunEnsemble:
+    """`keel.web.service.sources.Ensemble`: every reward stage that the run has finished, as it is now."""
+
+    def __init__(self, run: str | Path) -> None:
+        self._run = RunDir(run)
+
+    def names(self) -> list[str]:
+        stages = (self._run.manifest.read().get("recipe") or {}).get("stages", [])
+        names = [str(stage["name"]) for stage in stages if stage["kind"] == "reward"]
+        return [name for name in names if self._run.stage(name).done]
+
+    def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
+        from keel.feedback.uncertainty import bald
+        from keel.model.checkpoint import frozen, load_scalar
+        from keel.model.precision import pick_precision
+        from keel.reward.ensemble import Candidate, leads
+        from keel.reward.scorer import RewardModelScorer
+        from keel.run import resolve_device
+        from keel.stages import SCORE_TOKENS
+
+        device = resolve_device("auto")
+        precision = pick_precision("auto", device)
+        scorers, fitted = [], []
+        for name in self.names():
+            model = load_scalar(self._run.stage(name).path, device=device)
+            frozen(model.model)
+            scorers.append(RewardModelScorer(model, SCORE_TOKENS, precision=precision))
+            fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)
+        gains: list[float] = bald(leads(scorers, [Candidate(*pair) for pair in pairs], geometric_mean(fitted))).tolist()
+        return gains

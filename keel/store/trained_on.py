@@ -1,0 +1,99 @@
+"""What training takes of a store, as hashes: whether a stage must be trained again is told without reading the texts.
+
+The texts of prompts and responses never change, so their numbers stand for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, select
+
+from keel.store.engine import exists
+from keel.store.people_tables import rankings, writings
+from keel.store.store import Store
+from keel.store.tables import annotators, assignments, items, judgements
+
+
+@dataclass(frozen=True, slots=True)
+class VoteHashes:
+    """``people``: of all judgements that stand and are trained on (gold items are not), but those of simulated
+    annotators. ``withdrawn``: of the simulated ones that no longer are, since somebody made their items gold items.
+    Empty where there are none."""
+
+    people: str = ""
+    withdrawn: str = ""
+
+
+def vote_hashes(location: str | Path) -> VoteHashes:
+    """The hashes of the store at ``location``, which is not made when it is not there."""
+    if not exists(location):
+        return VoteHashes()
+    with Store(location) as store, store.transaction(writes=False) as connection:
+        return VoteHashes(people=_hash(_people(connection)), withdrawn=_hash(_withdrawn(connection)))
+
+
+@dataclass(frozen=True, slots=True)
+class PeopleVotes:
+    """Judgements that stand and that training would take, by anybody but simulated annotators; ``new``: since then."""
+
+    all: int
+    new: int
+
+
+def people_votes(connection: Connection, since: datetime | None) -> PeopleVotes:
+    """How many there are, and how many came after ``since`` (None: all of them did)."""
+    count, new = 0, 0
+    for table in (judgements, rankings, writings):
+        query = _standing(table).with_only_columns(table.c.created).where(items.c.gold.is_(None))
+        query = query.where(annotators.c.kind != "simulated")
+        if table is writings:
+            query = query.where(writings.c.original_id.is_not(None))
+        times = list(connection.execute(query).scalars())
+        count += len(times)
+        new += sum(since is None or time > since for time in times)
+    return PeopleVotes(count, new)
+
+
+def _people(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    values = {
+        judgements: (judgements.c.token, judgements.c.choice, judgements.c.strength, assignments.c.shown),
+        rankings: (rankings.c.token, rankings.c.tiers),
+        writings: (writings.c.token, writings.c.original_id, writings.c.text),
+    }
+    for table, columns in values.items():
+        query = _standing(table).with_only_columns(*columns, annotators.c.name)
+        query = query.where(items.c.gold.is_(None), annotators.c.kind != "simulated")
+        if table is writings:  # a demonstration is no preference
+            query = query.where(writings.c.original_id.is_not(None))
+        for row in connection.execute(query):
+            yield (table.name, *row)
+
+
+def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    query = _standing(judgements).where(items.c.gold.is_not(None), annotators.c.kind == "simulated")
+    yield from map(tuple, connection.execute(query))
+
+
+def _standing(table: Table) -> Select[Any]:
+    return (
+        select(table.c.token)
+        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+        .join(items, items.c.id == assignments.c.item_id)
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(table.c.undone_at.is_(None))
+        .order_by(table.c.id)
+    )
+
+
+def _hash(rows: Iterable[tuple[Any, ...]]) -> str:
+    digest, some = hashlib.sha256(), False
+    for row in rows:
+        digest.update(f"{row!r}\n".encode())
+        some = True
+    return digest.hexdigest() if some else ""

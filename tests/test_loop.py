@@ -1,0 +1,171 @@
+"""Closing the loop: people's judgements in the store make the stages that learn from them stale, and are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pipeline import World
+from test_stages import loop_recipe, run, write_jsonl
+
+from keel.config import Recipe
+from keel.feedback.stored import training_votes
+from keel.pipeline import plan
+from keel.run import RunDir
+from keel.store import Store
+from keel.store.trained_on import VoteHashes, vote_hashes
+from keel.types import Completion, Message, Preference, Prompt, UserError
+
+AGAIN = ["reward", "dpo", "ppo", "eval", "report"]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def store_of(run: RunDir) -> Store:
+    run.path.mkdir(exist_ok=True)
+    return Store(run.store_url)
+
+
+def judge(store: Store, n: int, name: str = "ann", kind: Any = "person", batch: str = "people") -> int:
+    """One vote, for the left response, on the pair of prompt ``n``."""
+    with store.session() as s:
+        s.add_prompts([Prompt(f"p{n}", (Message("user", f"question {n}"),))])
+        first, second = s.add_responses(f"p{n}", [Completion(f"this {n}"), Completion(f"that {n}")], "m")
+        s.add_comparisons([(first, second)], overlap=5, batch=batch)
+        assignment = s.next_assignment(s.add_annotator(name, kind), batch)
+        assert assignment is not None
+        return s.submit(assignment.id, "left", client_token=f"{name}-{batch}-{n}", strength=2)
+
+
+def states(world: World, recipe: Recipe | None = None) -> dict[str, str]:
+    return {step.stage.name: step.state for step in plan(recipe or world.recipe(), world.run)}
+
+
+# ------------------------------------------------------------------------------------- what is stale, with fake runners
+
+
+def test_a_judgement_by_a_person_redoes_what_learns_from_it(world: World) -> None:
+    world.go()
+    assert not (world.run.path / "feedback.db").exists()  # looking makes no store
+    with store_of(world.run) as store:
+        assert set(states(world).values()) == {"done"}  # an empty store changes nothing
+        judgement = judge(store, 1)
+        reasons = {step.stage.name: step.reason for step in plan(world.recipe(), world.run)}
+        assert reasons["reward"] == reasons["dpo"] == "people judged more, or took something back"
+        assert reasons["annotate"] == "up to date"
+        assert world.go() == AGAIN
+        assert world.go() == []
+        store.undo(judgement)
+        assert world.go() == AGAIN
+
+
+def test_only_what_is_trained_on_counts(world: World) -> None:
+    world.go()
+    with store_of(world.run) as store:
+        judge(store, 1, name="program", kind="simulated", batch="of another run")
+        assert world.go() == []
+        judge(store, 2, name="imported", kind="unknown")
+        assert world.go() == AGAIN
+        recipe = world.recipe({"reward": {"voters": "simulated"}})
+        assert world.go(recipe) == ["reward", "ppo", "eval", "report"]
+        judge(store, 3)
+        assert world.go(recipe) == ["dpo", "eval", "report"]
+
+
+def test_gold_items_are_no_training_votes(world: World) -> None:
+    from keel.store import overview
+
+    with store_of(world.run) as store:
+        judge(store, 1)
+        judge(store, 2, name="program", kind="simulated")
+        before = vote_hashes(world.run.store_url)
+        assert before.people
+        assert before.withdrawn == ""
+        with store.transaction(writes=True) as connection:
+            for item in (1, 2):
+                overview.set_gold(connection, item, "first", "admin", store.now)
+        after = vote_hashes(world.run.store_url)
+    assert after.people == ""
+    assert after.withdrawn  # a simulated vote that was trained on no longer is
+
+
+def test_hashes_tell_every_change_apart(tmp_path: Path) -> None:
+    with Store(tmp_path / "a.db") as a, Store(tmp_path / "b.db") as b:
+        seen = {vote_hashes(tmp_path / "a.db").people}
+        for n in (1, 2):
+            judge(a, n)
+            judge(b, n)
+            seen.add(vote_hashes(tmp_path / "a.db").people)
+            assert vote_hashes(tmp_path / "a.db") == vote_hashes(tmp_path / "b.db")
+        judge(b, 2, name="bea")
+        seen.add(vote_hashes(tmp_path / "b.db").people)
+    assert len(seen) == 4
+    assert vote_hashes(tmp_path / "nothing.db") == VoteHashes()
+    assert not (tmp_path / "nothing.db").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- what is taken
+
+
+def test_a_stage_goes_on_with_the_votes_that_it_began_with(tmp_path: Path) -> None:
+    with Store(tmp_path / "f.db") as store:
+        judge(store, 1)
+        judge(store, 2, name="program", kind="simulated", batch="b")
+        judge(store, 3, name="program", kind="simulated", batch="other")
+        url = f"sqlite:///{tmp_path / 'f.db'}"
+        first = training_votes(tmp_path / "stage", url, ["b"], "all")
+        judge(store, 4)
+        assert training_votes(tmp_path / "stage", url, ["b"], "all") == first
+        found = {who: [(v.prompt.id, v.chosen, v.margin, v.annotator) for v in first[who]] for who in first}
+        assert found["simulated"][0][0] == "p2"
+        assert len(found["simulated"]) == 1
+        assert [row[0] for row in found["people"]] == ["p1"]
+        assert found["people"][0][2:] == (2.0, "ann")
+        later = training_votes(tmp_path / "new", url, ["b"], "people")
+        assert [v.prompt.id for v in later["people"]] == ["p1", "p4"]
+        assert later["simulated"] == []
+        assert all(isinstance(v, Preference) and replace(v) == v for v in later["people"])
+        assert training_votes(tmp_path / "x", url, ["b"], "simulated")["people"] == []
+
+
+def test_people_are_trained_on_beside_the_simulated_or_alone(tmp_path: Path) -> None:
+    recipe = loop_recipe(tmp_path, None)
+    recipe["stages"] = [s for s in recipe["stages"] if s["name"] in ("sft", "sample", "annotate", "reward", "dpo")]
+    recipe["stages"] += [
+        {"kind": "reward", "name": "only", "preferences": "people", "heldout_fraction": 0.3},
+        {"kind": "reward", "name": "programs", "preferences": "annotate", "voters": "simulated"},
+    ]
+    both = {**recipe, "stages": recipe["stages"][:-2]}
+    done = run(both, tmp_path / "run")
+    assert done.stage("reward").summary()["people_votes"] == 0
+    with pytest.raises(UserError, match="stage only: nobody has judged anything in the store yet"):
+        run(recipe, tmp_path / "run")
+    before = done.stage("reward").summary()
+    held = Prompt("held", (Message("user", "kept for the evaluation"),))
+    with Store(done.store_url) as store:
+        for n in range(12):
+            judge(store, n)
+        with store.session() as s:
+            s.add_prompts([held])
+            pair = s.add_responses("held", [Completion("a"), Completion("b")], "m")
+            s.add_comparisons([(pair[0], pair[1])], batch="held")
+            assignment = s.next_assignment(s.add_annotator("ann"), "held")
+            assert assignment is not None
+            s.submit(assignment.id, "left", client_token="held")
+    recipe["data"]["heldout_prompts"] = write_jsonl(tmp_path / "held.jsonl", [{"prompt": held.messages[0].content}])
+    run(recipe, tmp_path / "run")
+    with Store(done.store_url) as store:
+        simulated = sum(j.annotator_kind == "simulated" for j in store.judgements(done.stage("annotate").fingerprint))
+    expected = {"reward": (simulated, 12), "dpo": (simulated, 12), "only": (0, 12), "programs": (simulated, 0)}
+    for name, (programs, people) in expected.items():
+        summary = done.stage(name).summary()
+        assert (summary["simulated_votes"], summary["people_votes"]) == (programs, people)
+    reward, only = done.stage("reward").summary(), done.stage("only").summary()
+    assert reward["pairs"] + reward["heldout_pairs"] == simulated + 12
+    assert only["pairs"] + only["heldout_pairs"] == 12
+    assert reward["mean"] != before["mean"]  # other weights
