@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.model.packed import ATTENTION, enable_packing
+from keel.rollout import embedded as embedded_module
+from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
 from keel.rollout.collect import choose_different, sample_replies, similarity, stop_token_ids
-from keel.rollout.embedded import EmbeddedSampler
+from keel.rollout.embedded import EmbeddedSampler, Request
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.llama import why_unsupported
 from keel.rollout.sampler import choose, filtered_weights, mix64, stream_key, uniforms
+from keel.rollout.step import decode
 from keel.types import Completion, Message, Prompt, UserError
 
 VOCABULARY = 61
@@ -195,6 +198,48 @@ def test_the_batch_size_does_not_change_what_is_sampled(backend: str) -> None:
     assert [c.ids for c in head] == [c.ids for c in results[0][:7]]
     another = sampler.generate(prompts, SamplingConfig(max_new_tokens=24), seed=4)
     assert [c.ids for c in another] != [c.ids for c in results[0]]
+
+
+def test_threads_decode_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions are those of a single thread, log-probabilities to rounding, and two runs agree to the last bit;
+    samples of a prompt stay in one thread; the caller's thread count is left alone."""
+    model = build("llama")
+    prompts = [[5 + i // 4, 9, 11] for i in range(24)]
+    sampling = SamplingConfig(temperature=1.0, max_new_tokens=12, batch_size=10)
+    alone = EmbeddedSampler(model, [3]).generate(prompts, sampling, seed=4)
+    monkeypatch.setattr(embedded_module, "ALONE_SLOTS", 5)
+    parts = embedded_module.divided([Request(i, tuple(p), 12) for i, p in enumerate(prompts)], 2)
+    assert sorted(r.index for part in parts for r in part) == list(range(24))
+    assert not {r.prompt for r in parts[0]} & {r.prompt for r in parts[1]}
+    torch.set_num_threads(2)
+    together, again = (EmbeddedSampler(model, [3]).generate(prompts, sampling, seed=4) for _ in range(2))
+    assert torch.get_num_threads() == 2
+    assert together == again
+    assert [c.ids for c in together] == [c.ids for c in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_module, "ALONE_SLOTS", 1)
+    monkeypatch.setattr(embedded_module, "choose", lambda *_: 1 / 0)
+    torch.set_num_threads(2)
+    with pytest.raises(ZeroDivisionError):
+        EmbeddedSampler(build("llama"), []).generate([[1, 2], [3]], SamplingConfig(max_new_tokens=4), seed=0)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("kind", ["llama_tied_bias", "qwen3"])
+def test_plain_python_and_unpacked_weights_give_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(kind)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=8)
+    compiled = EmbeddedSampler(model, []).generate(PROMPTS, sampling, seed=0)
+    monkeypatch.setattr(llama_module, "PACKED", False)
+    monkeypatch.setattr(llama_module, "compiled_decode", lambda: decode)
+    plain = EmbeddedSampler(model, []).generate(PROMPTS, sampling, seed=0)
+    assert [c.ids for c in plain] == [c.ids for c in compiled]
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

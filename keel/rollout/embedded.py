@@ -22,7 +22,7 @@ from keel.rollout.sampler import Precision, choose, context_length, room, stream
 from keel.types import Completion
 
 ALONE_UP_TO = 16_000_000  # parameters; see EmbeddedSampler._workers
-ALONE_SLOTS = 64  # the fewest that are worth a thread: with less to compute threads wait for each other in Python
+ALONE_SLOTS = 32  # the fewest that are worth a thread: with less to compute threads wait for each other in Python
 PREFILL_TOKENS = 8192  # tokens in one prefill pass: bounds its memory
 
 

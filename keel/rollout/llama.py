@@ -1,26 +1,31 @@
 """Llama-family models by Keel's own forward pass, on the trainer's own parameters.
 
-``Weights`` names a model's tensors (in float32 nothing is copied but what LoRA adds). ``Decoder`` runs the layers over
-a key-value cache whose rows are the slots of the embedded sampler.
+``Weights`` names a model's tensors, in the form in which products are fastest. ``Decoder`` runs the layers over a
+key-value cache whose rows are the slots of the embedded sampler.
 
 Shape suffixes besides those of ``keel.types``: ``S`` slots; ``W`` the columns of the cache that a step reads.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keel.model.fused import rotate
 from keel.model.packed import inner_model
+from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, linear, normed, project
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
+# oneDNN's packed weights: private operations, but those that torch.compile's own code calls.
+PACKED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+TYPICAL_ROWS = 64  # of a step: what weights are packed for
 COLUMNS = 16  # the cache grows in multiples of this,
 ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
 # about half a millisecond to prepare, the time of the product itself in a small model
@@ -40,6 +45,8 @@ def why_unsupported(model: nn.Module) -> str:
         return f"its sliding window of {window} is shorter than its context"
     if config.rope_parameters["rope_type"] not in FIXED_ROPE:
         return f"its rotary embedding is of the type {config.rope_parameters['rope_type']}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
     if type(inner.model.embed_tokens) is not nn.Embedding:
         return f"its embedding is a {type(inner.model.embed_tokens).__name__}"
     linears = [inner.lm_head]
@@ -58,71 +65,54 @@ def _is_readable(module: Any) -> bool:
     return plain_lora and not module.lora_variant and not any(module.lora_bias.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: Tensor
-    bias: Tensor | None
-
-    @staticmethod
-    def of(module: Any, dtype: torch.dtype) -> Linear:
-        base = getattr(module, "base_layer", module)
-        weight = base.weight
-        if base is not module and not module.disable_adapters and not module.merged:
-            for adapter in module.active_adapters:
-                if adapter in module.lora_A:
-                    weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
-        return Linear(weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+def _weight(module: Any) -> Tensor:
+    """A linear layer's weight, what LoRA adds to it included."""
+    base = getattr(module, "base_layer", module)
+    weight = base.weight
+    if base is not module and not module.disable_adapters and not module.merged:
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A:
+                weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
+    return weight
 
 
-@dataclass(frozen=True, slots=True)
-class NormLinear:
-    """Linear layers that read the same RMS norm, their outputs side by side. Weights that must be cast are copies
-    anyway: they are laid together, with the norm's own weights multiplied in (``norm`` is None then)."""
-
-    norm: Tensor | None
-    parts: tuple[Linear, ...]
-    dtype: torch.dtype
-    eps: float
-
-    @staticmethod
-    def of(norm: Tensor, modules: Sequence[Any], dtype: torch.dtype, eps: float) -> NormLinear:
-        parts = tuple(Linear.of(module, norm.dtype) for module in modules)
-        if norm.dtype == dtype:
-            return NormLinear(norm, parts, dtype, eps)
-        weight = torch.cat([part.weight for part in parts]).mul_(norm).to(dtype)
-        biases = [part.bias for part in parts if part.bias is not None]
-        return NormLinear(None, (Linear(weight, torch.cat(biases).to(dtype) if biases else None),), dtype, eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        h = normed(x, self.norm, self.eps).to(self.dtype)
-        return self.parts[0](h) if len(self.parts) == 1 else torch.cat([part(h) for part in self.parts], -1)
+def _bias(module: Any) -> Tensor | None:
+    return getattr(module, "base_layer", module).bias
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    qkv: NormLinear
-    q_norm: Tensor | None  # Qwen3: RMS norm of each head
-    k_norm: Tensor | None
-    o: Linear
-    gate_up: NormLinear
-    down: Linear
+def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = None) -> tuple[Tensor | None, Linear]:
+    """(the norm that is still to be multiplied in, the layer). On a GPU weights of the right type are used where they
+    are. Else they are copied anyway: side by side, with the norm's, and packed on a CPU."""
+    weights = [_weight(module) for module in modules]
+    biases = [bias for bias in map(_bias, modules) if bias is not None]
+    on_cpu = weights[0].device.type == "cpu"
+    if weights[0].dtype == dtype and not on_cpu:
+        return norm, Linear(weights, biases, packed=False)
+    weight = torch.cat(weights)
+    if norm is not None:
+        weight *= norm
+    weight = weight.to(dtype)
+    if on_cpu and PACKED:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+    return None, Linear([weight], [torch.cat(biases).to(dtype)] if biases else [], packed=on_cpu and PACKED)
 
-    @staticmethod
-    def of(module: Any, dtype: torch.dtype, eps: float) -> Layer:
-        attention, mlp = module.self_attn, module.mlp
-        has_norms = hasattr(attention, "q_norm")
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return Layer(
-            qkv=NormLinear.of(module.input_layernorm.weight, projections, dtype, eps),
-            q_norm=attention.q_norm.weight.float() if has_norms else None,
-            k_norm=attention.k_norm.weight.float() if has_norms else None,
-            o=Linear.of(attention.o_proj, dtype),
-            gate_up=NormLinear.of(module.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj), dtype, eps),
-            down=Linear.of(mlp.down_proj, dtype),
-        )
+
+def _layer(module: Any, dtype: torch.dtype) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    has_norms = hasattr(attention, "q_norm")
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    norm, qkv = _linear(projections, dtype, module.input_layernorm.weight)
+    norm_mlp, gate_up = _linear((mlp.gate_proj, mlp.up_proj), dtype, module.post_attention_layernorm.weight)
+    return Layer(
+        norm=norm,
+        qkv=qkv,
+        q_norm=attention.q_norm.weight.float() if has_norms else None,
+        k_norm=attention.k_norm.weight.float() if has_norms else None,
+        o=_linear((attention.o_proj,), dtype)[1],
+        norm_mlp=norm_mlp,
+        gate_up=gate_up,
+        down=_linear((mlp.down_proj,), dtype)[1],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,33 +120,29 @@ class Weights:
     """A model's parameters, those of the matrix products in ``dtype``; read anew for each call of ``generate``."""
 
     embedding_VH: Tensor
-    layers: tuple[Layer, ...]
+    layers: list[Layer]
     norm: Tensor
     head: Linear
-    act: Callable[[Tensor], Tensor]
-    eps: float
-    scale: float
-    heads: int
-    kv_heads: int
-    head_dim: int
+    shape: Shape
     dtype: torch.dtype
 
     @staticmethod
     def of(model: nn.Module, dtype: torch.dtype) -> Weights:
         inner: Any = inner_model(model)
-        attention, eps = inner.model.layers[0].self_attn, inner.config.rms_norm_eps
+        attention = inner.model.layers[0].self_attn
         return Weights(
             embedding_VH=inner.model.embed_tokens.weight,
-            layers=tuple(Layer.of(layer, dtype, eps) for layer in inner.model.layers),
+            layers=[_layer(layer, dtype) for layer in inner.model.layers],
             norm=inner.model.norm.weight.float(),
             # The head stays in float32, as in the trainer's log-probabilities (keel.model.logprobs).
-            head=Linear.of(inner.lm_head, torch.float32),
-            act=inner.model.layers[0].mlp.act_fn,
-            eps=eps,
-            scale=attention.scaling,
-            heads=inner.config.num_attention_heads,
-            kv_heads=inner.config.num_key_value_heads,
-            head_dim=attention.head_dim,
+            head=_linear((inner.lm_head,), torch.float32)[1],
+            shape=Shape(
+                heads=inner.config.num_attention_heads,
+                kv_heads=inner.config.num_key_value_heads,
+                head_dim=attention.head_dim,
+                scale=attention.scaling,
+                eps=inner.config.rms_norm_eps,
+            ),
             dtype=dtype,
         )
 
@@ -179,7 +165,7 @@ class Decoder:
         cos, sin = inner_model(model).model.rotary_emb(torch.zeros(1, device=device), positions)  # type: ignore[operator, union-attr]
         self.cos, self.sin = cos[0], sin[0]  # [context, head_dim]
         self.capacity = 0
-        shape = (2, slots, self.w.kv_heads, 0, self.w.head_dim)
+        shape = (2, slots, self.w.shape.kv_heads, 0, self.w.shape.head_dim)
         self.caches = [torch.zeros(shape, dtype=weights.dtype, device=device) for _ in self.w.layers]
 
     def reserve(self, columns: int) -> None:
@@ -210,15 +196,16 @@ class Decoder:
         cos, sin = self.cos[:longest, None], self.sin[:longest, None]
         x = F.embedding(ids, w.embedding_VH).float()
         for i, layer in enumerate(w.layers):
-            q, kv = self._qkv(layer, x, cos, sin)  # [U, L, heads, head_dim], [2, U, L, kv_heads, head_dim]
+            q, kv = project(x, cos, sin, layer, w.dtype, w.shape)  # [U, L, heads, head_dim], [2, U, L, kv_heads, ...]
             kv = kv.transpose(2, 3)
-            self.caches[i][:, rows, :, :longest] = kv[:, from_rows].to(self.caches[i].dtype)
+            self.caches[i][:, rows, :, :longest] = kv[:, from_rows].to(w.dtype)
             if i + 1 == len(w.layers):
                 break  # nobody reads the last layer's output: the prompt's last token goes through `step`
             out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), kv[0], kv[1], is_causal=True, scale=w.scale, enable_gqa=w.heads != w.kv_heads
-            )
-            x = self._after_attention(layer, x, out.transpose(1, 2).flatten(2))
+                q.transpose(1, 2), kv[0], kv[1], is_causal=True, scale=w.shape.scale,
+                enable_gqa=w.shape.heads != w.shape.kv_heads,
+            )  # fmt: skip
+            x = after_attention(x, out.transpose(1, 2).flatten(2), layer, w.dtype, w.shape)
 
     def step(self, tokens_S: Tensor, positions_S: Tensor, columns: int) -> Tensor:
         """Logits [S, V] float32 after one more token a row. ``columns``: more than the largest position."""
@@ -227,50 +214,22 @@ class Decoder:
             self.capacity = round_up(columns, COLUMNS)
             self.caches = [cache[:, :, :, : self.capacity].contiguous() for cache in self.caches]
         w, S, device = self.w, tokens_S.shape[0], tokens_S.device
-        W = self.capacity
         cos, sin = self.cos[positions_S, None], self.sin[positions_S, None]
-        hidden = torch.arange(W, device=device) > positions_S[:, None]
-        bias_S1W = torch.zeros(S, 1, W, device=device).masked_fill_(hidden[:, None], float("-inf"))
+        hidden = torch.arange(self.capacity, device=device) > positions_S[:, None]
+        bias_S1W = torch.zeros(S, 1, self.capacity, device=device).masked_fill_(hidden[:, None], float("-inf"))
         # Where this token's keys and values go, in a cache of rows of head_dim.
-        rows = torch.arange(2 * S * w.kv_heads, device=device).view(2, S, w.kv_heads) * self.capacity
+        rows = torch.arange(2 * S * w.shape.kv_heads, device=device).view(2, S, w.shape.kv_heads) * self.capacity
         rows = (rows + positions_S[:, None]).flatten()
         x = F.embedding(tokens_S, w.embedding_VH).float()
-        for layer, cache in zip(w.layers, self.caches, strict=True):
-            q, kv = self._qkv(layer, x, cos, sin)  # [S, heads, head_dim], [2, S, kv_heads, head_dim]
-            cache.view(-1, w.head_dim).index_copy_(0, rows, kv.view(-1, w.head_dim).to(cache.dtype))
-            keys, values = cache.flatten(1, 2)
-            q = q.view(S * w.kv_heads, w.heads // w.kv_heads, w.head_dim).to(cache.dtype)
-            scores = torch.bmm(q, keys.transpose(1, 2)).view(S, w.heads, W)
-            probs = torch.softmax(torch.add(bias_S1W, scores, alpha=w.scale), -1).to(cache.dtype)
-            out = torch.bmm(probs.view(S * w.kv_heads, -1, W), values)
-            x = self._after_attention(layer, x, out.view(S, w.heads * w.head_dim))
-        return w.head(normed(x, w.norm, w.eps))
-
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [..., H] -> q [..., heads, head_dim], keys and values [2, ..., kv_heads, head_dim], with rotary positions,
-        float32."""
-        w = self.w
-        qkv = layer.qkv(x).unflatten(-1, (-1, w.head_dim)).float()
-        qk, v = qkv[..., : -w.kv_heads, :], qkv[..., -w.kv_heads :, :]
-        if layer.q_norm is not None:
-            q, k = qk[..., : w.heads, :], qk[..., w.heads :, :]
-            qk = torch.cat([normed(q, layer.q_norm, w.eps), normed(k, layer.k_norm, w.eps)], -2)
-        qk = rotate(qk, cos, sin)
-        return qk[..., : w.heads, :].contiguous(), torch.stack([qk[..., w.heads :, :], v])
-
-    def _after_attention(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of a layer; ``x`` is overwritten."""
-        x += layer.o(attended.to(self.w.dtype))
-        gate, up = layer.gate_up(x).chunk(2, -1)
-        x += layer.down(self.w.act(gate).mul_(up))
-        return x
+        x = compiled_decode()(x, cos, sin, rows, bias_S1W, w.layers, self.caches, w.dtype, w.shape)
+        return linear(normed(x, w.norm, w.shape.eps), w.head)
 
 
-def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm (Zhang and Sennrich 2019) in few operations: x / sqrt(mean(x^2) + eps), times ``weight``."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    h = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return h if weight is None else h.mul_(weight)
+@cache
+def compiled_decode() -> Callable[..., Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # see keel.rollout.step on its deprecation
+        return torch.jit.script(decode)
 
 
 def round_up(n: int, multiple: int) -> int:
