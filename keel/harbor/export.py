@@ -23,7 +23,7 @@ def export(
     seed: int = 0,
     *,
     demonstrations: int = 3200,
-    prompts: int = 1800,
+    prompts: int = 2000,
     heldout_prompts: int = 450,
     base_text_tokens: int = 25_000,
     facts: int = 300,
