@@ -44,7 +44,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue  # comes with the layer that it wraps
         prefix = path + "." if path else ""
         if hasattr(module, "base_layer"):
-            if not is_plain_lora(module):
+            if not module.disable_adapters and not is_plain_lora(module):
                 raise UserError(f"{path}: only plain LoRA on linear layers can be merged while training goes on")
             yield prefix + "weight", merged_weight(module)
             if module.base_layer.bias is not None:

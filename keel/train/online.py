@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from keel.config import OnlineBase
 from keel.data.chat import Chat
@@ -296,14 +297,8 @@ def make_rollouts(
     watch: Judge | None = None,
 ) -> Rollouts:
     """Loads the policy at ``context.model_path`` to be trained, and the reference (None: there is none)."""
-    policy, tokenizer = load_policy(
-        context.model_path,
-        device=context.device,
-        lora=context.base_model.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    policy, reference, tokenizer = _policy_and_reference(config, reference_path, context)
     chat = Chat(tokenizer)
-    reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
     sampler = make_sampler(policy, config.sampling.backend, stop_token_ids(chat, config.sampling), context.precision)
     kept, prompt_ids = encode_prompts(chat, prompts, context.data, context.reporter)
     return Rollouts(
@@ -322,6 +317,23 @@ def make_rollouts(
         watch,
         same_start=reference_path == context.model_path,
     )
+
+
+def _policy_and_reference(
+    config: OnlineBase, reference_path: Path | None, context: TrainContext
+) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    trunk, checkpointing = context.trunk, config.gradient_checkpointing
+    if trunk is not None:
+        policy, tokenizer = trunk.policy(checkpointing)
+        return policy, trunk.reference() if reference_path else None, tokenizer
+    policy, tokenizer = load_policy(
+        context.model_path,
+        device=context.device,
+        lora=context.base_model.lora,
+        gradient_checkpointing=checkpointing,
+    )
+    reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
+    return policy, reference, tokenizer
 
 
 def finish(rollouts: Rollouts, context: TrainContext, steps: int) -> dict[str, Any]:
