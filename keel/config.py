@@ -66,6 +66,7 @@ class DataConfig(Strict):
 
 
 class OptimConfig(Strict):
+    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (an extra)")
     lr: float = Field(1e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -137,6 +138,7 @@ class TrainBase(StageBase):
     batch_tokens: int = Field(8192, ge=16, description="tokens in one forward pass (packed, no padding)")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the forward and backward passes of the trained model")
     log_every: int = Field(1, ge=1)
     save_every_seconds: float = Field(60.0, ge=0, description="how much work a killed run may lose; 0: every step")
 

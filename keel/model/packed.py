@@ -9,6 +9,8 @@ is also the slow reference of the tests.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -203,10 +205,27 @@ def backbone(model: nn.Module) -> nn.Module:
     return inner.base_model if inner.base_model is not inner else inner
 
 
+def compile_training(model: nn.Module, backend: str = "inductor") -> None:
+    """Compiles the decoder's passes that gradients flow through (at their first use), for any shape. UserError where
+    there is no compiler."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
+    if on_cpu and not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise UserError("compile: true needs a C++ compiler on a CPU; install g++, or use compile: false")
+    backbone(model).compile(dynamic=True, backend=backend)
+
+
 def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Last hidden states [T, H] (after the final norm) of every token of a packed batch."""
-    inner = inner_model(model)
-    if inner.config._attn_implementation != ATTENTION:
+    if not torch.is_grad_enabled() and backbone(model)._compiled_call_impl is not None:
+        # Measuring stays plain: policy and reference then differ by nothing but their weights, to the bit.
+        with torch.compiler.set_stance("force_eager"):
+            return _hidden_states(model, batch)
+    return _hidden_states(model, batch)
+
+
+def _hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    if inner_model(model).config._attn_implementation != ATTENTION:
         return padded_hidden_states(model, batch)
     tokens = batch.num_tokens
     spare = _rounded(tokens, ROUND_TOKENS, batch.ids_T.device) - tokens
