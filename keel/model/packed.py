@@ -205,6 +205,12 @@ def backbone(model: nn.Module) -> nn.Module:
     return inner.base_model if inner.base_model is not inner else inner
 
 
+def compute_alike(model: nn.Module, other: nn.Module) -> None:
+    """Has ``model`` computed by the same operations as ``other``: with equal weights they then agree to the bit, where
+    fused layers and layers with adapters that do nothing yet would agree to rounding."""
+    backbone(model).keel_unfused = not fused.is_fusable(backbone(other))  # type: ignore[assignment]
+
+
 def compile_training(model: nn.Module, backend: str = "inductor") -> None:
     """Compiles the decoder's passes that gradients flow through (at their first use), for any shape. UserError where
     there is no compiler."""
@@ -231,7 +237,8 @@ def _hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     spare = _rounded(tokens, ROUND_TOKENS, batch.ids_T.device) - tokens
     ids, positions = F.pad(batch.ids_T, (0, spare))[None], F.pad(batch.positions_T, (0, spare))[None]
     decoder: Any = backbone(model)
-    if fused.is_fusable(decoder):
+    compiled = decoder._compiled_call_impl is not None and torch.is_grad_enabled()
+    if not compiled and fused.is_fusable(decoder):
         embedded = decoder.embed_tokens(ids[0])
         cos, sin = decoder.rotary_emb(embedded, position_ids=positions)
         hidden = fused.run_layers(decoder, embedded, cos[0], sin[0], _FusedAttention(Layout.of(batch)))

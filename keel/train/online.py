@@ -18,6 +18,7 @@ from keel.data.chat import Chat
 from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen, load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
+from keel.model.packed import compute_alike
 from keel.model.precision import Precision, autocast
 from keel.objective.kl import k1, k2, k3
 from keel.objective.policy import episode_scores
@@ -325,14 +326,17 @@ def _policy_and_reference(
     trunk, checkpointing = context.trunk, config.gradient_checkpointing
     if trunk is not None:
         policy, tokenizer = trunk.policy(checkpointing)
-        return policy, trunk.reference() if reference_path else None, tokenizer
-    policy, tokenizer = load_policy(
-        context.model_path,
-        device=context.device,
-        lora=context.base_model.lora,
-        gradient_checkpointing=checkpointing,
-    )
-    reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
+        reference = trunk.reference() if reference_path else None
+    else:
+        policy, tokenizer = load_policy(
+            context.model_path,
+            device=context.device,
+            lora=context.base_model.lora,
+            gradient_checkpointing=checkpointing,
+        )
+        reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
+    if reference is not None:
+        compute_alike(reference, policy)
     return policy, reference, tokenizer
 
 
