@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from keel.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, PpoStage, Recipe, RewardStage, SamplingConfig
 from keel.data.collate import pack
 from keel.model.checkpoint import load_scalar
+from keel.model.logprobs import token_logprobs
+from keel.model.packed import backbone
 from keel.model.trunk import Trunk
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent
@@ -134,7 +136,7 @@ def test_the_same_numbers_as_four_models_apart(
     rows = [c.stage.metrics.rows() for c in (together, apart)]
     assert len(rows[0]) == 4
     assert rows[0][-1]["objective/kl"] > 0.01
-    assert rows[0][0]["objective/kl"] == 0  # to the bit: policy and reference are computed alike
+    assert rows[0][0]["objective/kl"] == 0
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"time", "seconds"}:
@@ -142,6 +144,19 @@ def test_the_same_numbers_as_four_models_apart(
     states = [AutoModelForCausalLM.from_pretrained(c.stage.path).state_dict() for c in (together, apart)]
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=1e-5)
+
+
+def test_policy_and_reference_agree_to_the_bit(base: Path, reward: Path, tmp_path: Path) -> None:
+    """Before the first step, though one has adapters and the other could take the fused layers."""
+    models = roles(base, reward, tmp_path)
+    batch = pack([Encoded(tuple(range(10, 60)), (False,) + (True,) * 49)] * 3)
+    with torch.no_grad():
+        for parameter in models["reference"].parameters():
+            parameter.mul_(20 if parameter.ndim > 1 else 1)  # or rounding would hardly show
+        policy, reference = (token_logprobs(models[name], batch).logp_C for name in ("policy", "reference"))
+        assert torch.equal(policy, reference)
+        backbone(models["reference"]).keel_unfused = False  # type: ignore[assignment]
+        assert not torch.equal(policy, token_logprobs(models["reference"], batch).logp_C)
 
 
 def some_rows() -> list[Encoded]:

@@ -127,7 +127,8 @@ def test_log_probabilities_are_at_the_temperature_and_before_filters(
     got = make_sampler(model, "vllm", ()).generate(PROMPTS, sampling, 1)
     for prompt_ids, c in zip(PROMPTS, got, strict=True):
         expected = forward_logprobs(model, prompt_ids, c.ids, temperature)
-        torch.testing.assert_close(torch.tensor(c.logprobs), expected, atol=1e-4, rtol=0)
+        # The rounding of logits of size 15 to 25, which the temperature divides.
+        torch.testing.assert_close(torch.tensor(c.logprobs), expected, atol=1e-4 / temperature, rtol=0)
     if filters:  # what top_k removes is never drawn
         firsts = make_sampler(model, "vllm", ()).generate([[9]] * 200, sampling, 1)
         assert len({c.ids[0] for c in firsts}) <= 20
