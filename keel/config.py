@@ -66,6 +66,7 @@ class DataConfig(Strict):
 
 
 class OptimConfig(Strict):
+    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (an extra)")
     lr: float = Field(1e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -137,6 +138,7 @@ class TrainBase(StageBase):
     batch_tokens: int = Field(8192, ge=16, description="tokens in one forward pass (packed, no padding)")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the forward and backward passes of the trained model")
     log_every: int = Field(1, ge=1)
     save_every_seconds: float = Field(60.0, ge=0, description="how much work a killed run may lose; 0: every step")
 
@@ -274,6 +276,11 @@ class OnlineBase(TrainBase):
     minibatches: int = Field(2, ge=1, description="optimizer steps per epoch over a rollout")
     epochs: int = Field(1, ge=1, description="passes over each rollout")
     sampling: SamplingConfig = SamplingConfig()
+    one_base: bool = Field(
+        False,
+        description="policy, reference, reward models and critic as adapters on one copy of the model in memory; "
+        "needs model.lora, and reward models trained with it from the same checkpoint",
+    )
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted from the score of a cut completion")
     reward_clip: float = Field(10.0, gt=0)
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
@@ -414,6 +421,26 @@ class Recipe(Strict):
                     f"{stage.name}.votes: weighted tells annotators apart by what two of them judged, and "
                     f"{stage.sources[0]}.overlap is 0; raise it or use votes: raw"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_base_for_all(self) -> Recipe:
+        stages = {stage.name: stage for stage in self.stages}
+        for stage in self.stages:
+            if not isinstance(stage, OnlineBase) or not stage.one_base:
+                continue
+            if self.model.lora is None:
+                raise ValueError(f"{stage.name}.one_base: roles differ by their adapters; set model.lora")
+            if stage.reference not in (None, stage.model):
+                raise ValueError(f"{stage.name}.one_base: the reference is the base; leave {stage.name}.reference out")
+            named = [term.source.model for term in stage.rewards if isinstance(term.source, RewardModelRef)]
+            named += [stage.critic] if isinstance(stage, PpoStage) and stage.critic else []
+            for other in (stages[name] for name in named if name in stages):
+                if not isinstance(other, RewardStage) or other.model != stage.model:
+                    raise ValueError(
+                        f"{stage.name}.one_base: {other.name} must be a reward stage with model: {stage.model}, "
+                        f"the checkpoint that {stage.name} starts from; or set one_base: false"
+                    )
         return self
 
     def stage(self, name: str) -> Stage:

@@ -37,6 +37,7 @@ from keel.feedback.uncertainty import bald
 from keel.inputs import heldout_prompts, preferences, store_url, training_prompts
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.precision import Precision, pick_precision
+from keel.model.trunk import Trunk
 from keel.report import build_report
 from keel.reward.ensemble import Candidate, leads
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
@@ -85,7 +86,7 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     training = _training(stage, context)
     models = [term.source.model for term in stage.rewards if isinstance(term.source, RewardModelRef)]
     critic = stage.critic or (models[0] if models else None)
-    scorer = _mixed(stage.rewards, context, training.precision)
+    scorer = _mixed(stage.rewards, context, training.precision, training.trunk)
     reference = context.model_path(stage.reference or stage.model)
     prompts = training_prompts(stage.prompts, context)
     critic_path = context.model_path(critic) if critic else None
@@ -94,7 +95,7 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
 
 def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
     training = _training(stage, context)
-    scorer = _mixed(stage.rewards, context, training.precision)
+    scorer = _mixed(stage.rewards, context, training.precision, training.trunk)
     named = stage.reference or (stage.model if stage.beta > 0 else None)
     reference = context.model_path(named) if named else None
     prompts = training_prompts(stage.prompts, context)
@@ -107,15 +108,17 @@ def _watch(stage: OnlineBase) -> Judge | None:
 
 def _training(stage: TrainBase, context: StageContext) -> TrainContext:
     recipe = context.recipe
+    path, lora = context.model_path(stage.model), recipe.model.lora
     return TrainContext(
         stage=context.stage_dir,
         reporter=context.reporter,
-        model_path=context.model_path(stage.model),
+        model_path=path,
         base_model=recipe.model,
         data=recipe.data,
         device=context.device,
         precision=pick_precision(stage.precision, context.device),
         seed=recipe.seed,
+        trunk=Trunk(path, context.device, lora) if isinstance(stage, OnlineBase) and stage.one_base and lora else None,
     )
 
 
@@ -289,20 +292,25 @@ def _fingerprint(context: StageContext) -> str:
 # ------------------------------------------------------------------------------------------------ scorers and judges
 
 
-def _reward_model(name: str, context: StageContext, precision: Precision) -> RewardModelScorer:
-    scorer = load_scalar(context.model_path(name), device=context.device)
+def _reward_model(
+    name: str, context: StageContext, precision: Precision, trunk: Trunk | None = None
+) -> RewardModelScorer:
+    path = context.model_path(name)
+    scorer = trunk.reward_model(path) if trunk else load_scalar(path, device=context.device)
     frozen(scorer.model)
     return RewardModelScorer(scorer, SCORE_TOKENS, precision=precision)
 
 
-def _mixed(terms: Sequence[RewardTerm], context: StageContext, precision: Precision) -> Scorer:
+def _mixed(
+    terms: Sequence[RewardTerm], context: StageContext, precision: Precision, trunk: Trunk | None = None
+) -> Scorer:
     parts = []
     for term in terms:
         if isinstance(term.source, PythonRef):
             parts.append(RewardPart(PythonScorer(load_python(term.source.ref)), term.weight, term.source.ref))
         else:
             name = term.source.model
-            parts.append(RewardPart(_reward_model(name, context, precision), term.weight, name))
+            parts.append(RewardPart(_reward_model(name, context, precision, trunk), term.weight, name))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)

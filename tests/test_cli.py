@@ -67,6 +67,7 @@ def test_run_killed_and_run_again_ends_with_the_same_weights(
     assert "sft: started" in done.stdout
     assert "What each stage did" in done.stdout
     assert f"results: {folder / 'whole'}" in done.stdout
+    assert "computing with" in done.stdout
     assert done.stdout.count("restarting once") == (sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"))
 
     killed = subprocess.Popen([*keel_command, "run", recipe, "--out", str(folder / "killed")], env=subprocess_env)

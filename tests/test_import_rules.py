@@ -40,6 +40,7 @@ OPTIONAL = {
     "tensorboard": {"run/tensorboard.py"},
     "datasets": {"data/rows.py", "data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
+    "bitsandbytes": {"train/adamw8bit.py"},
     "ray": set(),
     "psycopg": {"store/store.py", "store/engine.py", "store/database.py"},
     "fastapi": None,  # the web room, whichever file

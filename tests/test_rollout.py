@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from keel.config import SamplingConfig
 from keel.data.chat import Chat
+from keel.model.merged import merged_weights
 from keel.model.packed import ATTENTION, enable_packing
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
@@ -263,8 +265,48 @@ def test_backends_are_chosen_or_refused_with_a_reason() -> None:
     assert "sliding window of 8" in why_unsupported(build("mistral_window"))
     with pytest.raises(UserError, match="GPT2LMHeadModel is not one of"):
         make_sampler(build("gpt2"), "embedded", ())
-    with pytest.raises(UserError, match="extra"):
+
+
+def test_vllm_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'keel-rlhf\[vllm\]'"):
         make_sampler(build("llama"), "vllm", ())
+
+
+@pytest.mark.parametrize("kind", ["llama_tied_bias", "qwen3"])
+def test_merged_weights_are_those_of_a_merged_checkpoint(kind: str) -> None:
+    """peft's own merge is the oracle, with an embedding that is trained whole beside the adapters."""
+    import peft
+
+    lora = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, modules_to_save=["embed_tokens"]
+    )
+    model = build(kind)
+    plain = {name: tensor.clone() for name, tensor in merged_weights(model)}
+    assert plain.keys() == model.state_dict().keys()
+    tuned = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        tuned.get_input_embeddings().modules_to_save["default"].weight.add_(1.0)
+    got = {name: tensor.clone() for name, tensor in merged_weights(tuned)}
+    with tuned.disable_adapter():
+        for name, tensor in merged_weights(tuned):
+            torch.testing.assert_close(tensor, plain[name], atol=0, rtol=0)
+    expected = copy.deepcopy(tuned).merge_and_unload().state_dict()
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
+    changed = [name for name in got if not torch.equal(got[name], plain[name])]
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert "model.embed_tokens.weight" in changed
+    assert "model.layers.0.self_attn.k_proj.weight" not in changed
+
+
+def test_adapters_of_other_kinds_are_not_merged() -> None:
+    import peft
+
+    tuned = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: only plain LoRA"):
+        list(merged_weights(tuned))
 
 
 # ------------------------------------------------------------------------------------------------- the choice of tokens

@@ -99,9 +99,11 @@ def _execute(recipe: Recipe, out: Path, targets: list[str] | None = None) -> int
     from keel.check import preflight
     from keel.stages import RUNNERS
 
-    set_threads(recipe.threads)
-    run = RunDir(out, recipe.logging)
     console = Console()
+    console.print(
+        f"keel: computing with {set_threads(recipe.threads)} CPU threads (threads=N chooses)", highlight=False
+    )
+    run = RunDir(out, recipe.logging)
     wanted = ancestors(recipe, {stage.name for stage in recipe.stages} if targets is None else targets)
     with Progress([stage.name for stage in recipe.stages if stage.name in wanted], console) as progress:
         run_pipeline(recipe, run, _shown(RUNNERS, progress), progress, targets, preflight, progress.finished_before)

@@ -30,11 +30,13 @@ def restart_with_malloc_settings() -> None:
     os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})
 
 
-def set_threads(threads: int | None) -> None:
-    """CPU threads for torch: ``threads``, or every core that this process may use."""
+def set_threads(threads: int | None) -> int:
+    """CPU threads for torch: ``threads``, or every core that this process may use. Returns their number."""
     import torch
 
     from keel.run import cpu_count
 
-    torch.set_num_threads(threads or cpu_count())
+    chosen = threads or cpu_count()
+    torch.set_num_threads(chosen)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    return chosen

@@ -98,7 +98,7 @@ def load_policy(
         with _quiet():
             model.resize_token_embeddings(len(tokenizer))
     whole = ["embed_tokens", "lm_head", "wte", "embed_in", "embed_out"] if grown else []
-    return _prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", whole), tokenizer
+    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", whole), tokenizer
 
 
 def load_scalar(
@@ -122,6 +122,15 @@ def load_scalar(
     )
     if new_head_seed is None and not _classifies(model.config):
         raise UserError(f"{path}: this checkpoint has no reward head; train one with a 'reward' stage first")
+    scalar_head(model, path, new_head_seed)
+    # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+
+
+def scalar_head(model: nn.Module, path: str | Path, new_head_seed: int | None = None) -> nn.Module:
+    """The head of a sequence classifier, drawn anew with ``new_head_seed``. UserError when it is not a linear layer on
+    the last hidden state."""
     head = getattr(model, "score", None)
     if head is None:
         raise UserError(f"{path}: {type(model).__name__} has no 'score' head; use a decoder with a sequence classifier")
@@ -129,9 +138,7 @@ def load_scalar(
         generator = torch.Generator().manual_seed(new_head_seed)
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5)
-    # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return ScalarModel(_prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    return head
 
 
 def has_reward_head(path: str | Path) -> bool:
@@ -143,7 +150,7 @@ def _classifies(config: PretrainedConfig) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or ())
 
 
-def _prepared(
+def prepared(
     model: PreTrainedModel,
     device: str,
     lora: LoraConfig | None,
@@ -151,6 +158,7 @@ def _prepared(
     task: str,
     trained_whole: list[str],
 ) -> nn.Module:
+    """Dropout off, packed attention on, in training mode, with new adapters when ``lora`` says so."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # policy ratios and KL are defined for the model, not for a random thinning of it

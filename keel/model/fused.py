@@ -31,7 +31,7 @@ DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 def is_fusable(decoder: nn.Module) -> bool:
     """Whether :func:`run_layers` can stand in for the layers of ``decoder``: a known architecture of plain linear
     layers (no adapters, no quantisation, nothing hooked in) with float32 parameters on a CPU."""
-    if type(decoder).__name__ not in DECODERS:
+    if type(decoder).__name__ not in DECODERS or getattr(decoder, "keel_unfused", False):
         return False
     layers: Any = decoder.layers
     modules = [module for layer in layers for module in layer.modules()]

@@ -9,6 +9,8 @@ is also the slow reference of the tests.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -203,16 +205,40 @@ def backbone(model: nn.Module) -> nn.Module:
     return inner.base_model if inner.base_model is not inner else inner
 
 
+def compute_alike(model: nn.Module, other: nn.Module) -> None:
+    """Has ``model`` computed by the same operations as ``other``: with equal weights they then agree to the bit, where
+    fused layers and layers with adapters that do nothing yet would agree to rounding."""
+    backbone(model).keel_unfused = not fused.is_fusable(backbone(other))  # type: ignore[assignment]
+
+
+def compile_training(model: nn.Module, backend: str = "inductor") -> None:
+    """Compiles the decoder's passes that gradients flow through (at their first use), for any shape. UserError where
+    there is no compiler."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
+    if on_cpu and not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise UserError("compile: true needs a C++ compiler on a CPU; install g++, or use compile: false")
+    backbone(model).compile(dynamic=True, backend=backend)
+
+
 def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Last hidden states [T, H] (after the final norm) of every token of a packed batch."""
-    inner = inner_model(model)
-    if inner.config._attn_implementation != ATTENTION:
+    if not torch.is_grad_enabled() and backbone(model)._compiled_call_impl is not None:
+        # Measuring stays plain: policy and reference then differ by nothing but their weights, to the bit.
+        with torch.compiler.set_stance("force_eager"):
+            return _hidden_states(model, batch)
+    return _hidden_states(model, batch)
+
+
+def _hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    if inner_model(model).config._attn_implementation != ATTENTION:
         return padded_hidden_states(model, batch)
     tokens = batch.num_tokens
     spare = _rounded(tokens, ROUND_TOKENS, batch.ids_T.device) - tokens
     ids, positions = F.pad(batch.ids_T, (0, spare))[None], F.pad(batch.positions_T, (0, spare))[None]
     decoder: Any = backbone(model)
-    if fused.is_fusable(decoder):
+    compiled = decoder._compiled_call_impl is not None and torch.is_grad_enabled()
+    if not compiled and fused.is_fusable(decoder):
         embedded = decoder.embed_tokens(ids[0])
         cos, sin = decoder.rotary_emb(embedded, position_ids=positions)
         hidden = fused.run_layers(decoder, embedded, cos[0], sin[0], _FusedAttention(Layout.of(batch)))

@@ -1,4 +1,4 @@
-"""Prompts -> completions: the sampler protocol, its two backends, and the replies that annotators will compare."""
+"""Prompts -> completions: the sampler protocol, its three backends, and the replies that annotators will compare."""
 
 from keel.rollout.sampler import Sampler, make_sampler
 

@@ -36,7 +36,7 @@ class TransformersSampler:
         limits = room(prompts, sampling.max_new_tokens, context_length(self.model))
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # little padding in a batch
         done: dict[int, Completion] = {}
-        with _ready(self.model):
+        with _ready(self.model), torch.compiler.set_stance("force_eager"):  # `compile: true` is for training
             for start in range(0, len(order), sampling.batch_size):
                 part = order[start : start + sampling.batch_size]
                 keys = [stream_key(seed, i) for i in part]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keel.model.merged import is_plain_lora, merged_weight
 from keel.model.packed import inner_model
 from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, linear, normed, project
 
@@ -59,21 +60,7 @@ def why_unsupported(model: nn.Module) -> str:
 
 def _is_readable(module: Any) -> bool:
     """A plain linear layer, or one with plain LoRA (no DoRA or other variant, no bias of its own)."""
-    if type(module) is nn.Linear:
-        return True
-    plain_lora = hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
-    return plain_lora and not module.lora_variant and not any(module.lora_bias.values())
-
-
-def _weight(module: Any) -> Tensor:
-    """A linear layer's weight, what LoRA adds to it included."""
-    base = getattr(module, "base_layer", module)
-    weight = base.weight
-    if base is not module and not module.disable_adapters and not module.merged:
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A:
-                weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
-    return weight
+    return type(module) is nn.Linear or is_plain_lora(module)
 
 
 def _bias(module: Any) -> Tensor | None:
@@ -83,7 +70,7 @@ def _bias(module: Any) -> Tensor | None:
 def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = None) -> tuple[Tensor | None, Linear]:
     """(the norm that is still to be multiplied in, the layer). On a GPU weights of the right type are used where they
     are. Else they are copied anyway: side by side, with the norm's, and packed on a CPU."""
-    weights = [_weight(module) for module in modules]
+    weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
     on_cpu = weights[0].device.type == "cpu"
     if weights[0].dtype == dtype and not on_cpu:

@@ -44,10 +44,10 @@ def make_sampler(model: nn.Module, backend: Backend, stop_ids: Sequence[int], pr
     from keel.rollout.embedded import EmbeddedSampler
     from keel.rollout.hf import TransformersSampler
     from keel.rollout.llama import why_unsupported
+    from keel.rollout.vllm import VllmSampler
 
     if backend == "vllm":
-        raise UserError("sampling.backend: vllm comes with an extra that this version of Keel does not have yet; "
-                        "use auto, embedded or transformers")  # fmt: skip
+        return VllmSampler(model, stop_ids, precision)
     reason = why_unsupported(model)
     if backend == "embedded" and reason:
         raise UserError(f"sampling.backend: the embedded sampler does not support this model ({reason}); "

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from keel.config import DataConfig, ModelConfig
 from keel.model.precision import Precision
+from keel.model.trunk import Trunk
 from keel.run import StageDir, write_json
 from keel.types import Encoded, Reporter, UserError
 
@@ -18,7 +19,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class TrainContext:
     """``model_path`` is the checkpoint that the stage starts from; ``base_model`` the recipe's model section (adapters,
-    template, revision), which applies to it."""
+    template, revision), which applies to it.
+    ``trunk``: that checkpoint held once, for stages whose models share it (``one_base``)."""
 
     stage: StageDir
     reporter: Reporter
@@ -28,6 +30,7 @@ class TrainContext:
     device: str
     precision: Precision
     seed: int
+    trunk: Trunk | None = None
 
 
 def record_lineage(

@@ -15,6 +15,7 @@ from keel.config import DpoStage
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy, save
 from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
+from keel.model.packed import compute_alike
 from keel.model.precision import autocast
 from keel.objective.preference import dpo_sigmoid, implicit_reward, ipo, per_token
 from keel.run import atomic_write
@@ -145,6 +146,7 @@ def train_dpo(
         logps = load_file(str(cache))["logps"]
     else:
         reference = frozen(load_policy(reference_path, device=context.device)[0])
+        compute_alike(reference, model)
         logps = reference_logps(reference, pairs, config.batch_tokens, context.device, context.precision)
         del reference
         atomic_write(cache, lambda file: file.write(to_bytes({"logps": logps})))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import TrainBase
+from keel.model.packed import compile_training
 from keel.model.precision import autocast
 from keel.run import StageDir, restore_rng, rng_state
 from keel.train.optim import lr_factor, make_optimizer, set_lr
@@ -73,6 +74,9 @@ def train(
     killed run repeats at most that much and ends with the same weights, bit for bit on a CPU.
     """
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
+    if config.compile:
+        for module in algorithm.modules.values():
+            compile_training(module)
     first, step = _resume(algorithm, optimizer, stage)
     total_updates = algorithm.iterations * algorithm.updates_per_iteration
     stage.metrics.resume(first)

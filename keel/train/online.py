@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from keel.config import OnlineBase
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen, load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
+from keel.model.packed import compute_alike
 from keel.model.precision import Precision, autocast
 from keel.objective.kl import k1, k2, k3
 from keel.objective.policy import episode_scores
@@ -296,14 +298,8 @@ def make_rollouts(
     watch: Judge | None = None,
 ) -> Rollouts:
     """Loads the policy at ``context.model_path`` to be trained, and the reference (None: there is none)."""
-    policy, tokenizer = load_policy(
-        context.model_path,
-        device=context.device,
-        lora=context.base_model.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    policy, reference, tokenizer = _policy_and_reference(config, reference_path, context)
     chat = Chat(tokenizer)
-    reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
     sampler = make_sampler(policy, config.sampling.backend, stop_token_ids(chat, config.sampling), context.precision)
     kept, prompt_ids = encode_prompts(chat, prompts, context.data, context.reporter)
     return Rollouts(
@@ -322,6 +318,26 @@ def make_rollouts(
         watch,
         same_start=reference_path == context.model_path,
     )
+
+
+def _policy_and_reference(
+    config: OnlineBase, reference_path: Path | None, context: TrainContext
+) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    trunk, checkpointing = context.trunk, config.gradient_checkpointing
+    if trunk is not None:
+        policy, tokenizer = trunk.policy(checkpointing)
+        reference = trunk.reference() if reference_path else None
+    else:
+        policy, tokenizer = load_policy(
+            context.model_path,
+            device=context.device,
+            lora=context.base_model.lora,
+            gradient_checkpointing=checkpointing,
+        )
+        reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
+    if reference is not None:
+        compute_alike(reference, policy)
+    return policy, reference, tokenizer
 
 
 def finish(rollouts: Rollouts, context: TrainContext, steps: int) -> dict[str, Any]:

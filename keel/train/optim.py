@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from keel.config import OptimConfig
+from keel.train.adamw8bit import adamw8bit
 
 
 def make_optimizer(
     modules: Mapping[str, nn.Module], config: OptimConfig, lrs: Mapping[str, float]
-) -> torch.optim.AdamW:
-    """One AdamW with a parameter group for each module that is trained; ``lrs`` overrides the rate by module name.
+) -> torch.optim.Optimizer:
+    """One AdamW, of the recipe's kind, with a parameter group for each module that is trained; ``lrs`` overrides the
+    rate by module name.
 
     Weight decay applies to matrices only: decaying norms and biases pulls activations to zero for no gain.
     """
@@ -28,6 +30,8 @@ def make_optimizer(
         ):
             if params:
                 groups.append({"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay, "module": name})
+    if config.kind == "adamw8bit":
+        return adamw8bit(groups, config)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -141,13 +141,7 @@ def train_ppo(
     ``critic_path``: a reward model (its head comes along); None: the policy's trunk with a new head.
     """
     rollouts = make_rollouts(config, prompts, scorer, reference_path, context, watch=watch)
-    critic = load_scalar(
-        critic_path or context.model_path,
-        device=context.device,
-        lora=context.base_model.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
-        new_head_seed=None if critic_path else context.seed,
-    )
+    critic = _critic(config, critic_path, context)
     if critic.tokenizer.get_vocab() != rollouts.chat.tokenizer.get_vocab():
         raise UserError(
             f"{config.name}: the critic {critic_path} has another tokenizer than the policy, so it cannot value the "
@@ -156,3 +150,16 @@ def train_ppo(
     algorithm = Ppo(rollouts, critic, config)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
     return finish(rollouts, context, steps)
+
+
+def _critic(config: PpoStage, path: Path | None, context: TrainContext) -> ScalarModel:
+    trunk, checkpointing = context.trunk, config.gradient_checkpointing
+    if trunk is not None:
+        return trunk.reward_model(path, checkpointing) if path else trunk.new_critic(context.seed, checkpointing)
+    return load_scalar(
+        path or context.model_path,
+        device=context.device,
+        lora=context.base_model.lora,
+        gradient_checkpointing=checkpointing,
+        new_head_seed=None if path else context.seed,
+    )

@@ -14,6 +14,7 @@ from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import has_reward_head, load_scalar, save
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
+from keel.model.trunk import save_adapter
 from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
@@ -120,6 +121,8 @@ def train_reward(
     scorer.set_scale(float(training.mean()), float(training.std()))
     with context.stage.checkpoint() as folder:
         save(scorer.model, scorer.tokenizer, folder)
+        if context.base_model.lora is not None:
+            save_adapter(scorer.model, folder)  # for a stage with one_base
     held_rows = [row for pair in heldout for row in (pair.chosen, pair.rejected)]
     raw = raw_scores(scorer, held_rows, config.batch_tokens, context.device, context.precision)
     leads = (raw[0::2] - raw[1::2]).tolist()

@@ -1,0 +1,120 @@
+"""One base, many roles: policy, reference, reward models and critic as adapters and heads on one frozen model that is
+in memory once.
+
+Each role gets a module tree of its own over the *same* parameters, with adapters of its own. No role switches another's
+adapters on or off, so their forward passes may be mixed freely, gradient checkpointing's second pass included.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from keel.config import LoraConfig
+from keel.model.checkpoint import frozen, load_policy, load_tokenizer, prepared, scalar_head
+from keel.model.heads import ScalarModel
+from keel.model.merged import merged_weights
+from keel.model.packed import inner_model
+from keel.types import UserError
+
+ADAPTER = "adapter"  # the folder of a reward model's checkpoint that holds its adapters and head, unmerged
+DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and read in no time
+
+
+class Trunk:
+    """A causal LM, frozen and held once. A role's model costs the bytes of its adapters and head."""
+
+    def __init__(self, path: Path, device: str, lora: LoraConfig) -> None:
+        model, self.tokenizer = load_policy(path, device=device)
+        self.path, self.device, self.lora = path, device, lora
+        self.model: PreTrainedModel = frozen(model)  # type: ignore[assignment]
+
+    def policy(self, gradient_checkpointing: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """As ``load_policy``, with new adapters."""
+        return prepared(self._tree(), self.device, self.lora, gradient_checkpointing, "CAUSAL_LM", []), self.tokenizer
+
+    def reference(self) -> nn.Module:
+        """The base itself, without adapters."""
+        return frozen(self._tree())
+
+    def new_critic(self, head_seed: int, gradient_checkpointing: bool) -> ScalarModel:
+        """As ``load_scalar`` with a new head, and new adapters."""
+        model = self._classifier(self.path, self.tokenizer)
+        scalar_head(model, self.path, head_seed)
+        model = prepared(model, self.device, self.lora, gradient_checkpointing, "SEQ_CLS", ["score"])
+        return ScalarModel(model, self.tokenizer)
+
+    def reward_model(self, path: Path, gradient_checkpointing: bool = False) -> ScalarModel:
+        """As ``load_scalar``, with the adapters and head that were trained at ``path``, which can be trained on.
+
+        UserError when that reward model was trained without adapters, or on another base.
+        """
+        from peft import PeftModel
+
+        adapter, tokenizer = self._adapter_of(path), load_tokenizer(path)
+        model = self._classifier(path, tokenizer)
+        nn.init.zeros_(scalar_head(model, path).weight)  # type: ignore[arg-type]  # the adapter brings its own
+        prepared(model, self.device, None, gradient_checkpointing, "SEQ_CLS", [])
+        frozen(model).train()
+        return ScalarModel(PeftModel.from_pretrained(model, str(adapter), is_trainable=True), tokenizer)
+
+    def _classifier(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The base below a head of unset weights; the configuration is that of ``path``."""
+        config = AutoConfig.from_pretrained(str(path), num_labels=1)
+        with torch.device("meta"):  # of these modules only the head is kept
+            model: Any = AutoModelForSequenceClassification.from_config(config)
+        setattr(model, model.base_model_prefix, self._tree().base_model)
+        scalar_head(model, path).to_empty(device=self.device)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model  # type: ignore[no-any-return]
+
+    def _tree(self) -> PreTrainedModel:
+        """The model's modules anew, over the same parameters."""
+        return copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+
+    def _adapter_of(self, path: Path) -> Path:
+        folder = path / ADAPTER
+        if not (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{path}: no adapters there to put on one base; train this reward model with model.lora, "
+                "or set one_base: false"
+            )
+        if json.loads((folder / "base.json").read_text())["digest"] != digest(self.model):
+            raise UserError(
+                f"{path}: its adapters were trained on another base than {self.path}; train it from the same "
+                "checkpoint as the policy, or set one_base: false"
+            )
+        return folder
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Writes the adapters and head of a model trained with LoRA to ``folder``/adapter, unmerged."""
+    target = folder / ADAPTER
+    model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
+    (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n")
+
+
+def digest(model: nn.Module) -> str:
+    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out."""
+    prefix = inner_model(model).base_model_prefix + "."
+    found = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(_base_weights(model)):
+        if name.startswith(prefix):
+            flat = weight.detach().flatten()
+            entries = flat[:: max(1, flat.numel() // DIGEST_ENTRIES)].float().cpu()
+            found.update(f"{name} {tuple(weight.shape)}".encode() + entries.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    if not hasattr(model, "disable_adapter"):
+        return list(merged_weights(model))
+    with model.disable_adapter():  # type: ignore[operator]
+        return list(merged_weights(model))
