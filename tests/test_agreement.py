@@ -340,7 +340,7 @@ def test_the_harbors_bad_annotators_are_named(tmp_path: Path) -> None:
     ]
     pairs = reference_pairs(World(0), 700, 0)
     with Store(tmp_path / "a.db") as store:
-        shared_store(store, pairs, overlap=2)
+        shared_store(store, pairs, overlap=3)
         label(store, people, 0, "1", Silent())
         judgements = store.judgements()
     figures = annotator_figures(judgements, bootstrap=100)
