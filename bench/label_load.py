@@ -51,7 +51,8 @@ listener.listen(2048)
 print(listener.getsockname()[1], flush=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has stopped
 try:
-    uvicorn.Server(uvicorn.Config(timed, log_level="warning", access_log=False)).run(sockets=[listener])
+    config = uvicorn.Config(timed, log_level="warning", access_log=False, timeout_keep_alive=600)
+    uvicorn.Server(config).run(sockets=[listener])
 finally:
     json.dump(times, open(sys.argv[2], "w"))
 """
