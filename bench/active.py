@@ -19,14 +19,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
 
 from bench.harbor import QUICK, Sizes, Trained, World, prompt_weights
-from keel.feedback.uncertainty import bald, best_first
-from keel.reward.ensemble import Candidate, leads
+from keel.feedback.uncertainty import best_first, disagreement
+from keel.reward.ensemble import Candidate
 from keel.run import cpu_count, write_json
 from keel.stats import percentiles
 from keel.types import Preference
@@ -85,9 +84,9 @@ def curves(world: World, plan: Plan) -> dict[str, list[Point]]:
 def choose(members: Sequence[Trained], pool: Sequence[Candidate], asked: Sequence[int], count: int) -> list[int]:
     had = set(asked)
     left = [i for i in range(len(pool)) if i not in had]
-    temperature = geometric_mean([trained.temperature for trained in members])
-    gains = bald(leads([trained.scorer for trained in members], [pool[i] for i in left], temperature))
-    places = best_first(gains.tolist(), [pool[i].prompt.id for i in left], per_group=1, count=count)
+    scorers, temperatures = [trained.scorer for trained in members], [trained.temperature for trained in members]
+    gains = disagreement(scorers, temperatures, [pool[i] for i in left])
+    places = best_first(gains, [pool[i].prompt.id for i in left], per_group=1, count=count)
     return [left[place] for place in places]
 
 

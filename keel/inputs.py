@@ -72,7 +72,7 @@ def _without_heldout(votes: list[Preference], context: StageContext) -> list[Pre
     source = context.recipe.data.heldout_prompts
     if source is None or not votes:
         return votes
-    heldout = {messages_hash(prompt.messages) for prompt in read_prompts(source)}
+    heldout = _hashes(source)
     kept = [vote for vote in votes if messages_hash(vote.prompt.messages) not in heldout]
     if len(kept) < len(votes):
         context.reporter.note(f"left out {len(votes) - len(kept)} votes on prompts held out for the evaluation")
@@ -80,6 +80,10 @@ def _without_heldout(votes: list[Preference], context: StageContext) -> list[Pre
 
 
 # --------------------------------------------------------------------------------------------------------- prompts
+
+
+def _hashes(source: str) -> set[str]:
+    return {messages_hash(prompt.messages) for prompt in read_prompts(source)}
 
 
 def _pool(context: StageContext) -> list[Prompt]:
@@ -104,7 +108,7 @@ def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     found = _pool(context)
     if data.heldout_prompts is None:
         return split_by_prompt(found, data.heldout_fraction, context.recipe.seed)[0]
-    heldout = {messages_hash(prompt.messages) for prompt in read_prompts(data.heldout_prompts)}
+    heldout = _hashes(data.heldout_prompts)
     kept = [prompt for prompt in found if messages_hash(prompt.messages) not in heldout]
     if len(kept) < len(found):
         context.reporter.note(f"left out {len(found) - len(kept)} prompts that are held out for the evaluation")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import geometric_mean
 from typing import Any
 
 from keel.config import (
@@ -33,13 +32,13 @@ from keel.eval.evaluation import EvaluationInputs, OnlineRun, evaluate_models
 from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import PairChoice, annotate_responses
-from keel.feedback.uncertainty import bald
+from keel.feedback.uncertainty import disagreement
 from keel.inputs import heldout_prompts, preferences, store_url, training_prompts
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.precision import Precision, pick_precision
 from keel.model.trunk import Trunk
 from keel.report import build_report
-from keel.reward.ensemble import Candidate, leads
+from keel.reward.ensemble import Candidate
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.python_ref import load_python
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart
@@ -198,8 +197,7 @@ def _choice(stage: AnnotateStage, context: StageContext, store: Store) -> PairCh
 
     def gains(pairs: Sequence[tuple[Response, Response]]) -> list[float]:
         candidates = [Candidate(prompts[a.prompt_id], a.completion(), b.completion()) for a, b in pairs]
-        disagreement: list[float] = bald(leads(scorers, candidates, geometric_mean(fitted))).tolist()
-        return disagreement
+        return disagreement(scorers, fitted, candidates)
 
     return PairChoice(stage.pairs_per_prompt, stage.pairs, gains, frozenset(asked))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean
 
 from keel.run import RunDir
 from keel.types import Completion, Prompt
@@ -22,10 +21,10 @@ class RunEnsemble:
         return [name for name in names if self._run.stage(name).done]
 
     def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
-        from keel.feedback.uncertainty import bald
+        from keel.feedback.uncertainty import disagreement
         from keel.model.checkpoint import frozen, load_scalar
         from keel.model.precision import pick_precision
-        from keel.reward.ensemble import Candidate, leads
+        from keel.reward.ensemble import Candidate
         from keel.reward.scorer import RewardModelScorer
         from keel.run import resolve_device
         from keel.stages import SCORE_TOKENS
@@ -38,5 +37,4 @@ class RunEnsemble:
             frozen(model.model)
             scorers.append(RewardModelScorer(model, SCORE_TOKENS, precision=precision))
             fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)
-        gains: list[float] = bald(leads(scorers, [Candidate(*pair) for pair in pairs], geometric_mean(fitted))).tolist()
-        return gains
+        return disagreement(scorers, fitted, [Candidate(*pair) for pair in pairs])

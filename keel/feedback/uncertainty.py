@@ -8,8 +8,21 @@ arXiv:1612.01474), agree in the first case and differ in the second.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from statistics import geometric_mean
 
 import numpy as np
+
+from keel.reward.ensemble import Candidate, leads
+from keel.reward.scorer import RewardModelScorer
+
+
+def disagreement(
+    scorers: Sequence[RewardModelScorer], temperatures: Sequence[float], pairs: Sequence[Candidate]
+) -> list[float]:
+    """:func:`bald` of each pair under an ensemble of reward models. ``temperatures``: what fits each member's held-out
+    votes; their geometric mean serves all, so that no member weighs more for being surer of itself."""
+    gains: list[float] = bald(leads(scorers, pairs, geometric_mean(temperatures))).tolist()
+    return gains
 
 
 def bald(leads_MN: np.ndarray) -> np.ndarray:

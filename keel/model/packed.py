@@ -101,11 +101,10 @@ class Layout:
             longest = _rounded(max(lengths[rows.start : rows.stop]), ROUND_LENGTH, self.cells_T.device)
             tokens = slice(begin, begin := begin + sum(lengths[rows.start : rows.stop]))
             if visible is None:
-                seen = torch.ones(1, longest, longest, dtype=torch.bool, device=row_T.device).tril()
+                seen = _causal(longest, row_T.device)
             else:
                 seen = visible.expand(self.batch, -1, -1)[rows.start : rows.stop, :longest, :longest]
-            bias = torch.zeros(seen.shape, dtype=dtype, device=row_T.device).masked_fill_(~seen, float("-inf"))
-            bias = bias if len(bias) == 1 else bias.repeat_interleave(heads, dim=0)
+            bias = _bias(seen, heads, dtype)
             grids.append(fused.Grid(tokens, row_T[tokens] - rows.start, place_T[tokens], len(rows), longest, bias))
         return grids
 
@@ -158,10 +157,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | Non
         # Measured on CPU: for short sequences plain products beat the flash kernel (2.4 times at L = 60 in bfloat16),
         # whose backward is slow there.
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        if visible is None:
-            visible = torch.ones(1, L, L, dtype=torch.bool, device=q.device).tril()
-        hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, float("-inf"))
-        bias = hidden[:, None].expand(B, heads, L, L).reshape(B * heads, L, L)
+        bias = _bias(_causal(L, q.device) if visible is None else visible, heads, q.dtype).expand(B * heads, L, L)
         flat_q, flat_k, flat_v = (x.reshape(B * heads, L, D) for x in (q, k, v))
         scores = torch.baddbmm(bias, flat_q, flat_k.transpose(1, 2), alpha=scale)
         return torch.bmm(torch.softmax(scores.float(), -1).to(flat_v.dtype), flat_v).view(B, heads, L, D)
@@ -171,6 +167,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | Non
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != heads
     )
+
+
+def _causal(L: int, device: torch.device) -> Tensor:
+    """[1, L, L] True where a query (row) may see a key (column): all that are not behind it."""
+    return torch.ones(1, L, L, dtype=torch.bool, device=device).tril()
+
+
+def _bias(visible: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, 0 or -inf: [1, L, L] where all rows see alike, else [B * heads, L, L]."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return bias if len(bias) == 1 else bias.repeat_interleave(heads, dim=0)
 
 
 def _no_mask(*_: object, **__: object) -> None:

@@ -75,7 +75,7 @@ def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = No
     on_cpu = weights[0].device.type == "cpu"
     if weights[0].dtype == dtype and not on_cpu:
         return norm, Linear(weights, biases, packed=False)
-    weight = torch.cat(weights)
+    weight = weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)
     if norm is not None:
         weight *= norm
     weight = weight.to(dtype)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keel.model.fused import inverse_rms, rotate
+
 
 class Linear(NamedTuple):
     """A linear layer's weights, or those of several that read the same input, whose outputs stand side by side.
@@ -82,10 +84,7 @@ def project(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer, low: torch.dtype,
     if layer.q_norm is not None:
         q, k = qk.narrow(-2, 0, shape.heads), qk.narrow(-2, shape.heads, shape.kv_heads)
         qk = torch.cat([normed(q, layer.q_norm, shape.eps), normed(k, layer.k_norm, shape.eps)], -2)
-    half = shape.head_dim // 2  # rotary position embedding (Su et al. 2021), as keel.model.fused.rotate
-    turned = qk * cos
-    turned.narrow(-1, 0, half).addcmul_(qk.narrow(-1, half, half), sin.narrow(-1, 0, half), value=-1.0)
-    turned.narrow(-1, half, half).addcmul_(qk.narrow(-1, 0, half), sin.narrow(-1, half, half))
+    turned = rotate(qk, cos, sin)
     return turned.narrow(-2, 0, shape.heads), torch.stack([turned.narrow(-2, shape.heads, shape.kv_heads), v])
 
 
@@ -108,7 +107,6 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
 
 
 def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm (Zhang and Sennrich 2019) in few operations: x / sqrt(mean(x^2) + eps), times ``weight``."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    h = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    """RMS norm: x / sqrt(mean(x^2) + eps), times ``weight``."""
+    h = x * inverse_rms(x, eps)
     return h if weight is None else h.mul_(weight)

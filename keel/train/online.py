@@ -35,9 +35,8 @@ MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, rati
 # Nats a token: up to it, `auto` takes the sampler's log-probabilities. It moves a ratio by 0.1%, where clipping begins
 # at 20%. On the harbor's base model it is 6e-7 in float32; in bfloat16 about 1e-3 (embedded) and 5e-3 (transformers).
 SAMPLER_BOUND = 1e-3
-PROBE_EVERY = (
-    8  # one episode in so many is measured by the trainer even where the sampler's log-probabilities are taken
-)
+# One episode in so many is measured by the trainer even where the sampler's log-probabilities are taken.
+PROBE_EVERY = 8
 
 Values = Callable[[PackedBatch], Tensor]
 """A critic: packed batch -> values of its masked tokens [C]."""
