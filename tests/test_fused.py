@@ -99,6 +99,34 @@ def test_values_and_gradients_are_those_of_transformers(name: str, longest: int,
         torch.testing.assert_close(gradient, expected_gradients[n], atol=1e-5 * scale, rtol=1e-5, msg=n)
 
 
+@pytest.mark.parametrize("few", [0.1, 0.9], ids=["picked before the last layer's end", "picked at the end"])
+@pytest.mark.parametrize("name", MODELS)
+def test_only_the_wanted_tokens_are_returned_and_learned_from(name: str, few: float) -> None:
+    model, reference = made(name)
+    batch = batches(40)["behind shared prompts"]
+    draw = random.Random(1)
+    wanted = torch.tensor([draw.randrange(batch.num_tokens) for _ in range(int(few * batch.num_tokens))])  # some twice
+    hidden, gradients = run(lambda m, b: hidden_states(m, b, wanted), model, batch)
+    expected, expected_gradients = run(lambda m, b: padded_hidden_states(m, b)[wanted], reference, batch)
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+    for n, gradient in gradients.items():
+        scale = float(expected_gradients[n].abs().max())
+        torch.testing.assert_close(gradient, expected_gradients[n], atol=1e-5 * scale, rtol=1e-5, msg=n)
+
+
+def test_a_norm_whose_weight_is_zero_somewhere_learns_too() -> None:
+    model, reference = made("llama")
+    with torch.no_grad():
+        for m in (model, reference):
+            m.model.layers[1].input_layernorm.weight[3] = 0
+    batch = batches(40)["apart, shortest first"]
+    _, gradients = run(hidden_states, model, batch)
+    _, expected = run(padded_hidden_states, reference, batch)
+    name = "model.layers.1.input_layernorm.weight"
+    assert float(expected[name][3].abs()) > 0.1
+    torch.testing.assert_close(gradients[name], expected[name], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_close_to_float32_as_autocast_over_transformers(name: str) -> None:
     model, reference = made(name)

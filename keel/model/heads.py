@@ -47,7 +47,7 @@ class ScalarModel:
     def raw_packed(self, batch: PackedBatch) -> Tensor:
         """Raw head output at each sequence's last token: [B]."""
         last_B = batch.cu_seqlens[1:] - 1
-        return self._head(hidden_states(self.model, batch).index_select(0, last_B))
+        return self._head(hidden_states(self.model, batch, last_B))
 
     def score_packed(self, batch: PackedBatch) -> Tensor:
         """Centred and scaled scores: [B]."""
@@ -56,7 +56,7 @@ class ScalarModel:
     def values_packed(self, batch: PackedBatch) -> Tensor:
         """Values [C] of the states in which the masked tokens were chosen (the position before each), as a critic."""
         source_C, _ = predicting(batch)
-        return (self._head(hidden_states(self.model, batch).index_select(0, source_C)) - self.mean) / self.std
+        return (self._head(hidden_states(self.model, batch, source_C)) - self.mean) / self.std
 
     def _head(self, hidden_NH: Tensor) -> Tensor:
         head = inner_model(self.model).score

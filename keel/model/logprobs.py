@@ -42,7 +42,7 @@ def predicting(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 def token_logprobs(model: nn.Module, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
     """Log-probabilities of the tokens where ``batch.mask_T`` is True, under ``softmax(logits / temperature)``."""
     source_C, ids_C = predicting(batch)
-    hidden_CH = hidden_states(model, batch).index_select(0, source_C)
+    hidden_CH = hidden_states(model, batch, source_C)
     return head_logprobs(model, hidden_CH, ids_C, temperature, entropy)
 
 
@@ -136,14 +136,15 @@ class _HeadLogProbs(torch.autograd.Function):
                 logits = _logits(hidden[part], weight, bias, scale, softcap)
                 logps = torch.log_softmax(logits, -1)
                 p = logps.exp()
-            grad = torch.zeros_like(p)
-            if grad_logp is not None:
-                g = (grad_logp[part, None] * scale).to(p.dtype)
-                grad = (p * -g).scatter_add_(1, ids[part, None], g)
+            dent = None
             if grad_ent is not None:
                 assert logps is not None
                 h = -torch.linalg.vecdot(p, logps).unsqueeze(-1)
-                grad -= p * (logps + h) * (grad_ent[part, None] * scale)
+                dent = p * (logps + h) * (grad_ent[part, None] * scale)
+            g = p.new_zeros(p.shape[0], 1) if grad_logp is None else (grad_logp[part, None] * scale).to(p.dtype)
+            grad = p.mul_(-g).scatter_add_(1, ids[part, None], g)  # in place: nobody reads p again
+            if dent is not None:
+                grad -= dent
             if softcap is not None:
                 assert logits is not None
                 grad *= 1 - (logits / softcap) ** 2
@@ -158,7 +159,11 @@ class _HeadLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if hidden.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # oneDNN's float32 product, which torch leaves to MKL otherwise: 10-25% faster here on an AMD processor.
+        logits = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    else:
+        logits = torch.nn.functional.linear(hidden, weight, bias)
     if scale != 1.0:
         logits *= scale
     if softcap is not None:

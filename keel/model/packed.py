@@ -30,7 +30,8 @@ ATTENTION = "keel_packed"
 PLAIN_ATTENTION_UP_TO = 256  # tokens
 # oneDNN generates code for every new shape of a matrix product, which can cost as much as the product. Batches of
 # slightly different sizes are therefore rounded up to few sizes on a CPU.
-ROUND_TOKENS, ROUND_LENGTH = 128, 16
+ROUND_TOKENS, ROUND_WANTED, ROUND_LENGTH = 64, 32, 16
+FEW_WANTED = 0.8  # of a batch's tokens: up to it, picking them out before the last layer's end pays
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Layout:
         near = distance < window
         return near & (distance >= 0 if self.allowed is None else self.allowed)
 
-    def grids(self, window: int | None, heads: int, dtype: torch.dtype) -> list[fused.Grid]:
+    def grids(self, window: int | None, heads: int, kv_heads: int, dtype: torch.dtype) -> list[fused.Grid]:
         """The layout cut where rows of different lengths meet (micro-batches are sorted), so that attention does not
         pad all rows to the longest."""
         row_T, place_T = self.cells_T // self.longest, self.cells_T % self.longest
@@ -105,7 +106,8 @@ class Layout:
             else:
                 seen = visible.expand(self.batch, -1, -1)[rows.start : rows.stop, :longest, :longest]
             bias = _bias(seen, heads, dtype)
-            grids.append(fused.Grid(tokens, row_T[tokens] - rows.start, place_T[tokens], len(rows), longest, bias))
+            cells_T = (row_T[tokens] - rows.start) * longest + place_T[tokens]
+            grids.append(fused.Grid(tokens, cells_T, len(rows), longest, bias, heads, kv_heads))
         return grids
 
     def spread(self, x_TF: Tensor, fill: float | int = 0) -> Tensor:
@@ -228,30 +230,39 @@ def compile_training(model: nn.Module, backend: str = "inductor") -> None:
     backbone(model).compile(dynamic=True, backend=backend)
 
 
-def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Last hidden states [T, H] (after the final norm) of every token of a packed batch."""
+def hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None = None) -> Tensor:
+    """Last hidden states (after the final norm) of every token of a packed batch [T, H], or of the tokens at the places
+    ``wanted_W`` [W, H], which costs less."""
     if not torch.is_grad_enabled() and backbone(model)._compiled_call_impl is not None:
         # Measuring stays plain: policy and reference then differ by nothing but their weights, to the bit.
         with torch.compiler.set_stance("force_eager"):
-            return _hidden_states(model, batch)
-    return _hidden_states(model, batch)
+            return _hidden_states(model, batch, wanted_W)
+    return _hidden_states(model, batch, wanted_W)
 
 
-def _hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+def _hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None) -> Tensor:
     if inner_model(model).config._attn_implementation != ATTENTION:
-        return padded_hidden_states(model, batch)
-    tokens = batch.num_tokens
-    spare = _rounded(tokens, ROUND_TOKENS, batch.ids_T.device) - tokens
+        hidden = padded_hidden_states(model, batch)
+        return hidden if wanted_W is None else hidden.index_select(0, wanted_W)
+    tokens, device = batch.num_tokens, batch.ids_T.device
+    spare = _rounded(tokens, ROUND_TOKENS, device) - tokens
     ids, positions = F.pad(batch.ids_T, (0, spare))[None], F.pad(batch.positions_T, (0, spare))[None]
     decoder: Any = backbone(model)
     compiled = decoder._compiled_call_impl is not None and torch.is_grad_enabled()
     if not compiled and fused.is_fusable(decoder):
         embedded = decoder.embed_tokens(ids[0])
         cos, sin = decoder.rotary_emb(embedded, position_ids=positions)
-        hidden = fused.run_layers(decoder, embedded, cos[0], sin[0], _FusedAttention(Layout.of(batch)))
-        return decoder.norm(hidden[:tokens])
+        attention = _FusedAttention(Layout.of(batch))
+        if wanted_W is not None and len(wanted_W) < FEW_WANTED * tokens:
+            padded_W = F.pad(wanted_W, (0, _rounded(len(wanted_W), ROUND_WANTED, device) - len(wanted_W)))
+            hidden = fused.run_layers(decoder, embedded, cos[0], sin[0], attention, padded_W)[: len(wanted_W)]
+        else:
+            hidden = fused.run_layers(decoder, embedded, cos[0], sin[0], attention)[:tokens]
+            hidden = hidden if wanted_W is None else hidden.index_select(0, wanted_W)
+        return decoder.norm(hidden)
     out = decoder(input_ids=ids, position_ids=positions, use_cache=False, keel_layout=Layout.of(batch))
-    return out.last_hidden_state[0, :tokens]
+    hidden = out.last_hidden_state[0]
+    return hidden[:tokens] if wanted_W is None else hidden.index_select(0, wanted_W)
 
 
 class _FusedAttention:
@@ -261,21 +272,23 @@ class _FusedAttention:
         self.layout = layout
         self.grids: dict[int | None, list[fused.Grid]] = {}
 
-    def __call__(self, block: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(self, block: Any, qkv: Tensor, rotary: fused.Rotary) -> Tensor:
         # Qwen's attention modules know their window, Mistral's leave it to the configuration.
         layout = self.layout
         window = getattr(block, "sliding_window", getattr(block.config, "sliding_window", None))
-        heads = block.q_proj.out_features // block.head_dim
+        heads, kv_heads = fused.head_counts(block)
         if layout.longest <= PLAIN_ATTENTION_UP_TO:
             if window not in self.grids:
-                self.grids[window] = layout.grids(window, heads, qkv.dtype)
-            return fused.Attend.apply(qkv, cos, sin, heads, block.scaling, self.grids[window])
-        tokens, kv_heads = layout.cells_T.numel(), (qkv.shape[1] - heads) // 2
-        q, k, v = qkv[:tokens].split([heads, kv_heads, kv_heads], dim=1)
-        q, k = (fused.rotate(x.float(), cos[:tokens, None], sin[:tokens, None]).to(v.dtype) for x in (q, k))
-        q, k, v = (layout.spread(x).transpose(1, 2) for x in (q, k, v))
-        attended = layout.gather(_attend(q, k, v, block.scaling, layout.visible(window)).transpose(1, 2))
-        return F.pad(attended.to(v.dtype).flatten(1), (0, 0, 0, len(qkv) - tokens))
+                self.grids[window] = layout.grids(window, heads, kv_heads, qkv.dtype)
+            return fused.Attend.apply(qkv, rotary, self.grids[window])
+        tokens = layout.cells_T.numel()
+        turned = fused.turn(qkv[:, : heads + kv_heads], rotary.factors).to(qkv.dtype)
+        q, k, v = (
+            layout.spread(x[:tokens]).transpose(1, 2)
+            for x in (*turned.split([heads, kv_heads], dim=1), qkv[:, heads + kv_heads :])
+        )
+        attended = layout.gather(_attend(q, k, v, 1.0, layout.visible(window)).transpose(1, 2))
+        return F.pad(attended.to(qkv.dtype).flatten(1), (0, 0, 0, len(qkv) - tokens))
 
 
 BUCKET_GAIN = 0.8  # of the cells of attention's products that must be left for another grid's operations to pay

@@ -63,7 +63,11 @@ class Ppo:
         policy_learns = iteration >= self.config.critic_warmup
         for part, groups in minibatches(data.rows, self.config, self.rollouts.seed, iteration):
             tokens = sum(data.old_logp[i].numel() for i in part)
-            yield [self._micro(data, group, tokens, policy_learns) for group in groups]
+            # Policy and critic one after the other: one's activations are gone before the other's are made.
+            micros = [self._value_micro(data, group, tokens) for group in groups]
+            if policy_learns:
+                micros += [self._policy_micro(data, group, tokens) for group in groups]
+            yield micros
 
     @torch.no_grad()
     def _rollout(self, iteration: int) -> Rollout:
@@ -88,33 +92,37 @@ class Ppo:
 
     # ------------------------------------------------------------------------------------------------ losses
 
-    def _micro(self, data: Rollout, part: Sequence[int], tokens: int, policy_learns: bool) -> Micro:
+    def _policy_micro(self, data: Rollout, part: Sequence[int], tokens: int) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
-            config, device = self.config, self.rollouts.device
-            batch = pack_by_prompt([data.rows[i] for i in part], device)
-            old_logp, old_value, advantage, returns = (
-                torch.cat([column[i] for i in part]).to(device)
-                for column in (data.old_logp, data.old_value, data.advantage, data.returns)
-            )
-            value = self.critic.values_packed(batch)
-            value_loss, value_clipped = clipped_value_loss(value, old_value, returns, config.value_clip)
-            loss = config.value_coef * value_loss.sum() / tokens
-            count = float(old_logp.numel())
-            stats = {
-                "loss/value_avg": (float(value_loss.detach().sum()), count),
-                "val/clipfrac_avg": (float(value_clipped.sum()), count),
-            }
-            if not policy_learns:
-                return loss, stats
-            policy, temperature = self.rollouts.policy, self.rollouts.temperature
-            now = token_logprobs(policy, batch, temperature, entropy=config.entropy_coef > 0)
+            config, rollouts = self.config, self.rollouts
+            batch = pack_by_prompt([data.rows[i] for i in part], rollouts.device)
+            old_logp, advantage = self._columns(part, data.old_logp, data.advantage)
+            now = token_logprobs(rollouts.policy, batch, rollouts.temperature, entropy=config.entropy_coef > 0)
             policy_loss, clipped = clipped_policy_loss(now.logp_C, old_logp, advantage, config.clip)
-            loss = loss + policy_loss.sum() / tokens
+            loss = policy_loss.sum() / tokens
             if now.entropy_C is not None:
                 loss = loss + entropy_bonus(now.entropy_C, config.entropy_coef).sum() / tokens
-            return loss, {**stats, **policy_stats(policy_loss, clipped, now.logp_C, old_logp)}
+            return loss, policy_stats(policy_loss, clipped, now.logp_C, old_logp)
 
         return compute
+
+    def _value_micro(self, data: Rollout, part: Sequence[int], tokens: int) -> Micro:
+        def compute() -> tuple[Tensor, Stats]:
+            batch = pack_by_prompt([data.rows[i] for i in part], self.rollouts.device)
+            old_value, returns = self._columns(part, data.old_value, data.returns)
+            value = self.critic.values_packed(batch)
+            value_loss, clipped = clipped_value_loss(value, old_value, returns, self.config.value_clip)
+            count = float(old_value.numel())
+            return self.config.value_coef * value_loss.sum() / tokens, {
+                "loss/value_avg": (float(value_loss.detach().sum()), count),
+                "val/clipfrac_avg": (float(clipped.sum()), count),
+            }
+
+        return compute
+
+    def _columns(self, part: Sequence[int], *columns: Sequence[Tensor]) -> list[Tensor]:
+        """Each column's tokens of some episodes in a row [C]."""
+        return [torch.cat([column[i] for i in part]).to(self.rollouts.device) for column in columns]
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
         self.kl.update(self.figures["objective/kl"], self.config.rollout_batch)
