@@ -345,7 +345,8 @@ class GrpoStage(OnlineBase):
     )
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "auto",
-        description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's",
+        description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's, "
+        "and the trainer's at the step itself where each rollout gets one step",
     )
 
     @model_validator(mode="after")

@@ -351,6 +351,32 @@ def test_the_policys_pass_over_the_rollout_is_left_out(
     assert counts == {id(rollouts.policy): 4, id(rollouts.reference): 32}
 
 
+def test_one_step_a_rollout_needs_nobodys_old_log_probabilities(
+    sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step's loss and gradient are those of a rollout that the trainer measured whole, however far off the sampler
+    is; with a second step they are not left out."""
+
+    def one(by: float, mode: str, minibatches: int) -> tuple[Grpo, float, list[Tensor]]:
+        rollouts = rollouts_off_by(by, mode, sft_model, tmp_path, monkeypatch)
+        config = stage(old_logprobs=mode, minibatches=minibatches, beta=0.1)
+        algorithm = Grpo(rollouts, config)
+        total = 0.0
+        for micro in next(algorithm.updates(0)):
+            loss, _ = micro()
+            loss.backward()
+            total += float(loss.detach())
+        return algorithm, total, [p.grad for p in rollouts.policy.parameters() if p.grad is not None]
+
+    _, expected, gradients = one(0.0, "trainer", 1)
+    algorithm, loss, found = one(0.2, "auto", 1)
+    assert algorithm.figures["rollout/measured"] == 1 / online.PROBE_EVERY
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for a, b in zip(found, gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert one(0.2, "auto", 2)[0].figures["rollout/measured"] == 1.0
+
+
 @pytest.mark.parametrize("mode", ["sampler", "auto"])
 def test_ppo_with_the_samplers_log_probabilities_learns_the_same(mode: str, sft_model: Path, tmp_path: Path) -> None:
     """In float32 they are the trainer's but for rounding: the same rollouts, and scores that go together."""

@@ -43,6 +43,9 @@ class Grpo:
         self.rollouts, self.config = rollouts, config
         self.iterations = rollouts.count
         self.updates_per_iteration = config.epochs * config.minibatches
+        # The policy of a rollout's first step is the one that sampled it. Where there is no other step, the ratio is 1
+        # and its gradient that of log p: nothing but the probe need be measured.
+        self.old_at_step = self.updates_per_iteration == 1 and config.old_logprobs == "auto"
         self.figures: dict[str, float] = {}
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
@@ -55,7 +58,7 @@ class Grpo:
 
     def _rollout(self, iteration: int) -> Rollout:
         config = self.config
-        episodes = self.rollouts.collect(iteration)
+        episodes = self.rollouts.collect(iteration, old_at_step=self.old_at_step)
         still_N = without_spread(episodes.shaped_N, config.group_size)
         self.figures = episodes.figures | {"frac_reward_zero_std": float(still_N.float().mean())}
         lengths, ref_logp_C = episodes.lengths, episodes.ref_logp_C
@@ -72,11 +75,11 @@ class Grpo:
             config, device = self.config, self.rollouts.device
             batch = pack_by_prompt([data.rows[i] for i in part], device)
             length_N = data.length_N[part]
-            old_logp = torch.cat([data.old_logp[i] for i in part]).to(device)
             advantage = data.advantage_N[part].repeat_interleave(length_N).to(device)
             weight = torch.tensor(weights).repeat_interleave(length_N).to(device)
             ref_logp = torch.cat([data.ref_logp[i] for i in part]).to(device) if data.ref_logp else None
             logp = token_logprobs(self.rollouts.policy, batch, self.rollouts.temperature).logp_C
+            old_logp = logp.detach() if self.old_at_step else torch.cat([data.old_logp[i] for i in part]).to(device)
             loss, clipped = grpo_loss(
                 logp, old_logp, advantage, config.clip_low, config.clip_high, ref_logp, config.beta
             )

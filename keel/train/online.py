@@ -108,8 +108,9 @@ class Rollouts:
         self.schedule = Schedule(len(prompts), per_rollout, self.count * per_rollout / len(prompts), seed)
 
     @torch.no_grad()
-    def collect(self, iteration: int, values: Values | None = None) -> Episodes:
-        """The rollout of an iteration: a pure function of it, the seed and the weights."""
+    def collect(self, iteration: int, values: Values | None = None, old_at_step: bool = False) -> Episodes:
+        """The rollout of an iteration: a pure function of it, the seed and the weights. ``old_at_step``: the one
+        optimizer step over it knows the old log-probabilities itself, so that those of the sampler will do here."""
         config = self.config
         # A group's requests lie side by side: the embedded sampler prefills a prompt once for all of them.
         chosen = [i for i in self.schedule.batch(iteration) for _ in range(self.group)]
@@ -125,7 +126,7 @@ class Rollouts:
             Encoded(e.prompt_ids + e.completion.ids, (False,) * len(e.prompt_ids) + (True,) * len(e.completion.ids))
             for e in episodes
         ]
-        measured, mismatch = self._measure(rows, episodes, values)
+        measured, mismatch = self._measure(rows, episodes, values, old_at_step)
         completions = [e.completion for e in episodes]
         with autocast(self.device, self.precision):
             scores_N = self.scorer.score([e.prompt for e in episodes], completions).float()
@@ -147,7 +148,7 @@ class Rollouts:
     # -------------------------------------------------------------------------------------------- measuring
 
     def _measure(
-        self, rows: Sequence[Encoded], episodes: Sequence[Trajectory], values: Values | None
+        self, rows: Sequence[Encoded], episodes: Sequence[Trajectory], values: Values | None, old_at_step: bool
     ) -> tuple[list[_Measured], float]:
         """(what was measured on each episode, mean absolute difference of sampler's and trainer's log-probabilities).
 
@@ -166,7 +167,7 @@ class Rollouts:
                 "use precision: fp32 or sampling.backend: transformers"
             )
         rest = [i for i in range(len(rows)) if i not in probe]
-        trusted = mode == "sampler" or mismatch <= SAMPLER_BOUND
+        trusted = mode == "sampler" or old_at_step or mismatch <= SAMPLER_BOUND
         measured |= self._forward(rows, rest, values, policy=not trusted)
         return [measured[i] for i in range(len(rows))], mismatch
 
