@@ -75,6 +75,12 @@ class OptimConfig(Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1, description="end of the schedule as a share of lr")
     max_grad_norm: float = Field(1.0, gt=0)
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="the checkpoint is the mean of the weights over this last share of the run; 0: the last weights",
+    )
 
 
 class SamplingConfig(Strict):
@@ -149,6 +155,15 @@ class SftStage(TrainBase):
     batch_size: int = Field(64, ge=1, description="conversations per optimizer step")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses; 0: four times an epoch")
     patience: int = Field(3, ge=1, description="early stopping: held-out losses without a new best")
+
+    @model_validator(mode="after")
+    def _keeps_its_best(self) -> SftStage:
+        if self.optim.average:
+            raise ValueError(
+                "sft keeps the weights of its best held-out loss, so there is nothing to average; leave "
+                "optim.average out"
+            )
+        return self
 
 
 class SampleStage(StageBase):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from keel.model.checkpoint import load_policy, load_scalar
 from keel.rollout.sampler import make_sampler
 from keel.run import RunDir, Silent, read_json
 from keel.train.context import TrainContext
-from keel.train.dpo import train_dpo
+from keel.train.dpo import Dpo, train_dpo
 from keel.train.grpo import train_grpo
 from keel.train.loop import _update
 from keel.train.offline import Schedule
@@ -105,6 +106,32 @@ def test_accumulation_changes_nothing(sft_model: Path) -> None:
         ends.append((figures["loss"][0], figures["grad_norm"][0]))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("share", "averaged"), [(0.0, 1), (0.1, 1), (0.5, 4), (0.6, 4), (0.9, 7)])
+def test_the_checkpoint_is_the_mean_of_the_last_weights(
+    share: float, averaged: int, sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    after = Dpo.after
+
+    def watching(self: Dpo, iteration: int) -> Any:
+        seen.append(torch.cat([p.detach().flatten().clone() for p in self.modules["policy"].parameters()]))
+        return after(self, iteration)
+
+    monkeypatch.setattr(Dpo, "after", watching)
+    optim = OptimConfig(lr=1e-2, schedule="constant", average=share)
+    c = context(tmp_path, "dpo", sft_model)
+    stage = DpoStage(name="dpo", optim=optim, batch_size=8, epochs=1.1, heldout_fraction=0.1)
+    train_dpo(stage, preferences(60), sft_model, c)
+    assert len(seen) == 8, "shares of 8 are meant above"
+    assert float((seen[-1] - seen[-4]).abs().max()) > 1e-3
+    torch.testing.assert_close(weights(c.stage.path), torch.stack(seen[-averaged:]).mean(0), atol=1e-6, rtol=0)
+
+
+def test_sft_has_nothing_to_average() -> None:
+    with pytest.raises(ValueError, match=r"leave optim\.average out"):
+        SftStage(name="sft", optim=OptimConfig(average=0.5))
 
 
 def test_nan_loss_is_one_clear_error(sft_model: Path, tmp_path: Path) -> None:
@@ -360,7 +387,10 @@ def _sft(tmp: Path, model: Path) -> Path:
 
 def _dpo(tmp: Path, model: Path) -> Path:
     c = context(tmp, "dpo", model)
-    train_dpo(DpoStage(name="dpo", optim=FAST, batch_size=8, epochs=2, save_every_seconds=0), preferences(60), model, c)
+    optim = FAST.model_copy(update={"average": 0.8})
+    train_dpo(
+        DpoStage(name="dpo", optim=optim, batch_size=8, epochs=2, save_every_seconds=0), preferences(60), model, c
+    )
     return c.stage.path
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from keel.data.collate import micro_batches, pack
+from keel.data.collate import micro_batches, micro_batches_by_prompt, pack, pack_by_prompt
 from keel.eval.evaluate import Estimate
 from keel.model.logprobs import sequence_sums, token_logprobs
 from keel.types import Encoded, UserError
@@ -95,12 +95,16 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _summed_logprobs(model: nn.Module, sequences: Sequence[Encoded], batch_tokens: int) -> Tensor:
-    """Summed log-probability of each sequence's masked tokens, float64 [N] on the CPU. Packed by length."""
+    """Summed log-probability of each sequence's masked tokens, float64 [N] on the CPU. Packed by length; what stands
+    before the first masked token is run once for all that share it."""
     sums_N = torch.zeros(len(sequences), dtype=torch.float64)
     device = next(model.parameters()).device
+    shared = any(sequence.prompt_ids for sequence in sequences)
+    lengths = [len(sequence.ids) for sequence in sequences]
+    groups = micro_batches_by_prompt(sequences, batch_tokens) if shared else micro_batches(lengths, batch_tokens)
     with _evaluating(model):
-        for indices in micro_batches([len(s.ids) for s in sequences], batch_tokens):
-            batch = pack([sequences[i] for i in indices], device)
+        for indices in groups:
+            batch = (pack_by_prompt if shared else pack)([sequences[i] for i in indices], device)
             logp_C = token_logprobs(model, batch).logp_C
             sums_N[indices] = sequence_sums(logp_C.double(), batch).cpu()
     return sums_N

@@ -77,7 +77,8 @@ def train(
     if config.compile:
         for module in algorithm.modules.values():
             compile_training(module)
-    first, step = _resume(algorithm, optimizer, stage)
+    average = Average(algorithm, config.optim.average)
+    first, step = _resume(algorithm, optimizer, average, stage)
     total_updates = algorithm.iterations * algorithm.updates_per_iteration
     stage.metrics.resume(first)
     reporter.start(config.name, algorithm.iterations)
@@ -92,6 +93,7 @@ def train(
             lr = set_lr(optimizer, lr_factor(step, total_updates, config.optim))
             totals.add(_update(algorithm, optimizer, micros, config, device, precision, step))
             step += 1
+        average.add(iteration)
         figures, stop = algorithm.after(iteration)
         row = {**totals.means(), "lr": lr, **figures}
         if iteration % config.log_every == 0 or stop or iteration + 1 == algorithm.iterations:
@@ -100,9 +102,46 @@ def train(
         if stop:
             break
         if time.monotonic() - saved >= config.save_every_seconds and iteration + 1 < algorithm.iterations:
-            stage.save_state(_state(algorithm, optimizer, iteration + 1, step))
+            stage.save_state(_state(algorithm, optimizer, average, iteration + 1, step))
             saved = time.monotonic()
+    average.put_in_place()
     return step
+
+
+class Average:
+    """The mean of the trained weights over the last ``share`` of a run's iterations (Polyak and Juditsky 1992). The
+    weights that training ends with still swing from step to step, above all where rewards are noisy; their mean does
+    not."""
+
+    def __init__(self, algorithm: Algorithm, share: float) -> None:
+        self.algorithm, self.begin = algorithm, algorithm.iterations * (1 - share)
+        self.count = 0
+        self.means: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, iteration: int) -> None:
+        """Called after each iteration's updates."""
+        if iteration < self.begin:
+            return
+        self.count += 1
+        for name, module in self.algorithm.modules.items():
+            weights = _trained_state(module)
+            means = self.means.setdefault(name, {key: torch.zeros_like(p) for key, p in weights.items()})
+            for key, p in weights.items():
+                means[key].lerp_(p, 1 / self.count)
+
+    def put_in_place(self) -> None:
+        for name, means in self.means.items():
+            self.algorithm.modules[name].load_state_dict(means, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "means": self.means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        for name, means in state["means"].items():
+            weights = _trained_state(self.algorithm.modules[name])
+            self.means[name] = {key: mean.to(weights[key].device) for key, mean in means.items()}
 
 
 def _update(
@@ -146,24 +185,30 @@ def _update(
     return totals
 
 
-def _state(algorithm: Algorithm, optimizer: torch.optim.Optimizer, iteration: int, step: int) -> dict[str, Any]:
+def _state(
+    algorithm: Algorithm, optimizer: torch.optim.Optimizer, average: Average, iteration: int, step: int
+) -> dict[str, Any]:
     return {
         "iteration": iteration,
         "step": step,
         "modules": {name: _trained_state(module) for name, module in algorithm.modules.items()},
         "optimizer": optimizer.state_dict(),
+        "average": average.state_dict(),
         "rng": rng_state(),
         "algorithm": algorithm.state_dict(),
     }
 
 
-def _resume(algorithm: Algorithm, optimizer: torch.optim.Optimizer, stage: StageDir) -> tuple[int, int]:
+def _resume(
+    algorithm: Algorithm, optimizer: torch.optim.Optimizer, average: Average, stage: StageDir
+) -> tuple[int, int]:
     state = stage.load_state()
     if state is None:
         return 0, 0
     for name, module in algorithm.modules.items():
         module.load_state_dict(state["modules"][name], strict=False)
     optimizer.load_state_dict(state["optimizer"])
+    average.load_state_dict(state["average"])
     restore_rng(state["rng"])
     algorithm.load_state_dict(state["algorithm"])
     return int(state["iteration"]), int(state["step"])
