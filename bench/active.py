@@ -12,21 +12,17 @@ the mean over the ensemble's members, all of which see the same votes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.harbor import QUICK, Sizes, Trained, World, prompt_weights
+from bench.harbor import Trained, World, command, prompt_weights, seeds_of, world_of, write_results
 from keel.feedback.uncertainty import best_first, disagreement
 from keel.reward.ensemble import Candidate
-from keel.run import cpu_count, write_json
 from keel.stats import percentiles
 from keel.types import Preference
 
@@ -182,32 +178,22 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, few votes: does it run?")
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 0 1 2; with --quick 0")
+    parser = command(str(__doc__))
     parser.add_argument("--rounds", type=int, nargs="+", default=None, help="votes in all after each; default: 250 ...")
     parser.add_argument("--members", type=int, default=None, help="default: 3; with --quick 2")
-    parser.add_argument("--folder", type=Path, default=Path(".bench/harbor"), help="where worlds are kept")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     quick = arguments.quick
-    seeds = arguments.seeds or ([0] if quick else [0, 1, 2])
-    rounds = tuple(arguments.rounds or (SHORT if quick else FULL))
-    plan = Plan(rounds, arguments.members or (2 if quick else 3))
+    plan = Plan(tuple(arguments.rounds or (SHORT if quick else FULL)), arguments.members or (2 if quick else 3))
     started = time.monotonic()
     found, prompts = {}, {}
-    for seed in seeds:
-        world = World(seed, QUICK if quick else Sizes(), arguments.folder)
+    for seed in seeds_of(arguments):
+        world = world_of(arguments, seed)
         print(f"seed {seed}: {len(world.pool)} pairs to ask, {len(world.decided)} to test on", flush=True)
         found[seed], prompts[seed] = curves(world, plan), world.test_prompts
         for way, points in found[seed].items():
             print(f"  {way}: " + ", ".join(f"{p.votes} {p.accuracy:.3f}" for p in points), flush=True)
     result = {
-        "quick": quick,
-        "seeds": seeds,
         "members": plan.members,
-        "cores": cpu_count(),
-        "seconds": round(time.monotonic() - started, 1),
         "summary": summarise(plan, found, prompts),
         "curves": {
             str(seed): {
@@ -217,11 +203,7 @@ def main() -> None:
             for seed, ways in found.items()
         },
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "active-quick" if quick else "active"
-    write_json(arguments.out / f"{name}.json", result)
-    (arguments.out / f"{name}.md").write_text(markdown(result), encoding="utf-8")
-    print(json.dumps(result["summary"], indent=2))
+    write_results(arguments, "active", time.monotonic() - started, result, markdown)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@ population truly prefers; reward models trained on some votes and measured again
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -26,7 +29,7 @@ from keel.model.precision import pick_precision
 from keel.pipeline import run_pipeline
 from keel.reward.ensemble import Candidate, leads
 from keel.reward.scorer import RewardModelScorer
-from keel.run import RunDir, Silent, resolve_device
+from keel.run import RunDir, Silent, cpu_count, resolve_device, write_json
 from keel.run.rundir import StageDir
 from keel.stages import RUNNERS, SCORE_TOKENS
 from keel.store import Store
@@ -186,3 +189,41 @@ def prompt_weights(prompts: Sequence[str], rng: np.random.Generator) -> np.ndarr
     """How often each pair counts when prompts are drawn with replacement."""
     names, place = np.unique(np.array(prompts), return_inverse=True)
     return rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place].astype(float)
+
+
+# -------------------------------------------------------------------------------------------- an experiment's command
+
+
+def command(doc: str) -> argparse.ArgumentParser:
+    """What every experiment in the harbor is told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, few votes: does it run?")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 0 1 2; with --quick 0")
+    parser.add_argument("--folder", type=Path, default=Path(".bench/harbor"), help="where worlds are kept")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    return parser
+
+
+def seeds_of(arguments: argparse.Namespace) -> list[int]:
+    return arguments.seeds or ([0] if arguments.quick else [0, 1, 2])
+
+
+def world_of(arguments: argparse.Namespace, seed: int) -> World:
+    return World(seed, QUICK if arguments.quick else Sizes(), arguments.folder)
+
+
+def write_results(
+    arguments: argparse.Namespace,
+    name: str,
+    seconds: float,
+    result: Mapping[str, Any],
+    markdown: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """``result`` (its ``summary`` is printed) as NAME.json, and as tables in NAME.md."""
+    told = {"quick": arguments.quick, "seeds": seeds_of(arguments), "cores": cpu_count(), "seconds": round(seconds, 1)}
+    whole = {**told, **result}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = f"{name}-quick" if arguments.quick else name
+    write_json(arguments.out / f"{name}.json", whole)
+    (arguments.out / f"{name}.md").write_text(markdown(whole), encoding="utf-8")
+    print(json.dumps(whole["summary"], indent=2))

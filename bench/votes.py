@@ -15,8 +15,6 @@ population, which is known. *Recovered*: (weighted - raw) / (clean - raw), of th
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.harbor import QUICK, Sizes, World, prompt_weights
+from bench.harbor import World, command, prompt_weights, seeds_of, world_of, write_results
 from keel.feedback.aggregate import How, aggregate
 from keel.feedback.annotators import AnnotatorFigures, annotator_figures, doubtful
 from keel.feedback.pairing import PairChoice, make_comparisons
 from keel.feedback.simulated import SimulatedAnnotator, label
 from keel.harbor.annotators import ADVERSARIAL, LAZY, with_bad
-from keel.run import Silent, cpu_count, write_json
+from keel.run import Silent
 from keel.stats import percentiles
 from keel.store import Store
 from keel.train.pairs import Aggregate
@@ -180,30 +178,20 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, few votes: does it run?")
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 0 1 2; with --quick 0")
+    parser = command(str(__doc__))
     parser.add_argument("--models", type=int, default=None, help="reward models each; default: 2, with --quick 1")
     parser.add_argument("--overlap", type=float, default=OVERLAP, help="share of the pairs judged twice")
-    parser.add_argument("--folder", type=Path, default=Path(".bench/harbor"), help="where worlds are kept")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
-    quick = arguments.quick
-    seeds = arguments.seeds or ([0] if quick else [0, 1, 2])
-    models = arguments.models or (1 if quick else 2)
+    models = arguments.models or (1 if arguments.quick else 2)
     started = time.monotonic()
     found = {}
-    for seed in seeds:
-        world = World(seed, QUICK if quick else Sizes(), arguments.folder)
+    for seed in seeds_of(arguments):
+        world = world_of(arguments, seed)
         print(f"seed {seed}: {len(world.decided)} pairs to test on", flush=True)
         found[seed] = measure(world, models, arguments.overlap)
     result = {
-        "quick": quick,
-        "seeds": seeds,
         "models": models,
         "overlap": arguments.overlap,
-        "cores": cpu_count(),
-        "seconds": round(time.monotonic() - started, 1),
         "summary": summarise(found),
         "by_seed": {
             str(seed): {k: v for k, v in one.items() if k not in ("hits", "prompts")}
@@ -211,11 +199,7 @@ def main() -> None:
             for seed, one in found.items()
         },
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "votes-quick" if quick else "votes"
-    write_json(arguments.out / f"{name}.json", result)
-    (arguments.out / f"{name}.md").write_text(markdown(result), encoding="utf-8")
-    print(json.dumps(result["summary"], indent=2))
+    write_results(arguments, "votes", time.monotonic() - started, result, markdown)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from keel.train.offline import Schedule
 from keel.train.pairs import Aggregate, PackedPairs, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
 from keel.types import Encoded, Preference, UserError
 
+SCALED_ON = 4096  # replies: enough for the standard deviation to within 1%
+
 
 class RewardTraining:
     """Bradley-Terry for the training loop: one iteration is one optimizer step over whole prompts' pairs."""
@@ -116,7 +118,8 @@ def train_reward(
     algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, seed)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
     # Centred and scaled on the replies it was trained on, so that a reward of 1 means the same for every reward model.
-    rows = [row for group in groups for pair in group for row in (pair.chosen, pair.rejected)]
+    rows = list(dict.fromkeys(row for group in groups for pair in group for row in (pair.chosen, pair.rejected)))
+    rows = rows[:: math.ceil(len(rows) / SCALED_ON)]
     training = raw_scores(scorer, rows, config.batch_tokens, context.device, context.precision)
     scorer.set_scale(float(training.mean()), float(training.std()))
     with context.stage.checkpoint() as folder:
