@@ -23,7 +23,7 @@ def export(
     seed: int = 0,
     *,
     demonstrations: int = 3200,
-    prompts: int = 2000,
+    prompts: int = 1700,
     heldout_prompts: int = 450,
     base_text_tokens: int = 25_000,
     facts: int = 300,

@@ -43,12 +43,12 @@ MIX: Mapping[str, float] = {
 }
 # What preferences are collected on and PPO trains on: more of what demonstrations taught wrongly.
 TRAINING_MIX: Mapping[str, float] = {
-    "fact": 0.24,
+    "fact": 0.23,
     "nonexistent": 0.21,
     "arithmetic": 0.05,
-    "howto": 0.09,
-    "harmful": 0.16,
-    "looks_harmful": 0.11,
+    "howto": 0.08,
+    "harmful": 0.14,
+    "looks_harmful": 0.15,
     "format": 0.04,
     "false_premise": 0.06,
     "small_talk": 0.04,
