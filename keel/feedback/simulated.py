@@ -78,8 +78,17 @@ class SimulatedAnnotator:
 
     def probability_left(self, prompt: Prompt, left: str, right: str) -> float:
         """P(left preferred | no tie), the formula at the top of this file."""
-        pull = (self.difference(prompt, left, right) + self.left_bias) / self.temperature
-        return (1 - self.lapse) * sigmoid(pull) + self.lapse / 2
+        return self._probability(self.difference(prompt, left, right))
+
+    def probability_of_first(self, prompt: Prompt, a: str, b: str) -> float | None:
+        """P(a preferred | no tie) with sides drawn at random; None for a tie."""
+        d = self.difference(prompt, a, b)
+        if abs(d) < self.tie_width:
+            return None
+        return 0.5 * (self._probability(d) + 1 - self._probability(-d))
+
+    def _probability(self, difference: float) -> float:
+        return (1 - self.lapse) * sigmoid((difference + self.left_bias) / self.temperature) + self.lapse / 2
 
     def judge(self, prompt: Prompt, left: str, right: str, rng: random.Random) -> Opinion:
         """One judgement. It draws, in this order: lapse, time, then the lapse's coin or the preference's noise.
@@ -104,12 +113,9 @@ class SimulatedAnnotator:
 def true_probability(annotators: Sequence[SimulatedAnnotator], prompt: Prompt, a: str, b: str) -> float:
     """The population's q: P(a preferred over b) for an annotator drawn at random among those who would not tie, and
     for sides drawn at random (so a taste for the left side weakens q, but does not move it). 0.5 when all would tie."""
-    votes = [
-        0.5 * (annotator.probability_left(prompt, a, b) + 1 - annotator.probability_left(prompt, b, a))
-        for annotator in annotators
-        if not annotator.ties(prompt, a, b)
-    ]
-    return sum(votes) / len(votes) if votes else 0.5
+    votes = [annotator.probability_of_first(prompt, a, b) for annotator in annotators]
+    decided = [vote for vote in votes if vote is not None]
+    return sum(decided) / len(decided) if decided else 0.5
 
 
 def label(
