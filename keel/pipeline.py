@@ -311,7 +311,8 @@ def _plan(recipe: Recipe, run: RunDir, device: str, contents: _Contents, votes: 
         elif folder.fingerprint is not None:
             before = VoteHashes() if known is None else VoteHashes(**known)
             voted = _votes_of(recipe, stage, before) != _votes_of(recipe, stage, votes)
-            reason = "people judged more, or took something back" if voted else "its settings or data changed"
+            said = "people judged more, settled something, or took something back"
+            reason = said if voted else "its settings or data changed"
             state, reason = "stale", f"{', '.join(moved)} changed" if moved else reason
         else:
             state, reason = "todo", "not run yet"

@@ -56,7 +56,7 @@ def test_a_judgement_by_a_person_redoes_what_learns_from_it(world: World) -> Non
         assert set(states(world).values()) == {"done"}  # an empty store changes nothing
         judgement = judge(store, 1)
         reasons = {step.stage.name: step.reason for step in plan(world.recipe(), world.run)}
-        assert reasons["reward"] == reasons["dpo"] == "people judged more, or took something back"
+        assert reasons["reward"] == reasons["dpo"] == "people judged more, settled something, or took something back"
         assert reasons["annotate"] == "up to date"
         assert world.go() == AGAIN
         assert world.go() == []
@@ -92,6 +92,26 @@ def test_gold_items_are_no_training_votes(world: World) -> None:
         after = vote_hashes(world.run.store_url)
     assert after.people == ""
     assert after.withdrawn  # a simulated vote that was trained on no longer is
+
+
+@pytest.mark.parametrize("kind", ["simulated", "person"])
+def test_a_reviewers_last_word_redoes_what_learns_from_the_votes(world: World, kind: str) -> None:
+    from keel.store import overview
+
+    with store_of(world.run) as store:
+        judge(store, 1, kind=kind)
+        world.go()
+
+        def settle(choice: str) -> None:
+            with store.transaction(writes=True) as connection:
+                overview.adjudicate(connection, 1, 1, choice, None, "boss", store.now)
+
+        for choice in ("second", "tie"):
+            settle(choice)
+            assert world.go() == AGAIN
+            assert world.go() == []
+        settle("tie")  # once more the same
+        assert world.go() == []
 
 
 def test_hashes_tell_every_change_apart(tmp_path: Path) -> None:

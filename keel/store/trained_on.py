@@ -12,10 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, select
 
 from keel.store.engine import exists
-from keel.store.people_tables import rankings, writings
+from keel.store.people_tables import adjudications, rankings, writings
 from keel.store.store import Store
 from keel.store.tables import annotators, assignments, items, judgements
 
@@ -23,8 +23,8 @@ from keel.store.tables import annotators, assignments, items, judgements
 @dataclass(frozen=True, slots=True)
 class VoteHashes:
     """``people``: of all judgements that stand and are trained on (gold items are not), but those of simulated
-    annotators. ``withdrawn``: of the simulated ones that no longer are, since somebody made their items gold items.
-    Empty where there are none."""
+    annotators. ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made their items
+    gold items or settled them. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
@@ -73,11 +73,26 @@ def _people(connection: Connection) -> Iterable[tuple[Any, ...]]:
             query = query.where(writings.c.original_id.is_not(None))
         for row in connection.execute(query):
             yield (table.name, *row)
+    yield from _settled(connection, annotators.c.kind != "simulated")
 
 
 def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
-    query = _standing(judgements).where(items.c.gold.is_not(None), annotators.c.kind == "simulated")
+    simulated = annotators.c.kind == "simulated"
+    query = _standing(judgements).where(items.c.gold.is_not(None), simulated)
     yield from map(tuple, connection.execute(query))
+    yield from _settled(connection, simulated)
+
+
+def _settled(connection: Connection, whose: ColumnElement[bool]) -> Iterable[tuple[Any, ...]]:
+    """Reviewers' last words on the items that annotators of a kind judged: training takes them in the votes' place."""
+    judged = _standing(judgements).with_only_columns(assignments.c.item_id).where(whose).order_by(None)
+    query = (
+        select(adjudications.c.item_id, adjudications.c.choice)
+        .join(items, items.c.id == adjudications.c.item_id)
+        .where(adjudications.c.undone_at.is_(None), items.c.gold.is_(None), adjudications.c.item_id.in_(judged))
+        .order_by(adjudications.c.item_id)
+    )
+    yield from (("settled", *row) for row in connection.execute(query))
 
 
 def _standing(table: Table) -> Select[Any]:
