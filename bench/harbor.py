@@ -24,14 +24,14 @@ from keel.feedback.simulated import SimulatedAnnotator, draw, true_probability
 from keel.harbor.annotators import population
 from keel.harbor.export import export
 from keel.harbor.judge import judge
-from keel.model.checkpoint import frozen, load_scalar
+from keel.model.checkpoint import load_scalar
 from keel.model.precision import pick_precision
 from keel.pipeline import run_pipeline
 from keel.reward.ensemble import Candidate, leads
-from keel.reward.scorer import RewardModelScorer
+from keel.reward.scorer import RewardModelScorer, frozen_scorer
 from keel.run import RunDir, Silent, cpu_count, resolve_device, write_json
 from keel.run.rundir import StageDir
-from keel.stages import RUNNERS, SCORE_TOKENS
+from keel.stages import RUNNERS
 from keel.store import Store
 from keel.train.context import TrainContext
 from keel.train.reward import Aggregate, train_reward
@@ -175,9 +175,7 @@ class World:
                 seed=self.recipe.seed,
             )
             _, heldout = train_reward(stage, votes, context, aggregate)
-            model = load_scalar(context.stage.path, device=self.device)
-        frozen(model.model)
-        scorer = RewardModelScorer(model, SCORE_TOKENS, precision=context.precision)
+            scorer = frozen_scorer(load_scalar(context.stage.path, device=self.device), context.precision)
         fitted = temperature([lead for record, lead, _, _ in heldout if not record.tie])
         lead_N = leads([scorer], self.test)[0]
         told = np.abs(self.gold) > TIE_WIDTH

@@ -41,7 +41,7 @@ from keel.report import build_report
 from keel.reward.ensemble import Candidate
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.python_ref import load_python
-from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart
+from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.rollout.collect import sample_replies, stop_token_ids
 from keel.rollout.sampler import make_sampler
 from keel.run import StageContext, write_json
@@ -53,9 +53,6 @@ from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
 from keel.types import Judge, Preference, Scorer, UserError
-
-SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
-
 
 # ------------------------------------------------------------------------------------------------------- training
 
@@ -294,9 +291,8 @@ def _reward_model(
     name: str, context: StageContext, precision: Precision, trunk: Trunk | None = None
 ) -> RewardModelScorer:
     path = context.model_path(name)
-    scorer = trunk.reward_model(path) if trunk else load_scalar(path, device=context.device)
-    frozen(scorer.model)
-    return RewardModelScorer(scorer, SCORE_TOKENS, precision=precision)
+    model = trunk.reward_model(path) if trunk else load_scalar(path, device=context.device)
+    return frozen_scorer(model, precision)
 
 
 def _mixed(

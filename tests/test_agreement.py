@@ -353,8 +353,8 @@ def test_the_harbors_bad_annotators_are_named(tmp_path: Path) -> None:
         says = []
         for prompt, a, b in pairs[:300]:
             most = true_probability(honest, prompt, a, b)
-            own = true_probability([person], prompt, a, b)
-            if not person.ties(prompt, a, b):
+            own = person.probability_of_first(prompt, a, b)
+            if own is not None:
                 says.append(own if most > 0.5 else 1 - own)
         assert found[person.name] == pytest.approx(sum(says) / len(says), abs=0.2)
 

@@ -12,18 +12,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    TrainerCallback,
-)
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from bench.work import EOS, OPTIM, PAD, Job, Pair, Work, conversations, pairs, prompts, text
+from bench.work import EOS, OPTIM, Job, Pair, Work, conversations, pairs, prompts, text
 from bench.worker import Outcome, Repetition, Unsupported, clock, serve
-
-MICRO = 8  # TRL's default per_device_train_batch_size
+from bench.workers.trl_models import MICRO, Clock, causal, scalar
 
 
 def prepare(job: Job) -> Repetition:
@@ -33,24 +27,6 @@ def prepare(job: Job) -> Repetition:
     if run is None:
         raise Unsupported(f"TRL 1.16 has no {job.work.task}")
     return lambda work: run(job, work)
-
-
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Training alone: from after the optimizer was made to after the last step."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.began, self.ended = device, 0.0, 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.began = clock(self.device)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.ended = clock(self.device)
-
-    @property
-    def seconds(self) -> float:
-        assert self.ended > self.began > 0, "the trainer did not say when it began and ended"
-        return self.ended - self.began
 
 
 def arguments(job: Job, work: Work, folder: str) -> dict[str, Any]:
@@ -89,18 +65,6 @@ def arguments(job: Job, work: Work, folder: str) -> dict[str, Any]:
 
 def precision(args: Any) -> str:
     return "bf16" if args.bf16 else "fp32"
-
-
-def causal(job: Job) -> Any:
-    given = {"attn_implementation": job.settings["attention"]} if "attention" in job.settings else {}
-    return AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32, **given)
-
-
-def scalar(job: Job) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(job.model_path, dtype=torch.float32, num_labels=1)
-    model.config.pad_token_id = PAD
-    return model
 
 
 def sft(job: Job, work: Work) -> Outcome:

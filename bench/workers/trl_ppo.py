@@ -14,18 +14,12 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    TrainerCallback,
-)
+from transformers import AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from bench.work import OPTIM, PAD, Job, Work, prompts
-from bench.worker import Outcome, Repetition, Unsupported, clock, serve
-
-MICRO = 8  # TRL's default per_device_train_batch_size
+from bench.work import OPTIM, Job, Work, prompts
+from bench.worker import Outcome, Repetition, Unsupported, serve
+from bench.workers.trl_models import MICRO, Clock, causal, scalar
 
 
 def prepare(job: Job) -> Repetition:
@@ -33,17 +27,6 @@ def prepare(job: Job) -> Repetition:
     if job.work.task != "ppo":
         raise Unsupported("this worker does PPO alone")
     return lambda work: ppo(job, work)
-
-
-class Clock(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, device: str) -> None:
-        self.device, self.began, self.ended = device, 0.0, 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.began = clock(self.device)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.ended = clock(self.device)
 
 
 def ppo(job: Job, work: Work) -> Outcome:
@@ -92,18 +75,7 @@ def ppo(job: Job, work: Work) -> Outcome:
             callbacks=[timer],
         )
         trainer.train()
-    return Outcome(work.examples, timer.ended - timer.began, "bf16" if args.bf16 else "fp32")
-
-
-def causal(job: Job) -> Any:
-    return AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32)
-
-
-def scalar(job: Job) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(job.model_path, dtype=torch.float32, num_labels=1)
-    model.config.pad_token_id = PAD
-    return model
+    return Outcome(work.examples, timer.seconds, "bf16" if args.bf16 else "fp32")
 
 
 if __name__ == "__main__":

@@ -22,19 +22,16 @@ class RunEnsemble:
 
     def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
         from keel.feedback.uncertainty import disagreement
-        from keel.model.checkpoint import frozen, load_scalar
+        from keel.model.checkpoint import load_scalar
         from keel.model.precision import pick_precision
         from keel.reward.ensemble import Candidate
-        from keel.reward.scorer import RewardModelScorer
+        from keel.reward.scorer import frozen_scorer
         from keel.run import resolve_device
-        from keel.stages import SCORE_TOKENS
 
         device = resolve_device("auto")
         precision = pick_precision("auto", device)
         scorers, fitted = [], []
         for name in self.names():
-            model = load_scalar(self._run.stage(name).path, device=device)
-            frozen(model.model)
-            scorers.append(RewardModelScorer(model, SCORE_TOKENS, precision=precision))
+            scorers.append(frozen_scorer(load_scalar(self._run.stage(name).path, device=device), precision))
             fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)
         return disagreement(scorers, fitted, [Candidate(*pair) for pair in pairs])

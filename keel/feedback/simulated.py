@@ -73,19 +73,19 @@ class SimulatedAnnotator:
             )
         return difference
 
-    def ties(self, prompt: Prompt, left: str, right: str) -> bool:
-        return abs(self.difference(prompt, left, right)) < self.tie_width
-
     def probability_left(self, prompt: Prompt, left: str, right: str) -> float:
         """P(left preferred | no tie), the formula at the top of this file."""
         return self._probability(self.difference(prompt, left, right))
 
     def probability_of_first(self, prompt: Prompt, a: str, b: str) -> float | None:
         """P(a preferred | no tie) with sides drawn at random; None for a tie."""
-        d = self.difference(prompt, a, b)
-        if abs(d) < self.tie_width:
+        difference = self.difference(prompt, a, b)
+        if self._ties(difference):
             return None
-        return 0.5 * (self._probability(d) + 1 - self._probability(-d))
+        return 0.5 * (self._probability(difference) + 1 - self._probability(-difference))
+
+    def _ties(self, difference: float) -> bool:
+        return abs(difference) < self.tie_width
 
     def _probability(self, difference: float) -> float:
         return (1 - self.lapse) * sigmoid((difference + self.left_bias) / self.temperature) + self.lapse / 2
@@ -100,7 +100,7 @@ class SimulatedAnnotator:
         lapsed = rng.random() < self.lapse
         seconds = (DECIDING_SECONDS + words / WORDS_PER_SECOND) * rng.lognormvariate(0.0, 0.3)
         difference = self.difference(prompt, left, right)
-        if abs(difference) < self.tie_width:
+        if self._ties(difference):
             return Opinion("tie", None, seconds)
         if lapsed:
             return Opinion("left" if rng.random() < 0.5 else "right", 1, seconds)

@@ -195,7 +195,7 @@ def _layer(
     block, mlp = layer.self_attn, layer.mlp
     projections, normed_heads = (block.q_proj, block.k_proj, block.v_proj), hasattr(block, "q_norm")
     width = 0 if normed_heads else block.head_dim
-    (qkv,) = norm_linear(x, layer.input_layernorm, projections, dtype, Plan(interleaved=(width, width, 0)))
+    (qkv,) = norm_linear(x, layer.input_layernorm, projections, dtype, Plan(False, (width, width, 0)))
     qkv = qkv.unflatten(-1, (-1, block.head_dim))
     if normed_heads:  # Qwen3
         heads, kv_heads = head_counts(block)
@@ -206,17 +206,17 @@ def _layer(
     if wanted is not None:
         x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
     x = add_linear(x, attended, block.o_proj, dtype, overwrite)
-    gate, up = norm_linear(x, layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), dtype, Plan(apart=True))
+    gate, up = norm_linear(x, layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), dtype, Plan(True, (0, 0)))
     return add_linear(x, Swiglu.apply(gate, up), mlp.down_proj, dtype, True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What :class:`NormLinear` makes of its weights: outputs ``apart``, or side by side; those of the weights whose
-    entry in ``interleaved`` is not 0 as :func:`interleaved` heads of that width."""
+    """What :class:`NormLinear` makes of its weights: outputs ``apart``, or side by side; a weight's as
+    :func:`interleaved` heads of the width in ``interleaved``, or as they are where that is 0."""
 
-    apart: bool = False
-    interleaved: tuple[int, ...] = (0, 0, 0)
+    apart: bool
+    interleaved: tuple[int, ...]
 
 
 def norm_linear(
@@ -225,7 +225,7 @@ def norm_linear(
     """Several linear layers after one RMS norm: [T, H] -> [T, O_1], [T, O_2], ... or ([T, O_1 + O_2 + ...],) in
     ``dtype``."""
     weights, biases = [linear.weight for linear in linears], []
-    for linear, width in zip(linears, plan.interleaved, strict=False):
+    for linear, width in zip(linears, plan.interleaved, strict=True):
         if linear.bias is not None:
             biases.append(interleaved(linear.bias, 0, width) if width else linear.bias)
     bias = torch.cat(biases) if biases else None
@@ -258,7 +258,7 @@ class NormLinear(torch.autograd.Function):
         h = torch.mul(x, inverse).to(dtype)
         rows = [w.shape[0] for w in weights]
         weight = torch.empty(sum(rows), x.shape[1], dtype=dtype)
-        for piece, w, width in zip(weight.split(rows), weights, plan.interleaved, strict=False):
+        for piece, w, width in zip(weight.split(rows), weights, plan.interleaved, strict=True):
             piece.copy_(interleaved(w * norm, 0, width) if width else w * norm)
         ctx.save_for_backward(h, inverse, weight, norm, *weights)
         ctx.plan = plan
@@ -288,7 +288,7 @@ class NormLinear(torch.autograd.Function):
             products = products if ctx.plan.apart else products[0].split(rows)
             dweights = [
                 (deinterleaved(product, 0, width) if width else product).float()
-                for product, width in zip(products, ctx.plan.interleaved, strict=False)
+                for product, width in zip(products, ctx.plan.interleaved, strict=True)
             ]
         if ctx.needs_input_grad[1]:
             if by_tokens:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from keel.data.collate import micro_batches, pack
+from keel.model.checkpoint import frozen
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
 from keel.rollout.sampler import context_length
 from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, UserError
+
+SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
 
 
 class PythonScorer:
@@ -81,6 +84,12 @@ class RewardModelScorer:
                     f"{self.max_length}; lower max_new_tokens or data.max_prompt_length, or use a longer reward model"
                 )
         return rows
+
+
+def frozen_scorer(reward_model: ScalarModel, precision: str) -> RewardModelScorer:
+    """A reward model that is done with training as a scorer."""
+    frozen(reward_model.model)
+    return RewardModelScorer(reward_model, SCORE_TOKENS, precision=precision)
 
 
 class RewardPart(NamedTuple):

@@ -50,7 +50,7 @@ class PackedPairs:
         place: dict[Encoded, int] = {}
         rows: list[list[Encoded]] = []
         for group in _by_prompt(pairs):
-            for row in shared_rows(_completions(group)):
+            for row in shared_rows(completions(group)):
                 rows.append(row)
                 for completion in row:
                     place[completion] = len(place)
@@ -59,7 +59,7 @@ class PackedPairs:
         return PackedPairs(pack_shared(rows, device), chosen_N, rejected_N)
 
 
-def _completions(pairs: Sequence[Pair]) -> list[Encoded]:
+def completions(pairs: Sequence[Pair]) -> list[Encoded]:
     """The different ones, in order of appearance."""
     return list(dict.fromkeys(completion for pair in pairs for completion in (pair.chosen, pair.rejected)))
 
@@ -80,7 +80,7 @@ def micro_batches_of_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[
         for part in batches_by_tokens([len(p.chosen.ids) + len(p.rejected.ids) for p in group], max_tokens):
             pieces.append([group[i] for i in part])
             shared = len(group[0].prompt_ids)
-            sizes.append(shared + sum(len(c.ids) - shared for c in _completions(pieces[-1])))
+            sizes.append(shared + sum(len(c.ids) - shared for c in completions(pieces[-1])))
     return [[pair for i in batch for pair in pieces[i]] for batch in micro_batches(sizes, max_tokens)]
 
 

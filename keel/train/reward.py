@@ -19,7 +19,16 @@ from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule
-from keel.train.pairs import Aggregate, PackedPairs, Pair, groups_per_batch, heldout_figures, pair_update, split_pairs
+from keel.train.pairs import (
+    Aggregate,
+    PackedPairs,
+    Pair,
+    completions,
+    groups_per_batch,
+    heldout_figures,
+    pair_update,
+    split_pairs,
+)
 from keel.types import Encoded, Preference, UserError
 
 SCALED_ON = 4096  # replies: enough for the standard deviation to within 1%
@@ -118,7 +127,7 @@ def train_reward(
     algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, seed)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
     # Centred and scaled on the replies it was trained on, so that a reward of 1 means the same for every reward model.
-    rows = list(dict.fromkeys(row for group in groups for pair in group for row in (pair.chosen, pair.rejected)))
+    rows = completions([pair for group in groups for pair in group])
     rows = rows[:: math.ceil(len(rows) / SCALED_ON)]
     training = raw_scores(scorer, rows, config.batch_tokens, context.device, context.precision)
     scorer.set_scale(float(training.mean()), float(training.std()))
