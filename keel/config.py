@@ -288,6 +288,9 @@ class OnlineBase(TrainBase):
     prompts: str | None = Field(None, description="default: data.prompts")
     episodes: int = Field(4096, ge=1, description="completions in all")
     rollout_batch: int = Field(256, ge=1, description="completions per rollout")
+    group_size: int = Field(
+        1, ge=1, description="completions per prompt, which is run once for all of them; rollout_batch is a multiple"
+    )
     minibatches: int = Field(2, ge=1, description="optimizer steps per epoch over a rollout")
     epochs: int = Field(1, ge=1, description="passes over each rollout")
     sampling: SamplingConfig = SamplingConfig()
@@ -303,6 +306,20 @@ class OnlineBase(TrainBase):
         description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's",
     )
     watch: PythonRef | None = Field(None, description="a judge that only watches: its mean is logged as eval/gold")
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> OnlineBase:
+        if self.rollout_batch % self.group_size:
+            raise ValueError(
+                f"rollout_batch counts completions and {self.rollout_batch} is no multiple of group_size = "
+                f"{self.group_size}; set it to group_size x the number of prompts per rollout"
+            )
+        if self.minibatches > self.rollout_batch // self.group_size:
+            raise ValueError(
+                f"a rollout has {self.rollout_batch // self.group_size} prompts, which do not make "
+                f"{self.minibatches} minibatches; lower minibatches or raise rollout_batch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples_what_it_trains(self) -> OnlineBase:
@@ -346,7 +363,7 @@ class GrpoStage(OnlineBase):
 
     kind: Literal["grpo"] = "grpo"
     reference: str | None = Field(None, description="default: model when beta is above 0, else none (no KL is logged)")
-    group_size: int = Field(8, ge=2, description="completions per prompt; rollout_batch is a multiple of it")
+    group_size: int = Field(8, ge=2, description="completions per prompt; rollout_batch is a multiple")
     beta: float = Field(0.04, ge=0, description="weight of the KL to the reference in the loss (k3, per token)")
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratios are held above 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="ratios are held below 1 + clip_high (DAPO: 0.28)")
@@ -363,15 +380,6 @@ class GrpoStage(OnlineBase):
         description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's, "
         "and the trainer's at the step itself where each rollout gets one step",
     )
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> GrpoStage:
-        if self.rollout_batch % self.group_size:
-            raise ValueError(
-                f"rollout_batch counts completions and {self.rollout_batch} is no multiple of group_size = "
-                f"{self.group_size}; set it to group_size x the number of prompts per rollout"
-            )
-        return self
 
 
 class EvalStage(StageBase):

@@ -140,6 +140,7 @@ def test_the_loss_equals_trl(name: Any, scale: str, beta: float | None) -> None:
     [
         ({"rollout_batch": 30}, "rollout_batch counts completions and 30 is no multiple of group_size = 4"),
         ({"group_size": 1}, "greater than or equal to 2"),
+        ({"rollout_batch": 8, "minibatches": 3}, "a rollout has 2 prompts, which do not make 3 minibatches"),
         ({"sampling": {"temperature": 0}}, "GRPO learns from differences between samples"),
         ({"sampling": {"top_p": 0.9}}, "make GRPO's ratios those of another distribution"),
         ({"old_logprobs": "mine"}, "'auto', 'sampler' or 'trainer'"),
@@ -155,6 +156,21 @@ def test_an_adaptive_penalty_needs_the_kl_of_every_episode() -> None:
     assert PpoStage.model_validate(adaptive).old_logprobs == "trainer"
     with pytest.raises(ValueError, match=r"kl\.target steers by the KL of the whole rollout"):
         PpoStage.model_validate({**adaptive, "old_logprobs": "auto"})
+
+
+@pytest.mark.parametrize(("group_size", "minibatches"), [(1, 4), (4, 4), (4, 6), (2, 5)])
+def test_each_step_has_whole_groups(group_size: int, minibatches: int) -> None:
+    settings = {"name": "ppo", "rewards": REWARDS, "rollout_batch": 24, "epochs": 2}
+    config = PpoStage.model_validate({**settings, "group_size": group_size, "minibatches": minibatches})
+    rows = [Encoded((n // group_size, 50 + n), (False, True)) for n in range(24)]
+    steps = list(online.minibatches(rows, config, seed=0, iteration=3))
+    assert len(steps) == 2 * minibatches  # what the schedule counts on
+    for epoch in (steps[:minibatches], steps[minibatches:]):
+        assert sorted(i for part, _ in epoch for i in part) == list(range(24))
+    for part, batches in steps:
+        assert sorted(i for batch in batches for i in batch) == sorted(part)
+        assert all(i // group_size * group_size + j in part for i in part for j in range(group_size))
+    assert steps[0][0] != steps[minibatches][0]  # another order in another epoch
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -196,7 +212,7 @@ def test_accumulation_changes_nothing(normalise: str, sft_model: Path, tmp_path:
     for batch_tokens in (100_000, 60):
         c = context(tmp_path, f"{normalise}_{batch_tokens}", sft_model)
         config = stage(batch_tokens=batch_tokens, minibatches=1, normalise=normalise, beta=0.5)
-        rollouts = make_rollouts(config, PROMPTS, LikesO(), sft_model, c, config.group_size)
+        rollouts = make_rollouts(config, PROMPTS, LikesO(), sft_model, c)
         algorithm = Grpo(rollouts, config)
         (micros,) = algorithm.updates(0)
         assert (len(micros) > 3) == (batch_tokens == 60)
@@ -227,7 +243,7 @@ def test_a_shared_prompt_changes_no_number(sft_model: Path, tmp_path: Path, monk
         # Micro-batches so small that they cut through groups; two steps, so that groups are cut by steps too.
         config = stage(batch_tokens=50, minibatches=2, beta=0.5, old_logprobs="trainer")
         c = context(tmp_path, packing.__name__, sft_model)
-        rollouts = make_rollouts(config, PROMPTS, LikesO(), save_tiny(tmp_path / "ref", 1), c, config.group_size)
+        rollouts = make_rollouts(config, PROMPTS, LikesO(), save_tiny(tmp_path / "ref", 1), c)
         rollouts.same_start = False  # another reference, or its part of the gradient would be 0
         algorithm = Grpo(rollouts, config)
         episodes = rollouts.collect(0)
@@ -253,7 +269,7 @@ def test_a_shared_prompt_changes_no_number(sft_model: Path, tmp_path: Path, monk
 def test_the_kl_is_0_at_the_start_behind_a_shared_prompt(sft_model: Path, tmp_path: Path) -> None:
     """To the bit: policy and reference are measured in the same packing."""
     config = stage(old_logprobs="trainer")
-    rollouts = make_rollouts(config, PROMPTS, LikesO(), sft_model, context(tmp_path, "g", sft_model), config.group_size)
+    rollouts = make_rollouts(config, PROMPTS, LikesO(), sft_model, context(tmp_path, "g", sft_model))
     episodes = rollouts.collect(0)
     assert episodes.ref_logp_C is not None
     assert torch.equal(episodes.old_logp_C, episodes.ref_logp_C)
@@ -270,7 +286,7 @@ def test_a_groups_prompt_is_prefilled_once(sft_model: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(Decoder, "prefill", counting)
     config = stage()
-    rollouts = make_rollouts(config, PROMPTS, LikesO(), None, context(tmp_path, "g", sft_model), config.group_size)
+    rollouts = make_rollouts(config, PROMPTS, LikesO(), None, context(tmp_path, "g", sft_model))
     episodes = rollouts.collect(0)
     assert len(seen) == 8
     assert len(episodes.rows) == 32
@@ -299,7 +315,7 @@ def rollouts_off_by(by: float, mode: str, model: Path, tmp: Path, monkeypatch: p
 
     monkeypatch.setattr(online, "make_sampler", off)
     config = stage(old_logprobs=mode)
-    return make_rollouts(config, PROMPTS, LikesO(), model, context(tmp, f"{mode}{by}", model), config.group_size)
+    return make_rollouts(config, PROMPTS, LikesO(), model, context(tmp, f"{mode}{by}", model))
 
 
 @pytest.mark.parametrize(

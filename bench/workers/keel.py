@@ -171,6 +171,7 @@ def online_settings(job: Job, work: Work) -> dict[str, Any]:
         "rewards": [RewardTerm(source=PythonRef(ref="bench:none"))],  # the scorer itself is handed over
         "episodes": work.examples,
         "rollout_batch": work.batch,
+        "group_size": work.group,
         "minibatches": 1,
         "epochs": work.epochs,
         "sampling": SamplingConfig(max_new_tokens=work.reply[1], batch_size=job.settings.get("slots", work.batch)),
@@ -185,7 +186,7 @@ def make_rollouts(
     model, chat = policy_and_chat(job)
     sampler = make_sampler(model, "auto", [], precision(job))  # nothing ends a completion
     return Rollouts(
-        model, reference, scorer, sampler, chat, records, ids, config, job.device, precision(job), work.seed, work.group
+        model, reference, scorer, sampler, chat, records, ids, config, job.device, precision(job), work.seed
     )
 
 
@@ -242,7 +243,7 @@ def grpo(job: Job) -> Repetition:
     which all of them are."""
 
     def run(work: Work) -> Outcome:
-        config = GrpoStage(**online_settings(job, work), group_size=work.group, beta=0.0, missing_eos_penalty=0.0)
+        config = GrpoStage(**online_settings(job, work), beta=0.0, missing_eos_penalty=0.0)
         rollouts = make_rollouts(job, work, config, None, PythonScorer(lambda _, completion: even_words(completion)))
         return online(job, work, Grpo(rollouts, config), config)
 

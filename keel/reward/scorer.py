@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from keel.data.collate import micro_batches, pack
+from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
@@ -34,8 +34,8 @@ class RewardModelScorer:
     """A reward model as a scorer.
 
     It reads the reply's *text*, encoded with the reward model's own tokenizer and template: the policy may have others.
-    Replies of like length go through together, ``batch_tokens`` tokens at a time and without padding, so that a score
-    depends on neither batch mates nor order.
+    Replies of like length go through together, ``batch_tokens`` tokens at a time and without padding, those of a prompt
+    behind one copy of it: a score depends on neither batch mates nor order.
 
     ``max_length``: tokens of prompt and reply that are allowed; by default what the reward model has positions for.
     ``precision``: of the matrix products (``keel.model.precision``); the head is float32 always.
@@ -63,8 +63,8 @@ class RewardModelScorer:
             self.reporter.start("scoring", len(rows))
         device = self.reward_model.device
         with torch.no_grad(), autocast(device.type, self.precision):
-            for group in micro_batches([len(row.ids) for row in rows], self.batch_tokens):
-                batch = pack([rows[i] for i in group], device)
+            for group in micro_batches_by_prompt(rows, self.batch_tokens):
+                batch = pack_by_prompt([rows[i] for i in group], device)
                 scores_N[torch.tensor(group)] = self.reward_model.score_packed(batch).float().cpu()
                 if self.reporter is not None:
                     self.reporter.advance(len(group))

@@ -110,6 +110,6 @@ def train_grpo(
     ``reference_path``: None leaves the reference out, its forward pass and the KL's figures with it (``beta`` is 0).
     """
     assert config.beta == 0 or reference_path is not None, "a KL needs a reference"
-    rollouts = make_rollouts(config, prompts, scorer, reference_path, context, config.group_size, watch)
+    rollouts = make_rollouts(config, prompts, scorer, reference_path, context, watch)
     steps = train(Grpo(rollouts, config), config, context.stage, context.reporter, context.device, context.precision)
     return finish(rollouts, context, steps)

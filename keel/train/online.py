@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Rollouts:
     """Samples a batch of prompts with the policy as it is, scores the completions, and measures them under policy,
     reference and critic.
 
-    ``group``: completions per prompt; a group's episodes follow one another. ``same_start``: the reference is the
+    The episodes of a prompt, ``config.group_size`` of them, follow one another. ``same_start``: the reference is the
     checkpoint that training starts from, which is checked before the first step.
     """
 
@@ -91,20 +92,19 @@ class Rollouts:
         device: str,
         precision: Precision,
         seed: int,
-        group: int = 1,
         watch: Judge | None = None,
         same_start: bool = True,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.scorer, self.sampler, self.chat, self.watch = scorer, sampler, chat, watch
         self.prompts, self.prompt_ids = prompts, prompt_ids
-        self.config, self.device, self.precision, self.seed, self.group = config, device, precision, seed, group
+        self.config, self.device, self.precision, self.seed = config, device, precision, seed
         self.same_start = same_start
         # What is trained is the distribution that is sampled from: softmax(logits / temperature), of policy and
         # reference alike, so that ratios and KL are exact at any temperature.
         self.temperature = config.sampling.temperature
         self.count = math.ceil(config.episodes / config.rollout_batch)
-        per_rollout = config.rollout_batch // group
+        per_rollout = config.rollout_batch // config.group_size
         self.schedule = Schedule(len(prompts), per_rollout, self.count * per_rollout / len(prompts), seed)
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class Rollouts:
         optimizer step over it knows the old log-probabilities itself, so that those of the sampler will do here."""
         config = self.config
         # A group's requests lie side by side: the embedded sampler prefills a prompt once for all of them.
-        chosen = [i for i in self.schedule.batch(iteration) for _ in range(self.group)]
+        chosen = [i for i in self.schedule.batch(iteration) for _ in range(config.group_size)]
         episodes = rollout(
             self.sampler,
             self.chat,
@@ -264,12 +264,14 @@ def minibatches(
     rows: Sequence[Encoded], config: OnlineBase, seed: int, iteration: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """The optimizer steps over a rollout: (the step's episodes, the same in micro-batches for ``pack_by_prompt``), in
-    an order that seed and iteration determine."""
-    size = math.ceil(len(rows) / config.minibatches)
+    an order that seed and iteration determine. A prompt's episodes stay together, behind one copy of it."""
+    group = config.group_size
+    prompts = len(rows) // group
+    edges = [prompts * i // config.minibatches for i in range(config.minibatches + 1)]
     for epoch in range(config.epochs):
-        order = epoch_order(len(rows), seed, iteration * config.epochs + epoch)
-        for start in range(0, len(rows), size):
-            part = order[start : start + size]
+        order = epoch_order(prompts, seed, iteration * config.epochs + epoch)
+        for begin, end in pairwise(edges):
+            part = [i * group + j for i in order[begin:end] for j in range(group)]
             batches = micro_batches_by_prompt([rows[i] for i in part], config.batch_tokens)
             yield part, [[part[i] for i in batch] for batch in batches]
 
@@ -294,7 +296,6 @@ def make_rollouts(
     scorer: Scorer,
     reference_path: Path | None,
     context: TrainContext,
-    group: int = 1,
     watch: Judge | None = None,
 ) -> Rollouts:
     """Loads the policy at ``context.model_path`` to be trained, and the reference (None: there is none)."""
@@ -314,7 +315,6 @@ def make_rollouts(
         context.device,
         context.precision,
         context.seed,
-        group,
         watch,
         same_start=reference_path == context.model_path,
     )
