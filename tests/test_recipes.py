@@ -148,6 +148,41 @@ def test_a_wrong_recipe(tmp_path: Path, old: str, new: str, message: str) -> Non
     assert message in str(error.value)
 
 
+TWICE = """\
+name: x
+model:
+  path: ./base
+stages:
+  - &first
+    kind: sft
+    name: first
+    optim: &optim {lr: 1e-4}
+  - <<: *first
+    name: second
+    epochs: 3
+  - {kind: sft, name: third, optim: *optim}
+"""
+
+
+def test_what_yaml_aliases_share_is_set_in_one_stage_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TWICE)
+    stages = [s for s in load_recipe(path, ["second.optim.lr=2e-4"]).stages if isinstance(s, SftStage)]
+    assert [stage.optim.lr for stage in stages] == [1e-4, 2e-4, 1e-4]
+    assert [stage.epochs for stage in stages] == [stages[0].epochs, 3, stages[0].epochs]
+
+
+def test_an_error_in_what_is_merged_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TWICE.replace("lr: 1e-4", "lrr: 1e-4"))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    first, second, third = str(error.value).splitlines()
+    assert "r.yaml:8: first.optim.lrr: " in first
+    assert "r.yaml:8: second.optim.lrr: " in second
+    assert "r.yaml:8: third.optim.lrr: " in third
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("lr: 1e-4", "lr: -1").replace("name: x", "name: x\nsede: 1"))

@@ -84,9 +84,16 @@ def read_draft(path: Path) -> Draft:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with model:, data: and stages:; see recipes/ for examples")
-    draft = Draft(tree, str(path))
+    draft = Draft(_apart(tree), str(path))
     _note_lines(node, (), draft)
     return draft
+
+
+def _apart(tree: Any) -> Any:
+    """A copy in which nothing stands twice: what YAML aliases share must not be set in two stages at once."""
+    if isinstance(tree, dict):
+        return {key: _apart(value) for key, value in tree.items()}
+    return [_apart(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _note_lines(node: yaml.Node, place: Path_, draft: Draft) -> None:
@@ -96,7 +103,12 @@ def _note_lines(node: yaml.Node, place: Path_, draft: Draft) -> None:
             draft.lines[(*place, i)] = item.start_mark.line + 1
             _note_lines(item, (*place, i), draft)
     elif isinstance(node, yaml.MappingNode):
+        merged: list[tuple[yaml.Node, yaml.Node]] = []
         for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                merged += [pair for source in sources for pair in source.value]
+                continue
             here = (*place, key.value)
             line = key.start_mark.line + 1
             if here in draft.lines:
@@ -105,6 +117,10 @@ def _note_lines(node: yaml.Node, place: Path_, draft: Draft) -> None:
                 )
             draft.lines[here] = line
             _note_lines(value, here, draft)
+        for key, value in merged:
+            if (*place, key.value) not in draft.lines:
+                draft.lines[(*place, key.value)] = key.start_mark.line + 1
+                _note_lines(value, (*place, key.value), draft)
 
 
 # --------------------------------------------------------------------------------------------------- key=value
