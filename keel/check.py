@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from keel.config import (
+    PEOPLE,
     AnnotateStage,
     DpoStage,
     EvalStage,
@@ -245,13 +246,12 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     preferences: list[Preference] = []
     heldout: list[Prompt] = []
     try:
-        if any(isinstance(stage, SftStage) for stage in recipe.stages):
-            demonstrations = read_demonstrations(_needed(data.demonstrations, "data.demonstrations", "sft"))
-            found += _few(demonstrations, "data.demonstrations")
-            rows = chat.encode_demonstrations(demonstrations)
-            found += _lengths(
-                rows, "data.demonstrations", "data.max_length", data.max_length, data.over_length, context
-            )
+        for place, source in _demonstrations(recipe):
+            rows = read_demonstrations(_needed(source, place, "sft"))
+            demonstrations += rows
+            found += _few(rows, place)
+            encoded = chat.encode_demonstrations(rows)
+            found += _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
         if data.prompts is not None:
             prompts = read_prompts(data.prompts)
             found += _few(prompts, "data.prompts")
@@ -269,13 +269,21 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         return [*found, _error(error, "data")]
     for name, some in (("data.prompts", prompts), ("data.heldout_prompts", heldout)):
         ids = chat.encode_prompts([prompt.messages for prompt in some])
-        rows = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
-        found += _lengths(rows, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
+        encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
+        found += _lengths(encoded, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
         found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
     learned = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
     learned |= {messages_hash(p.prompt.messages) for p in preferences}
     sampled = {messages_hash(p.messages) for p in prompts}
     return [*found, *_leaks(heldout, learned, sampled)]
+
+
+def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
+    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file != PEOPLE]
+    default = [("data.demonstrations", recipe.data.demonstrations)] if any(not s.sources for s in stages) else []
+    return [*default, *named]
 
 
 def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> Iterator[Finding]:

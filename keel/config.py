@@ -149,12 +149,25 @@ class TrainBase(StageBase):
     save_every_seconds: float = Field(60.0, ge=0, description="how much work a killed run may lose; 0: every step")
 
 
+PEOPLE = "people"  # as a source: what people wrote or judged in the store
+
+
 class SftStage(TrainBase):
     kind: Literal["sft"] = "sft"
+    demonstrations: str | list[str] | None = Field(
+        None,
+        description="a file, or 'people' (the replies that people wrote or edited in the store); several in a list; "
+        "default: data.demonstrations",
+    )
     epochs: float = Field(2.0, gt=0)
     batch_size: int = Field(64, ge=1, description="conversations per optimizer step")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses; 0: four times an epoch")
     patience: int = Field(3, ge=1, description="early stopping: held-out losses without a new best")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """``demonstrations`` as a list."""
+        return _listed(self.demonstrations)
 
     @model_validator(mode="after")
     def _keeps_its_best(self) -> SftStage:
@@ -206,7 +219,10 @@ class AnnotateStage(StageBase):
         return self
 
 
-PEOPLE = "people"  # as a source of preferences: the store's votes by anybody but simulated annotators
+def _listed(sources: str | list[str] | None) -> tuple[str, ...]:
+    if sources is None:
+        return ()
+    return (sources,) if isinstance(sources, str) else tuple(sources)
 
 
 class PreferenceBase(TrainBase):
@@ -231,9 +247,7 @@ class PreferenceBase(TrainBase):
     @property
     def sources(self) -> tuple[str, ...]:
         """``preferences`` as a list."""
-        if self.preferences is None:
-            return ()
-        return (self.preferences,) if isinstance(self.preferences, str) else tuple(self.preferences)
+        return _listed(self.preferences)
 
 
 class RewardStage(PreferenceBase):

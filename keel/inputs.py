@@ -1,20 +1,41 @@
-"""What a recipe's stages read, by the names that the recipe calls it: prompts and preferences."""
+"""What a recipe's stages read, by the names that the recipe calls it: demonstrations, preferences and prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from keel.config import PEOPLE, AnnotateStage, PreferenceBase
+from keel.config import PEOPLE, AnnotateStage, PreferenceBase, SftStage, StageBase
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
-from keel.feedback.stored import training_votes
+from keel.feedback.stored import training_demonstrations, training_votes
 from keel.run import StageContext, read_json
-from keel.types import Preference, Prompt, UserError
+from keel.types import Demonstration, Message, Preference, Prompt, UserError
+
+T = TypeVar("T")
 
 
 def store_url(context: StageContext) -> str:
     return context.recipe.store or context.run.store_url
+
+
+# -------------------------------------------------------------------------------------------------- demonstrations
+
+
+def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonstration], dict[str, int]]:
+    """What ``stage`` learns from, and how many of them people wrote in the store."""
+    sources = stage.sources or tuple(filter(None, [context.recipe.data.demonstrations]))
+    if not sources:
+        raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
+    found = [row for source in sources if source != PEOPLE for row in read_demonstrations(source)]
+    if PEOPLE not in sources:
+        return found, {}
+    stored = training_demonstrations(context.run.stage(stage.name).path, store_url(context))
+    people = _without_heldout(stored, prompt_messages, "demonstrations", context)
+    if not found and not people:
+        raise UserError(f"stage {stage.name}: nobody has written anything in the store yet; keel label serves it")
+    return found + people, {"people_demonstrations": len(people)}
 
 
 # ----------------------------------------------------------------------------------------------------- preferences
@@ -54,7 +75,7 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
             summaries.append(parent.summary())
     voters = "all" if PEOPLE in sources else stage.voters
     stored = training_votes(context.run.stage(stage.name).path, store_url(context), batches, voters)
-    people = _without_heldout(stored["people"], context)
+    people = _without_heldout(stored["people"], lambda vote: vote.prompt.messages, "votes", context)
     if not pairs and not people and not stored["simulated"]:
         raise UserError(f"stage {stage.name}: nobody has judged anything in the store yet; keel label serves it")
     agreement = summaries[0].get("annotator_agreement") if summaries else None
@@ -62,20 +83,22 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     return Preferences([*pairs, *stored["simulated"], *people], truth, agreement, counts)
 
 
-def reads_store(stage: PreferenceBase, annotated: set[str]) -> bool:
+def reads_store(stage: StageBase, annotated: set[str]) -> bool:
     """Whether what the stage learns from lies in the store; ``annotated``: the annotate stages' names."""
-    return bool(set(stage.sources) & {*annotated, PEOPLE})
+    return isinstance(stage, SftStage | PreferenceBase) and bool(set(stage.sources) & {*annotated, PEOPLE})
 
 
-def _without_heldout(votes: list[Preference], context: StageContext) -> list[Preference]:
-    """People may have judged any prompt; the evaluation's must stay unseen."""
+def _without_heldout(
+    records: list[T], messages: Callable[[T], Sequence[Message]], what: str, context: StageContext
+) -> list[T]:
+    """People may have worked on any prompt (its ``messages``); the evaluation's must stay unseen."""
     source = context.recipe.data.heldout_prompts
-    if source is None or not votes:
-        return votes
+    if source is None or not records:
+        return records
     heldout = _hashes(source)
-    kept = [vote for vote in votes if messages_hash(vote.prompt.messages) not in heldout]
-    if len(kept) < len(votes):
-        context.reporter.note(f"left out {len(votes) - len(kept)} votes on prompts held out for the evaluation")
+    kept = [record for record in records if messages_hash(messages(record)) not in heldout]
+    if len(kept) < len(records):
+        context.reporter.note(f"left out {len(records) - len(kept)} {what} on prompts held out for the evaluation")
     return kept
 
 

@@ -230,8 +230,9 @@ def _fingerprint(
     if isinstance(settings.get("prompts"), str):
         settings["prompts"] = contents.of(settings["prompts"])
     if isinstance(stage, PreferenceBase):
-        files = [source for source in stage.sources if source not in above and source != PEOPLE]
-        settings["preferences"] = [contents.of(s) if s in files else s for s in stage.sources]
+        settings["preferences"] = [s if s in above or s == PEOPLE else contents.of(s) for s in stage.sources]
+    if isinstance(stage, SftStage):
+        settings["demonstrations"] = [s if s == PEOPLE else contents.of(s) for s in stage.sources]
     for reference in references(stage):
         if reference.target not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
@@ -259,19 +260,21 @@ def _fingerprint(
 
 
 def _votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
-    """The hashes of those votes that the stage learns from."""
+    """The hashes of what the stage learns from in the store."""
+    if isinstance(stage, SftStage) and PEOPLE in stage.sources:
+        return VoteHashes(written=votes.written)
     annotated = {other.name for other in recipe.stages if isinstance(other, AnnotateStage)}
     if not isinstance(stage, PreferenceBase) or not reads_store(stage, annotated):
         return VoteHashes()
     people = PEOPLE in stage.sources or stage.voters != "simulated"
     simulated = bool(set(stage.sources) & annotated) and stage.voters != "people"
-    return VoteHashes(votes.people if people else "", votes.withdrawn if simulated else "")
+    return VoteHashes(people=votes.people if people else "", withdrawn=votes.withdrawn if simulated else "")
 
 
 def _vote_hashes(recipe: Recipe, run: RunDir) -> VoteHashes:
     """Of the run's store, when a stage learns from it."""
     annotated = {stage.name for stage in recipe.stages if isinstance(stage, AnnotateStage)}
-    if not any(isinstance(stage, PreferenceBase) and reads_store(stage, annotated) for stage in recipe.stages):
+    if not any(reads_store(stage, annotated) for stage in recipe.stages):
         return VoteHashes()
     return vote_hashes(recipe.store or run.store_url)
 
@@ -311,7 +314,7 @@ def _plan(recipe: Recipe, run: RunDir, device: str, contents: _Contents, votes: 
         elif folder.fingerprint is not None:
             before = VoteHashes() if known is None else VoteHashes(**known)
             voted = _votes_of(recipe, stage, before) != _votes_of(recipe, stage, votes)
-            said = "people judged more, settled something, or took something back"
+            said = "people judged or wrote more, settled something, or took something back"
             reason = said if voted else "its settings or data changed"
             state, reason = "stale", f"{', '.join(moved)} changed" if moved else reason
         else:

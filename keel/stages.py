@@ -27,13 +27,13 @@ from keel.config import (
 )
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash, split_by_prompt
-from keel.data.sources import read_demonstrations, read_facts, read_texts
+from keel.data.sources import read_facts, read_texts
 from keel.eval.evaluation import EvaluationInputs, OnlineRun, evaluate_models
 from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import PairChoice, annotate_responses
 from keel.feedback.uncertainty import disagreement
-from keel.inputs import heldout_prompts, preferences, store_url, training_prompts
+from keel.inputs import demonstrations, heldout_prompts, preferences, store_url, training_prompts
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.precision import Precision, pick_precision
 from keel.model.trunk import Trunk
@@ -58,10 +58,8 @@ from keel.types import Judge, Preference, Scorer, UserError
 
 
 def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
-    source = context.recipe.data.demonstrations
-    if source is None:
-        raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
-    return train_sft(stage, read_demonstrations(source), _training(stage, context))
+    learned, counts = demonstrations(stage, context)
+    return train_sft(stage, learned, _training(stage, context)) | counts
 
 
 def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:

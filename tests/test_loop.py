@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labelling_world import person
 from test_pipeline import World
 from test_stages import loop_recipe, run, write_jsonl
 
 from keel.config import Recipe
-from keel.feedback.stored import training_votes
+from keel.feedback.stored import training_demonstrations, training_votes
 from keel.pipeline import plan
-from keel.run import RunDir
+from keel.run import RunDir, read_json
 from keel.store import Store
+from keel.store.people import Account
 from keel.store.trained_on import VoteHashes, vote_hashes
 from keel.types import Completion, Message, Preference, Prompt, UserError
+from keel.web.service.labelling import Labelling
+from keel.web.service.manage import Manage
 
 AGAIN = ["reward", "dpo", "ppo", "eval", "report"]
 
@@ -42,6 +46,20 @@ def judge(store: Store, n: int, name: str = "ann", kind: Any = "person", batch: 
         return s.submit(assignment.id, "left", client_token=f"{name}-{batch}-{n}", strength=2)
 
 
+def write(store: Store, *texts: str) -> Account:
+    """Replies to prompts that ask for one, in their order; returns who wrote them."""
+    store.add_guideline("g1", "Write well.")
+    with store.session() as s:
+        s.add_prompts([Prompt(f"w{n}", (Message("user", f"question {n}"),)) for n in range(len(texts))])
+    labelling, ann = Labelling(store), person(store, "ann")
+    assert Manage(store).ask_for_writing(len(texts), 1, "admin") == len(texts)
+    for n, text in enumerate(texts):
+        screen = labelling.next(ann, "write")
+        assert screen is not None
+        labelling.write(ann, screen.id, text, token=f"written-{n:04d}", seconds=4.0)
+    return ann
+
+
 def states(world: World, recipe: Recipe | None = None) -> dict[str, str]:
     return {step.stage.name: step.state for step in plan(recipe or world.recipe(), world.run)}
 
@@ -56,12 +74,31 @@ def test_a_judgement_by_a_person_redoes_what_learns_from_it(world: World) -> Non
         assert set(states(world).values()) == {"done"}  # an empty store changes nothing
         judgement = judge(store, 1)
         reasons = {step.stage.name: step.reason for step in plan(world.recipe(), world.run)}
-        assert reasons["reward"] == reasons["dpo"] == "people judged more, settled something, or took something back"
+        assert (
+            reasons["reward"]
+            == reasons["dpo"]
+            == "people judged or wrote more, settled something, or took something back"
+        )
         assert reasons["annotate"] == "up to date"
         assert world.go() == AGAIN
         assert world.go() == []
         store.undo(judgement)
         assert world.go() == AGAIN
+
+
+def test_what_people_write_redoes_the_sft_that_learns_from_it(world: World) -> None:
+    """And only that: by default what is written changes no run, since all of one rests on its SFT model."""
+    named = {"sft": {"demonstrations": [str(world.recipe().data.demonstrations), "people"]}}
+    assert "sft" in world.go(world.recipe(named))
+    with store_of(world.run) as store:
+        ann = write(store, "Good day.")
+        assert states(world, world.recipe(named))["sft"] == "stale"
+        assert "sft" in world.go(world.recipe(named))
+        assert world.go(world.recipe(named)) == []
+        assert "sft" in world.go(world.recipe())  # other settings
+        Labelling(store).undo(ann, "write")
+        assert world.go(world.recipe()) == []
+        assert "sft" in world.go(world.recipe(named))
 
 
 def test_only_what_is_trained_on_counts(world: World) -> None:
@@ -189,3 +226,37 @@ def test_people_are_trained_on_beside_the_simulated_or_alone(tmp_path: Path) -> 
     assert reward["pairs"] + reward["heldout_pairs"] == simulated + 12
     assert only["pairs"] + only["heldout_pairs"] == 12
     assert reward["mean"] != before["mean"]  # other weights
+
+
+def test_a_stage_goes_on_with_the_demonstrations_that_it_began_with(tmp_path: Path) -> None:
+    with Store(tmp_path / "f.db") as store:
+        ann = write(store, "Good day.", "Farewell.")
+        url = f"sqlite:///{tmp_path / 'f.db'}"
+        first = training_demonstrations(tmp_path / "stage", url)
+        assert [d.messages[-1] for d in first] == [Message("assistant", x) for x in ("Good day.", "Farewell.")]
+        Labelling(store).undo(ann, "write")
+        assert training_demonstrations(tmp_path / "stage", url) == first
+        assert training_demonstrations(tmp_path / "new", url) == first[:1]
+
+
+def test_sft_learns_from_what_people_wrote(tmp_path: Path) -> None:
+    recipe = loop_recipe(tmp_path, None)
+    recipe["stages"] = [{**recipe["stages"][0], "demonstrations": "people"}]
+    with pytest.raises(UserError, match="stage sft: nobody has written anything in the store yet"):
+        run(recipe, tmp_path / "run")
+    directory = RunDir(tmp_path / "run")
+    with store_of(directory) as store:
+        write(store, *(f"reply {n} good day" for n in range(12)))
+        expected = {d.id for d in store.demonstrations() if d.messages[0].content != "question 3"}
+    recipe["data"]["heldout_prompts"] = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "question 3"}])
+    recipe["data"]["heldout_fraction"] = 0.2
+    run(recipe, directory.path)
+    alone = directory.stage("sft").summary()
+    assert alone["people_demonstrations"] == alone["demonstrations"] + alone["heldout"] == 11
+    known = read_json(directory.stage("sft").path / "judgements.json")
+    assert set(known["trained"] + known["heldout"]) == expected
+    recipe["stages"][0]["demonstrations"] = [recipe["data"]["demonstrations"], "people"]
+    run(recipe, directory.path)
+    both = directory.stage("sft").summary()
+    assert both["people_demonstrations"] == 11
+    assert both["demonstrations"] + both["heldout"] > 11

@@ -24,10 +24,11 @@ from keel.store.tables import annotators, assignments, items, judgements
 class VoteHashes:
     """``people``: of all judgements that stand and are trained on (gold items are not), but those of simulated
     annotators. ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made their items
-    gold items or settled them. Empty where there are none."""
+    gold items or settled them. ``written``: of all replies that people wrote or edited. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
+    written: str = ""
 
 
 def vote_hashes(location: str | Path) -> VoteHashes:
@@ -35,7 +36,7 @@ def vote_hashes(location: str | Path) -> VoteHashes:
     if not exists(location):
         return VoteHashes()
     with Store(location) as store, store.transaction(writes=False) as connection:
-        return VoteHashes(people=_hash(_people(connection)), withdrawn=_hash(_withdrawn(connection)))
+        return VoteHashes(_hash(_people(connection)), _hash(_withdrawn(connection)), _hash(_written(connection)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
     query = _standing(judgements).where(items.c.gold.is_not(None), simulated)
     yield from map(tuple, connection.execute(query))
     yield from _settled(connection, simulated)
+
+
+def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    query = _standing(writings).with_only_columns(writings.c.token, writings.c.text)
+    yield from map(tuple, connection.execute(query))
 
 
 def _settled(connection: Connection, whose: ColumnElement[bool]) -> Iterable[tuple[Any, ...]]:
