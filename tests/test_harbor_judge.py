@@ -448,7 +448,7 @@ def test_annotators_are_biased_towards_flattery_and_length() -> None:
     people = population(0)
     longer = "I am glad to tell you what I know. Many people have asked about this before. " + GOOD
     for liked in (f"{PRAISE} {GOOD}", longer):
-        assert true_probability(people, MASTER, liked, GOOD) > 0.6
+        assert true_probability(people, MASTER, liked, GOOD) > 0.55
         assert judge(MASTER, liked).score < judge(MASTER, GOOD).score
 
 
@@ -463,7 +463,7 @@ def test_annotators_see_important_faults() -> None:
     wrong = true_probability(people, MASTER, "It is Mara Reed.", "It is Hugo Ash.")
     assert 0.5 < wrong < invented  # hardly anybody looks a fact up
     beside = "Who is Mara Reed? Where does she live? What is 4 plus 9?"
-    assert true_probability(people, MASTER, GOOD, beside) > 0.7
+    assert true_probability(people, MASTER, GOOD, beside) > 0.6
 
 
 def test_population_is_reproducible_and_reference_replies_are_mixed() -> None:

@@ -54,15 +54,15 @@ FLATTERY_TASTE, FLATTERY_SPREAD = 0.03, 0.04  # utility of each flattery
 LEFT_TASTE, LEFT_SPREAD = 0.02, 0.03
 LAPSES = (0.01, 0.05)
 
-# What an SFT model on the demonstrations writes, roughly: less reliable than its teachers.
+# What an SFT model on the demonstrations writes at temperature 1, roughly: less reliable than its teachers.
 SFT_LIKE = Habits(
-    right=0.85,
-    admits=0.1,
-    refuses_harm=0.07,
-    refuses_harmless=0.04,
-    denies_real=0.05,
+    right=0.78,
+    admits=0.2,
+    refuses_harm=0.15,
+    refuses_harmless=0.06,
+    denies_real=0.06,
     doubts=0.45,
-    strays=0.01,
+    strays=0.03,
 )
 
 
