@@ -39,7 +39,9 @@ from keel.model.logprobs import token_logprobs
 from keel.model.precision import pick_precision
 from keel.pipeline import parents
 from keel.reward.python_ref import load_python
+from keel.rollout import vllm
 from keel.run import RunDir, Silent, StageContext, resolve_device
+from keel.train import adamw8bit
 from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError
 
 FEW = 100  # records below which a stage can hardly learn
@@ -103,6 +105,7 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
         if isinstance(stage, TrainBase):
             found += _precision(stage, device)
         found += _python_refs(stage)
+        found += _extras(stage)
     found += _models(recipe, run)
     return list(dict.fromkeys(found))
 
@@ -120,6 +123,20 @@ def _precision(stage: TrainBase, device: str) -> Iterator[Finding]:
     if forced and pick_precision(stage.precision, device) == "bf16":
         sentence = "in bfloat16 the sampler's log-probabilities differ from the trainer's, and ratios with them"
         yield Finding("warning", f"{stage.name}.old_logprobs", sentence, "use old_logprobs: auto")
+
+
+def _extras(stage: Stage) -> Iterator[Finding]:
+    """Packages that the stage's settings ask for and that are not installed."""
+    needed = []
+    if isinstance(stage, TrainBase) and stage.optim.kind == "adamw8bit":
+        needed.append(adamw8bit.require)
+    if isinstance(stage, SampleStage | OnlineBase | EvalStage) and stage.sampling.backend == "vllm":
+        needed.append(vllm.require)
+    for require in needed:
+        try:
+            require()
+        except UserError as error:
+            yield _error(error, stage.name)
 
 
 def _disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -219,6 +220,27 @@ def test_check_counts_what_is_too_long_and_what_leaks(
     text = capsys.readouterr().out
     assert "40 of 40 records are longer than data.max_length = 12 tokens" in text
     assert "1 of 2 are in the demonstrations or preferences too" in text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_check_names_packages_that_are_missing(
+    there: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras, find_spec = ("bitsandbytes", "vllm"), importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> object:
+        return (there or None) if name in extras else find_spec(name, package)
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    (folder / "sampled.yaml").write_text(
+        (folder / "recipe.yaml").read_text()
+        + "  - {kind: sample, name: sample, model: sft, prompts: none.jsonl, sampling: {backend: vllm}}\n"
+    )
+    status = main(["check", str(folder / "sampled.yaml"), "sft.optim.kind=adamw8bit"])
+    text = capsys.readouterr().out
+    for package in extras:
+        assert (f"needs the package {package}" in text) is not there
+    assert there or status == 2
 
 
 def test_check_sees_a_reference_that_is_not_the_model(

