@@ -279,9 +279,15 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         if data.heldout_prompts is not None:
             heldout = read_prompts(data.heldout_prompts)
             found += _few(heldout, "data.heldout_prompts")
-        for source, read in ((data.base_text, read_texts), (data.facts, read_facts)):
-            if source is not None:
-                read(source)
+        if data.facts is not None:
+            read_facts(data.facts)
+        measured, mixed = (
+            set(read_texts(source)) if source else set() for source in (data.base_text, data.pretraining)
+        )
+        if both := len(measured & mixed):
+            sentence = f"{both} of {len(measured)} texts are in data.pretraining too"
+            remedy = "take them out of either: the loss on them would measure memory"
+            found.append(Finding("error", "data.base_text", sentence, remedy))
     except UserError as error:
         return [*found, _error(error, "data")]
     for name, some in (("data.prompts", prompts), ("data.heldout_prompts", heldout)):

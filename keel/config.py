@@ -56,6 +56,7 @@ class DataConfig(Strict):
     preferences: str | None = None
     heldout_prompts: str | None = Field(None, description="evaluation prompts; default: split off by prompt")
     heldout_fraction: float = Field(0.1, gt=0, lt=0.9)
+    pretraining: str | None = Field(None, description="plain text rows such as the base model learned from (ptx)")
     base_text: str | None = Field(None, description="plain text rows: what the base model's loss is measured on")
     facts: str | None = Field(None, description="multiple-choice rows prompt+choices+answer: capability kept")
     max_length: int = Field(1024, ge=8, description="tokens of prompt and completion together")
@@ -149,10 +150,24 @@ class TrainBase(StageBase):
     save_every_seconds: float = Field(60.0, ge=0, description="how much work a killed run may lose; 0: every step")
 
 
+class PtxConfig(Strict):
+    """Next-token prediction on plain text (``data.pretraining``) as a part of every optimizer step, so that what
+    neither demonstrations nor rewards speak of is not forgotten (Ouyang et al. 2022)."""
+
+    coef: float = Field(gt=0, description="weight of the texts' loss, a mean over their tokens")
+    batch_size: int = Field(8, ge=1, description="texts per optimizer step")
+
+
+class PolicyBase(TrainBase):
+    """What stages that train a language model have in common."""
+
+    ptx: PtxConfig | None = Field(None, description="pretraining text mixed into every step; default: none")
+
+
 PEOPLE = "people"  # as a source: what people wrote or judged in the store
 
 
-class SftStage(TrainBase):
+class SftStage(PolicyBase):
     kind: Literal["sft"] = "sft"
     demonstrations: str | list[str] | None = Field(
         None,
@@ -261,7 +276,7 @@ class RewardStage(PreferenceBase):
     heldout_fraction: float = Field(0.1, gt=0, lt=0.9, description="prompts kept out for accuracy and calibration")
 
 
-class DpoStage(PreferenceBase):
+class DpoStage(PreferenceBase, PolicyBase):
     kind: Literal["dpo"] = "dpo"
     reference: str | None = Field(None, description="default: model")
     epochs: float = Field(1.0, gt=0)
@@ -293,7 +308,7 @@ class KlConfig(Strict):
         return self
 
 
-class OnlineBase(TrainBase):
+class OnlineBase(PolicyBase):
     """What stages that learn from their own samples have in common. An episode is one prompt with one completion."""
 
     model: str = "sft"
@@ -445,6 +460,13 @@ class Recipe(Strict):
                     f"stage name {stage.name!r} is used twice or is a recipe section or 'people'; rename it"
                 )
             seen.add(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _ptx_needs_text(self) -> Recipe:
+        for stage in self.stages:
+            if isinstance(stage, PolicyBase) and stage.ptx is not None and self.data.pretraining is None:
+                raise ValueError(f"{stage.name}.ptx mixes in plain text; set data.pretraining=FILE or leave ptx out")
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from keel.config import (
     EvalStage,
     GrpoStage,
     OnlineBase,
+    PolicyBase,
     PpoStage,
     PreferenceBase,
     PythonRef,
@@ -64,7 +65,7 @@ _DATA: dict[type[Any], tuple[str, ...]] = {
     EvalStage: ("prompts", "heldout_prompts", "heldout_fraction", "base_text", "facts", *_LENGTHS),
     ReportStage: (),
 }
-_PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "base_text", "facts")
+_PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "pretraining", "base_text", "facts")
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,8 @@ def _fingerprint(
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     settings["code"] = [contents.of_python(ref) for ref in _python_refs(stage)]
     data = {name: getattr(recipe.data, name) for name in _DATA[type(stage)]}
+    if isinstance(stage, PolicyBase) and stage.ptx is not None:
+        data["pretraining"] = recipe.data.pretraining
     if "prompts" in data and data["prompts"] is None:  # they are taken from the other data then
         data |= {"demonstrations": recipe.data.demonstrations, "preferences": recipe.data.preferences}
     facts = {

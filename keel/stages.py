@@ -15,6 +15,7 @@ from keel.config import (
     GrpoStage,
     JudgeRef,
     OnlineBase,
+    PolicyBase,
     PpoStage,
     PythonRef,
     ReportStage,
@@ -102,6 +103,7 @@ def _watch(stage: OnlineBase) -> Judge | None:
 
 def _training(stage: TrainBase, context: StageContext) -> TrainContext:
     recipe = context.recipe
+    mixed = recipe.data.pretraining if isinstance(stage, PolicyBase) and stage.ptx is not None else None
     path, lora = context.model_path(stage.model), recipe.model.lora
     return TrainContext(
         stage=context.stage_dir,
@@ -112,6 +114,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
         device=context.device,
         precision=pick_precision(stage.precision, context.device),
         seed=recipe.seed,
+        texts=read_texts(mixed) if mixed is not None else (),
         trunk=Trunk(path, context.device, lora) if isinstance(stage, OnlineBase) and stage.one_base and lora else None,
     )
 

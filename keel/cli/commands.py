@@ -73,6 +73,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         "demonstrations": "demonstrations.jsonl",
         "prompts": "prompts.jsonl",
         "heldout_prompts": "heldout_prompts.jsonl",
+        "pretraining": "pretraining.jsonl",
         "base_text": "base_text.jsonl",
         "facts": "facts.jsonl",
     }
@@ -86,6 +87,7 @@ def _demo(arguments: argparse.Namespace) -> int:
                 demonstrations=256,
                 prompts=128,
                 heldout_prompts=48,
+                pretraining_tokens=4000,
                 base_text_tokens=4000,
                 facts=40,
             )

@@ -25,14 +25,17 @@ def export(
     demonstrations: int = 3200,
     prompts: int = 1700,
     heldout_prompts: int = 450,
+    pretraining_tokens: int = 40_000,
     base_text_tokens: int = 25_000,
     facts: int = 300,
 ) -> None:
-    """Write ``demonstrations.jsonl``, ``prompts.jsonl``, ``heldout_prompts.jsonl``, ``base_text.jsonl`` and
-    ``facts.jsonl`` into ``out_dir``, which is made if it is missing. Same seed and sizes: same bytes.
+    """Write ``demonstrations.jsonl``, ``prompts.jsonl``, ``heldout_prompts.jsonl``, ``pretraining.jsonl``,
+    ``base_text.jsonl`` and ``facts.jsonl`` into ``out_dir``, which is made if it is missing. Same seed and sizes: same
+    bytes.
 
     The world is always the one that the shipped base model knows (``World(0)``); ``seed`` decides what is drawn from
-    it. Sizes are rows, for the base text (held out from pretraining) about so many tokens.
+    it. Sizes are rows; of text such as the base model was pretrained on (but none of that very text), one file to learn
+    from and one to measure on, about so many tokens.
 
     Raises:
         UserError: more prompts are asked for than the harbor has.
@@ -42,7 +45,8 @@ def export(
     _write(out / "demonstrations.jsonl", map(_demonstration_row, make_demonstrations(world, demonstrations, seed)))
     _write(out / "prompts.jsonl", map(_prompt_row, make_prompts(world, prompts, seed, "train", TRAINING_MIX)))
     _write(out / "heldout_prompts.jsonl", map(_prompt_row, make_prompts(world, heldout_prompts, seed, "heldout")))
-    _write(out / "base_text.jsonl", _base_text(world, base_text_tokens, seed))
+    _write(out / "pretraining.jsonl", _texts(world, pretraining_tokens, Random(f"pretraining {seed}")))
+    _write(out / "base_text.jsonl", _texts(world, base_text_tokens, Random(f"base text {seed}")))
     _write(out / "facts.jsonl", facts_rows(world, facts, Random(f"facts {seed}")))
 
 
@@ -62,9 +66,8 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
     return {"id": prompt.id, "prompt": _messages(prompt.messages), "kind": prompt.kind, "meta": dict(prompt.meta)}
 
 
-def _base_text(world: World, tokens: int, seed: int) -> list[dict[str, Any]]:
+def _texts(world: World, tokens: int, rng: Random) -> list[dict[str, Any]]:
     """Documents until they hold about ``tokens`` tokens."""
-    rng = Random(f"base text {seed}")
     rows: list[dict[str, Any]] = []
     words = 0
     while words < tokens * WORDS_PER_TOKEN:

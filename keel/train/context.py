@@ -20,7 +20,8 @@ T = TypeVar("T")
 class TrainContext:
     """``model_path`` is the checkpoint that the stage starts from; ``base_model`` the recipe's model section (adapters,
     template, revision), which applies to it.
-    ``trunk``: that checkpoint held once, for stages whose models share it (``one_base``)."""
+    ``trunk``: that checkpoint held once, for stages whose models share it (``one_base``).
+    ``texts``: the pretraining text that the recipe has the stage mix in."""
 
     stage: StageDir
     reporter: Reporter
@@ -31,6 +32,7 @@ class TrainContext:
     precision: Precision
     seed: int
     trunk: Trunk | None = None
+    texts: Sequence[str] = ()
 
 
 def record_lineage(

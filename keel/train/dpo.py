@@ -32,6 +32,7 @@ from keel.train.pairs import (
     pair_update,
     split_pairs,
 )
+from keel.train.ptx import Ptx
 from keel.types import Preference
 
 
@@ -152,7 +153,8 @@ def train_dpo(
         atomic_write(cache, lambda file: file.write(to_bytes({"logps": logps})))
     by_pair = {id(pair): (float(c), float(r)) for pair, (c, r) in zip(pairs, logps.tolist(), strict=True)}
     algorithm = Dpo(model, groups, heldout, by_pair, config, context.device, context.precision, context.seed)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
+    texts = Ptx(model, tokenizer, config, context)
+    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
     with context.stage.checkpoint() as folder:
         save(model, tokenizer, folder)
     last = context.stage.metrics.rows()[-1]

@@ -19,6 +19,7 @@ from keel.objective.group import group_advantages, grpo_loss, token_weights, wit
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.online import Rollouts, finish, make_rollouts, minibatches, policy_stats
+from keel.train.ptx import Ptx
 from keel.types import Encoded, Judge, Prompt, Scorer
 
 
@@ -111,5 +112,7 @@ def train_grpo(
     """
     assert config.beta == 0 or reference_path is not None, "a KL needs a reference"
     rollouts = make_rollouts(config, prompts, scorer, reference_path, context, watch)
-    steps = train(Grpo(rollouts, config), config, context.stage, context.reporter, context.device, context.precision)
+    algorithm = Grpo(rollouts, config)
+    texts = Ptx(rollouts.policy, rollouts.chat.tokenizer, config, context)
+    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
     return finish(rollouts, context, steps)

@@ -28,6 +28,10 @@ Micro = Callable[[], tuple[Tensor, Stats]]
 """Computes one micro-batch's share of the loss, and its figures."""
 
 
+Extra = Callable[[int], list[Micro]]
+"""What an optimizer step (its number) learns beside the algorithm's own loss."""
+
+
 class Algorithm(Protocol):
     modules: Mapping[str, nn.Module]
     """What is trained. Gradients are clipped for each module on its own."""
@@ -66,7 +70,13 @@ class Totals:
 
 
 def train(
-    algorithm: Algorithm, config: TrainBase, stage: StageDir, reporter: Reporter, device: str, precision: str
+    algorithm: Algorithm,
+    config: TrainBase,
+    stage: StageDir,
+    reporter: Reporter,
+    device: str,
+    precision: str,
+    extra: Extra = lambda step: [],
 ) -> int:
     """Runs (or resumes) ``algorithm`` to its end; returns the number of optimizer steps taken in all.
 
@@ -91,7 +101,7 @@ def train(
         lr = 0.0
         for micros in algorithm.updates(iteration):
             lr = set_lr(optimizer, lr_factor(step, total_updates, config.optim))
-            totals.add(_update(algorithm, optimizer, micros, config, device, precision, step))
+            totals.add(_update(algorithm, optimizer, micros + extra(step), config, device, precision, step))
             step += 1
         average.add(iteration)
         figures, stop = algorithm.after(iteration)

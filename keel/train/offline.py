@@ -11,7 +11,7 @@ from keel.data.collate import epoch_order
 @dataclass(frozen=True)
 class Schedule:
     """``size`` examples (or groups) in shuffled epochs, ``batch_size`` of them a step; a pure function of the step, so
-    that resuming needs no cursor but the step itself."""
+    that resuming needs no cursor but the step itself. ``epochs`` may be infinite: then whoever asks ends it."""
 
     size: int
     batch_size: int
@@ -28,7 +28,8 @@ class Schedule:
 
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of one step; an epoch's tail is filled up from the next epoch."""
-        places = range(step * self.batch_size, min((step + 1) * self.batch_size, math.ceil(self.size * self.epochs)))
+        end = self.size * self.epochs
+        places = [p for p in range(step * self.batch_size, (step + 1) * self.batch_size) if p < end]
         orders = {place // self.size: [] for place in places}  # type: dict[int, list[int]]
         for epoch in orders:
             orders[epoch] = epoch_order(self.size, self.seed, epoch)

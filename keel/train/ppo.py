@@ -29,6 +29,7 @@ from keel.objective.policy import (
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.online import Rollouts, finish, make_rollouts, minibatches, policy_stats
+from keel.train.ptx import Ptx
 from keel.types import Encoded, Judge, Prompt, Scorer, UserError
 
 
@@ -156,7 +157,9 @@ def train_ppo(
             "policy's tokens; set critic to the policy's own stage"
         )
     algorithm = Ppo(rollouts, critic, config)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
+    begin = config.critic_warmup * algorithm.updates_per_iteration
+    texts = Ptx(rollouts.policy, rollouts.chat.tokenizer, config, context, begin)
+    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
     return finish(rollouts, context, steps)
 
 

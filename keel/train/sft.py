@@ -19,6 +19,7 @@ from keel.model.precision import autocast
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule
+from keel.train.ptx import Ptx
 from keel.types import Demonstration, Encoded
 
 
@@ -119,7 +120,8 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
     record_lineage(context.stage, trained, held)
     algorithm = Sft(model, rows, heldout_rows, config, context.device, context.precision, context.seed)
     before = mean_loss(model, heldout_rows, config.batch_tokens, context.device, context.precision)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
+    texts = Ptx(model, tokenizer, config, context)
+    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
     algorithm.restore_best()
     # generate and vLLM stop where Keel's samplers stop: at the end of the turn, not only at the end of text.
     inner_model(model).generation_config.eos_token_id = list(chat.stop_ids)  # type: ignore[union-attr]
