@@ -68,7 +68,8 @@ def test_the_share_of_a_step_against_transformers_loss(model: Path, tmp_path: Pa
     seen = [TEXTS[i] for i in ptx.schedule.batch(3)]
     assert len(set(seen)) == 5
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in seen]
-    pieces = [torch.tensor([row[i : i + 16]]) for row in ids for i in range(0, len(row), 16) if len(row[i : i + 16]) > 1]
+    rows = [row[i : i + 16] for row in ids for i in range(0, len(row), 16)]
+    pieces = [torch.tensor([row]) for row in rows if len(row) > 1]
     assert len(pieces) > 5
     count = sum(piece.shape[1] - 1 for piece in pieces)
     slow = 0.7 * sum(plain(piece, labels=piece).loss * (piece.shape[1] - 1) for piece in pieces) / count
