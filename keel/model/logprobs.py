@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from keel.model.packed import hidden_states, inner_model
+from keel.model.passes import passes
 from keel.types import PackedBatch
 
 CHUNK_ELEMENTS = 4_000_000  # logits made at once: 16 MB in float32, what a CPU's last-level cache can take
@@ -103,18 +104,16 @@ class _HeadLogProbs(torch.autograd.Function):
         entropy: bool,
         low: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        logp = hidden.new_empty(hidden.shape[0])
-        ent = hidden.new_zeros(hidden.shape[0] if entropy else 0)
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        logp = hidden.new_empty(tokens)
+        ent = hidden.new_zeros(tokens if entropy else 0)
         kept = None
-        if any(ctx.needs_input_grad) and softcap is None and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
-            kept = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=low)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logps = torch.log_softmax(_logits(hidden[part], weight, bias, scale, softcap), -1)
-            logp[part] = logps.gather(1, ids[part, None]).squeeze(1)
-            if entropy:
-                ent[part] = -torch.linalg.vecdot(logps.exp(), logps)
-            if kept is not None:
-                kept[part] = logps.exp_()
+        if any(ctx.needs_input_grad) and softcap is None and tokens * vocabulary <= KEPT_ELEMENTS:
+            kept = hidden.new_empty(tokens, vocabulary, dtype=low)
+        for part in _chunks(tokens, vocabulary):
+            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            entropies, probs = ent[part] if entropy else None, None if kept is None else kept[part]
+            passes(hidden.device).probabilities(logits, ids[part], logp[part], entropies, probs)
         ctx.save_for_backward(hidden, weight, bias, ids, kept)
         ctx.settings = (scale, softcap, low)
         ctx.set_materialize_grads(False)
@@ -131,24 +130,17 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         low_weight, low_hidden = weight.to(low), hidden.to(low)
         for part in _chunks(hidden.shape[0], weight.shape[0]):
-            p, logits, logps = None if kept is None else kept[part], None, None
-            if p is None or grad_ent is not None:
+            g = hidden.new_zeros(len(ids[part])) if grad_logp is None else grad_logp[part] * scale
+            if grad_ent is None and softcap is None:
+                p = _probabilities(hidden[part], weight, bias, ids[part], scale, low) if kept is None else kept[part]
+                grad = passes(hidden.device).logit_gradient_(p, ids[part], g)  # nobody reads p again
+            else:
                 logits = _logits(hidden[part], weight, bias, scale, softcap)
-                logps = torch.log_softmax(logits, -1)
-                p = logps.exp()
-            dent = None
-            if grad_ent is not None:
-                assert logps is not None
-                h = -torch.linalg.vecdot(p, logps).unsqueeze(-1)
-                dent = p * (logps + h) * (grad_ent[part, None] * scale)
-            g = p.new_zeros(p.shape[0], 1) if grad_logp is None else (grad_logp[part, None] * scale).to(p.dtype)
-            grad = p.mul_(-g).scatter_add_(1, ids[part, None], g)  # in place: nobody reads p again
-            if dent is not None:
-                grad -= dent
-            if softcap is not None:
-                assert logits is not None
-                grad *= 1 - (logits / softcap) ** 2
-            grad = grad.to(low)
+                dent = hidden.new_zeros(len(g)) if grad_ent is None else grad_ent[part] * scale
+                grad = _logit_gradient(logits, ids[part], g, dent)
+                if softcap is not None:
+                    grad *= 1 - (logits / softcap) ** 2
+                grad = grad.to(low)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ low_weight
             if grad_weight is not None:
@@ -156,6 +148,24 @@ class _HeadLogProbs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
         return grad_hidden, grad_weight, grad_bias, *[None] * 5
+
+
+def _probabilities(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: float, low: torch.dtype
+) -> Tensor:
+    logits = _logits(hidden, weight, bias, scale, None)
+    probs = torch.empty_like(logits, dtype=low)
+    passes(hidden.device).probabilities(logits, ids, hidden.new_empty(len(ids)), None, probs)
+    return probs
+
+
+def _logit_gradient(logits: Tensor, ids: Tensor, g: Tensor, dent: Tensor) -> Tensor:
+    """Of log-probabilities and entropies."""
+    logps = torch.log_softmax(logits, -1)
+    p = logps.exp()
+    h = -torch.linalg.vecdot(p, logps).unsqueeze(-1)
+    dz = p * (logps + h) * -dent[:, None]
+    return dz.addcmul_(p, g[:, None], value=-1).scatter_add_(1, ids[:, None], g[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
