@@ -25,7 +25,10 @@ from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, lin
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
 # oneDNN's packed weights: private operations, but those that torch.compile's own code calls.
-PACKED = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+PACKED = all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+)
 TYPICAL_ROWS = 64  # of a step: what weights are packed for
 COLUMNS = 16  # the cache grows in multiples of this,
 ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
@@ -73,15 +76,21 @@ def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = No
     weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
     on_cpu = weights[0].device.type == "cpu"
+    packed = on_cpu and _packs(dtype)
     if weights[0].dtype == dtype and not on_cpu:
         return norm, Linear(weights, biases, packed=False)
     weight = weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)
     if norm is not None:
         weight *= norm
     weight = weight.to(dtype)
-    if on_cpu and PACKED:
+    if packed:
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-    return None, Linear([weight], [torch.cat(biases).to(dtype)] if biases else [], packed=on_cpu and PACKED)
+    return None, Linear([weight], [torch.cat(biases).to(dtype)] if biases else [], packed=packed)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this type: of bfloat16 only where the processor has AVX-512 or its like."""
+    return PACKED and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _layer(module: Any, dtype: torch.dtype) -> Layer:
