@@ -52,6 +52,7 @@ def test_a_shipped_recipe_loads(path: Path) -> None:
 def test_the_demo_recipe_loads() -> None:
     draft = read_draft(Path(keel.__file__).parent / "harbor" / "demo.yaml")
     draft.tree["model"] = {"path": "x"}
+    draft.tree["data"]["pretraining"] = "corpus.jsonl"  # the command fills in both
     recipe = finish(draft)
     assert [s.name for s in recipe.stages if s.kind in ("sft", "dpo", "ppo")] == ["sft", "dpo", "ppo", "ppo_no_kl"]
     ppo, without = recipe.stage("ppo"), recipe.stage("ppo_no_kl")
