@@ -17,6 +17,7 @@ from keel.model.packed import inner_model
 from keel.run import RunDir, resolve_device
 from keel.types import Message, UserError
 
+TALKING = ("sft", "dpo", "ppo", "grpo")  # kinds of stages whose model answers
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
@@ -25,7 +26,7 @@ def trained_models(run: str) -> dict[str, str]:
     folder = Path(run)
     manifest = RunDir(folder).manifest.read()
     stages = Recipe.model_validate(manifest["recipe"]).stages if manifest else []
-    done = [s.name for s in stages if s.kind in ("sft", "dpo", "ppo") and RunDir(folder).stage(s.name).done]
+    done = [s.name for s in stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
     return {name: str(folder / name) for name in done}
 
 
@@ -42,7 +43,7 @@ def find_model(run: str, stage: str | None) -> tuple[str, str]:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
         return run, run
     recipe = Recipe.model_validate(manifest["recipe"])
-    done = [s for s in recipe.stages if s.kind in ("sft", "dpo", "ppo", "grpo") and RunDir(folder).stage(s.name).done]
+    done = [s for s in recipe.stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
     names = ["base", *(s.name for s in done)]
     if stage is None:
         kept = [s for s in done if not (isinstance(s, PpoStage) and s.kl.coef == 0 and s.kl.target is None)]

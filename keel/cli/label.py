@@ -22,6 +22,7 @@ from keel.web.service.sources import SampledModel
 
 TEMPERATURE = 0.8  # two models that always said the same would be compared on little
 LONGEST_REPLY = 512  # tokens
+TOO_LONG = "(The conversation has become too long for this model. Vote, or start a new one.)"
 
 
 def label(arguments: argparse.Namespace) -> int:
@@ -117,9 +118,11 @@ def _lazily(path: str) -> Reply:
                 loaded.clear()
                 loaded[made_for] = Talker(path, TEMPERATURE, LONGEST_REPLY)
             try:
-                yield from loaded[made_for].reply(messages)
-            except UserError as error:
-                yield f"({error})"
+                pieces = loaded[made_for].reply(messages)
+            except UserError:  # its words name what tells the models apart: how long a conversation each can hold
+                yield TOO_LONG
+                return
+            yield from pieces
 
     return reply
 
