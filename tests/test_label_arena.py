@@ -1,4 +1,4 @@
-"""The arena's models: a run's checkpoints and OpenAI-compatible endpoints, which stream, and whose faults name nobody."""
+"""The arena's models: checkpoints and OpenAI-compatible endpoints, which stream, and whose faults name nobody."""
 
 from __future__ import annotations
 

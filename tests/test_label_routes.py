@@ -279,6 +279,25 @@ def test_impossible_votes_are_refused(world: World, change: dict) -> None:
     assert world.store.judgements() == []
 
 
+def test_a_vote_counts_under_the_guideline_that_its_page_was_made_with(world: World) -> None:
+    client = world.client("ann")
+    page = client.get("/compare").text
+    assert '<meta name="guideline" content="1">' in page
+    old, late = next_item(client), next_item(client, holding=())
+    assert client.api("next", {"kind": "compare"}).json()["guideline"] == "1"
+    world.client("boss", "admin").form("/manage/guideline", text="New words", aspects="kind: Is it kind?")
+    assert client.api("next", {"kind": "compare"}).json()["guideline"] == "2"  # the page says that there is a new one
+    given = {"left": {"helpful": 4, "kind": 1}}
+    assert vote_on(client, old, guideline="1", ratings=given).status_code == 200
+    assert vote_on(client, next_item(client), ratings=given).status_code == 200
+    assert vote_on(client, next_item(client), guideline="9").status_code == 400
+    assert [(v.guideline, dict(v.ratings)) for v in world.store.judgements()] == [
+        ("1", {"left": {"helpful": 4}}),
+        ("2", {"left": {"kind": 1}}),
+    ]
+    assert late == old
+
+
 def test_holding_too_much_gets_no_more(world: World) -> None:
     client = world.client("ann")
     assert client.api("next", {"kind": "compare", "holding": list(range(1, 9))}).json()["item"] is None
@@ -381,6 +400,11 @@ def test_errors_name_the_remedy_and_no_secret_is_logged(world: World, caplog: py
     answer = client.form("/manage/guideline", text="x", aspects=": nothing")
     assert answer.status_code == 400
     assert "a line each" in answer.text
+    # what was typed is still there
+    assert ">x</textarea>" in answer.text
+    assert ">: nothing</textarea>" in answer.text
+    refused = client.form("/manage/prompts/ask", kind="rank", prompts="0", overlap="1")
+    assert (refused.status_code, 'href="/manage/prompts"' in refused.text) == (400, True)
     secret = world.people.owner_link()
     world.app.state.people.link = None  # a fault inside the server
     assert client.get(f"/enter/{secret}").status_code == 500
