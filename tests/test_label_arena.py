@@ -15,7 +15,7 @@ from tiny import save_tiny
 
 from keel.cli import chat
 from keel.cli.endpoint import endpoint_reply
-from keel.cli.label import TOO_LONG, arena_models
+from keel.cli.label import TOO_LONG, Reply, arena_models
 from keel.data.chat import BUILT_IN, install_template
 from keel.run import RunDir
 from keel.store import Store
@@ -132,6 +132,23 @@ def test_whatever_goes_wrong_with_a_model_nothing_names_it(endpoint: str, tmp_pa
             for side, name in enumerate(names):
                 said[name] = (found.turns[-1].left, found.turns[-1].right)[side] or ""
     assert said == {here: TOO_LONG, gone: FAILED, "tall-model": FAILED}
+
+
+def test_models_that_are_loaded_at_once_all_answer(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path / f"model-{n}", n) for n in range(4)]
+    start = threading.Barrier(len(paths))
+    said: list[str] = []
+
+    def talk(reply: Reply) -> None:
+        start.wait()
+        said.append("".join(reply([Message("user", "hello")])))
+
+    threads = [threading.Thread(target=talk, args=(r,)) for r in arena_models(None, paths, "THE_KEY").values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == len(paths)
 
 
 def test_what_a_run_has_trained_can_be_talked_to_grpo_too(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,17 @@ def stream_text(chat: Chat, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+# transformers loads a model inside settings of the whole process: two that are loaded at once spoil each other
+LOADING = threading.Lock()
+
+
 class Talker:
     """A model that answers conversations, its reply in pieces as it comes."""
 
     def __init__(self, path: str, temperature: float, limit: int) -> None:
         self.device = resolve_device("auto")
-        model, tokenizer = load_policy(path, device=self.device)
+        with LOADING:
+            model, tokenizer = load_policy(path, device=self.device)
         inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
         inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
         inner.eval()

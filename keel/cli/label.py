@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from keel.cli.chat import Talker, find_model, trained_models
+from keel.cli.chat import LOADING, Talker, find_model, trained_models
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
 from keel.cli.retrain import Retraining
@@ -177,7 +177,8 @@ def sample_with(path: str, sampling: SamplingConfig) -> Callable[[Sequence[Promp
         from keel.run import resolve_device
 
         device = resolve_device("auto")
-        model, tokenizer = load_policy(path, device=device)
+        with LOADING:
+            model, tokenizer = load_policy(path, device=device)
         frozen(model)
         chat = Chat(tokenizer)
         precision = pick_precision("auto", device)
