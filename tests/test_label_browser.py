@@ -32,6 +32,7 @@ MANAGED = (
     "quality", "models", "disagreements", "flags", "prompts", "queue", "gold", "training", "people", "guideline",
     "export", "events",
 )  # fmt: skip
+SETTLED = 300  # milliseconds, after which an item on the screen takes a vote
 SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
 
 
@@ -103,6 +104,7 @@ def annotator(browser: Browser, served: Served, name: str) -> tuple[BrowserConte
 def press(page: Page, key: str) -> None:
     """A key once there is an item on the screen, and then a new item (or none)."""
     before = page.locator("#messages").inner_text()
+    page.wait_for_timeout(SETTLED)
     page.keyboard.press(key)
     expect(page.locator("#messages")).not_to_have_text(before)
 
@@ -169,6 +171,23 @@ def test_twenty_items_by_keyboard_and_undo(browser: Browser, served: Served) -> 
         page.get_by_role("button", name="Flag it").click()
     page.goto(f"{served.url}/manage/flags")
     expect(page.locator("main")).to_contain_text("personal data")
+
+
+def test_a_key_or_tap_that_comes_twice_is_no_vote_on_the_next_item(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    expect(page.locator("#left")).to_contain_text("Answer")
+    page.wait_for_timeout(1000)  # until the next ones are fetched
+    first = page.locator("#messages").inner_text()
+    page.keyboard.press("1")
+    page.keyboard.press("1")
+    wait_for_votes(served.store, 1)
+    second = page.locator("#messages").inner_text()
+    assert second != first
+    page.wait_for_timeout(SETTLED)
+    page.get_by_role("button", name="B is better").dblclick()
+    wait_for_votes(served.store, 2)
+    page.wait_for_timeout(500)
+    assert [vote.choice for vote in served.store.judgements()] == ["left", "right"]
 
 
 def test_two_people_at_once_get_different_items(browser: Browser, served: Served) -> None:

@@ -4,6 +4,7 @@ const meta = (name) => document.querySelector(`meta[name="${name}"]`).content;
 const byId = (id) => document.getElementById(id);
 const GUIDELINE = document.querySelector('meta[name="guideline"]')?.content ?? null; // the version this page was made with
 const OUTBOX = `keel-outbox-${meta("person")}`;
+const SETTLED = 250; // milliseconds: what comes sooner after a vote is its key or tap again, not a word on the next item
 const AHEAD = 3; // items fetched ahead: enough for a tunnel, few enough to keep nobody waiting for them
 
 export const token = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -169,6 +170,7 @@ export class Work {
     this.items = []; // fetched ahead; the first is on the screen
     this.past = []; // the last few that were done, newest last, with what was said: undo without a connection
     this.clock = new Clock();
+    this.doneAt = -Infinity;
     this.outbox = new Outbox(showProgress);
     byId("again").addEventListener("click", () => this.fill());
     byId("flag").addEventListener("click", () => this.flag());
@@ -235,6 +237,8 @@ export class Work {
 
   /** The item on the screen is done: keep and send what was said, and show the next one at once. */
   done(path, body, said) {
+    if (performance.now() - this.doneAt < SETTLED) return;
+    this.doneAt = performance.now();
     const item = this.items.shift();
     this.past = [...this.past, { item, body }].slice(-8);
     this.outbox.add(path, { assignment: item.id, token: token(), ...body });
@@ -270,6 +274,7 @@ export class Work {
 
   back(item, said) {
     this.items = [item, ...this.items.filter((one) => one.id !== item.id)];
+    this.doneAt = -Infinity;
     this.display(said);
     toast("Taken back");
   }
