@@ -275,6 +275,20 @@ def test_gold_items_reach_everybody_and_training_never_sees_them(store: Store) -
     assert [e.new["gold"] for e in store.events() if e.entity == "item"] == ["first", "second", None]
 
 
+def test_a_gold_item_comes_among_others_alone(store: Store) -> None:
+    items = fill(store, 6)
+    prepare(store)
+    manage, labelling, ann, bo = Manage(store), Labelling(store), person(store, "ann"), person(store, "bo")
+    for item in items[:4]:
+        manage.set_gold(item, "first", "admin")
+    manage.set_gold_every(1, "admin")
+    labelling.forget()
+    assert judge_all(labelling, ann) == 6
+    assert [vote.gold is not None for vote in store.judgements()] == [True] * 4 + [False] * 2  # one always waits behind
+    # bo had none of the four, but nothing else is left: what came now could be nothing but a gold item
+    assert labelling.next(bo, "compare") is None
+
+
 # ------------------------------------------------------------------------------------------- ranking and writing
 
 

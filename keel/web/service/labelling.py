@@ -67,12 +67,14 @@ class Labelling:
         """What this person does next; ``holding``: the assignments that their page has already."""
         if len(holding) >= MOST_HELD:
             return None
-        assignment = None
+        plain = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind)
+        if plain is None:
+            return None  # not a gold item either: what comes when nothing is left could be nothing else
         if kind == "compare" and self._gold_is_due(person.annotator_id):
-            assignment = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind, gold=True)
-        if assignment is None:
-            assignment = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind)
-        return None if assignment is None else screen(assignment)
+            held = [*holding, plain.id]  # the plain one stays theirs, and comes the next time
+            gold = self._store.next_assignment(person.annotator_id, holding=held, kind=kind, gold=True)
+            return screen(gold or plain)
+        return screen(plain)
 
     def _gold_is_due(self, annotator_id: int) -> bool:
         """Drawn anew for each item, so that nobody can count them out."""
