@@ -25,7 +25,7 @@ from keel.store.trained_on import people_votes
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
-from keel.web.service.quality import quality
+from keel.web.service.quality import quality, standings
 from keel.web.service.start import prepare
 
 
@@ -249,6 +249,7 @@ def check(store: Store) -> None:
         for row in manage._rows("arena.jsonl")
     ]
     assert told == log.arena
+    assert manage.arena_results() == standings([(*models, choice) for _, models, choice in log.arena])  # type: ignore[misc]
     # what the pages of the models show: each piece of work by its token
     standing = {e.new["token"]: (e.actor, kind, e.guideline, when(e)) for e, kind in log.done.values()}
     assert standing == {

@@ -205,9 +205,7 @@ class Manage:
     def arena_results(self) -> list[Standing]:
         """What was voted in the arena, the model that won most first."""
         with self._store.transaction(writes=False) as connection:
-            return standings(
-                [(row["model_left"], row["model_right"], row["choice"]) for row in arena.votes(connection)]
-            )
+            return standings(arena.results(connection))
 
     # -------------------------------------------------------------------------------------------------- the guideline
 
