@@ -162,7 +162,7 @@ def test_a_skipped_item_goes_to_somebody_else(store: Store) -> None:
     labelling.skip(ann, screen.id, "")
     assert labelling.next(ann, "compare") is None
     assert judge_all(labelling, bo) == 1
-    with pytest.raises(UserError, match="somebody else"):
+    with pytest.raises(UserError, match="somebody else has the item that you skipped"):
         labelling.undo(ann, "compare")
 
 

@@ -5,7 +5,7 @@ Each function runs inside its caller's transaction (``Store.transaction``). Whos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, Select, Table, insert, select, update
 from keel.store import queue
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import flags, rankings, writings
-from keel.store.records import AnnotatorKind, Assignment, WorkKind
+from keel.store.records import Assignment, LeaseLost, WorkKind
 from keel.store.rows import storable
 from keel.store.tables import (
     annotators,
@@ -27,7 +27,7 @@ from keel.store.tables import (
     prompts,
     responses,
 )
-from keel.types import Demonstration, Message, Prompt, UserError
+from keel.types import Demonstration, Message, UserError
 
 RANKED = range(4, 10)  # how many responses one ranking may hold (InstructGPT, section 3.4: K between 4 and 9)
 TABLES: Mapping[str, tuple[Table, str]] = {
@@ -247,7 +247,10 @@ def undo_last(
 def _unskip(
     connection: Connection, skipped: Row[Any], kind: WorkKind, guideline: str | None, now: datetime, lease: timedelta
 ) -> Assignment:
-    queue.retake(connection, skipped.id, skipped.item_id)
+    try:
+        queue.retake(connection, skipped.id, skipped.item_id)
+    except LeaseLost:
+        raise UserError("somebody else has the item that you skipped now; it can't be taken back") from None
     queue.lease_again(connection, skipped.id, now, lease)
     name = connection.execute(select(annotators.c.name).where(annotators.c.id == skipped.annotator_id)).scalar_one()
     log = event(now, name, "unskipped", "assignment", skipped.id, {"item": skipped.item_id}, None, guideline)
@@ -273,29 +276,19 @@ def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[
 
 def demonstrations(connection: Connection, batch: str | None) -> list[Demonstration]:
     """See Store.demonstrations."""
-    found = connection.execute(_standing(writings, batch)).all()
-    return [Demonstration(row.token, (*_prompt(row).messages, Message("assistant", row.text))) for row in found]
-
-
-def _standing(table: Table, batch: str | None, kinds: Collection[AnnotatorKind] | None = None) -> Select[Any]:
     query = (
-        select(table, items.c.prompt_id, items.c.batch, prompts.c.messages, prompts.c.kind, prompts.c.meta)
-        .add_columns(annotators.c.name.label("annotator"))
-        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+        select(writings.c.token, writings.c.text, prompts.c.messages)
+        .select_from(writings.join(assignments, assignments.c.id == writings.c.assignment_id))
         .join(items, items.c.id == assignments.c.item_id)
         .join(prompts, prompts.c.id == items.c.prompt_id)
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(table.c.undone_at.is_(None))
-        .order_by(table.c.id)
+        .where(writings.c.undone_at.is_(None))
+        .order_by(writings.c.id)
     )
-    if kinds is not None:
-        query = query.where(annotators.c.kind.in_(list(kinds)))
-    return query if batch is None else query.where(items.c.batch == batch)
-
-
-def _prompt(row: Row[Any]) -> Prompt:
-    messages = tuple(Message(message["role"], message["content"]) for message in row.messages)
-    return Prompt(row.prompt_id, messages, row.kind, row.meta)
+    found = []
+    for row in connection.execute(query if batch is None else query.where(items.c.batch == batch)):
+        asked = [Message(message["role"], message["content"]) for message in row.messages]
+        found.append(Demonstration(row.token, (*asked, Message("assistant", row.text))))
+    return found
 
 
 def done_by(kind: WorkKind, annotator_id: int, limit: int) -> Select[Any]:
