@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keel.config import SamplingConfig
-from keel.rollout import kernels, numeric
+from keel.model import numeric
+from keel.rollout import kernels
 from keel.rollout.cpu import raw
 from keel.rollout.sampler import choose, stream_key, uniforms
 
@@ -44,11 +49,11 @@ def test_rounding_is_to_the_nearest_bfloat16_and_ties_go_to_even() -> None:
 
 
 def test_exponentials() -> None:
-    x = torch.cat([torch.linspace(-87, 0, 10_001), torch.tensor([-87.5, -1e9, -math.inf])])
+    x = torch.cat([torch.linspace(-80, 0, 10_001), torch.tensor([-80.5, -1e9, -math.inf])])
     got = x.clone().numpy()
     total = kernels._exponentials(got)  # subtracts the greatest, 0
     expected = x.double().exp()
-    expected[-3:] = 0  # below e^-87
+    expected[-3:] = 0  # below e^-80
     assert float(((torch.tensor(got).double() - expected).abs() / expected.clamp(min=1e-38)).max()) < 3 * 2.0**-23
     assert total == pytest.approx(float(expected.sum()), rel=1e-6)
 
@@ -155,3 +160,36 @@ def test_tokens_are_those_of_the_plain_choice(sampling: SamplingConfig, vocabula
     torch.testing.assert_close(logprobs[same], expected_logprobs[same], atol=2e-6, rtol=2e-6)
     plain = torch.log_softmax(logits / (sampling.temperature or 1.0), -1).gather(1, ids[:, None])[:, 0]
     torch.testing.assert_close(logprobs, plain, atol=2e-6, rtol=2e-6)
+
+
+COMPILED = """
+import hashlib, sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_rollout import PROMPTS, build
+from keel.config import SamplingConfig
+from keel.data.collate import pack
+from keel.model.logprobs import token_logprobs
+from keel.rollout.sampler import make_sampler
+from keel.types import Encoded
+model = build("llama")
+completions = make_sampler(model, "embedded", ()).generate(PROMPTS, SamplingConfig(max_new_tokens=8), 0)
+rows = [Encoded(tuple(p) + c.ids, (False,) * len(p) + (True,) * len(c.ids)) for p, c in zip(PROMPTS, completions)]
+token_logprobs(model, pack(rows)).logp_C.sum().backward()
+sampled = torch.tensor([x for c in completions for x in c.logprobs])
+bits = torch.cat([sampled, *(p.grad.flatten() for p in model.parameters())])
+print(hashlib.sha256(bits.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_who_compiles_rounds_as_who_finds_the_result_on_the_disk(tmp_path: Path) -> None:
+    """Or a run whose first process compiled would not end with the weights of one that was resumed."""
+    script = tmp_path / "script.py"
+    script.write_text(COMPILED.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "compiled")}
+    said = [
+        subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True).stdout
+        for _ in range(2)
+    ]
+    assert list((tmp_path / "compiled").rglob("*.nbc")), "nothing was kept, so nothing was compared"
+    assert said[0] == said[1] != b""

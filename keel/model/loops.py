@@ -11,7 +11,6 @@ from torch import Tensor
 from keel.model.native import (
     Loop,
     bytes_,
-    exp,
     f4,
     floats,
     inner,
@@ -25,6 +24,7 @@ from keel.model.native import (
     store,
     thread,
 )
+from keel.model.numeric import exp
 
 if TYPE_CHECKING:
     from keel.model.passes import Grid, Rotary

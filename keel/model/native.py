@@ -29,9 +29,18 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from keel.model.numeric import narrowed, widened
+
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 # All but "ninf" and "nnan": a number that is not finite must be seen.
-inner = functools.partial(numba.njit, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"}, error_model="numpy")
+# Inlined: of a function that stays a call and has several compiled copies, the first that the process met is called, so
+# that a process which compiles would round differently from one that finds the result on the disk.
+inner = functools.partial(
+    numba.njit,
+    fastmath={"reassoc", "contract", "nsz", "arcp", "afn"},
+    error_model="numpy",
+    forceinline=True,
+)
 
 
 def _openmp() -> ctypes.CDLL:
@@ -142,7 +151,7 @@ def load(context: Any, pointer: Any, i: Any) -> Any:
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         value = b.load(b.gep(args[0], [args[1]]))
-        return value if wide else b.bitcast(b.shl(b.zext(value, I32), ir.Constant(I32, 16)), F32)
+        return value if wide else widened(b, value)
 
     return types.float32(pointer, types.int64), generate
 
@@ -153,12 +162,7 @@ def store(context: Any, pointer: Any, i: Any, value: Any) -> Any:
     wide = pointer.dtype == types.float32
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        out = args[2]
-        if not wide:
-            bits = b.bitcast(out, I32)
-            odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-            rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-            out = b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), ir.IntType(16))
+        out = args[2] if wide else narrowed(b, args[2])
         b.store(out, b.gep(args[0], [args[1]]))
         return context.get_dummy_value()
 
@@ -176,30 +180,4 @@ def larger(context: Any, a: Any, b: Any) -> Any:
     return types.float32(types.float32, types.float32), generate
 
 
-@intrinsic
-def _power_of_two(context: Any, n: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        exponent = b.add(b.fptosi(args[0], I32), ir.Constant(I32, 127))
-        return b.bitcast(b.shl(exponent, ir.Constant(I32, 23)), F32)
-
-    return types.float32(types.float32), generate
-
-
 f4 = np.float32
-LOWEST = f4(-80.0)  # where exp stops falling: below it come numbers that processors are slow with
-
-
-@inner(inline="always")
-def exp(x: Any) -> Any:
-    """e^x in float32, to about 1e-7 of it between exp(-80) and exp(88) (Cephes' polynomial): the C library's is a call
-    for each number."""
-    x = min(max(x, LOWEST), f4(88.0))
-    n = np.floor(x * f4(1.4426950408889634) + f4(0.5))
-    r = x - n * f4(0.693359375) + n * f4(2.12194440e-4)
-    p = f4(1.9875691500e-4)
-    p = p * r + f4(1.3981999507e-3)
-    p = p * r + f4(8.3334519073e-3)
-    p = p * r + f4(4.1665795894e-2)
-    p = p * r + f4(1.6666665459e-1)
-    p = p * r + f4(5.0000001201e-1)
-    return (p * r * r + r + f4(1.0)) * _power_of_two(n)

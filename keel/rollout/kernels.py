@@ -18,12 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
-from keel.rollout.numeric import exp, from_bits, get, prefetch, put
+from keel.model.numeric import exp, from_bits, get, prefetch, put
 from keel.rollout.shim import as_pointer, delete_tensor, get_data_ptr, linear_pointwise, no_activation
 
 # Sums may be reordered (or nothing would be vectorised); infinities are respected: a logit may be -inf. The order is
 # fixed when a function is compiled, so that two runs agree to the last bit.
-kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz", "nnan"})
+kernel = njit(
+    cache=True,
+    nogil=True,
+    error_model="numpy",
+    fastmath={"reassoc", "contract", "arcp", "nsz", "nnan"},
+    forceinline=True,  # see keel.model.native.inner
+)
 
 BLOCK = 64  # of the vocabulary: sums of so many weights are kept together when a token is drawn
 CACHE_LINE = 64  # bytes

@@ -1,4 +1,5 @@
-"""What numba lacks, in its own terms: numbers as bits, bfloat16, exponentials of many numbers at once, prefetching."""
+"""What numba lacks, in its own terms: bfloat16, exponentials of many numbers at once, prefetching. For the compiled
+loops of training (``keel.model.loops``) and of sampling (``keel.rollout.kernels``)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,22 @@ from numba.extending import intrinsic, overload, register_jitable
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693359375)  # exact in few bits: k * LN2_HIGH has no rounding
 LN2_LOW = np.float32(-2.12194440e-4)
+LOWEST = np.float32(-80.0)
+
+
+def widened(builder: Any, bits: Any) -> Any:
+    """LLVM's float of the bits of a bfloat16."""
+    wide = builder.zext(bits, ir.IntType(32))
+    return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+
+def narrowed(builder: Any, number: Any) -> Any:
+    """The bits of the bfloat16 that is nearest to LLVM's float, ties to even."""
+    word = ir.IntType(32)
+    bits, half = builder.bitcast(number, word), ir.Constant(word, 16)
+    odd = builder.and_(builder.lshr(bits, half), ir.Constant(word, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+    return builder.trunc(builder.lshr(rounded, half), ir.IntType(16))
 
 
 @intrinsic
@@ -20,12 +37,14 @@ def get(typing: Any, number: Any) -> Any:
     """float32 of a float32, or of the bits of a bfloat16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if number == types.float32:
-            return arguments[0]
-        bits = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+        return arguments[0] if number == types.float32 else widened(builder, arguments[0])
 
     return types.float32(number), generate
+
+
+@intrinsic
+def bfloat16_bits(typing: Any, number: Any) -> Any:
+    return types.uint16(types.float32), lambda context, builder, signature, arguments: narrowed(builder, arguments[0])
 
 
 @intrinsic
@@ -35,15 +54,8 @@ def from_bits(typing: Any, bits: Any) -> Any:
     )
 
 
-@intrinsic
-def to_bits(typing: Any, number: Any) -> Any:
-    return types.uint32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(
-        arguments[0], ir.IntType(32)
-    )
-
-
 def put(row: Any, i: Any, number: Any) -> None:
-    """``row[i] = number``, rounded to the nearest bfloat16 (ties to even) where ``row`` holds bits."""
+    """``row[i] = number``, rounded where ``row`` holds the bits of bfloat16 numbers."""
     raise NotImplementedError("compiled code alone calls this")
 
 
@@ -57,8 +69,7 @@ def _put(row: Any, i: Any, number: Any) -> Any:
         return put_float
 
     def put_bits(row: Any, i: Any, number: Any) -> None:
-        bits = to_bits(number)
-        row[i] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+        row[i] = bfloat16_bits(number)
 
     return put_bits
 
@@ -80,9 +91,10 @@ def prefetch(typing: Any, address: Any) -> Any:
 
 @register_jitable(inline="always")
 def exp(x: Any) -> Any:
-    """e^x to three units in the last place, 0 where x < -87, in operations that a processor does for many numbers at
-    once: 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf)."""
-    clipped = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    """e^x to three units in the last place, 0 where x < -80, in operations that a processor does for many numbers at
+    once: 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf). Not lower than -80, because products of what
+    would follow are numbers that processors are slow with."""
+    clipped = min(max(x, LOWEST), np.float32(88.0))
     k = np.floor(clipped * LOG2_E + np.float32(0.5))
     r = clipped - k * LN2_HIGH - k * LN2_LOW
     p = np.float32(1.9875691500e-4)
@@ -93,4 +105,4 @@ def exp(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     power = p * from_bits(np.uint32((np.int32(k) + np.int32(127)) << np.int32(23)))
-    return power if x >= np.float32(-87.0) else np.float32(0.0)
+    return power if x >= LOWEST else np.float32(0.0)
