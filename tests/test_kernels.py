@@ -168,16 +168,13 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_rollout import PROMPTS, build
 from keel.config import SamplingConfig
-from keel.data.collate import pack
-from keel.model.logprobs import token_logprobs
+from keel.model.passes import passes
 from keel.rollout.sampler import make_sampler
-from keel.types import Encoded
-model = build("llama")
-completions = make_sampler(model, "embedded", ()).generate(PROMPTS, SamplingConfig(max_new_tokens=8), 0)
-rows = [Encoded(tuple(p) + c.ids, (False,) * len(p) + (True,) * len(c.ids)) for p, c in zip(PROMPTS, completions)]
-token_logprobs(model, pack(rows)).logp_C.sum().backward()
-sampled = torch.tensor([x for c in completions for x in c.logprobs])
-bits = torch.cat([sampled, *(p.grad.flatten() for p in model.parameters())])
+completions = make_sampler(build("llama"), "embedded", ()).generate(PROMPTS, SamplingConfig(max_new_tokens=8), 0)
+logits_CV = torch.randn(27, 328, generator=torch.Generator().manual_seed(0))
+logp_C, probs_CV = torch.empty(27), torch.empty(27, 328)
+passes("cpu").probabilities(logits_CV, torch.arange(27), logp_C, None, probs_CV)
+bits = torch.cat([torch.tensor([x for c in completions for x in c.logprobs]), logp_C, probs_CV.flatten()])
 print(hashlib.sha256(bits.numpy().tobytes()).hexdigest())
 """
 
