@@ -17,7 +17,6 @@ from transformers import AutoConfig
 
 from keel.config import (
     PEOPLE,
-    AnnotateStage,
     DpoStage,
     EvalStage,
     OnlineBase,
@@ -34,10 +33,10 @@ from keel.config import (
 from keel.data.chat import Chat, install_template
 from keel.data.collate import messages_hash, pack
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
+from keel.graph import parents, sources
 from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer
 from keel.model.logprobs import token_logprobs
 from keel.model.precision import pick_precision
-from keel.pipeline import parents
 from keel.reward.python_ref import load_python
 from keel.rollout import vllm
 from keel.run import RunDir, Silent, StageContext, resolve_device
@@ -153,14 +152,7 @@ def _disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:
 
 
 def _python_refs(stage: Stage) -> Iterator[Finding]:
-    sources: list[tuple[str, object]] = []
-    if isinstance(stage, AnnotateStage):
-        sources = [("annotators", stage.annotators)]
-    elif isinstance(stage, OnlineBase):
-        sources = [("watch", stage.watch), *((f"rewards.{i}.source", t.source) for i, t in enumerate(stage.rewards))]
-    elif isinstance(stage, EvalStage):
-        sources = [("judge", stage.judge)]
-    for place, source in sources:
+    for place, source in sources(stage):
         if isinstance(source, PythonRef):
             try:
                 load_python(source.ref)
@@ -304,7 +296,8 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
 def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
     """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store."""
     stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
-    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file != PEOPLE]
+    made = {PEOPLE, *(stage.name for stage in recipe.stages)}
+    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file not in made]
     default = [("data.demonstrations", recipe.data.demonstrations)] if any(not s.sources for s in stages) else []
     return [*default, *named]
 
@@ -406,12 +399,9 @@ def _reward_models(stage: Stage, run: RunDir) -> Iterator[Finding]:
     names: list[str] = []
     if isinstance(stage, RewardStage) and run.stage(stage.name).done:
         names = [stage.name]
-    elif isinstance(stage, OnlineBase):
-        names = [
-            t.source.model
-            for t in stage.rewards
-            if isinstance(t.source, RewardModelRef) and Path(t.source.model).is_dir()
-        ]
+    else:
+        named = [source.model for _, source in sources(stage) if isinstance(source, RewardModelRef)]
+        names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
     for name in names:
         path = Path(name) if Path(name).is_dir() else run.stage(name).path
         model = load_scalar(path)

@@ -122,14 +122,21 @@ class EndpointRef(Strict):
     instructions: str | None = None
 
 
-JudgeRef = Annotated[PythonRef | RewardModelRef | EndpointRef, Field(discriminator="kind")]
-
-
 class RewardTerm(Strict):
     """One source of reward, with its weight in the sum."""
 
     source: Annotated[PythonRef | RewardModelRef, Field(discriminator="kind")]
     weight: float = 1.0
+
+
+class MixedRef(Strict):
+    """The weighted sum of several sources of reward, as in a PPO stage's ``rewards``."""
+
+    kind: Literal["mixed"] = "mixed"
+    rewards: list[RewardTerm] = Field(min_length=1)
+
+
+JudgeRef = Annotated[PythonRef | RewardModelRef | MixedRef | EndpointRef, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------------- stages
@@ -171,8 +178,8 @@ class SftStage(PolicyBase):
     kind: Literal["sft"] = "sft"
     demonstrations: str | list[str] | None = Field(
         None,
-        description="a file, or 'people' (the replies that people wrote or edited in the store); several in a list; "
-        "default: data.demonstrations",
+        description="a file, a sample stage that chose its replies by rewards, or 'people' (the replies that people "
+        "wrote or edited in the store); several in a list; default: data.demonstrations",
     )
     epochs: float = Field(2.0, gt=0)
     batch_size: int = Field(64, ge=1, description="conversations per optimizer step")
@@ -203,7 +210,24 @@ class SampleStage(StageBase):
     max_similarity: float = Field(
         0.95, ge=0, le=1, description="token-set similarity at which two responses are the same; 0: the least alike"
     )
+    rewards: list[RewardTerm] = Field(
+        default_factory=list,
+        description="best-of-n: the kept responses are those of the candidates with the highest weighted sum; default: "
+        "none, they are the first that differ",
+    )
+    min_reward: float | None = Field(None, description="responses whose reward is lower are left out")
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _something_to_choose(self) -> SampleStage:
+        if self.min_reward is not None and not self.rewards:
+            raise ValueError("min_reward is a bound on the sum of rewards; name them in rewards, or leave it out")
+        if self.rewards and self.min_reward is None and self.candidates <= self.per_prompt:
+            raise ValueError(
+                f"rewards choose per_prompt = {self.per_prompt} of the candidates, and there are "
+                f"{max(self.candidates, self.per_prompt)} of them; raise candidates or set min_reward"
+            )
+        return self
 
 
 class AnnotateStage(StageBase):
@@ -417,10 +441,19 @@ class EvalStage(StageBase):
     baseline: str = "sft"
     judge: JudgeRef | None = Field(None, description="default: the recipe's reward stage")
     reward: str | None = Field(None, description="reward stage or folder whose mean score is reported")
+    rewards: list[RewardTerm] = Field(
+        default_factory=list, description="several of them, whose weighted sum is reported beside each one's mean"
+    )
     prompts: str | None = Field(None, description="default: data.heldout_prompts")
     sampling: SamplingConfig = SamplingConfig()
     bootstrap: int = Field(2000, ge=100)
     show: int = Field(10, ge=0, description="prompts shown side by side in the report")
+
+    @model_validator(mode="after")
+    def _one_proxy(self) -> EvalStage:
+        if self.reward is not None and self.rewards:
+            raise ValueError("reward names one model and rewards several with their weights; leave one of them out")
+        return self
 
 
 class ReportStage(StageBase):

@@ -3,6 +3,7 @@ that the run keeps. This is where recipes' names become paths, records, models a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from keel.config import (
     EvalStage,
     GrpoStage,
     JudgeRef,
+    MixedRef,
     OnlineBase,
     PolicyBase,
     PpoStage,
@@ -34,7 +36,7 @@ from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import PairChoice, annotate_responses
 from keel.feedback.uncertainty import disagreement
-from keel.inputs import demonstrations, heldout_prompts, preferences, store_url, training_prompts
+from keel.inputs import KEPT, demonstrations, heldout_prompts, preferences, store_url, training_prompts, write_kept
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.precision import Precision, pick_precision
 from keel.model.trunk import Trunk
@@ -123,7 +125,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
 
 
 def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
-    """Samples responses into the store, under this stage's fingerprint."""
+    """Samples responses into the store, under this stage's fingerprint, and into a file that SFT can learn from."""
     recipe = context.recipe
     path = context.model_path(stage.model)
     model, tokenizer = load_policy(path, device=context.device)
@@ -142,20 +144,30 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
         context.reporter,
         candidates=stage.candidates,
         max_similarity=stage.max_similarity,
+        scorer=_mixed(stage.rewards, context, precision) if stage.rewards else None,
+        min_score=-math.inf if stage.min_reward is None else stage.min_reward,
     )
+    everything = [reply for group in replies for reply in group]
+    if not everything:
+        raise UserError(
+            f"stage {stage.name}: no response is left; every one was cut at sampling.max_new_tokens = "
+            f"{stage.sampling.max_new_tokens} or scored below min_reward; change one of the two"
+        )
     fingerprint = _fingerprint(context)
     with Store(store_url(context)) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
             session.add_responses(prompt.id, group, str(path), stage.sampling, fingerprint)
-    everything = [reply for group in replies for reply in group]
+    write_kept(context.stage_dir.path / KEPT, prompts, replies)
+    rewards = [reply.reward for reply in everything if reply.reward is not None]
     return {
         "prompts": len(prompts),
         "responses": len(everything),
         "fingerprint": fingerprint,
         "distinct_pairs": sum(len(group) >= 2 for group in replies),
-        "mean_length": sum(len(reply.ids) for reply in everything) / max(1, len(everything)),
-        "finished_rate": sum(reply.finished for reply in everything) / max(1, len(everything)),
+        "mean_length": sum(len(reply.ids) for reply in everything) / len(everything),
+        "finished_rate": sum(reply.finished for reply in everything) / len(everything),
+        **({"reward": sum(rewards) / len(rewards), "prompts_without": replies.count([])} if rewards else {}),
     }
 
 
@@ -214,7 +226,7 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         texts=read_texts(recipe.data.base_text) if recipe.data.base_text else [],
         facts=read_facts(recipe.data.facts) if recipe.data.facts else [],
         judge=_judge(stage.judge, context, precision),
-        scorer=_learned(stage.reward, context, precision),
+        scorer=_proxy(stage, context, precision),
         sampling=stage.sampling,
         seed=recipe.seed,
         bootstrap=stage.bootstrap,
@@ -302,21 +314,28 @@ def _mixed(
     parts = []
     for term in terms:
         if isinstance(term.source, PythonRef):
-            parts.append(RewardPart(PythonScorer(load_python(term.source.ref)), term.weight, term.source.ref))
+            scorer: Scorer = PythonScorer(load_python(term.source.ref))
         else:
-            name = term.source.model
-            parts.append(RewardPart(_reward_model(name, context, precision, trunk), term.weight, name))
+            scorer = _reward_model(term.source.model, context, precision, trunk)
+        parts.append(RewardPart(scorer, term.weight, _source_name(term.source)))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
+
+
+def _source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
+    return source.ref if isinstance(source, PythonRef) else source.model
 
 
 def _default_reward(context: StageContext) -> str | None:
     return next((stage.name for stage in context.recipe.stages if isinstance(stage, RewardStage)), None)
 
 
-def _learned(name: str | None, context: StageContext, precision: Precision) -> Scorer | None:
-    name = name or _default_reward(context)
+def _proxy(stage: EvalStage, context: StageContext, precision: Precision) -> Scorer | None:
+    """What stands for the reward that was trained on."""
+    if stage.rewards:
+        return _mixed(stage.rewards, context, precision)
+    name = stage.reward or _default_reward(context)
     return _reward_model(name, context, precision) if name else None
 
 
@@ -325,6 +344,8 @@ def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) ->
         return JudgeFromPython(load_python(ref.ref))
     if isinstance(ref, EndpointRef):
         return EndpointJudge(ref)
+    if isinstance(ref, MixedRef):
+        return JudgeFromScorer(_mixed(ref.rewards, context, precision))
     name = ref.model if isinstance(ref, RewardModelRef) else _default_reward(context)
     if name is None:
         raise UserError(
@@ -334,6 +355,6 @@ def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) ->
 
 
 def _judge_name(ref: JudgeRef | None) -> str:
-    if isinstance(ref, PythonRef):
-        return ref.ref
-    return ref.model if ref is not None else "the reward model"
+    if isinstance(ref, MixedRef):
+        return " + ".join(f"{term.weight:g} × {_source_name(term.source)}" for term in ref.rewards)
+    return _source_name(ref) if ref is not None else "the reward model"
