@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig
 
 from keel.config import (
     PEOPLE,
@@ -34,7 +33,7 @@ from keel.data.chat import Chat, install_template
 from keel.data.collate import messages_hash, pack
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
 from keel.graph import parents, sources
-from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer
+from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
 from keel.model.logprobs import token_logprobs
 from keel.model.precision import pick_precision
 from keel.reward.python_ref import load_python
@@ -84,7 +83,20 @@ def preflight(stage: Stage, context: StageContext) -> None:
     for finding in found:
         if finding.level == "error":
             raise UserError(str(finding))
-        context.reporter.note(f"warning: {finding}")
+        if not finding.place.startswith(f"{stage.name}.model (") or _first_to_start(stage, context.recipe):
+            context.reporter.note(f"warning: {finding}")
+
+
+def _first_to_start(stage: Stage, recipe: Recipe) -> bool:
+    """Whether a warning about the model that ``stage`` starts from is news: a stage that made that model, or started
+    from it too, has said it."""
+    starts = [other for other in recipe.stages if isinstance(other, TrainBase) and other.model not in _names(recipe)]
+    first = {other.model: other.name for other in reversed(starts)}
+    return stage.name in first.values()
+
+
+def _names(recipe: Recipe) -> set[str]:
+    return {stage.name for stage in recipe.stages}
 
 
 def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
@@ -213,7 +225,8 @@ def _models(recipe: Recipe, run: RunDir) -> list[Finding]:
     """Tokenizer, data and checkpoints; what cannot be loaded is a finding, and what rests on it is left out."""
     try:
         chat = _chat(recipe.model.path, recipe)
-        context = _context_length(recipe)
+        model = recipe.model
+        context = positions(model.path, model.revision, model.trust_remote_code) or 0
     except UserError as error:
         return [_error(error, "model.path")]
     found: list[Finding] = []
@@ -228,19 +241,6 @@ def _models(recipe: Recipe, run: RunDir) -> list[Finding]:
         except UserError as error:
             found.append(_error(error, stage.name))
     return found
-
-
-def _context_length(recipe: Recipe) -> int:
-    """The positions that the model has; 0 when its config does not say."""
-    model = recipe.model
-    try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model.path}: its config.json cannot be read ({error}); name a transformers model") from error
-    text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -296,7 +296,7 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
 def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
     """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store."""
     stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
-    made = {PEOPLE, *(stage.name for stage in recipe.stages)}
+    made = {PEOPLE, *_names(recipe)}
     named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file not in made]
     default = [("data.demonstrations", recipe.data.demonstrations)] if any(not s.sources for s in stages) else []
     return [*default, *named]

@@ -389,7 +389,11 @@ class OnlineBase(PolicyBase):
 
 class PpoStage(OnlineBase):
     kind: Literal["ppo"] = "ppo"
-    critic: str | None = Field(None, description="stage or folder; default: the first reward model, else the policy")
+    critic: str | None = Field(
+        None,
+        description="stage or folder of a reward model or language model; default: the first reward model, or the "
+        "policy where that reads other tokens or there is none",
+    )
     kl: KlConfig = KlConfig()
     clip: float = Field(0.2, gt=0)
     value_clip: float = Field(0.2, gt=0)

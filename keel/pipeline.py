@@ -44,6 +44,7 @@ from keel.run import (
     hash_file,
     peak_rss_mb,
     resolve_device,
+    seed_rng,
     versions,
 )
 from keel.store.trained_on import VoteHashes, vote_hashes
@@ -293,6 +294,8 @@ def _run_stage(step: Step, context: StageContext, runner: Runner, preflight: Pre
     if preflight is not None:
         preflight(step.stage, context)
     stage_dir.begin(step.fingerprint)
+    own = step.stage.seed if isinstance(step.stage, RewardStage) else None
+    seed_rng(context.recipe.seed if own is None else own)
     context.run.manifest.update_stage(name, entry)
     started = time.monotonic()
 

@@ -37,7 +37,7 @@ from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import PairChoice, annotate_responses
 from keel.feedback.uncertainty import disagreement
 from keel.inputs import KEPT, demonstrations, heldout_prompts, preferences, store_url, training_prompts, write_kept
-from keel.model.checkpoint import frozen, load_policy, load_scalar
+from keel.model.checkpoint import frozen, load_policy, load_scalar, load_tokenizer, positions
 from keel.model.precision import Precision, pick_precision
 from keel.model.trunk import Trunk
 from keel.report import build_report
@@ -46,6 +46,7 @@ from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.python_ref import load_python
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.rollout.collect import sample_replies, stop_token_ids
+from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.run import StageContext, write_json
 from keel.store import Response, Store
@@ -116,6 +117,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
         device=context.device,
         precision=pick_precision(stage.precision, context.device),
         seed=recipe.seed,
+        positions=positions(path, recipe.model.revision, recipe.model.trust_remote_code),
         texts=read_texts(mixed) if mixed is not None else (),
         trunk=Trunk(path, context.device, lora) if isinstance(stage, OnlineBase) and stage.one_base and lora else None,
     )
@@ -133,7 +135,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     chat = Chat(tokenizer)
     precision = pick_precision("auto", context.device)
     sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
-    prompts = training_prompts(stage.prompts, context)
+    prompts, _ = encode_prompts(chat, training_prompts(stage.prompts, context), recipe.data, context.reporter)
     replies = sample_replies(
         sampler,
         chat,
@@ -219,10 +221,14 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     """Evaluates the models and writes the run's ``summary.json``."""
     recipe = context.recipe
     precision = pick_precision("auto", context.device)
+    models = {name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
+    prompts = heldout_prompts(stage.prompts, context)
+    for path in models.values():  # each may have a tokenizer of its own, and all are asked the same
+        prompts, _ = encode_prompts(Chat(load_tokenizer(path)), prompts, recipe.data, context.reporter)
     inputs = EvaluationInputs(
-        models={name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])},
+        models=models,
         baseline=stage.baseline,
-        prompts=heldout_prompts(stage.prompts, context),
+        prompts=prompts,
         texts=read_texts(recipe.data.base_text) if recipe.data.base_text else [],
         facts=read_facts(recipe.data.facts) if recipe.data.facts else [],
         judge=_judge(stage.judge, context, precision),

@@ -175,6 +175,13 @@ def test_preference_details(write: Callable[..., Path]) -> None:
     assert len({p.id for p in (first, tie, equal, bob)}) == 4
 
 
+def test_a_reply_with_thumbs_down_is_no_demonstration(write: Callable[..., Path]) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": n != 1} for n in range(3)]
+    with pytest.raises(UserError, match=r"line 2: field 'label': false, so the reply is no demonstration"):
+        read_demonstrations(write(*rows))
+    assert len(read_demonstrations(write(rows[0], rows[2]))) == 2
+
+
 def test_labelled_steps_and_facts(write: Callable[..., Path]) -> None:
     up, down = read_labelled(
         write({"prompt": "hi", "completion": "yo", "label": True},

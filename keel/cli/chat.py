@@ -25,7 +25,7 @@ def trained_models(run: str) -> dict[str, str]:
     folder = Path(run)
     manifest = RunDir(folder).manifest.read()
     stages = Recipe.model_validate(manifest["recipe"]).stages if manifest else []
-    done = [s.name for s in stages if s.kind in ("sft", "dpo", "ppo") and RunDir(folder).stage(s.name).done]
+    done = [s.name for s in stages if s.kind in ("sft", "dpo", "ppo", "grpo") and RunDir(folder).stage(s.name).done]
     return {name: str(folder / name) for name in done}
 
 

@@ -68,6 +68,17 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
+def positions(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the model at ``path`` can tell apart by their place; None when its config does not say."""
+    config = _checked(
+        path,
+        "model",
+        lambda: AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code),
+    )
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def load_policy(
     path: str | Path,
     *,
