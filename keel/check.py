@@ -194,8 +194,10 @@ def _tokenizer(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[Finding]
 
 
 def _chat(path: str, recipe: Recipe) -> Chat:
-    """The chat as a training stage would set it up: a base model without a template gets Keel's own."""
+    """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
     tokenizer = load_tokenizer(path, recipe.model.revision)
+    if not any(isinstance(stage, SftStage) for stage in recipe.stages):
+        return Chat(tokenizer)
     if recipe.model.chat_template is not None:
         install_template(tokenizer, recipe.model.chat_template)
     elif Chat(tokenizer).plain:
@@ -287,6 +289,10 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
         found += _lengths(encoded, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
         found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
+    several = [p for p in (*prompts, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
+    if chat.plain and several:
+        sentence = f"it has no chat template, and would see the last message alone of {len(several)} prompts"
+        found.append(Finding("error", "model.path", sentence, "start from an SFT stage, which gives it a template"))
     learned = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
     learned |= {messages_hash(p.prompt.messages) for p in preferences}
     sampled = {messages_hash(p.messages) for p in prompts}

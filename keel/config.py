@@ -500,6 +500,18 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _sft_installs_the_template(self) -> Recipe:
+        for stage in self.stages:
+            if isinstance(stage, SftStage) or not isinstance(stage, TrainBase | SampleStage):
+                continue
+            if self.model.chat_template is not None and stage.model == "base":
+                raise ValueError(
+                    f"model.chat_template is given to a model by an SFT stage, and {stage.name} starts from the model "
+                    f"itself; set {stage.name}.model to an SFT stage, or save the template with the model's tokenizer"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _ptx_needs_text(self) -> Recipe:
         for stage in self.stages:
             if isinstance(stage, PolicyBase) and stage.ptx is not None and self.data.pretraining is None:

@@ -56,7 +56,7 @@ from keel.train.grpo import train_grpo
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
-from keel.types import Judge, Preference, Scorer, UserError
+from keel.types import Judge, Preference, Prompt, Scorer, UserError
 
 # ------------------------------------------------------------------------------------------------------- training
 
@@ -68,6 +68,7 @@ def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
 
 def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
     learned = preferences(stage, context)
+    _sees_whole(stage, [pair.prompt for pair in learned.pairs], context)
     how = partial(aggregate, how=stage.votes)
     summary, heldout = train_reward(stage, learned.pairs, _training(stage, context), how)
     return summary | learned.counts | reward_quality(heldout, learned.truth, learned.agreement, context.recipe.seed)
@@ -75,6 +76,7 @@ def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     learned = preferences(stage, context)
+    _sees_whole(stage, [pair.prompt for pair in learned.pairs], context)
     reference = context.model_path(stage.reference or stage.model)
     how = partial(aggregate, how=stage.votes)
     return train_dpo(stage, learned.pairs, reference, _training(stage, context), how) | learned.counts
@@ -87,6 +89,7 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     scorer = _mixed(stage.rewards, context, training.precision, training.trunk)
     reference = context.model_path(stage.reference or stage.model)
     prompts = training_prompts(stage.prompts, context)
+    _sees_whole(stage, prompts, context)
     critic_path = context.model_path(critic) if critic else None
     return train_ppo(stage, prompts, scorer, reference, critic_path, training, _watch(stage))
 
@@ -97,7 +100,20 @@ def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
     named = stage.reference or (stage.model if stage.beta > 0 else None)
     reference = context.model_path(named) if named else None
     prompts = training_prompts(stage.prompts, context)
+    _sees_whole(stage, prompts, context)
     return train_grpo(stage, prompts, scorer, reference, training, _watch(stage))
+
+
+def _sees_whole(stage: TrainBase, prompts: Sequence[Prompt], context: StageContext) -> None:
+    """A model without a chat template is asked the last message alone: training would leave out the others unseen."""
+    path = context.model_path(stage.model)
+    several = sum(len(prompt.messages) > 1 for prompt in prompts)
+    if several and Chat(load_tokenizer(path)).plain:
+        raise UserError(
+            f"{stage.name}.model ({path}): it has no chat template, and of {several} of the {len(prompts)} prompts, "
+            "which have several messages, it would see the last one alone; start from an SFT stage, which gives it "
+            "a template"
+        )
 
 
 def _watch(stage: OnlineBase) -> Judge | None:

@@ -30,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from keel.check import check_recipe
 from keel.cli.models import trained_stages
 from keel.config import Recipe
 from keel.feedback.simulated import SimulatedAnnotator
@@ -185,6 +186,30 @@ def test_a_record_beyond_the_models_positions_is_told(tmp_path: Path) -> None:
     recipe["data"]["over_length"] = "skip"
     summary = run(recipe, tmp_path / "run").stage("sft").summary()
     assert summary["demonstrations"] + summary["heldout"] == 29
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo", "grpo"])
+def test_a_model_without_a_template_is_not_trained_on_half_a_conversation(kind: str, tmp_path: Path) -> None:
+    recipe = assistant(tmp_path, "llama")
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = [
+        {"prompt": [*history, {"role": "user", "content": f"and {n}"}], "chosen": "good day", "rejected": "no"}
+        for n in range(30)
+    ]
+    pairs = write_jsonl(tmp_path / "turns.jsonl", rows)
+    recipe["data"] |= {"preferences": pairs, "demonstrations": None}
+    online = {"rewards": [{"source": {"kind": "python", "ref": f"{__file__}:reward"}}]} if kind.endswith("po") else {}
+    stage = {"kind": kind, "name": "it", "model": "base"} | (online if kind != "dpo" else {})
+    recipe["stages"] = [stage]
+    message = r"it\.model .*has no chat template, and of \d+ of the \d+ prompts.*start from an SFT stage"
+    with pytest.raises(UserError, match=message):
+        run(recipe, tmp_path / "run")
+    found = [str(finding) for finding in check_recipe(Recipe.model_validate(recipe), RunDir(tmp_path / "run"))]
+    assert any("would see the last message alone of 30 prompts" in line for line in found)
+    # A setting that would do nothing is no setting.
+    recipe["model"]["chat_template"] = "keel"
+    with pytest.raises(ValueError, match=r"model\.chat_template is given to a model by an SFT stage, and it starts"):
+        Recipe.model_validate(recipe)
 
 
 # ------------------------------------------------------------------------------------------------ the shipped recipes
