@@ -37,6 +37,7 @@ from keel.config import (
 )
 from keel.graph import ancestors, parents, references, sources
 from keel.inputs import reads_store
+from keel.model.checkpoint import pinned
 from keel.run import (
     RunDir,
     StageContext,
@@ -247,6 +248,10 @@ def run_pipeline(
             }
         )
         wanted = ancestors(recipe, {stage.name for stage in recipe.stages} if targets is None else targets)
+        model = recipe.model
+        if any(step.stage.name in wanted and step.state != "done" for step in steps):
+            model = model.model_copy(update={"path": pinned(model.path, model.revision)})
+        given = recipe.model_copy(update={"model": model})
         for step in steps:
             if step.stage.name not in wanted:
                 continue
@@ -254,7 +259,7 @@ def run_pipeline(
                 if on_cached is not None:
                     on_cached(step.stage.name)
                 continue
-            context = StageContext(recipe, run, run.stage(step.stage.name), reporter, device)
+            context = StageContext(given, run, run.stage(step.stage.name), reporter, device)
             _run_stage(step, context, runners[step.stage.kind], preflight)
         _record_totals(run)
     return steps

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from tiny import demonstrations, preferences, prompt, tiny_llama, tiny_tokenizer
+from tiny import demonstrations, preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -186,6 +186,28 @@ def test_a_record_beyond_the_models_positions_is_told(tmp_path: Path) -> None:
     recipe["data"]["over_length"] = "skip"
     summary = run(recipe, tmp_path / "run").stage("sft").summary()
     assert summary["demonstrations"] + summary["heldout"] == 29
+
+
+def test_every_stage_starts_from_the_revision_that_the_recipe_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub cache with two revisions of a model, the later one as its main."""
+    cache = tmp_path / "hub"
+    place = cache / "models--owner--tiny"
+    for number in (1, 2):
+        save_tiny(place / "snapshots" / (str(number) * 40), seed=number)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("2" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    data = data_files(tmp_path)
+    stage = {"kind": "dpo", "name": "dpo", "model": "base", "optim": {"lr": 1e-12}, "precision": "fp32"}
+    recipe = {"model": {"path": "owner/tiny", "revision": "1" * 40}, "data": data, "stages": [stage]}
+    trained = AutoModelForCausalLM.from_pretrained(run(recipe, tmp_path / "run").stage("dpo").path)
+    assert torch.allclose(trained.model.embed_tokens.weight, tiny_llama(1).model.embed_tokens.weight)
+    recipe["model"] = {"path": "owner/tiny", "revision": "v9"}
+    with pytest.raises(UserError, match=r"model\.revision: owner/tiny at 'v9' cannot be had .*check both names"):
+        run(recipe, tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo", "ppo", "grpo"])

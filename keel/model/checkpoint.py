@@ -68,6 +68,20 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
+def pinned(path: str, revision: str | None) -> str:
+    """Where the named revision of a hub model lies on this machine, fetched when it is not there yet; a folder, or a
+    hub id without a revision, as it is. So every stage that starts from the recipe's model starts from that one."""
+    if revision is None or Path(path).exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.h5", "*.msgpack", "*.onnx"])
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.revision: {path} at {revision!r} cannot be had ({first}); check both names") from error
+
+
 def positions(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
     """How many tokens the model at ``path`` can tell apart by their place; None when its config does not say."""
     config = _checked(
