@@ -200,7 +200,7 @@ def test_the_shipped_recipe_mixes_two_reward_models(tmp_path: Path) -> None:
         )
         assert figures["gold_reward"] == pytest.approx(figures["reward"], abs=1e-3)
     page = done.report.read_text()
-    assert all(text in page for text in ("1 × helpful + 0.5 × harmless", "of it helpful", "of it harmless"))
+    assert all(text in page for text in ("1 × helpful + 0.5 × harmless", "of it helpful", "the best of many replies"))
 
 
 def test_ppo_shows_each_term_of_a_mixed_reward(tmp_path: Path) -> None:
