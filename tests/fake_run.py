@@ -264,6 +264,8 @@ def _reward_summary(rng: random.Random) -> dict[str, Any]:
             {"annotator": "secret-bo", "accuracy": 0.4, "low": 0.27, "high": 0.55, "votes": 40},
         ],
         "accuracy_on_truth": 0.91,
+        "ceiling_on_votes": 0.76,
+        "share_of_ceiling": [0.962, 0.941, 0.984],
         "mean": 0.1,
         "std": 1.3,
     }

@@ -20,7 +20,7 @@ from keel.config import GrpoStage, OptimConfig, PpoStage, SamplingConfig, SftSta
 from keel.data.collate import pack, pack_by_prompt
 from keel.model.checkpoint import load_policy
 from keel.objective import group
-from keel.rollout.llama import Decoder
+from keel.rollout.cpu import CpuDecoder
 from keel.rollout.sampler import Sampler, make_sampler
 from keel.train import grpo, online
 from keel.train.grpo import Grpo, train_grpo
@@ -278,13 +278,13 @@ def test_the_kl_is_0_at_the_start_behind_a_shared_prompt(sft_model: Path, tmp_pa
 
 def test_a_groups_prompt_is_prefilled_once(sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    original = Decoder.prefill
+    original = CpuDecoder.prefill
 
-    def counting(self: Decoder, prompts: Any, slots: Any, source: Any) -> None:
+    def counting(self: CpuDecoder, prompts: Any, slots: Any, source: Any) -> None:
         seen.extend(prompts)
         original(self, prompts, slots, source)
 
-    monkeypatch.setattr(Decoder, "prefill", counting)
+    monkeypatch.setattr(CpuDecoder, "prefill", counting)
     config = stage()
     rollouts = make_rollouts(config, PROMPTS, LikesO(), None, context(tmp_path, "g", sft_model))
     episodes = rollouts.collect(0)

@@ -17,10 +17,12 @@ from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.model.merged import merged_weights
 from keel.model.packed import ATTENTION, enable_packing
+from keel.rollout import cpu as cpu_module
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
 from keel.rollout.collect import choose_different, sample_replies, similarity, stop_token_ids
+from keel.rollout.cpu import CpuDecoder
 from keel.rollout.embedded import EmbeddedSampler, Request
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.llama import why_unsupported
@@ -224,7 +226,7 @@ def test_threads_decode_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_module, "ALONE_SLOTS", 1)
-    monkeypatch.setattr(embedded_module, "choose", lambda *_: 1 / 0)
+    monkeypatch.setattr(CpuDecoder, "advance", lambda *_: 1 / 0)
     torch.set_num_threads(2)
     with pytest.raises(ZeroDivisionError):
         EmbeddedSampler(build("llama"), []).generate([[1, 2], [3]], SamplingConfig(max_new_tokens=4), seed=0)
@@ -232,16 +234,29 @@ def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kind", ["llama_tied_bias", "qwen3"])
-def test_plain_python_and_unpacked_weights_give_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_decode_gives_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba's kernels; torch's operations, compiled; in plain Python, on weights that are not packed."""
     model = build(kind)
-    sampling = SamplingConfig(temperature=0, max_new_tokens=8)
-    compiled = EmbeddedSampler(model, []).generate(PROMPTS, sampling, seed=0)
+    sampling = SamplingConfig(temperature=0.9, top_k=30, max_new_tokens=24, batch_size=5)
+    results = [EmbeddedSampler(model, [3]).generate(PROMPTS * 3, sampling, seed=0)]
+    monkeypatch.setattr(cpu_module, "AVAILABLE", False)
+    results.append(EmbeddedSampler(model, [3]).generate(PROMPTS * 3, sampling, seed=0))
     monkeypatch.setattr(llama_module, "PACKED", False)
     monkeypatch.setattr(llama_module, "compiled_decode", lambda: decode)
-    plain = EmbeddedSampler(model, []).generate(PROMPTS, sampling, seed=0)
-    assert [c.ids for c in plain] == [c.ids for c in compiled]
-    for one, other in zip(plain, compiled, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    results.append(EmbeddedSampler(model, [3]).generate(PROMPTS * 3, sampling, seed=0))
+    for other in results[1:]:
+        assert [c.ids for c in other] == [c.ids for c in results[0]]
+        for one, another in zip(results[0], other, strict=True):
+            assert one.logprobs == pytest.approx(another.logprobs, abs=1e-4)
+
+
+def test_a_model_that_has_diverged_is_an_error() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="not numbers"):
+            EmbeddedSampler(model, []).generate(PROMPTS, SamplingConfig(temperature=temperature), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -288,6 +288,21 @@ def test_accuracy_of_each_annotators_votes_by_hand() -> None:
     assert reward_quality(votes[-2:-1], {}, None, 0)["annotators"] == []
 
 
+def test_the_share_of_the_ceiling_is_of_the_same_votes() -> None:
+    # Votes for "yes" on prompts 0 to 9. The majority (q > 1/2) sides with 8 of them, the model with 6, of a possible
+    # 0.9 on average: by luck the votes went against the majority twice, and the share does not suffer from it.
+    votes = [(vote(n, "yes", "ann"), 1.0 if n < 6 else -1.0, 3, 3) for n in range(10)]
+    truth = {row[0].id: 0.9 if n < 8 else 0.1 for n, row in enumerate(votes)}
+    figures = reward_quality(votes, truth, None, 0)
+    assert (figures["accuracy"], figures["ceiling"]) == (0.6, pytest.approx(0.9))
+    assert figures["ceiling_on_votes"] == 0.8
+    point, low, high = figures["share_of_ceiling"]
+    assert point == pytest.approx(0.75)
+    assert 0.3 < low < 0.75 < high <= 1
+    unknown = reward_quality(votes, {}, 0.74, 0)
+    assert unknown["ceiling_on_votes"] is unknown["share_of_ceiling"] is None
+
+
 def test_weights_without_overlap_fail_before_anything_runs() -> None:
     def recipe(overlap: float) -> Recipe:
         annotate = {"kind": "annotate", "name": "annotate", "annotators": {"ref": "a.py:b"}, "overlap": overlap}

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from keel.data.collate import messages_hash
 from keel.eval.calibration import both_ways, ece, reliability, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
-from keel.stats import ceiling_bounds, noise_ceiling, proportion, sigmoid
+from keel.stats import bootstrap_interval, ceiling_bounds, noise_ceiling, proportion, sigmoid
 from keel.types import Completion, Judge, Preference, Scorer
 
 
@@ -33,7 +35,7 @@ def reward_quality(
     decided = [row for row in heldout if not row[0].tie]
     if not decided:
         return {"accuracy": None, "ceiling": None, "ece": None, "annotator_agreement": agreement, "annotators": []}
-    right = [1.0 if lead > 0 else 0.5 if lead == 0 else 0.0 for _, lead, _, _ in decided]
+    right = [_hit(lead) for _, lead, _, _ in decided]
     n = len(right)
     accuracy = sum(right) / n
     leads = [lead for _, lead, _, _ in decided]
@@ -50,6 +52,7 @@ def reward_quality(
         "ceiling": ceiling,
         "ceiling_from": "truth" if known else "agreement" if agreement is not None else None,
         "accuracy_on_truth": sum((q > 0.5) == (lead > 0) for q, lead in known) / len(known) if known else None,
+        **_share_of_ceiling([row for row in decided if row[0].id in truth], truth, seed),
         "expected_accuracy": sum(q if lead > 0 else 1 - q for q, lead in known) / len(known) if known else None,
         "ece": ece(probs, outcomes),
         "ece_raw": ece(raw_probs, outcomes),
@@ -60,6 +63,29 @@ def reward_quality(
         "prefers_longer": sum(longer) / len(longer) if longer else None,
         "annotators": accuracy_by_annotator([(record.annotator, lead > 0) for record, lead, _, _ in decided]),
     }
+
+
+def _share_of_ceiling(
+    known: Sequence[tuple[Preference, float, int, int]], truth: Mapping[str, float], seed: int
+) -> dict[str, Any]:
+    """How often the model sides with votes, over how often the majority does: [point, low, high], the interval a
+    bootstrap over prompts."""
+    if not known:
+        return {"ceiling_on_votes": None, "share_of_ceiling": None}
+    by_prompt: dict[str, list[float]] = {}
+    for record, lead, _, _ in known:
+        sums = by_prompt.setdefault(messages_hash(record.prompt.messages), [0.0, 0.0])
+        sums[0] += _hit(lead)
+        sums[1] += _hit(truth[record.id] - 0.5)
+    rows = np.array(list(by_prompt.values()))
+    model, majority = rows.sum(0).tolist()
+    interval = bootstrap_interval(rows, lambda sums: sums[:, 0] / sums[:, 1], seed=seed)
+    share = [model / majority, *(interval or (None, None))] if majority else None
+    return {"ceiling_on_votes": majority / len(known), "share_of_ceiling": share}
+
+
+def _hit(lead: float) -> float:
+    return 1.0 if lead > 0 else 0.5 if lead == 0 else 0.0
 
 
 def accuracy_by_annotator(votes: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from keel.types import Completion, Prompt
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
 # SFT model's samples make (InstructGPT: 72.6 +- 1.5%); raise it to lower their agreement.
-TEMPERATURE_SCALE = 0.09
+TEMPERATURE_SCALE = 0.08
 TEMPERATURE_SPREAD = 0.2  # standard deviation of its logarithm
 TIE_WIDTH = 0.04
 
@@ -54,15 +54,15 @@ FLATTERY_TASTE, FLATTERY_SPREAD = 0.03, 0.04  # utility of each flattery
 LEFT_TASTE, LEFT_SPREAD = 0.02, 0.03
 LAPSES = (0.01, 0.05)
 
-# What an SFT model on the demonstrations writes, sampled at temperature 0.9, roughly: less reliable than its teachers.
+# What an SFT model on the demonstrations writes, sampled at temperature 0.8, roughly: less reliable than its teachers.
 SFT_LIKE = Habits(
-    right=0.81,
-    admits=0.15,
-    refuses_harm=0.11,
-    refuses_harmless=0.05,
-    denies_real=0.055,
+    right=0.85,
+    admits=0.1,
+    refuses_harm=0.07,
+    refuses_harmless=0.04,
+    denies_real=0.05,
     doubts=0.45,
-    strays=0.02,
+    strays=0.01,
 )
 
 

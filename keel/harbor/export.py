@@ -23,7 +23,7 @@ def export(
     seed: int = 0,
     *,
     demonstrations: int = 3200,
-    prompts: int = 1700,
+    prompts: int = 2000,
     heldout_prompts: int = 450,
     pretraining_tokens: int = 40_000,
     base_text_tokens: int = 25_000,

@@ -111,7 +111,11 @@ def _reward_facts(stage: StageFiles) -> list[Fact]:
         facts.append(Fact("Accuracy on held-out pairs", percent(accuracy) + (f" ± {percent(error)}" if error else "")))
     if ceiling is not None:
         facts.append(Fact("Ceiling that noisy labels allow", percent(ceiling)))
-    if accuracy is not None and ceiling:
+    if (share := stage.summary.get("share_of_ceiling")) and None not in share:
+        point, low, high = share
+        said = f"{percent(point)} ({percent_range(low, high)})"
+        facts.append(Fact("Accuracy as a share of the majority's on the same votes", said))
+    elif accuracy is not None and ceiling:
         facts.append(Fact("Accuracy as a share of the ceiling", percent(accuracy / ceiling)))
     for key, label, form in (
         ("accuracy_on_truth", "Sides with the majority of annotators", percent),

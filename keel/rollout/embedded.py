@@ -10,52 +10,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
 from keel.rollout.llama import ROWS, Decoder, Weights, round_up
-from keel.rollout.sampler import Precision, choose, context_length, room, stream_key, uniforms
+from keel.rollout.sampler import Precision, context_length, room, stream_key, uniforms
+from keel.rollout.slots import Slots
 from keel.types import Completion
 
-ALONE_UP_TO = 16_000_000  # parameters; see EmbeddedSampler._workers
-ALONE_SLOTS = 32  # the fewest that are worth a thread: with less to compute threads wait for each other in Python
+if TYPE_CHECKING:
+    from keel.rollout.cpu import CpuDecoder
+
+ALONE_UP_TO = 50_000_000  # parameters; see EmbeddedSampler._workers
+ALONE_SLOTS = 32  # the fewest that are worth a thread: products of fewer rows run at half their speed
 PREFILL_TOKENS = 8192  # tokens in one prefill pass: bounds its memory
-
-
-@dataclass(slots=True)
-class Slots:
-    """What each slot is at; all [S] or [S, max_new_tokens]. A slot that waits is decoded like the others, at
-    position 0 again and again, and what it says is ignored."""
-
-    token: Tensor  # the next input
-    position: Tensor  # its place in the sequence
-    count: Tensor  # tokens sampled so far
-    limit: Tensor
-    active: Tensor  # 1 or 0
-    uniforms: Tensor
-    ids: Tensor
-    logprobs: Tensor
-
-    @staticmethod
-    def empty(slots: int, length: int, device: torch.device) -> Slots:
-        def zeros() -> Tensor:
-            return torch.zeros(slots, dtype=torch.int64, device=device)
-
-        def table(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(slots, length, dtype=dtype, device=device)
-
-        return Slots(
-            token=zeros(), position=zeros(), count=zeros(), limit=zeros(), active=zeros(),
-            uniforms=table(torch.float32), ids=table(torch.int64), logprobs=table(torch.float32),
-        )  # fmt: skip
-
-    def keep(self, rows: Tensor) -> None:
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name)[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +65,8 @@ class EmbeddedSampler:
         return [completion for completion in done if completion is not None]
 
     def _workers(self, weights: Weights, slots: int) -> int:
-        """In a small model most operations of a step are too short for a second thread to join in: the slots are then
-        divided among threads that decode by themselves. In a large one each would read all weights again."""
+        """The slots of a small model are divided among threads that decode by themselves: but for the large products
+        nothing in a step is worth a second thread. In a large model each would read all weights again."""
         small = sum(p.numel() for p in self.model.parameters()) <= ALONE_UP_TO
         if weights.embedding_VH.device.type != "cpu" or not small:
             return 1
@@ -133,6 +106,15 @@ def side_by_side(runs: Sequence[_Run]) -> None:
         torch.set_num_threads(threads)
 
 
+def make_decoder(model: nn.Module, weights: Weights, slots: int, context: int) -> Decoder | CpuDecoder:
+    """The one for the device. Both do the same; the second, where torch offers what it needs, several times faster."""
+    if not all(product.packed for product in (weights.head, weights.layers[0].qkv)):
+        return Decoder(model, weights, slots, context)
+    from keel.rollout import cpu  # numba is slow to import
+
+    return (cpu.CpuDecoder if cpu.AVAILABLE else Decoder)(model, weights, slots, context)
+
+
 class _Run:
     """Decodes ``requests``, and writes the completions into ``done``."""
 
@@ -147,8 +129,8 @@ class _Run:
         done: list[Completion | None],
     ) -> None:
         self.sampling, self.seed = sampling, seed
-        self.decoder = Decoder(sampler.model, weights, slots, max(len(r.prompt) + r.limit for r in requests))
-        device = self.decoder.cos.device
+        self.decoder = make_decoder(sampler.model, weights, slots, max(len(r.prompt) + r.limit for r in requests))
+        device = self.decoder.device
         self.stops = torch.tensor(sampler.stop_ids, dtype=torch.int64, device=device)
         self.state = Slots.empty(slots, sampling.max_new_tokens, device)
         self.queue = deque(requests)
@@ -162,29 +144,15 @@ class _Run:
             self._shrink()
             if not any(self.running):
                 return
-            finished = self._step().nonzero().squeeze(1)
+            finished = self.decoder.advance(self.state, self.stops, self.sampling).nonzero().squeeze(1)
             if finished.numel():
                 self._collect(finished)
-
-    def _step(self) -> Tensor:
-        """Samples a token in every slot: -> [S] bool, the sequences that ended."""
-        s = self.state
-        columns = int(s.position.max()) + 1
-        logits = self.decoder.step(s.token, s.position, columns)
-        at = s.count[:, None]
-        ids, logprobs = choose(logits, s.uniforms.gather(1, at).squeeze(1), self.sampling)
-        s.ids.scatter_(1, at, ids[:, None])
-        s.logprobs.scatter_(1, at, logprobs[:, None])
-        s.token = ids
-        s.position += s.active
-        s.count += s.active
-        return ((s.count >= s.limit) | torch.isin(ids, self.stops)) & s.active.bool()
 
     def _collect(self, finished: Tensor) -> None:
         s = self.state
         stopped = torch.isin(s.token[finished], self.stops)
         table = zip(
-            finished.tolist(), s.count[finished].tolist(), s.ids[finished].tolist(), s.logprobs[finished].tolist(),
+            finished.tolist(), s.sampled[finished].tolist(), s.ids[finished].tolist(), s.logprobs[finished].tolist(),
             stopped.tolist(), strict=True,
         )  # fmt: skip
         for slot, count, ids, logprobs, stop in table:
@@ -192,7 +160,7 @@ class _Run:
             assert request is not None
             self.done[request.index] = Completion("", tuple(ids[:count]), tuple(logprobs[:count]), stop)
             self.running[slot] = None
-        for of_slot in (s.active, s.position, s.count):
+        for of_slot in (s.active, s.position, s.sampled):
             of_slot[finished] = 0
 
     def _fill(self) -> None:
@@ -205,13 +173,13 @@ class _Run:
         for slot, request in new:
             self.running[slot] = request
         self._prefill(new)
-        s, device = self.state, self.decoder.cos.device
+        s, device = self.state, self.decoder.device
         requests = [request for _, request in new]
         rows = torch.tensor([slot for slot, _ in new], device=device)
         s.token[rows] = torch.tensor([r.prompt[-1] for r in requests], device=device)
         s.position[rows] = torch.tensor([len(r.prompt) - 1 for r in requests], device=device)
         s.limit[rows] = torch.tensor([r.limit for r in requests], device=device)
-        s.count[rows] = 0
+        s.sampled[rows] = 0
         s.active[rows] = 1
         keys = [stream_key(self.seed, r.index) for r in requests]
         s.uniforms[rows] = uniforms(keys, self.sampling.max_new_tokens).to(device)
@@ -239,7 +207,7 @@ class _Run:
             return
         idle = [i for i, request in enumerate(self.running) if request is None]
         kept = busy + idle[: size - len(busy)]
-        rows = torch.tensor(kept, device=self.decoder.cos.device)
+        rows = torch.tensor(kept, device=self.decoder.device)
         self.decoder.keep(rows)
         self.state.keep(rows)
         self.running = [self.running[i] for i in kept]

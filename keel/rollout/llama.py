@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keel.config import SamplingConfig
 from keel.model.merged import is_plain_lora, merged_weight
 from keel.model.packed import inner_model
+from keel.rollout.sampler import choose
+from keel.rollout.slots import Slots
 from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, linear, normed, project
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -117,7 +120,7 @@ class Weights:
 
     embedding_VH: Tensor
     layers: list[Layer]
-    norm: Tensor
+    norm: Tensor | None  # None: multiplied into the head
     head: Linear
     shape: Shape
     dtype: torch.dtype
@@ -126,12 +129,13 @@ class Weights:
     def of(model: nn.Module, dtype: torch.dtype) -> Weights:
         inner: Any = inner_model(model)
         attention = inner.model.layers[0].self_attn
+        # The head stays in float32, as in the trainer's log-probabilities (keel.model.logprobs).
+        norm, head = _linear((inner.lm_head,), torch.float32, inner.model.norm.weight)
         return Weights(
             embedding_VH=inner.model.embed_tokens.weight,
             layers=[_layer(layer, dtype) for layer in inner.model.layers],
-            norm=inner.model.norm.weight.float(),
-            # The head stays in float32, as in the trainer's log-probabilities (keel.model.logprobs).
-            head=_linear((inner.lm_head,), torch.float32)[1],
+            norm=norm,
+            head=head,
             shape=Shape(
                 heads=inner.config.num_attention_heads,
                 kv_heads=inner.config.num_key_value_heads,
@@ -146,6 +150,13 @@ class Weights:
 # ------------------------------------------------------------------------------------------------- forward pass
 
 
+def rotary_tables(model: nn.Module, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions below ``context``: [context, head_dim] each."""
+    positions = torch.arange(context, device=device)[None]
+    cos, sin = inner_model(model).model.rotary_emb(torch.zeros(1, device=device), positions)  # type: ignore[operator, union-attr]
+    return cos[0], sin[0]
+
+
 class Decoder:
     """The forward pass over a cache of ``slots`` rows: ``prefill`` fills rows, ``step`` reads one token a row.
 
@@ -156,10 +167,8 @@ class Decoder:
 
     def __init__(self, model: nn.Module, weights: Weights, slots: int, context: int) -> None:
         self.w = weights
-        device = self.w.embedding_VH.device
-        positions = torch.arange(context, device=device)[None]
-        cos, sin = inner_model(model).model.rotary_emb(torch.zeros(1, device=device), positions)  # type: ignore[operator, union-attr]
-        self.cos, self.sin = cos[0], sin[0]  # [context, head_dim]
+        self.device = device = self.w.embedding_VH.device
+        self.cos, self.sin = rotary_tables(model, context, device)
         self.capacity = 0
         shape = (2, slots, self.w.shape.kv_heads, 0, self.w.shape.head_dim)
         self.caches = [torch.zeros(shape, dtype=weights.dtype, device=device) for _ in self.w.layers]
@@ -219,6 +228,18 @@ class Decoder:
         x = F.embedding(tokens_S, w.embedding_VH).float()
         x = compiled_decode()(x, cos, sin, rows, bias_S1W, w.layers, self.caches, w.dtype, w.shape)
         return linear(normed(x, w.norm, w.shape.eps), w.head)
+
+    def advance(self, s: Slots, stops: Tensor, sampling: SamplingConfig) -> Tensor:
+        """Samples a token in every slot: -> [S] bool, the sequences that ended."""
+        logits = self.step(s.token, s.position, int(s.position.max()) + 1)
+        at = s.sampled[:, None]
+        ids, logprobs = choose(logits, s.uniforms.gather(1, at).squeeze(1), sampling)
+        s.ids.scatter_(1, at, ids[:, None])
+        s.logprobs.scatter_(1, at, logprobs[:, None])
+        s.token = ids
+        s.position += s.active
+        s.sampled += s.active
+        return ((s.sampled >= s.limit) | torch.isin(ids, stops)) & s.active.bool()
 
 
 @cache

@@ -1,0 +1,387 @@
+"""The parts of a decoding step on a CPU that are not matrix products, compiled by numba: each is one pass over memory.
+
+numba compiles a function when it is first called (some tenths of a second each) and keeps the result on disk. All of
+them work row by row, so what a row says does not depend on the others, and release the interpreter lock. bfloat16
+numbers come as the uint16 of their bits; arithmetic is float32.
+
+tests/test_kernels.py compares each with plain torch. (numba looks at this file alone to see whether what it kept is
+stale: after a change in numeric.py or shim.py touch it.)
+
+Shape suffixes besides those of ``keel.types``: ``S`` slots; ``D`` width of a head; ``F`` of the feed-forward part;
+``O`` outputs of a product. A cache is [slots, kv_heads, capacity, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray, njit
+
+from keel.rollout.numeric import exp, from_bits, get, prefetch, put
+from keel.rollout.shim import as_pointer, delete_tensor, get_data_ptr, linear_pointwise, no_activation
+
+# Sums may be reordered (or nothing would be vectorised); infinities are respected: a logit may be -inf. The order is
+# fixed when a function is compiled, so that two runs agree to the last bit.
+kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz", "nnan"})
+
+BLOCK = 64  # of the vocabulary: sums of so many weights are kept together when a token is drawn
+CACHE_LINE = 64  # bytes
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+@kernel
+def add_and_norm(x_TH: Any, delta_TH: Any, out_TH: Any, eps: float) -> None:
+    """x += delta, where there is one; out = x / sqrt(mean(x^2) + eps)."""
+    H = x_TH.shape[1]
+    for t in range(x_TH.shape[0]):
+        x, out = x_TH[t], out_TH[t]
+        if delta_TH.shape[0] > 0:
+            delta = delta_TH[t]
+            for i in range(H):
+                x[i] += get(delta[i])
+        squares = np.float32(0.0)
+        for i in range(H):
+            squares += x[i] * x[i]
+        scale = np.float32(1.0 / np.sqrt(squares / H + eps))
+        for i in range(H):
+            put(out, i, x[i] * scale)
+
+
+@kernel
+def _norm_head(head: Any, weight: Any, eps: float) -> None:
+    D = head.shape[0]
+    squares = np.float32(0.0)
+    for d in range(D):
+        squares += head[d] * head[d]
+    scale = np.float32(1.0 / np.sqrt(squares / D + eps))
+    for d in range(D):
+        head[d] = head[d] * scale * weight[d]
+
+
+@kernel
+def rotate_and_store(
+    qkv_TO: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any, eps: float,
+    keys: Any, values: Any, slots_T: Any, positions_T: Any,
+) -> None:  # fmt: skip
+    """Rotary positions, after the norms of heads where there are such: queries stay in their place, keys and values go
+    into the cache at (slot, position)."""
+    kv_heads, D = keys.shape[1], keys.shape[3]
+    heads = qkv_TO.shape[1] // D - 2 * kv_heads
+    half = D // 2
+    head = np.empty(D, np.float32)
+    for t in range(slots_T.shape[0]):
+        slot, at = slots_T[t], positions_T[t]
+        for h in range(heads + kv_heads):
+            row = qkv_TO[t, h * D : (h + 1) * D]
+            for d in range(D):
+                head[d] = get(row[d])
+            if q_norm.shape[0] > 0:
+                _norm_head(head, q_norm if h < heads else k_norm, eps)
+            to = row if h < heads else keys[slot, h - heads, at]
+            for d in range(half):
+                put(to, d, head[d] * cos[at, d] - head[half + d] * sin[at, d])
+            for d in range(half):
+                put(to, half + d, head[half + d] * cos[at, half + d] + head[d] * sin[at, half + d])
+        for g in range(kv_heads):
+            row = qkv_TO[t, (heads + kv_heads + g) * D : (heads + kv_heads + g + 1) * D]
+            to = values[slot, g, at]
+            for d in range(D):
+                to[d] = row[d]
+
+
+@kernel
+def attend(
+    qkv_TO: Any, keys: Any, values: Any, slots_T: Any, positions_T: Any, scale: float, out_TO: Any
+) -> None:  # fmt: skip
+    """Attention of each token's queries over its slot's cache up to its own position. out: [T, heads * D].
+
+    The cache comes from memory, a short stretch for each head: what is read next is asked for while this is computed,
+    which takes a third off the time of a small model and more of a larger one.
+    """
+    kv_heads, D = keys.shape[1], keys.shape[3]
+    heads = out_TO.shape[1] // D
+    group, row_bytes = heads // kv_heads, D * keys.itemsize
+    scores = np.empty(keys.shape[2], np.float32)
+    query, mixed = np.empty(D, np.float32), np.empty(D, np.float32)
+    T = slots_T.shape[0]
+    for t in range(T):
+        n = positions_T[t] + 1
+        for h in range(heads):
+            for d in range(D):
+                query[d] = get(qkv_TO[t, h * D + d]) * np.float32(scale)
+                mixed[d] = np.float32(0.0)
+            key, value = keys[slots_T[t], h // group], values[slots_T[t], h // group]
+            following = value.ctypes.data
+            for w in range(n):
+                for line in range(0, row_bytes, CACHE_LINE):
+                    prefetch(following + w * row_bytes + line)
+                score = np.float32(0.0)
+                for d in range(D):
+                    score += query[d] * get(key[w, d])
+                scores[w] = score
+            total = _exponentials(scores[:n])
+            then, head = (t, h + 1) if h + 1 < heads else (min(t + 1, T - 1), 0)
+            following = keys[slots_T[then], head // group].ctypes.data
+            whole = n // 4 * 4
+            for w in range(0, whole, 4):  # four at a time: ``mixed`` is read and written less often
+                for line in range(0, 4 * row_bytes, CACHE_LINE):
+                    prefetch(following + w * row_bytes + line)
+                a, b, c, e = scores[w], scores[w + 1], scores[w + 2], scores[w + 3]
+                for d in range(D):
+                    mixed[d] += (
+                        a * get(value[w, d]) + b * get(value[w + 1, d])
+                        + c * get(value[w + 2, d]) + e * get(value[w + 3, d])
+                    )  # fmt: skip
+            for w in range(whole, n):
+                for d in range(D):
+                    mixed[d] += scores[w] * get(value[w, d])
+            out = out_TO[t, h * D : (h + 1) * D]
+            for d in range(D):
+                put(out, d, mixed[d] / total)
+
+
+@kernel
+def _exponentials(scores: Any) -> Any:
+    """Turns scores into e^(score - the greatest), and returns their sum."""
+    most = np.float32(-np.inf)
+    for w in range(scores.shape[0]):
+        most = max(most, scores[w])
+    total = np.float32(0.0)
+    for w in range(scores.shape[0]):
+        scores[w] = exp(scores[w] - most)
+        total += scores[w]
+    return total
+
+
+@kernel
+def swiglu(gate_up: Any, out_TF: Any) -> None:
+    """silu(gate) * up of [T, 2 F]."""
+    F = out_TF.shape[1]
+    for t in range(out_TF.shape[0]):
+        gate, up, out = gate_up[t, :F], gate_up[t, F:], out_TF[t]
+        for i in range(F):
+            g = get(gate[i])
+            put(out, i, g / (np.float32(1.0) + exp(-g)) * get(up[i]))
+
+
+# ------------------------------------------------------------------------------------------------- the next token
+
+
+@kernel
+def _edge(weights_V: Any, need: float, by_mass: bool) -> Any:
+    """The largest number such that the weights not below it are ``need`` in all: in number, or by the sum of them.
+    Found bit by bit, because positive floats are ordered as their bits are."""
+    bits = np.uint32(0)
+    for bit in range(30, -1, -1):
+        more = np.uint32(bits | np.uint32(1 << bit))
+        edge = from_bits(more)
+        held = np.float32(0.0)
+        if by_mass:
+            for v in range(weights_V.shape[0]):
+                held += weights_V[v] if weights_V[v] >= edge else np.float32(0.0)
+        else:
+            for v in range(weights_V.shape[0]):
+                held += np.float32(1.0) if weights_V[v] >= edge else np.float32(0.0)
+        if held >= need:
+            bits = more
+    return from_bits(bits)
+
+
+@kernel
+def _drop_below(weights_V: Any, edge: float) -> None:
+    for v in range(weights_V.shape[0]):
+        weights_V[v] = weights_V[v] if weights_V[v] >= np.float32(edge) else np.float32(0.0)
+
+
+@kernel
+def _draw(weights_V: Any, sums: Any, uniform: float) -> int:
+    """The first token whose cumulative weight reaches ``uniform`` of the total, among those that weigh something."""
+    V = weights_V.shape[0]
+    total = np.float32(0.0)
+    for b in range(sums.shape[0]):
+        part = np.float32(0.0)
+        for v in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+            part += weights_V[v]
+        total += part
+        sums[b] = total
+    target = np.float32(uniform) * total
+    block = 0
+    while sums[block] < target and block + 1 < sums.shape[0]:
+        block += 1
+    reached = sums[block - 1] if block > 0 else np.float32(0.0)
+    drawn = -1
+    for v in range(block * BLOCK, min((block + 1) * BLOCK, V)):
+        if weights_V[v] > 0:
+            drawn = v  # the last one that weighs something, where rounding leaves the sum below the target
+            reached += weights_V[v]
+            if reached >= target:
+                break
+    return drawn
+
+
+@kernel
+def choose(
+    logits_SV: Any, uniforms_S: Any, temperature: float, top_k: int, top_p: float, min_p: float,
+    ids_S: Any, logprobs_S: Any,
+) -> None:  # fmt: skip
+    """``keel.rollout.sampler.choose``, in place: the logits are overwritten."""
+    V = logits_SV.shape[1]
+    sums = np.empty((V + BLOCK - 1) // BLOCK, np.float32)
+    inverse = np.float32(1.0 / temperature if temperature > 0 else 1.0)
+    for s in range(logits_SV.shape[0]):
+        weights = logits_SV[s]
+        most = np.float32(-np.inf)
+        for v in range(V):
+            most = max(most, weights[v])
+        likeliest = 0
+        if temperature == 0:
+            while weights[likeliest] < most and likeliest + 1 < V:
+                likeliest += 1
+        total = np.float32(0.0)
+        for v in range(V):
+            weights[v] = exp((weights[v] - most) * inverse)
+            total += weights[v]
+        if not total >= np.float32(0.5):  # the likeliest alone weighs 1
+            raise ValueError("the model's logits are not numbers: its parameters have diverged")
+        drawn = likeliest
+        if temperature > 0:
+            if 0 < top_k < V:
+                _drop_below(weights, _edge(weights, top_k, False))
+            if top_p < 1:
+                left = np.float32(0.0)
+                for v in range(V):
+                    left += weights[v]
+                _drop_below(weights, _edge(weights, top_p * left, True))
+            if min_p > 0:
+                _drop_below(weights, min_p)  # the likeliest weighs 1
+            drawn = _draw(weights, sums, uniforms_S[s])
+        ids_S[s] = drawn
+        logprobs_S[s] = np.log(weights[drawn] / total)
+
+
+# ------------------------------------------------------------------------------------------------- whole passes
+
+
+class Network(NamedTuple):
+    """A model as kernels read it: arrays, and addresses of torch's tensors."""
+
+    embedding_VH: np.ndarray
+    products: np.ndarray  # [layers + 1, 4, 2]: weight and bias of qkv, o, gate_up, down; of the head
+    q_norms: np.ndarray  # [layers, D], or [layers, 0]
+    k_norms: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+    eps: float
+    scale: float
+
+
+class Buffers(NamedTuple):
+    """What products read, in a number of rows that oneDNN knows already: at least the tokens of a pass, T."""
+
+    x_TH: np.ndarray  # float32
+    normed: np.ndarray
+    attended: np.ndarray
+    activated: np.ndarray
+    final: np.ndarray  # float32
+    addresses: np.ndarray  # the tensors of the last four
+
+
+class State(NamedTuple):
+    """The arrays of ``keel.rollout.slots.Slots``, and where in the cache each slot's sequence lies."""
+
+    token: np.ndarray
+    position: np.ndarray
+    sampled: np.ndarray
+    limit: np.ndarray
+    active: np.ndarray
+    uniforms: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+    places: np.ndarray
+
+
+@kernel
+def _product(x: int, product: Any, result: Any) -> None:
+    """result[0]: the address of a new tensor, to be deleted; result[1]: that of its numbers."""
+    bias = product[1:].ctypes.data if product[1] != 0 else 0
+    failed = linear_pointwise(x, product[0], bias, no_activation(), 0, 0, 0, result.ctypes.data)
+    if failed != 0 or get_data_ptr(result[0], result[1:].ctypes.data) != 0:
+        raise RuntimeError("a matrix product failed in torch")
+
+
+@kernel
+def layers(
+    net: Network, buffers: Buffers, cache: Any, tokens_T: Any, places_T: Any, positions_T: Any, to_the_end: bool
+) -> None:
+    """Writes the tokens' keys and values into ``cache`` [layers, 2, slots, kv_heads, capacity, D]; ``to_the_end``: also
+    the last layer's output, after the norm, into ``buffers.final``."""
+    T, rows, L = tokens_T.shape[0], buffers.normed.shape[0], cache.shape[0]
+    D, kv_heads = cache.shape[5], cache.shape[3]
+    H, attended, F = buffers.x_TH.shape[1], buffers.attended.shape[1], buffers.activated.shape[1]
+    x_TH, normed = buffers.x_TH, buffers.normed[:T]
+    result = np.empty(2, np.int64)
+    for t in range(T):
+        for i in range(H):
+            x_TH[t, i] = get(net.embedding_VH[tokens_T[t], i])
+    add_and_norm(x_TH, normed[:0], normed, net.eps)
+    for i in range(L):
+        keys, values = cache[i, 0], cache[i, 1]
+        _product(buffers.addresses[0], net.products[i, 0], result)
+        qkv = carray(as_pointer(result[1], normed), (rows, attended + 2 * kv_heads * D))
+        rotate_and_store(
+            qkv, net.cos, net.sin, net.q_norms[i], net.k_norms[i], net.eps, keys, values, places_T, positions_T
+        )
+        if i + 1 == L and not to_the_end:
+            delete_tensor(result[0])
+            break
+        attend(qkv, keys, values, places_T, positions_T, net.scale, buffers.attended)
+        delete_tensor(result[0])
+        _product(buffers.addresses[1], net.products[i, 1], result)
+        add_and_norm(x_TH, carray(as_pointer(result[1], normed), (rows, H)), normed, net.eps)
+        delete_tensor(result[0])
+        _product(buffers.addresses[0], net.products[i, 2], result)
+        swiglu(carray(as_pointer(result[1], normed), (rows, 2 * F)), buffers.activated)
+        delete_tensor(result[0])
+        _product(buffers.addresses[2], net.products[i, 3], result)
+        down = carray(as_pointer(result[1], normed), (rows, H))
+        if i + 1 == L:
+            add_and_norm(x_TH, down, buffers.final, net.eps)
+        else:
+            add_and_norm(x_TH, down, normed, net.eps)
+        delete_tensor(result[0])
+
+
+@kernel
+def decode(
+    net: Network, buffers: Buffers, cache: Any, state: State, stops: Any, steps: int,
+    temperature: float, top_k: int, top_p: float, min_p: float, ended_S: Any,
+) -> None:  # fmt: skip
+    """Samples a token in every slot, up to ``steps`` times or until a sequence ends; marks in ``ended_S`` which."""
+    S, V = ended_S.shape[0], net.embedding_VH.shape[0]
+    result = np.empty(2, np.int64)
+    uniforms_S, logprobs_S = np.empty(S, np.float32), np.empty(S, np.float32)
+    for _ in range(steps):
+        layers(net, buffers, cache, state.token, state.places, state.position, True)
+        _product(buffers.addresses[3], net.products[-1, 0], result)
+        logits_SV = carray(as_pointer(result[1], buffers.final), (S, V))
+        for s in range(S):
+            uniforms_S[s] = state.uniforms[s, state.sampled[s]]
+        choose(logits_SV, uniforms_S, temperature, top_k, top_p, min_p, state.token, logprobs_S)
+        delete_tensor(result[0])
+        any_ended = False
+        for s in range(S):
+            if not state.active[s]:
+                continue
+            state.ids[s, state.sampled[s]] = state.token[s]
+            state.logprobs[s, state.sampled[s]] = logprobs_S[s]
+            state.position[s] += 1
+            state.sampled[s] += 1
+            ended_S[s] = state.sampled[s] >= state.limit[s]
+            for stop in stops:
+                ended_S[s] |= state.token[s] == stop
+            any_ended |= ended_S[s]
+        if any_ended:
+            break
