@@ -264,7 +264,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_texts("hub:owner/name") == read_texts("hub:owner/name:test") == ["a", "b"]
     assert asked == [("owner/name", "train"), ("owner/name", "test")]
-    with pytest.raises(UserError, match=r"hub:no/such: the data set cannot be loaded: .*doesn't exist"):
+    with pytest.raises(UserError, match=r"hub:no/such: the data set cannot be loaded: .*doesn't exist.*check its name"):
         read_texts("hub:no/such")
     with pytest.raises(UserError, match=r"hub:owner/name, row 1 \(and 1 more\): columns are text; expected prompt"):
         read_prompts("hub:owner/name")

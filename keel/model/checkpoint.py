@@ -57,7 +57,9 @@ def _checked(path: str | Path, what: str, load: Any) -> Any:
             return load()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: could not load this {what}: {first}") from error
+        raise UserError(
+            f"{path}: could not load this {what}: {first.rstrip('.')}; name a folder or a hub id with one"
+        ) from error
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
