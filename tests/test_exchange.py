@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from keel.data.sources import read_preferences
 from keel.run import RunDir
 from keel.store import Judgement, Response, Store, exchange
 from keel.store.foreign import Names
+from keel.store.records import Edit, Ranking
 from keel.types import Message, Preference, Prompt, UserError
 
 ENDINGS = [".jsonl", ".parquet", "", "openai.jsonl"]  # "" is a folder for datasets
@@ -76,41 +78,100 @@ def judgement_lists(draw: st.DrawFn) -> list[Judgement]:
                 guideline=draw(st.sampled_from([None, "1", "2 b"])),
                 reason=draw(st.none() | TEXT),
                 created=NOW + timedelta(microseconds=draw(st.integers(0, 10**12))),
+                gold=draw(st.sampled_from([None, None, "left", "right", "tie"])),
+                ratings=draw(st.dictionaries(st.sampled_from(["left", "right"]), RATED, max_size=2)),
             )
         )
     return votes
 
 
+RATED = st.dictionaries(TEXT, st.integers(1, 5), min_size=1, max_size=2)
+
+
+@st.composite
+def other_lists(draw: st.DrawFn) -> list[Ranking | Edit]:
+    """Rankings and edits, everything about them drawn."""
+    prompt = Prompt("q0", (Message("user", draw(TEXT)),), draw(TEXT), {})
+    pool = [Response(0, "q0", f"{n}{draw(TEXT)}", draw(st.booleans()), "m", "f", None, NOW) for n in range(9)]
+    found: list[Ranking | Edit] = []
+    for n in range(draw(st.integers(1, 3))):
+        count = draw(st.integers(4, 9))
+        order = draw(st.permutations(range(count)))
+        cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=count - 1)))
+        tiers = [tuple(sorted(order[a:b])) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
+        shown = tuple(draw(st.permutations(pool))[:count])
+        who = {
+            "annotator": f"ranker {n}",
+            "annotator_kind": "person",
+            "prompt": prompt,
+            "guideline": draw(st.sampled_from([None, "1"])),
+        }
+        who |= {"batch": f"b{n}", "seconds": draw(st.none() | st.floats(0, 1e5)), "created": NOW + timedelta(seconds=n)}
+        found.append(Ranking(f"r{n}", shown=shown, tiers=tuple(tiers), reason=draw(st.none() | TEXT), **who))
+        edited = draw(st.sampled_from(pool))
+        found.append(Edit(f"e{n}", original=edited, text=f"{edited.text} and {draw(TEXT)}".strip(), **who))
+    return sorted(found, key=lambda one: isinstance(one, Edit))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(votes=judgement_lists())
-def test_a_round_trip_loses_nothing(votes: list[Judgement]) -> None:
+@given(votes=judgement_lists(), others=other_lists())
+def test_a_round_trip_loses_nothing(votes: list[Judgement], others: list[Ranking | Edit]) -> None:
+    by_kind = [*(o for o in others if isinstance(o, Edit)), *(o for o in others if isinstance(o, Ranking))]
     with tempfile.TemporaryDirectory() as folder:
         for ending in ENDINGS:
             path = Path(folder) / f"votes{'-' if ending.startswith('o') else ''}{ending}"
-            assert exchange.write(votes, path, form(ending)) == len(votes)
-            assert exchange.read(path) == votes
+            pairs = sum(len(o.preferences()) for o in others)
+            assert exchange.write([*votes, *others], path, form(ending)) == len(votes) + pairs
+            assert exchange.read(path) == [*votes, *by_kind]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(votes=judgement_lists())
-def test_a_round_trip_through_two_stores_loses_nothing(votes: list[Judgement]) -> None:
+@given(votes=judgement_lists(), others=other_lists())
+def test_a_round_trip_through_two_stores_loses_nothing(votes: list[Judgement], others: list[Ranking | Edit]) -> None:
     def told(store: Store) -> list[dict[str, Any]]:
-        rows = []
-        for judgement in store.judgements():
-            row = exchange._row(judgement)
+        rows = [row for given in store.all_given() for row in exchange._rows(given)]
+        for row in rows:
             for source in ("chosen_source", "rejected_source"):
-                del row[source]["created"]  # when the row was made, here or there
+                if row[source]:
+                    del row[source]["created"]  # when the row was made, here or there
+            if row["ranking"]:
+                row["id"] = row["ranking"]["token"]  # before it was added, responses have no numbers
             del row["item"]  # the database's own number
-            rows.append(row)
         return rows
 
+    votes = [replace(vote, gold=None) for vote in votes]  # votes on one item may not differ in its answer
+
     with tempfile.TemporaryDirectory() as folder, Store(f"{folder}/a.db") as a, Store(f"{folder}/b.db") as b:
-        a.import_preferences(votes)
+        assert a.import_preferences([*votes, *others]) == len(votes) + len(others)
         assert [j.token for j in a.judgements()] == [v.token for v in votes]
         a.export_preferences(f"{folder}/votes.jsonl")
-        b.import_preferences(exchange.read(f"{folder}/votes.jsonl"))
+        known = exchange.read(f"{folder}/votes.jsonl")
+        assert b.import_preferences(known) == len(votes) + len(others)
+        assert b.import_preferences(known) == 0
         assert told(b) == told(a)
-        assert b.preferences() == a.preferences() == [v.preference() for v in votes]
+        assert a.preferences()[: len(votes)] == [v.preference() for v in votes]
+        # what trains from the file learns the same as what trains from the store
+        assert read_preferences(f"{folder}/votes.jsonl") == a.preferences()
+
+
+def test_a_gold_item_stays_one_and_is_trained_on_nowhere(tmp_path: Path) -> None:
+    first, *others = some_votes()
+    votes = [
+        replace(first, gold="right"),
+        *(replace(vote, gold={"t2": "left", "t3": "right"}[vote.token]) for vote in others),
+    ]
+    plain = replace(first, token="t4", left=replace(first.left, text="Nobody."))
+    file, copy = tmp_path / "votes.parquet", tmp_path / "copy.jsonl"
+    with Store(tmp_path / "a.db") as a, Store(tmp_path / "b.db") as b:
+        a.import_preferences([*votes, plain])
+        assert [v.gold for v in a.judgements()] == ["right", "left", "right", None]
+        a.export_preferences(file)
+        b.import_preferences(exchange.read(file))
+        assert [v.gold for v in b.judgements()] == ["right", "left", "right", None]
+        late = b.add_annotator("late")
+        assert b.next_assignment(late, gold=True) is not None  # a gold item is for everybody
+        assert [p.id for p in b.preferences()] == [p.id for p in read_preferences(file)] == ["t4"]
+        assert b.export_preferences(copy, plain=True) == 1
 
 
 def some_votes() -> list[Judgement]:
@@ -312,7 +373,7 @@ def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
         "0 votes imported (3 were there already)",
         "2 votes",
     ]
-    assert said[-1].endswith("; left out (ties, votes that a reviewer settled): 1")
+    assert said[-1].endswith("; left out (ties, gold items, votes that a reviewer settled): 1")
     with Store(db) as a, Store(copy) as b:
         assert a.preferences() == b.preferences()
     # pairs that name no annotator, and another tool's, into a run's own store

@@ -17,6 +17,7 @@ from test_label_models import Judged
 
 from keel.store import Store
 from keel.web.app.create import create_app
+from keel.web.service.manage import Manage
 from keel.web.service.people import People
 from keel.web.service.sources import TrainedModel
 from keel.web.service.start import prepare
@@ -27,6 +28,11 @@ if not Path(CHROMIUM).exists() and os.environ.get("CI") != "true":
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright  # noqa: E402
 
+MANAGED = (
+    "quality", "models", "disagreements", "flags", "prompts", "queue", "gold", "training", "people", "guideline",
+    "export", "events",
+)  # fmt: skip
+SETTLED = 300  # milliseconds, after which an item on the screen takes a vote
 SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
 
 
@@ -98,8 +104,28 @@ def annotator(browser: Browser, served: Served, name: str) -> tuple[BrowserConte
 def press(page: Page, key: str) -> None:
     """A key once there is an item on the screen, and then a new item (or none)."""
     before = page.locator("#messages").inner_text()
+    page.wait_for_timeout(SETTLED)
     page.keyboard.press(key)
     expect(page.locator("#messages")).not_to_have_text(before)
+
+
+def test_a_new_guideline_is_announced_where_people_work(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    expect(page.locator("#left")).to_contain_text("Answer")
+    expect(page.locator("#changed")).to_be_hidden()
+    Manage(served.store).add_guideline("New words", "", "boss")
+    page.wait_for_timeout(5200)  # the server looks for a new one every five seconds
+    press(page, "1")
+    expect(page.locator("#changed")).to_contain_text("The guideline has changed")
+    page.screenshot(path=SHOTS / "compare-new-guideline.png")
+    press(page, "2")
+    page.get_by_role("link", name="Read the new version").click()
+    expect(page.locator("main")).to_contain_text("New words")
+    page.get_by_role("link", name="Start comparing").click()
+    expect(page.locator("#left")).to_contain_text("Answer")
+    press(page, "3")
+    wait_for_votes(served.store, 3)
+    assert [vote.guideline for vote in served.store.judgements()] == ["1", "1", "2"]
 
 
 def wait_for_votes(store: Store, count: int) -> None:
@@ -145,6 +171,23 @@ def test_twenty_items_by_keyboard_and_undo(browser: Browser, served: Served) -> 
         page.get_by_role("button", name="Flag it").click()
     page.goto(f"{served.url}/manage/flags")
     expect(page.locator("main")).to_contain_text("personal data")
+
+
+def test_a_key_or_tap_that_comes_twice_is_no_vote_on_the_next_item(browser: Browser, served: Served) -> None:
+    _, page = owner(browser, served)
+    expect(page.locator("#left")).to_contain_text("Answer")
+    page.wait_for_timeout(1000)  # until the next ones are fetched
+    first = page.locator("#messages").inner_text()
+    page.keyboard.press("1")
+    page.keyboard.press("1")
+    wait_for_votes(served.store, 1)
+    second = page.locator("#messages").inner_text()
+    assert second != first
+    page.wait_for_timeout(SETTLED)
+    page.get_by_role("button", name="B is better").dblclick()
+    wait_for_votes(served.store, 2)
+    page.wait_for_timeout(500)
+    assert [vote.choice for vote in served.store.judgements()] == ["left", "right"]
 
 
 def test_two_people_at_once_get_different_items(browser: Browser, served: Served) -> None:
@@ -241,10 +284,20 @@ def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> No
     page.screenshot(path=SHOTS / "rank.png")
     page.keyboard.press("Enter")
     expect(page.locator("#today")).to_have_text("1")
+    page.keyboard.press("u")  # and what was said stands there again
+    expect(page.locator(".ranked input:checked")).to_have_count(4)
+    assert page.locator(".ranked input:checked").evaluate_all("found => found.map((e) => e.value).join('')") == "2134"
+    page.keyboard.press("Enter")
+    expect(page.locator("#today")).to_have_text("1")
     for kind in ("write", "edit"):
         page.goto(f"{served.url}/{kind}")
         page.locator("#text").fill(f"My own {kind}")
         page.screenshot(path=SHOTS / f"{kind}.png")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#today")).to_have_text("1")
+        page.get_by_role("button", name="Undo the last one").click()
+        expect(page.locator("#today")).to_have_text("0")
+        expect(page.locator("#text")).to_have_value(f"My own {kind}")
         page.keyboard.press("Control+Enter")
         expect(page.locator("#today")).to_have_text("1")
     assert [d.messages[-1].content for d in served.store.demonstrations()] == ["My own write", "My own edit"]
@@ -277,17 +330,37 @@ def test_model_pages_are_readable_on_a_desktop_and_a_phone(browser: Browser, tmp
 def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Served) -> None:
     context, _ = owner(browser, served)
     phone = browser.new_context(
-        viewport={"width": 375, "height": 740},
+        viewport={"width": 390, "height": 740},
         storage_state=context.storage_state(),
         color_scheme="dark",
         has_touch=True,
     )
     page = phone.new_page()
-    for path in ("compare", "rank", "write", "arena", "mine", "guideline", "manage", "manage/quality", "manage/people"):
+    for kind in ("rank", "edit", "write"):
+        Manage(served.store).ask_for_writing(3, 1, "test") if kind == "write" else Manage(served.store).ask_for(
+            kind, 3, 1, "test"
+        )
+    pages = ("compare", "rank", "write", "edit", "arena", "mine", "guideline", "account", "manage")
+    for path in (*pages, *(f"manage/{name}" for name in MANAGED)):
         page.goto(f"{served.url}/{path}")
         page.wait_for_timeout(300)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, path
+        if path in ("rank", "write", "edit"):
+            expect(page.locator("#item")).to_be_visible()
+            for button in page.locator("#vote button").all():
+                box = button.bounding_box()
+                assert box is not None
+                assert box["x"] >= 0, path
+                assert box["x"] + box["width"] <= 390, path
+        if path.startswith("manage"):  # where the page is can be seen
+            tab = page.locator(".tabs [aria-current]").bounding_box()
+            assert tab is not None
+            assert tab["x"] + tab["width"] <= 390, path
+        for here in page.locator(".bar nav [aria-current]").all():
+            box = here.bounding_box()
+            assert box is not None
+            assert box["x"] + box["width"] <= 391, path
         page.screenshot(path=SHOTS / f"phone-{path.replace('/', '-')}.png")
     page.goto(f"{served.url}/compare")
     expect(page.locator("#left")).to_contain_text("Answer")

@@ -18,13 +18,13 @@ from test_label_models import Judged
 
 from keel.store import Store, overview, people, work
 from keel.store.people_tables import aspect_ratings, links, sessions
-from keel.types import UserError
+from keel.types import Completion, UserError
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage, parse_aspects
 from keel.web.service.models import Models
 from keel.web.service.people import People, WrongPassword
-from keel.web.service.quality import quality
+from keel.web.service.quality import quality, standings
 from keel.web.service.sampling import Sampling
 from keel.web.service.start import FIRST_BATCH, prepare
 
@@ -162,7 +162,7 @@ def test_a_skipped_item_goes_to_somebody_else(store: Store) -> None:
     labelling.skip(ann, screen.id, "")
     assert labelling.next(ann, "compare") is None
     assert judge_all(labelling, bo) == 1
-    with pytest.raises(UserError, match="somebody else"):
+    with pytest.raises(UserError, match="somebody else has the item that you skipped"):
         labelling.undo(ann, "compare")
 
 
@@ -273,6 +273,20 @@ def test_gold_items_reach_everybody_and_training_never_sees_them(store: Store) -
     assert {one.annotator: one.gold_votes for one in found.annotators} == on_gold
     manage.set_gold(items[0], None, "admin")
     assert [e.new["gold"] for e in store.events() if e.entity == "item"] == ["first", "second", None]
+
+
+def test_a_gold_item_comes_among_others_alone(store: Store) -> None:
+    items = fill(store, 6)
+    prepare(store)
+    manage, labelling, ann, bo = Manage(store), Labelling(store), person(store, "ann"), person(store, "bo")
+    for item in items[:4]:
+        manage.set_gold(item, "first", "admin")
+    manage.set_gold_every(1, "admin")
+    labelling.forget()
+    assert judge_all(labelling, ann) == 6
+    assert [vote.gold is not None for vote in store.judgements()] == [True] * 4 + [False] * 2  # one always waits behind
+    # bo had none of the four, but nothing else is left: what came now could be nothing but a gold item
+    assert labelling.next(bo, "compare") is None
 
 
 # ------------------------------------------------------------------------------------------- ranking and writing
@@ -468,6 +482,12 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
     assert manage.disagreements() == []
     manage.adjudicate(items[0], "second", "on second thought", boss)
     assert [row["choice"] for row in manage._rows("adjudications.jsonl")] == ["first", "second"]
+    (case,) = manage.settled()
+    assert (case["id"], case["word"].choice, case["word"].by, len(case["votes"])) == (items[0], "second", "boss", 2)
+    manage.adjudicate(items[0], None, "", boss)  # taken back: it waits for a word again
+    assert ([case["id"] for case in manage.disagreements()], manage.settled()) == ([items[0]], [])
+    assert store.events()[-1].old == {"choice": "second"}
+    manage.adjudicate(items[0], "second", "on second thought", boss)
     # training gets that word in the place of the two votes, and every vote can still be had
     settled, *others = manage._rows("pairs.jsonl")
     assert settled["chosen"][0]["content"].endswith("number 1")
@@ -528,6 +548,49 @@ def test_overlap_guidelines_and_exports(store: Store, tmp_path: Path) -> None:
         parse_aspects(": no name")
     with pytest.raises(UserError, match="different names"):
         parse_aspects("a: b\na: c")
+
+
+def test_what_was_queued_once_is_not_queued_again(store: Store) -> None:
+    fill(store, 3, replies=4)
+    with store.session() as s:  # a text that another model gave too: nobody could tell the two apart
+        (same,) = s.add_responses("p0", [Completion("Answer 0, number 0")], "another model")
+    prepare(store)
+    manage = Manage(store)
+    for kind in ("rank", "edit"):
+        assert [manage.ask_for(kind, 2, 1, "admin") for _ in range(3)] == [2, 1, 0]  # type: ignore[arg-type]
+    assert [manage.ask_for_writing(2, 1, "admin") for _ in range(3)] == [2, 1, 0]
+    # a pair of each prompt at a time, until all six of each are there
+    assert [manage.ask_for("compare", 10, 1, "admin") for _ in range(7)] == [3] * 6 + [0]
+    with store.transaction(writes=False) as connection:
+        keys = set(connection.execute(text("SELECT key FROM items WHERE batch = 'people'")).scalars())
+    assert len(keys) == 18
+    assert not any(str(same) in key.split("-") for key in keys)
+    added = [e for e in store.events() if e.action == "added" and e.entity == "batch" and e.entity_id == "people"]
+    assert [e.new["items"] for e in added] == [3] * 6
+
+
+def test_the_overview_counts_everything_that_people_did(store: Store) -> None:
+    fill(store, 2, replies=4)
+    prepare(store)
+    manage, labelling, ann, bo = Manage(store), Labelling(store), person(store, "ann"), person(store, "bo")
+    for kind in ("rank", "edit"):
+        manage.ask_for(kind, 1, 1, "admin")  # type: ignore[arg-type]
+    assert judge_all(labelling, ann) == 2
+    ranked, edited = labelling.next(bo, "rank"), labelling.next(bo, "edit")
+    assert ranked is not None
+    assert edited is not None
+    labelling.rank(bo, ranked.id, [[0], [1], [2, 3]], token=token(), seconds=1, reason=None)
+    labelling.write(bo, edited.id, "better", token=token(), seconds=1)
+    found = manage.overview()
+    assert (found.done, found.annotators) == ({"compare": 2, "rank": 1, "edit": 1}, 2)
+    assert [(day.votes, day.annotators) for day in found.days] == [(4, 2)]
+
+
+def test_arena_standings_by_hand() -> None:
+    votes = [("a", "b", "left"), ("b", "a", "right"), ("b", "c", "left"), ("c", "a", "both_bad"), ("a", "b", "tie")]
+    told = [(one.model, one.won, one.lost, one.ties, one.share) for one in standings(votes)]
+    assert told == [("a", 2, 0, 2, 1.0), ("b", 1, 2, 1, 1 / 3), ("c", 0, 1, 1, 0.0)]
+    assert standings([("a", "b", "tie")])[0].share is None
 
 
 def test_habits_name_those_to_look_at(store: Store) -> None:

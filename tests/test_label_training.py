@@ -79,6 +79,7 @@ def test_uncertain_pairs_come_first_and_back_again(store: Store) -> None:
     ordering.uncertain_first("admin")
     ordering.wait()
     assert ordering.state().state == "done"
+    assert "A vote on the first 1 should tell 5.000 nats about them, one on any pair 2.500" in ordering.state().message
     assert ensemble.asked == 6
     assert given_out(store, "ann", 9) == ["p5", "p4", "p3", "p2"]  # not again what she had
     assert given_out(store, "bo", 2) == ["p5", "p4"]

@@ -565,7 +565,7 @@ def details(store: Store) -> list[dict]:
     rows = []
     items: dict[int, int] = {}
     for vote in store.judgements():
-        row = exchange._row(vote)
+        (row,) = exchange._rows(vote)
         row["item"] = items.setdefault(vote.item_id, len(items))
         for source in ("chosen_source", "rejected_source"):
             del row[source]["created"]  # when the row was made, here or there

@@ -133,18 +133,17 @@ def encoded_pairs(job: Job, work: Work) -> list[list[Pair]]:
 
 
 def dpo(job: Job) -> Repetition:
-    reference = frozen(load_policy(job.model_path, device=job.device)[0])
-
     def run(work: Work) -> Outcome:
+        reference = frozen(load_policy(job.model_path, device=job.device)[0])
         groups = encoded_pairs(job, work)
         flat = [pair for group in groups for pair in group]
         config = DpoStage(**stage_settings(job, work), epochs=1, batch_size=work.batch)
-        model = policy(job)
         began = clock(job.device)
         logps = reference_logps(reference, flat, config.batch_tokens, job.device, precision(job)).tolist()
         before = clock(job.device) - began
+        del reference  # as in training: from here on its log-probabilities will do
         by_pair = {id(pair): (float(c), float(r)) for pair, (c, r) in zip(flat, logps, strict=True)}
-        algorithm = Dpo(model, groups, [], by_pair, config, job.device, precision(job), work.seed)
+        algorithm = Dpo(policy(job), groups, [], by_pair, config, job.device, precision(job), work.seed)
         seconds = timed(job, algorithm, config)
         return Outcome(len(flat), before + seconds, precision(job), {"reference": before, "training": seconds})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from keel.model.packed import inner_model
 from keel.run import RunDir, resolve_device
 from keel.types import Message, UserError
 
+TALKING = ("sft", "dpo", "ppo", "grpo")  # kinds of stages whose model answers
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
@@ -25,7 +27,7 @@ def trained_models(run: str) -> dict[str, str]:
     folder = Path(run)
     manifest = RunDir(folder).manifest.read()
     stages = Recipe.model_validate(manifest["recipe"]).stages if manifest else []
-    done = [s.name for s in stages if s.kind in ("sft", "dpo", "ppo", "grpo") and RunDir(folder).stage(s.name).done]
+    done = [s.name for s in stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
     return {name: str(folder / name) for name in done}
 
 
@@ -42,7 +44,7 @@ def find_model(run: str, stage: str | None) -> tuple[str, str]:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
         return run, run
     recipe = Recipe.model_validate(manifest["recipe"])
-    done = [s for s in recipe.stages if s.kind in ("sft", "dpo", "ppo", "grpo") and RunDir(folder).stage(s.name).done]
+    done = [s for s in recipe.stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
     names = ["base", *(s.name for s in done)]
     if stage is None:
         kept = [s for s in done if not (isinstance(s, PpoStage) and s.kl.coef == 0 and s.kl.target is None)]
@@ -85,12 +87,17 @@ def stream_text(chat: Chat, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+# transformers loads a model inside settings of the whole process: two that are loaded at once spoil each other
+LOADING = threading.Lock()
+
+
 class Talker:
     """A model that answers conversations, its reply in pieces as it comes."""
 
     def __init__(self, path: str, temperature: float, limit: int) -> None:
         self.device = resolve_device("auto")
-        model, tokenizer = load_policy(path, device=self.device)
+        with LOADING:
+            model, tokenizer = load_policy(path, device=self.device)
         inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
         inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
         inner.eval()

@@ -21,6 +21,7 @@ class RunEnsemble:
         return [name for name in names if self._run.stage(name).done]
 
     def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
+        from keel.cli.chat import LOADING
         from keel.feedback.uncertainty import disagreement
         from keel.model.checkpoint import load_scalar
         from keel.model.precision import pick_precision
@@ -32,6 +33,7 @@ class RunEnsemble:
         precision = pick_precision("auto", device)
         scorers, fitted = [], []
         for name in self.names():
-            scorers.append(frozen_scorer(load_scalar(self._run.stage(name).path, device=device), precision))
+            with LOADING:
+                scorers.append(frozen_scorer(load_scalar(self._run.stage(name).path, device=device), precision))
             fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)
         return disagreement(scorers, fitted, [Candidate(*pair) for pair in pairs])

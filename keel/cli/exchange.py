@@ -13,7 +13,7 @@ from keel.store import Judgement, Store, exchange, foreign
 from keel.store.foreign import ForeignError, Names
 from keel.types import Preference, UserError
 
-Votes = Sequence[Judgement] | Sequence[Preference]
+Votes = Sequence[exchange.Given] | Sequence[Preference]
 
 
 def store_location(where: str, new: bool = False) -> str:
@@ -36,9 +36,11 @@ def store_location(where: str, new: bool = False) -> str:
 def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, plain: bool) -> str:
     """Writes the store's votes and says what was written."""
     with Store(store_location(where)) as store:
-        standing = len(store.judgements(batch))
+        given = store.all_given(batch)
+        standing = sum(1 if isinstance(one, Judgement) else len(one.preferences()) for one in given)
         written = store.export_preferences(out, batch, form, plain)
-    left_out = f"; left out (ties, votes that a reviewer settled): {standing - written}" if written < standing else ""
+    what = "ties, gold items, votes that a reviewer settled"
+    left_out = f"; left out ({what}): {standing - written}" if written < standing else ""
     return f"{written} votes written to {out}{left_out}"
 
 
@@ -58,7 +60,7 @@ def read_votes(file: str, names: Names) -> Votes:
     bad = BadRows(file)
     rows = list(read_rows(file, bad))
     bad.raise_if_any()
-    if {"annotator_kind", "chosen_side", "choice"} <= rows[0].values.keys():
+    if {"annotator_kind", "prompt_id", "batch"} <= rows[0].values.keys():
         return exchange.read(file)
     if foreign.is_label_studio(rows[0].values):
         return _foreign(rows, bad, lambda row, now: foreign.from_label_studio(row.values, names, as_prompt, now))

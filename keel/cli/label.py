@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from keel.cli.chat import Talker, find_model, trained_models
+from keel.cli.chat import LOADING, Talker, find_model, trained_models
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
 from keel.cli.retrain import Retraining
@@ -22,6 +22,7 @@ from keel.web.service.sources import SampledModel
 
 TEMPERATURE = 0.8  # two models that always said the same would be compared on little
 LONGEST_REPLY = 512  # tokens
+TOO_LONG = "(The conversation has become too long for this model. Vote, or start a new one.)"
 
 
 def label(arguments: argparse.Namespace) -> int:
@@ -117,9 +118,11 @@ def _lazily(path: str) -> Reply:
                 loaded.clear()
                 loaded[made_for] = Talker(path, TEMPERATURE, LONGEST_REPLY)
             try:
-                yield from loaded[made_for].reply(messages)
-            except UserError as error:
-                yield f"({error})"
+                pieces = loaded[made_for].reply(messages)
+            except UserError:  # its words name what tells the models apart: how long a conversation each can hold
+                yield TOO_LONG
+                return
+            yield from pieces
 
     return reply
 
@@ -174,7 +177,8 @@ def sample_with(path: str, sampling: SamplingConfig) -> Callable[[Sequence[Promp
         from keel.run import resolve_device
 
         device = resolve_device("auto")
-        model, tokenizer = load_policy(path, device=device)
+        with LOADING:
+            model, tokenizer = load_policy(path, device=device)
         frozen(model)
         chat = Chat(tokenizer)
         precision = pick_precision("auto", device)

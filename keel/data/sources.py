@@ -59,7 +59,8 @@ def read_preferences(source: str | Path) -> list[Preference]:
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
     ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
-    reviewer's last word on the pair: chosen, rejected or tie).
+    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` (of Keel's own export) is left out:
+    its answer was known, and such votes measure their annotator.
 
     Two equal replies are a tie, whatever the row says: neither can be better.
     """
@@ -100,6 +101,8 @@ def _read(source: str | Path, parse: Callable[[Values], R], forms: str) -> list[
             if isinstance(prompt, Prompt):
                 _same_or_error(prompts, "prompt_id", prompt.id, replace(prompt, kind="", meta={}), row)
             records.append(record)
+        except _LeftOut:
+            continue
         except _UnknownForm:
             there = ", ".join(row.values) or "none"
             bad.add(row.file, row.line, f"columns are {there}; expected {forms}")
@@ -107,6 +110,10 @@ def _read(source: str | Path, parse: Callable[[Values], R], forms: str) -> list[
             bad.add(row.file, row.line, str(error))
     bad.raise_if_any()
     return records
+
+
+class _LeftOut(Exception):
+    """The row is none to learn from."""
 
 
 class _UnknownForm(Exception):
@@ -188,6 +195,8 @@ def _preference(row: Values) -> Preference:
         messages, chosen, rejected = _implicit_prompt(row)
     else:
         raise _UnknownForm
+    if row.get("gold"):
+        raise _LeftOut
     prompt = _prompt(row, messages, _id(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)

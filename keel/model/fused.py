@@ -4,17 +4,15 @@ on a CPU.
 transformers' layers run some sixty small operations each, autograd and autocast as many again: in a small model these
 passes over memory cost more than the matrix products. Here a layer is six operations:
 
-    qkv = NormLinear(x, q, k, v);      attended = Attend(qkv);         x = AddLinear(x, attended, o)
-    gate, up = NormLinear(x, gate, up); activated = Swiglu(gate, up);  x = AddLinear(x, activated, down)
+    x, qkv = NormLinear(x, delta, q, k, v);      delta = Linear(Attend(qkv), o)
+    x, gate, up = NormLinear(x, delta, gate, up);  delta = Linear(Swiglu(gate, up), down)
 
-The last layer's second half runs only for the tokens that somebody asks for.
+What a half layer adds to the residual stream (``delta``) is added by the next norm, which reads the stream anyway, and
+on the way back the norm hands out the stream's gradient in both precisions. The last layer's second half runs only for
+the tokens that somebody asks for. What happens between the products is in ``keel.model.passes``.
 
 The numbers are transformers' own to rounding, values and gradients (tests/test_fused.py compares them with the padded
 reference). In bfloat16 the residual stream, the norms and the rotary positions stay in float32, as under autocast.
-
-What looks roundabout has one reason: a pass over a tensor is fast where its innermost dimension is long and contiguous
-(three to ten times, measured). So gate and up are tensors of their own, tokens move to attention's grids and back as
-whole rows, and rotary positions are one complex product.
 
 Shape suffixes besides those of ``keel.types``: ``O`` outputs of a product; ``D`` width of a head.
 """
@@ -22,8 +20,6 @@ Shape suffixes besides those of ``keel.types``: ``O`` outputs of a product; ``D`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from keel.model.passes import Grid, Rotary, passes
+from keel.model.passes import inverse_rms as inverse_rms  # the sampler's too
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
@@ -51,111 +50,9 @@ def is_fusable(decoder: nn.Module) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Some of the tokens laid out as [B, L] for attention's products: those of ``tokens``, which lie at ``cells_T`` of
-    the flattened grid. ``bias`` ([1 or B * heads, L, L], 0 or -inf) says which keys (last) a query sees. Cells past a
-    row's tokens hold some token's numbers: no real query sees them, and they get no gradient."""
-
-    tokens: slice
-    cells_T: Tensor
-    batch: int
-    longest: int
-    bias: Tensor
-    heads: int
-    kv_heads: int
-
-    @cached_property
-    def query_rows(self) -> Tensor:
-        """[B * heads * L]: for every cell of every head its row in queries and keys side by side [T, heads + kv, D]."""
-        return self._rows(self.heads + self.kv_heads, torch.arange(self.heads))
-
-    @cached_property
-    def key_rows(self) -> Tensor:
-        return self._rows(self.heads + self.kv_heads, self.heads + self._kv_head)
-
-    @cached_property
-    def value_rows(self) -> Tensor:
-        """The same, in queries, keys and values side by side [T, heads + 2 * kv, D]."""
-        return self._rows(self.heads + 2 * self.kv_heads, self.heads + self.kv_heads + self._kv_head)
-
-    @cached_property
-    def out_rows(self) -> Tensor:
-        """The same, in [T, heads, D]."""
-        return self._rows(self.heads, torch.arange(self.heads))
-
-    @cached_property
-    def cell_rows(self) -> Tensor:
-        """[T * heads]: the way back, each token's row in [B * heads, L, D]."""
-        row_T, place_T = self.cells_T // self.longest, self.cells_T % self.longest
-        head = torch.arange(self.heads)
-        return ((row_T[:, None] * self.heads + head) * self.longest + place_T[:, None]).flatten()
-
-    @cached_property
-    def spare_rows(self) -> Tensor:
-        """Rows of [B * heads, L, D] that hold no token."""
-        spare = torch.ones(self.batch * self.heads * self.longest, dtype=torch.bool)
-        spare[self.cell_rows] = False
-        return spare.nonzero().squeeze(1)
-
-    @property
-    def _kv_head(self) -> Tensor:
-        return torch.arange(self.heads) // (self.heads // self.kv_heads)
-
-    def _rows(self, width: int, column: Tensor) -> Tensor:
-        token = torch.zeros(self.batch * self.longest, dtype=torch.int64)
-        token[self.cells_T] = torch.arange(len(self.cells_T))
-        return (token.view(self.batch, 1, self.longest) * width + column[:, None]).flatten()
-
-    def lay_out(self, x_TGD: Tensor, rows: Tensor) -> Tensor:
-        """[T, G, D] -> [B * heads, L, D]"""
-        flat = x_TGD[self.tokens].flatten(0, 1).index_select(0, rows)
-        return flat.view(self.batch * self.heads, self.longest, -1)
-
-    def take_back(self, x_NLD: Tensor, kv: bool = False) -> Tensor:
-        """[B * heads, L, D] -> [T, heads, D]; with ``kv`` [T, kv_heads, D], sums over the heads that share one."""
-        x = x_NLD.flatten(0, 1).index_select(0, self.cell_rows).view(-1, self.heads, x_NLD.shape[2])
-        return x.unflatten(1, (self.kv_heads, -1)).sum(2) if kv and self.kv_heads < self.heads else x
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions (Su et al. 2021) as complex factors [T, heads + kv_heads, D / 2] of :func:`interleaved` queries
-    and keys side by side: exp(i * angle), times the attention's scale for queries. ``back``: their conjugates."""
-
-    factors: Tensor
-    back: Tensor
-
-    @staticmethod
-    def of(cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int, scale: float) -> Rotary:
-        """Of tables in the half-split layout of Hugging Face checkpoints, where both halves are alike."""
-        half = cos_TD.shape[1] // 2
-        turns = torch.complex(cos_TD[:, :half], sin_TD[:, :half])[:, None]
-        factors = torch.cat([(turns * scale).expand(-1, heads, -1), turns.expand(-1, kv_heads, -1)], 1)
-        return Rotary(factors, factors.conj().resolve_conj())
-
-
-def turn(x_TGD: Tensor, factors: Tensor) -> Tensor:
-    """:class:`Rotary` factors applied, in float32."""
-    y = x_TGD.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    torch.view_as_complex(y.unflatten(-1, (-1, 2))).mul_(factors)
-    return y
-
-
-def interleaved(x: Tensor, dim: int, width: int) -> Tensor:
-    """Heads of ``width`` along ``dim``, (0, 1, 2, ...) -> (0, w/2, 1, w/2 + 1, ...): the two numbers that a rotary
-    position turns are then neighbours. Products of queries and keys do not see the order."""
-    return x.unflatten(dim, (-1, 2, width // 2)).transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
-
-
-def deinterleaved(x: Tensor, dim: int, width: int) -> Tensor:
-    """:func:`interleaved` undone."""
-    return x.unflatten(dim, (-1, width // 2, 2)).transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
-
-
 Attention = Callable[[nn.Module, Tensor, Rotary], Tensor]
-"""(transformers' attention module, queries, keys and values side by side before rotary positions, queries and keys
-interleaved, [T, heads + 2 * kv_heads, D], their positions) -> [T, heads * D]"""
+"""(transformers' attention module, queries, keys and values side by side before rotary positions
+[T, heads + 2 * kv_heads, D], their positions) -> [T, heads * D]"""
 
 
 def run_layers(
@@ -166,16 +63,17 @@ def run_layers(
     on. ``x_TH`` may be overwritten."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     recompute = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
-    block = decoder.layers[0].self_attn
-    rotary = Rotary.of(cos_TD, sin_TD, *head_counts(block), block.scaling)
+    rotary, delta = Rotary.of(cos_TD, sin_TD), None
     with torch.autocast("cpu", enabled=False):
         for layer in decoder.layers:
             wanted = wanted_W if layer is decoder.layers[-1] else None
+            inputs = (layer, x_TH, delta, rotary, attention, wanted, dtype)
             if recompute:
-                x_TH = checkpoint(_layer, layer, x_TH, rotary, attention, wanted, dtype, False, use_reentrant=False)
+                x_TH, delta = checkpoint(_layer, *inputs, False, use_reentrant=False)
             else:
-                x_TH = _layer(layer, x_TH, rotary, attention, wanted, dtype, True)
-    return x_TH
+                x_TH, delta = _layer(*inputs, True)
+        assert delta is not None, "a decoder has layers"
+        return x_TH + delta
 
 
 def head_counts(block: Any) -> tuple[int, int]:
@@ -186,156 +84,138 @@ def head_counts(block: Any) -> tuple[int, int]:
 def _layer(
     layer: Any,
     x: Tensor,
+    delta: Tensor | None,
     rotary: Rotary,
     attention: Attention,
     wanted: Tensor | None,
     dtype: torch.dtype,
     overwrite: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     block, mlp = layer.self_attn, layer.mlp
-    projections, normed_heads = (block.q_proj, block.k_proj, block.v_proj), hasattr(block, "q_norm")
-    width = 0 if normed_heads else block.head_dim
-    (qkv,) = norm_linear(x, layer.input_layernorm, projections, dtype, Plan(False, (width, width, 0)))
+    projections = (block.q_proj, block.k_proj, block.v_proj)
+    x, qkv = norm_linear(x, delta, layer.input_layernorm, projections, dtype, False, overwrite)
     qkv = qkv.unflatten(-1, (-1, block.head_dim))
-    if normed_heads:  # Qwen3
+    if hasattr(block, "q_norm"):  # Qwen3
         heads, kv_heads = head_counts(block)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        q, k = (interleaved(h.to(dtype), 2, block.head_dim) for h in (block.q_norm(q), block.k_norm(k)))
-        qkv = torch.cat([q, k, v], dim=1)
+        qkv = torch.cat([block.q_norm(q).to(dtype), block.k_norm(k).to(dtype), v], dim=1)
     attended = attention(block, qkv, rotary)
     if wanted is not None:
         x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
-    x = add_linear(x, attended, block.o_proj, dtype, overwrite)
-    gate, up = norm_linear(x, layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), dtype, Plan(True, (0, 0)))
-    return add_linear(x, Swiglu.apply(gate, up), mlp.down_proj, dtype, True)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What :class:`NormLinear` makes of its weights: outputs ``apart``, or side by side; a weight's as
-    :func:`interleaved` heads of the width in ``interleaved``, or as they are where that is 0."""
-
-    apart: bool
-    interleaved: tuple[int, ...]
+    delta = linear(attended, block.o_proj, dtype)
+    norm, inputs = layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)
+    x, gate, up = norm_linear(x, delta, norm, inputs, dtype, True, overwrite)
+    return x, linear(Swiglu.apply(gate, up), mlp.down_proj, dtype)
 
 
 def norm_linear(
-    x_TH: Tensor, norm: Any, linears: Sequence[nn.Linear], dtype: torch.dtype, plan: Plan
+    x_TH: Tensor,
+    delta_TH: Tensor | None,
+    norm: Any,
+    linears: Sequence[nn.Linear],
+    dtype: torch.dtype,
+    apart: bool,
+    overwrite: bool,
 ) -> tuple[Tensor, ...]:
-    """Several linear layers after one RMS norm: [T, H] -> [T, O_1], [T, O_2], ... or ([T, O_1 + O_2 + ...],) in
-    ``dtype``."""
-    weights, biases = [linear.weight for linear in linears], []
-    for linear, width in zip(linears, plan.interleaved, strict=True):
-        if linear.bias is not None:
-            biases.append(interleaved(linear.bias, 0, width) if width else linear.bias)
+    """x + delta, in place of ``x`` where ``overwrite``, and several linear layers of its RMS norm:
+    [T, H] -> [T, H], [T, O_1], [T, O_2], ... or, if not ``apart``, [T, H], [T, O_1 + O_2 + ...], in ``dtype``."""
+    weights = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
-    return NormLinear.apply(x_TH, norm.weight, bias, norm.variance_epsilon, dtype, plan, *weights)  # type: ignore[no-any-return]
+    eps = norm.variance_epsilon
+    return NormLinear.apply(x_TH, delta_TH, norm.weight, bias, eps, dtype, apart, overwrite, *weights)  # type: ignore[no-any-return]
 
 
-def add_linear(x_TH: Tensor, a_TI: Tensor, linear: nn.Linear, dtype: torch.dtype, overwrite: bool) -> Tensor:
-    """x + linear(a), in place of ``x`` where ``overwrite``."""
-    return AddLinear.apply(x_TH, a_TI, linear.weight, linear.bias, dtype, overwrite)
+def linear(a_TI: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """A linear layer in ``dtype``."""
+    return Linear.apply(a_TI, linear.weight, linear.bias, dtype)
 
 
 class NormLinear(torch.autograd.Function):
-    """y = W (n * x / rms(x)): the norm's weights n go into the product's, which are fewer than the activations.
+    """x += delta;  y = W (n * x / rms(x)): the norm's weights n go into the product's, which are fewer than the
+    activations.
 
-    With h = x / rms(x):  dx = (dh - h * mean(dh * h)) / rms(x),  dn = sum(dh * h) / n.
+    With h = x / rms(x):  dx += (dh - h * mean(dh * h)) / rms(x),  dn = sum(dh * h) / n.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
+        delta: Tensor | None,
         norm: Tensor,
         bias: Tensor | None,
         eps: float,
         dtype: torch.dtype,
-        plan: Plan,
+        apart: bool,
+        overwrite: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        inverse = inverse_rms(x, eps)
-        h = torch.mul(x, inverse).to(dtype)
+        if overwrite:  # nobody's backward pass needs x: the norms keep h
+            ctx.mark_dirty(x)
+        else:
+            x = x.clone()
+        h, inverse = passes().add_norm(x, delta, eps, dtype)
         rows = [w.shape[0] for w in weights]
         weight = torch.empty(sum(rows), x.shape[1], dtype=dtype)
-        for piece, w, width in zip(weight.split(rows), weights, plan.interleaved, strict=True):
-            piece.copy_(interleaved(w * norm, 0, width) if width else w * norm)
+        for piece, w in zip(weight.split(rows), weights, strict=True):
+            torch.mul(w, norm, out=piece)
         ctx.save_for_backward(h, inverse, weight, norm, *weights)
-        ctx.plan = plan
+        ctx.apart = apart
+        ctx.set_materialize_grads(False)
         low_bias = None if bias is None else bias.to(dtype)
-        if not plan.apart:
-            return (F.linear(h, weight, low_bias),)
+        if not apart:
+            return x, F.linear(h, weight, low_bias)
         biases = [None] * len(rows) if low_bias is None else low_bias.split(rows)
-        return tuple(F.linear(h, w, b) for w, b in zip(weight.split(rows), biases, strict=True))
+        return x, *(F.linear(h, w, b) for w, b in zip(weight.split(rows), biases, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, residual: Tensor | None, *dys: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         h, inverse, weight, norm, *weights = ctx.saved_tensors
         rows = [w.shape[0] for w in weights]
-        dx = dnorm = dbias = None
+        dx = low = dnorm = dbias = None
         dweights: Any = [None] * len(weights)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            pieces = weight.split(rows) if ctx.plan.apart else (weight,)
+        if any(ctx.needs_input_grad[:3]):
+            pieces = weight.split(rows) if ctx.apart else (weight,)
             dh = dys[0] @ pieces[0]
             for dy, piece in zip(dys[1:], pieces[1:], strict=True):
                 dh.addmm_(dy, piece)
-            both = dh * h
-            dx = torch.addcmul(dh, h, _row_means(both).to(h.dtype), value=-1).float().mul_(inverse)
+            dx, low, sums = passes().norm_backward(residual, dh, h, inverse)
         by_tokens = bool(norm.all())  # else dn by way of W: sum(W * dW)
-        if any(ctx.needs_input_grad[6:]) or (ctx.needs_input_grad[1] and not by_tokens):
+        if any(ctx.needs_input_grad[8:]) or (ctx.needs_input_grad[2] and not by_tokens):
             products = [dy.t() @ h for dy in dys]
-            products = products if ctx.plan.apart else products[0].split(rows)
-            dweights = [
-                (deinterleaved(product, 0, width) if width else product).float()
-                for product, width in zip(products, ctx.plan.interleaved, strict=True)
-            ]
-        if ctx.needs_input_grad[1]:
+            dweights = products if ctx.apart else products[0].split(rows)
+        if ctx.needs_input_grad[2]:
             if by_tokens:
-                dnorm = both.sum(0, dtype=torch.float32).div_(norm)
+                dnorm = sums.div_(norm)
             else:
                 dnorm = torch.stack([(w * dw).sum(0) for w, dw in zip(weights, dweights, strict=True)]).sum(0)
-        dweights = [None if dw is None else dw.mul_(norm) for dw in dweights]
-        if ctx.needs_input_grad[2]:
+        dweights = [None if dw is None else dw * norm for dw in dweights]
+        if ctx.needs_input_grad[3]:
             dbias = torch.cat([dy.sum(0, dtype=torch.float32) for dy in dys])
-        return dx, dnorm, dbias, None, None, None, *dweights
+        return dx, low if ctx.needs_input_grad[1] else None, dnorm, dbias, *[None] * 4, *dweights
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dimension, which is kept: an RMS norm's factor (Zhang and Sennrich 2019)
-    in few operations."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _row_means(x: Tensor) -> Tensor:
-    """[T, 1] float32 means over each row."""
-    return x.sum(-1, keepdim=True, dtype=torch.float32).div_(x.shape[-1])
-
-
-class AddLinear(torch.autograd.Function):
-    """y = x + W a + b. ``x`` is overwritten where asked: nobody's backward pass needs it (NormLinear keeps h)."""
+class Linear(torch.autograd.Function):
+    """y = W a + b."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, overwrite: bool
+        ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         low = weight.to(dtype)
         ctx.save_for_backward(a, low)
-        product = F.linear(a, low, None if bias is None else bias.to(dtype))
-        if not overwrite:
-            return x + product
-        ctx.mark_dirty(x)
-        return x.add_(product)
+        return F.linear(a, low, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         a, weight = ctx.saved_tensors
-        low = dy.to(a.dtype)
-        da = low @ weight if ctx.needs_input_grad[1] else None
-        dweight = (low.t() @ a).float() if ctx.needs_input_grad[2] else None
-        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
-        return dy, da, dweight, dbias, None, None
+        da = dy @ weight if ctx.needs_input_grad[0] else None
+        dweight = (dy.t() @ a).float() if ctx.needs_input_grad[1] else None
+        dbias = dy.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return da, dweight, dbias, None
 
 
 class Swiglu(torch.autograd.Function):
@@ -343,15 +223,13 @@ class Swiglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        activated = F.silu(gate)
-        ctx.save_for_backward(gate, up, activated)
-        return activated * up
+        ctx.save_for_backward(gate, up)
+        return passes().swiglu(gate, up)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        gate, up, activated = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), activated * dy
+        return passes().swiglu_backward(dy, *ctx.saved_tensors)  # type: ignore[no-any-return]
 
 
 class Attend(torch.autograd.Function):
@@ -361,48 +239,54 @@ class Attend(torch.autograd.Function):
     no grid.
 
     With S = scores, P = softmax(S):  dV = P' dO,  dP = dO V',  dS = P * (dP - rowsum(dP * P)),  dQ = dS K,  dK = dS' Q.
+    The queries of the heads that share keys and values lie one behind another: [B * kv_heads, heads / kv_heads * L, D].
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rotary: Rotary, grids: Sequence[Grid]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, qkv: Tensor, rotary: Rotary, scale: float, grids: Sequence[Grid]
+    ) -> Tensor:
+        ctx.grids, ctx.rotary, ctx.scale = grids, rotary, scale
         heads, kv_heads = grids[0].heads, grids[0].kv_heads
-        turned = turn(qkv[:, : heads + kv_heads], rotary.factors).to(qkv.dtype)
+        q_columns, k_columns, v_columns = _columns(heads, kv_heads)
         out = qkv.new_empty(len(qkv), heads, qkv.shape[2])
         saved = []
         for grid in grids:
-            q_NLD, k_NLD = (grid.lay_out(turned, rows) for rows in (grid.query_rows, grid.key_rows))
-            v_NLD = grid.lay_out(qkv, grid.value_rows)
-            bias = grid.bias.expand(q_NLD.shape[0], -1, -1)
-            probs = torch.softmax(torch.baddbmm(bias, q_NLD, k_NLD.transpose(1, 2)), -1)
-            out[grid.tokens] = grid.take_back(torch.bmm(probs, v_NLD))
-            saved += [q_NLD, k_NLD, v_NLD, probs]
-        out[grids[-1].tokens.stop :] = 0
-        ctx.save_for_backward(rotary.back, *saved)
-        ctx.grids = grids
+            q = passes().to_grid(qkv, grid, q_columns, rotary, scale).view(grid.batch * kv_heads, -1, qkv.shape[2])
+            k = passes().to_grid(qkv, grid, k_columns, rotary)
+            v = passes().to_grid(qkv, grid, v_columns)
+            probs = passes().softmax_(torch.bmm(q, k.transpose(1, 2)), grid)
+            attended = torch.bmm(probs, v).view(grid.batch * heads, grid.longest, -1)
+            passes().from_grid(attended, grid, q_columns, out, None, 1.0)
+            saved += [q, k, v, probs]
+        out[int(grids[-1].begin_B[-1]) :] = 0
+        ctx.save_for_backward(*saved)
         return out.flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        back, *saved = ctx.saved_tensors
-        grids: Sequence[Grid] = ctx.grids
+        saved, grids, rotary = ctx.saved_tensors, ctx.grids, ctx.rotary
         heads, kv_heads = grids[0].heads, grids[0].kv_heads
+        q_columns, k_columns, v_columns = _columns(heads, kv_heads)
         dout = dout.unflatten(-1, (heads, -1))
         dqkv = dout.new_empty(len(dout), heads + 2 * kv_heads, dout.shape[2])
         for i, grid in enumerate(grids):
-            q_NLD, k_NLD, v_NLD, probs = saved[4 * i : 4 * i + 4]
-            do_NLD = grid.lay_out(dout, grid.out_rows)
-            do_NLD.flatten(0, 1).index_fill_(0, grid.spare_rows, 0)
-            dprobs = torch.bmm(do_NLD, v_NLD.transpose(1, 2))
-            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-            dq, dk, dv = dqkv[grid.tokens].split([heads, kv_heads, kv_heads], dim=1)
-            dq.copy_(grid.take_back(torch.bmm(dscores, k_NLD)))
-            dk.copy_(grid.take_back(torch.bmm(dscores.transpose(1, 2), q_NLD), kv=True))
-            dv.copy_(grid.take_back(torch.bmm(probs.transpose(1, 2), do_NLD), kv=True))
-        dqkv[grids[-1].tokens.stop :] = 0
-        dturned = dqkv[:, : heads + kv_heads]
-        dturned.copy_(turn(dturned, back))  # a rotation's transpose is the rotation backwards
-        return dqkv, None, None
+            q, k, v, probs = saved[4 * i : 4 * i + 4]
+            do = passes().to_grid(dout, grid, q_columns).view_as(q)
+            ds = passes().softmax_backward_(torch.bmm(do, v.transpose(1, 2)), probs, grid)
+            dq = torch.bmm(ds, k).view(grid.batch * heads, grid.longest, -1)
+            passes().from_grid(dq, grid, q_columns, dqkv, rotary, ctx.scale)
+            passes().from_grid(torch.bmm(ds.transpose(1, 2), q), grid, k_columns, dqkv, rotary)
+            passes().from_grid(torch.bmm(probs.transpose(1, 2), do), grid, v_columns, dqkv)
+        dqkv[int(grids[-1].begin_B[-1]) :] = 0
+        return dqkv, None, None, None
+
+
+def _columns(heads: int, kv_heads: int) -> tuple[range, range, range]:
+    """Where queries, keys and values lie side by side."""
+    values = heads + kv_heads
+    return range(heads), range(heads, values), range(values, values + kv_heads)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

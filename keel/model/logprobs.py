@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from keel.model.packed import hidden_states, inner_model
+from keel.model.passes import passes
 from keel.types import PackedBatch
 
 CHUNK_ELEMENTS = 4_000_000  # logits made at once: 16 MB in float32, what a CPU's last-level cache can take
-KEPT_ELEMENTS = 16_000_000  # probabilities kept for the backward pass rather than made again: 32 MB in bfloat16
+KEPT_ELEMENTS = 24_000_000  # probabilities kept for the backward pass rather than made again: 48 MB in bfloat16
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """Linear head, softmax and gather in chunks of tokens; the backward pass recomputes each chunk's logits, but for
-    small batches and vocabularies, whose probabilities are kept. Gradients' products run in ``low`` precision.
+    """Linear head, softmax and gather in chunks of tokens. The backward pass makes the logits again, in chunks of the
+    vocabulary, so that each weight's gradient is written once; but for small batches and vocabularies, whose
+    probabilities are kept. Gradients' products run in ``low`` precision.
 
     With z = logits, p = softmax(z), H = entropy:  d logp_y / dz = onehot(y) - p,  dH / dz = -p (log p + H).
     """
@@ -103,19 +105,17 @@ class _HeadLogProbs(torch.autograd.Function):
         entropy: bool,
         low: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        logp = hidden.new_empty(hidden.shape[0])
-        ent = hidden.new_zeros(hidden.shape[0] if entropy else 0)
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        logp = hidden.new_empty(tokens)
+        ent = hidden.new_zeros(tokens if entropy else 0)
         kept = None
-        if any(ctx.needs_input_grad) and softcap is None and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
-            kept = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=low)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logps = torch.log_softmax(_logits(hidden[part], weight, bias, scale, softcap), -1)
-            logp[part] = logps.gather(1, ids[part, None]).squeeze(1)
-            if entropy:
-                ent[part] = -torch.linalg.vecdot(logps.exp(), logps)
-            if kept is not None:
-                kept[part] = logps.exp_()
-        ctx.save_for_backward(hidden, weight, bias, ids, kept)
+        if any(ctx.needs_input_grad) and softcap is None and tokens * vocabulary <= KEPT_ELEMENTS:
+            kept = hidden.new_empty(tokens, vocabulary, dtype=low)
+        for part in _chunks(tokens, vocabulary):
+            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            entropies, probs = ent[part] if entropy else None, None if kept is None else kept[part]
+            passes(hidden.device).probabilities(logits, ids[part], logp[part], entropies, probs)
+        ctx.save_for_backward(hidden, weight, bias, ids, kept, logp, ent)
         ctx.settings = (scale, softcap, low)
         ctx.set_materialize_grads(False)
         return logp, ent
@@ -123,39 +123,51 @@ class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_ent: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, weight, bias, ids, kept = ctx.saved_tensors
+        hidden, weight, bias, ids, kept, logp, ent = ctx.saved_tensors
         scale, softcap, low = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
-        low_weight, low_hidden = weight.to(low), hidden.to(low)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            p, logits, logps = None if kept is None else kept[part], None, None
-            if p is None or grad_ent is not None:
-                logits = _logits(hidden[part], weight, bias, scale, softcap)
-                logps = torch.log_softmax(logits, -1)
-                p = logps.exp()
-            dent = None
-            if grad_ent is not None:
-                assert logps is not None
-                h = -torch.linalg.vecdot(p, logps).unsqueeze(-1)
-                dent = p * (logps + h) * (grad_ent[part, None] * scale)
-            g = p.new_zeros(p.shape[0], 1) if grad_logp is None else (grad_logp[part, None] * scale).to(p.dtype)
-            grad = p.mul_(-g).scatter_add_(1, ids[part, None], g)  # in place: nobody reads p again
-            if dent is not None:
-                grad -= dent
-            if softcap is not None:
-                assert logits is not None
-                grad *= 1 - (logits / softcap) ** 2
-            grad = grad.to(low)
+        g = torch.zeros_like(logp) if grad_logp is None else grad_logp * scale
+        dent = None if grad_ent is None else (grad_ent * scale, ent)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if bias is not None and need_bias else None
+        low_hidden = hidden.to(low)
+        if kept is not None and dent is None:
+            parts = [slice(0, weight.shape[0])]
+        else:
+            kept, parts = None, _chunks(weight.shape[0], hidden.shape[0])
+            own = torch.nn.functional.embedding(ids, weight)
+            mine = torch.linalg.vecdot(hidden, own) + (0 if bias is None else bias[ids])
+            total = _softcapped(mine * scale, softcap) - logp  # log sum exp
+        for part in parts:
+            if kept is not None:
+                grad = passes(hidden.device).logit_gradient_(kept, ids, g)  # in place: nobody reads them again
+            else:
+                part_bias = None if bias is None else bias[part]
+                logits = _logits(hidden, weight[part], part_bias, scale, softcap)
+                grad = _logit_gradient(logits, total, ids - part.start, g, dent, softcap).to(low)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ low_weight
+                grad_hidden += grad @ weight[part].to(low)
             if grad_weight is not None:
-                grad_weight += grad.t() @ low_hidden[part]
+                grad_weight[part] = grad.t() @ low_hidden
             if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float32)
+                grad_bias[part] = grad.sum(0, dtype=torch.float32)
         return grad_hidden, grad_weight, grad_bias, *[None] * 5
+
+
+def _logit_gradient(
+    logits: Tensor, total: Tensor, ids: Tensor, g: Tensor, dent: tuple[Tensor, Tensor] | None, softcap: float | None
+) -> Tensor:
+    """[C, part of the vocabulary]; ``total``: log sum exp of all logits; ``dent``: entropies' gradients, and they."""
+    slope = None if softcap is None else 1 - (logits / softcap) ** 2
+    logps = logits.sub_(total[:, None])
+    here = ((ids >= 0) & (ids < logits.shape[1])).nonzero().squeeze(1)
+    if dent is None:
+        grad = logps.exp_().mul_(-g[:, None])
+    else:
+        grad = logps.exp().mul_(-g[:, None] - (logps + dent[1][:, None]) * dent[0][:, None])
+    grad[here, ids[here]] += g[here]
+    return grad if slope is None else grad.mul_(slope)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -166,14 +178,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
         logits = torch.nn.functional.linear(hidden, weight, bias)
     if scale != 1.0:
         logits *= scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits
+    return _softcapped(logits, softcap)
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(16, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+def _softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _chunks(rows: int, columns: int) -> list[slice]:
+    """Of the rows, so that a chunk has few elements."""
+    size = max(16, CHUNK_ELEMENTS // max(1, columns))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def masked_offsets(batch: PackedBatch) -> Tensor:

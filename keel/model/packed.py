@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keel.model import fused
+from keel.model.passes import Grid, Rotary, turned
 from keel.types import PackedBatch, UserError
 
 ATTENTION = "keel_packed"
@@ -91,23 +92,21 @@ class Layout:
         near = distance < window
         return near & (distance >= 0 if self.allowed is None else self.allowed)
 
-    def grids(self, window: int | None, heads: int, kv_heads: int, dtype: torch.dtype) -> list[fused.Grid]:
+    def grids(self, window: int | None, heads: int, kv_heads: int) -> list[Grid]:
         """The layout cut where rows of different lengths meet (micro-batches are sorted), so that attention does not
         pad all rows to the longest."""
-        row_T, place_T = self.cells_T // self.longest, self.cells_T % self.longest
-        lengths = torch.bincount(row_T, minlength=self.batch).tolist()
+        lengths_B = torch.bincount(self.cells_T // self.longest, minlength=self.batch)
+        begin_B = torch.cat([lengths_B.new_zeros(1), lengths_B.cumsum(0)])
+        lengths = [_rounded(n, ROUND_LENGTH, self.cells_T.device) for n in lengths_B.tolist()]
         visible = self.visible(window)
-        grids, begin = [], 0
-        for rows in _buckets([_rounded(n, ROUND_LENGTH, self.cells_T.device) for n in lengths]):
-            longest = _rounded(max(lengths[rows.start : rows.stop]), ROUND_LENGTH, self.cells_T.device)
-            tokens = slice(begin, begin := begin + sum(lengths[rows.start : rows.stop]))
-            if visible is None:
-                seen = _causal(longest, row_T.device)
-            else:
-                seen = visible.expand(self.batch, -1, -1)[rows.start : rows.stop, :longest, :longest]
-            bias = _bias(seen, heads, dtype)
-            cells_T = (row_T[tokens] - rows.start) * longest + place_T[tokens]
-            grids.append(fused.Grid(tokens, cells_T, len(rows), longest, bias, heads, kv_heads))
+        grids = []
+        for rows in _buckets(lengths):
+            longest = max(lengths[rows.start : rows.stop])
+            seen = visible
+            if seen is not None:
+                own = slice(rows.start, rows.stop) if len(seen) > 1 else slice(None)
+                seen = seen[own, :longest, :longest].contiguous()
+            grids.append(Grid(begin_B[rows.start : rows.stop + 1], len(rows), longest, seen, heads, kv_heads))
         return grids
 
     def spread(self, x_TF: Tensor, fill: float | int = 0) -> Tensor:
@@ -270,24 +269,24 @@ class _FusedAttention:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.grids: dict[int | None, list[fused.Grid]] = {}
+        self.grids: dict[int | None, list[Grid]] = {}
 
-    def __call__(self, block: Any, qkv: Tensor, rotary: fused.Rotary) -> Tensor:
+    def __call__(self, block: Any, qkv: Tensor, rotary: Rotary) -> Tensor:
         # Qwen's attention modules know their window, Mistral's leave it to the configuration.
         layout = self.layout
         window = getattr(block, "sliding_window", getattr(block.config, "sliding_window", None))
         heads, kv_heads = fused.head_counts(block)
         if layout.longest <= PLAIN_ATTENTION_UP_TO:
             if window not in self.grids:
-                self.grids[window] = layout.grids(window, heads, kv_heads, qkv.dtype)
-            return fused.Attend.apply(qkv, rotary, self.grids[window])
+                self.grids[window] = layout.grids(window, heads, kv_heads)
+            return fused.Attend.apply(qkv, rotary, block.scaling, self.grids[window])
         tokens = layout.cells_T.numel()
-        turned = fused.turn(qkv[:, : heads + kv_heads], rotary.factors).to(qkv.dtype)
+        qk = turned(qkv[:, : heads + kv_heads], rotary).to(qkv.dtype)
         q, k, v = (
             layout.spread(x[:tokens]).transpose(1, 2)
-            for x in (*turned.split([heads, kv_heads], dim=1), qkv[:, heads + kv_heads :])
+            for x in (*qk.split([heads, kv_heads], dim=1), qkv[:, heads + kv_heads :])
         )
-        attended = layout.gather(_attend(q, k, v, 1.0, layout.visible(window)).transpose(1, 2))
+        attended = layout.gather(_attend(q, k, v, block.scaling, layout.visible(window)).transpose(1, 2))
         return F.pad(attended.to(qkv.dtype).flatten(1), (0, 0, 0, len(qkv) - tokens))
 
 

@@ -124,6 +124,13 @@ def vote(
     return found
 
 
+def results(connection: Connection) -> list[tuple[str, str, str]]:
+    """(left model, right model, choice) of every vote, without what was said."""
+    query = select(conversations.c.model_left, conversations.c.model_right, arena_votes.c.choice)
+    query = query.join(arena_votes, arena_votes.c.conversation_id == conversations.c.id)
+    return [(row[0], row[1], row[2]) for row in connection.execute(query.order_by(arena_votes.c.id))]
+
+
 def votes(connection: Connection) -> list[dict[str, Any]]:
     """Every vote with its conversation, as rows of an export: the two sides as message lists, oldest first."""
     query = (

@@ -13,9 +13,15 @@ nothing is lost on the way out and in again:
     batch, item                                     what it was judged for, and which rows judged the same item
     settled, settled_by                             a reviewer's last word on the item (chosen, rejected, tie); null
                                                     where nobody settled it
+    gold                                            the known answer of a gold item, in the same words: such a vote
+                                                    measures its annotator and is never trained on
+    ratings                                         of chosen and rejected, on the guideline's aspects
+    ranking                                         of a ranking, which has a row for each of its pairs: its token, and
+                                                    of chosen and rejected the place in it and on the screen
+    edit                                            whether ``chosen`` is somebody's edit of ``rejected``
     chosen_source, rejected_source                  what wrote each response: model, fingerprint, sampling, created
 
-Parquet has one type for a column, so there ``meta`` and the sources are JSON in a string.
+Parquet has one type for a column, so there ``meta``, the sources, ``ratings`` and ``ranking`` are JSON in a string.
 """
 
 from __future__ import annotations
@@ -30,31 +36,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keel.store import hub
-from keel.store.records import AnnotatorKind, Choice, Judgement, Response
+from keel.store.records import AnnotatorKind, Choice, Edit, Judgement, Ranking, Response
 from keel.store.rows import messages_json
 from keel.store.settled import settle
 from keel.types import Message, Preference, Prompt, UserError
 
-_JSON_COLUMNS = ("meta", "chosen_source", "rejected_source")
-
-
+_JSON_COLUMNS = ("meta", "chosen_source", "rejected_source", "ratings", "ranking")
+Given = Judgement | Ranking | Edit
+COLUMNS = (
+    *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
+    *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
+    *("reason", "created", "batch", "item", "settled", "settled_by", "gold", "ratings", "ranking", "edit"),
+    *("chosen_source", "rejected_source"),
+)
 Form = Literal["trl", "openai"]
 
 
-def write(votes: Sequence[Judgement], path: Path, form: Form = "trl", plain: bool = False) -> int:
+def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = False) -> int:
     """Write ``votes`` to a .jsonl or .parquet file, or, when the name has no ending, as a folder that ``datasets``
     loads from disk; returns how many rows. An old file stays as it was until the new one is whole; a folder must be
     new.
 
     ``plain``: the form's own columns alone, for tools that refuse others. Such rows can't say that neither was
-    preferred, so ties are left out; nor that a reviewer settled the pair, so that word stands for the votes on it.
+    preferred, so ties are left out; nor that a reviewer settled the pair, so that word stands for the votes on it;
+    nor that it is a gold item's, so those votes are left out.
     """
     if form == "openai" and path.suffix != ".jsonl":
         raise UserError(f"{path}: OpenAI's form is JSONL; give the file the ending .jsonl")
     if plain:
-        rows = [pair_columns(pair) for pair in settle([vote.preference() for vote in votes]) if not pair.tie]
+        pairs = [pair for vote in votes for pair in vote.preferences()]
+        rows = [pair_columns(pair) for pair in settle(pairs) if not pair.tie]
     else:
-        rows = [_row(vote) for vote in votes]
+        rows = [row for vote in votes for row in _rows(vote)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".jsonl":
@@ -83,9 +96,9 @@ def write(votes: Sequence[Judgement], path: Path, form: Form = "trl", plain: boo
     return len(rows)
 
 
-def read(path: str | Path) -> list[Judgement]:
-    """The judgements of a file that ``write`` made. (``keel.data`` reads the same files, and any other preference
-    pairs, as Preference records.) UserError names the file and the row."""
+def read(path: str | Path) -> list[Given]:
+    """The judgements, rankings and edits of a file that ``write`` made. (``keel.data`` reads the same files, and any
+    other preference pairs, as Preference records.) UserError names the file and the row."""
     path = Path(path)
     try:
         if path.suffix == ".parquet":
@@ -99,15 +112,25 @@ def read(path: str | Path) -> list[Judgement]:
             rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}); give a file that Keel exported") from error
-    votes = []
+    votes: list[Given] = []
+    ranked: dict[str, list[dict[str, Any]]] = {}  # a ranking stands where its first pair does
     for number, row in enumerate(rows, start=1):
         try:
-            votes.append(_vote(_from_openai(row) if "input" in row else row))
+            plain = _plain(_from_openai(row) if "input" in row else row)
+            if plain["ranking"] is not None:
+                ranked.setdefault(plain["ranking"]["token"], []).append(plain)
+            else:
+                votes.append(_edit(plain) if plain["edit"] else _vote(plain))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{path}, row {number}: {type(error).__name__} {error}: no row of a Keel export; read other preference "
                 "pairs with keel.data.sources.read_preferences"
             ) from error
+    for token, pairs in ranked.items():
+        try:
+            votes.append(_ranking(token, pairs))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: the ranking {token!r} is not whole; export it again") from error
     return votes
 
 
@@ -160,11 +183,35 @@ def pair_columns(pair: Preference) -> dict[str, Any]:
     }
 
 
-def _row(vote: Judgement) -> dict[str, Any]:
-    pair = vote.preference()
-    chosen_side = "right" if vote.choice == "right" else "left"
-    chosen, rejected = (vote.left, vote.right) if chosen_side == "left" else (vote.right, vote.left)
-    return {
+def _rows(given: Given) -> list[dict[str, Any]]:
+    pairs = [given.preference()] if isinstance(given, Judgement) else given.preferences()
+    rows = [_common(given, pair) for pair in pairs]
+    if isinstance(given, Judgement):
+        chosen_side = "right" if given.choice == "right" else "left"
+        chosen, rejected = (given.left, given.right) if chosen_side == "left" else (given.right, given.left)
+        ratings = {_of_chosen(side, chosen_side): dict(rated) for side, rated in given.ratings.items()}
+        rows[0] |= {"choice": given.choice, "chosen_side": chosen_side, "strength": given.strength}
+        rows[0] |= {"reason": given.reason, "item": given.item_id, "settled_by": given.settled_by}
+        rows[0] |= {"gold": given.gold and _of_chosen(given.gold, chosen_side), "ratings": ratings or None}
+        rows[0] |= {"chosen_source": _source(chosen), "rejected_source": _source(rejected)}
+    elif isinstance(given, Edit):
+        rows[0] |= {"edit": True, "rejected_source": _source(given.original)}
+    else:
+        for row, (a, b, first, second) in zip(rows, given.pairs, strict=True):
+            places = {"chosen": {"place": first, "shown": a}, "rejected": {"place": second, "shown": b}}
+            row |= {"ranking": {"token": given.token, **places}, "reason": given.reason}
+            row |= {"chosen_source": _source(given.shown[a]), "rejected_source": _source(given.shown[b])}
+    return rows
+
+
+def _of_chosen(side: str, chosen_side: str) -> str:
+    """What is said of a side, in terms of the row."""
+    return side if side == "tie" else "chosen" if side == chosen_side else "rejected"
+
+
+def _common(given: Given, pair: Preference) -> dict[str, Any]:
+    """A row with what every kind of judgement has; the rest of its columns are null."""
+    return dict.fromkeys(COLUMNS) | {
         "id": pair.id,
         **pair_columns(pair),
         "chosen_finished": pair.chosen_finished,
@@ -172,23 +219,16 @@ def _row(vote: Judgement) -> dict[str, Any]:
         "tie": pair.tie,
         "margin": pair.margin,
         "annotator": pair.annotator,
-        "annotator_kind": vote.annotator_kind,
+        "annotator_kind": given.annotator_kind,
         "prompt_id": pair.prompt.id,
         "kind": pair.prompt.kind,
         "meta": dict(pair.prompt.meta),
-        "choice": vote.choice,
-        "chosen_side": chosen_side,
-        "strength": vote.strength,
-        "seconds": vote.seconds,
-        "guideline": vote.guideline,
-        "reason": vote.reason,
-        "created": vote.created.isoformat(),
-        "batch": vote.batch,
-        "item": vote.item_id,
+        "seconds": given.seconds,
+        "guideline": given.guideline,
+        "created": given.created.isoformat(),
+        "batch": given.batch,
         "settled": pair.settled or None,
-        "settled_by": vote.settled_by,
-        "chosen_source": _source(chosen),
-        "rejected_source": _source(rejected),
+        "edit": False,
     }
 
 
@@ -201,14 +241,48 @@ def _source(response: Response) -> dict[str, Any]:
     }
 
 
-def _vote(row: dict[str, Any]) -> Judgement:
-    plain = {name: json.loads(row[name]) if isinstance(row[name], str) else row[name] for name in _JSON_COLUMNS}
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns that an older export lacks, and what Parquet keeps as a string read."""
+    read = {name: json.loads(row[name]) for name in _JSON_COLUMNS if isinstance(row.get(name), str)}
+    return dict.fromkeys(("settled", "settled_by", "gold", "ratings", "ranking", "edit")) | row | read
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
     messages = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
-    prompt = Prompt(row["prompt_id"], messages, row["kind"], plain["meta"])
-    chosen, rejected = (
-        _response(prompt.id, row[side][0]["content"], row[f"{side}_finished"], plain[f"{side}_source"])
-        for side in ("chosen", "rejected")
-    )
+    return Prompt(row["prompt_id"], messages, row["kind"], row["meta"])
+
+
+def _ranking(token: str, pairs: Sequence[dict[str, Any]]) -> Ranking:
+    first, prompt = pairs[0], _prompt(pairs[0])
+    found: dict[int, Response] = {}  # by place on the screen
+    tiers: dict[int, set[int]] = {}
+    for row in pairs:
+        for side in ("chosen", "rejected"):
+            place = row["ranking"][side]
+            found[place["shown"]] = _response(prompt.id, row, side)
+            tiers.setdefault(place["place"], set()).add(place["shown"])
+    shown = tuple(found[place] for place in range(len(found)))
+    if len(pairs) != len(shown) * (len(shown) - 1) // 2:
+        raise ValueError("pairs are missing")
+    return Ranking(
+        token, first["batch"], first["annotator"], first["annotator_kind"], prompt, shown,
+        tuple(tuple(sorted(tiers[place])) for place in sorted(tiers)),
+        first["seconds"], first["guideline"], first["reason"], datetime.fromisoformat(first["created"]),
+    )  # fmt: skip
+
+
+def _edit(row: dict[str, Any]) -> Edit:
+    prompt = _prompt(row)
+    return Edit(
+        row["id"], row["batch"], row["annotator"], row["annotator_kind"], prompt,
+        _response(prompt.id, row, "rejected"), row["chosen"][0]["content"],
+        row["seconds"], row["guideline"], datetime.fromisoformat(row["created"]),
+    )  # fmt: skip
+
+
+def _vote(row: dict[str, Any]) -> Judgement:
+    prompt = _prompt(row)
+    chosen, rejected = (_response(prompt.id, row, side) for side in ("chosen", "rejected"))
     chosen_left = {"left": True, "right": False}[row["chosen_side"]]
     kind: AnnotatorKind = row["annotator_kind"]
     other = {"left": "right", "right": "left"}[row["chosen_side"]]
@@ -228,17 +302,20 @@ def _vote(row: dict[str, Any]) -> Judgement:
         guideline=row["guideline"],
         reason=row["reason"],
         created=datetime.fromisoformat(row["created"]),
-        settled=sides[row.get("settled")],  # type: ignore[arg-type]  # an older export has no such column
-        settled_by=row.get("settled_by"),
+        settled=sides[row["settled"]],  # type: ignore[arg-type]
+        settled_by=row["settled_by"],
+        gold=sides[row["gold"]],  # type: ignore[arg-type]
+        ratings={sides[side]: rated for side, rated in (row["ratings"] or {}).items()},  # type: ignore[misc]
     )
 
 
-def _response(prompt_id: str, text: str, finished: bool, source: dict[str, Any]) -> Response:
+def _response(prompt_id: str, row: dict[str, Any], side: str) -> Response:
+    source = row[f"{side}_source"]
     return Response(
         id=0,
         prompt_id=prompt_id,
-        text=text,
-        finished=finished,
+        text=row[side][0]["content"],
+        finished=row[f"{side}_finished"],
         model=source["model"],
         fingerprint=source["fingerprint"],
         sampling=source["sampling"],
@@ -265,12 +342,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     special = {"tie": pa.bool_(), "margin": pa.float64(), "strength": pa.float64(), "seconds": pa.float64()}
     special |= {"prompt": messages, "chosen": messages, "rejected": messages, "item": pa.int64()}
-    special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_()}
-    names = [
-        *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
-        *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
-        *("reason", "created", "batch", "item", "settled", "settled_by", "chosen_source", "rejected_source"),
-    ]
+    special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_(), "edit": pa.bool_()}
     flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS if name in row} for row in rows]
-    present = [name for name in names if not rows or name in rows[0]]
+    present = [name for name in COLUMNS if not rows or name in rows[0]]
     return pa.Table.from_pylist(flat, schema=pa.schema([(name, special.get(name, pa.string())) for name in present]))

@@ -54,6 +54,21 @@ def works(connection: Connection) -> dict[str, Work]:
     return found
 
 
+def other_work(connection: Connection) -> list[Any]:
+    """(created, annotator, kind of work) of what people did besides comparing that stands, oldest first."""
+    found: list[Any] = []
+    for table in (rankings, writings):
+        query = (
+            select(table.c.created, annotators.c.name, items.c.kind)
+            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+            .join(items, items.c.id == assignments.c.item_id)
+            .join(annotators, annotators.c.id == assignments.c.annotator_id)
+            .where(table.c.undone_at.is_(None), annotators.c.kind == "person")
+        )
+        found += connection.execute(query).all()
+    return sorted(found, key=lambda row: row.created)
+
+
 def guideline_dates(connection: Connection) -> dict[str, datetime]:
     """When each version of the guideline was made."""
     return {row.version: row.created for row in connection.execute(select(guidelines.c.version, guidelines.c.created))}

@@ -4,14 +4,15 @@ function runs inside its caller's transaction."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, insert, select, update
 
-from keel.store.people_tables import adjudications, flags
+from keel.store.people_tables import adjudications, aspect_ratings, flags
 from keel.store.tables import (
     annotators,
     assignments,
@@ -172,7 +173,8 @@ def set_gold(connection: Connection, item_id: int, answer: str | None, actor: st
         raise UserError(f"the answer {answer!r} is unknown; give first, second or tie")
     overlap = max(1, item.taken) if answer is None else item.taken + GOLD_SLOTS
     connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
-    old, new = {"gold": item.gold, "overlap": item.overlap}, {"gold": answer, "overlap": overlap}
+    old = {"gold": item.gold, "overlap": item.overlap}
+    new = {"gold": answer, "overlap": overlap, "batch": item.batch}
     connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))
 
 
@@ -181,10 +183,12 @@ def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, act
     if not 1 <= overlap <= 1000:
         raise UserError(f"overlap is {overlap}; give 1 to 1000 people an item")
     value = case((items.c.taken > overlap, items.c.taken), else_=overlap)
-    where = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None), items.c.overlap != value
-    changed = connection.execute(update(items).where(*where).values(overlap=value)).rowcount
-    new = {"kind": kind, "overlap": overlap, "items": changed}
-    connection.execute(insert(events), event(now, actor, "changed", "batch", batch, None, new))
+    plain = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None)
+    wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*plain)
+    old = {"kind": kind, "wanted": int(connection.execute(wanted).scalar_one())}
+    changed = connection.execute(update(items).where(*plain, items.c.overlap != value).values(overlap=value)).rowcount
+    new = {"kind": kind, "overlap": overlap, "items": changed, "wanted": int(connection.execute(wanted).scalar_one())}
+    connection.execute(insert(events), event(now, actor, "changed", "batch", batch, old, new))
     return changed
 
 
@@ -217,7 +221,22 @@ def disagreements(connection: Connection, limit: int = 50) -> list[dict[str, Any
     ids = list(connection.execute(query).scalars())
     said = votes_on(connection, ids)
     differ = [id for id in ids if len({vote["vote"] for vote in said[id]}) > 1][:limit]
-    shown = select(items, prompts.c.messages).join(prompts).where(items.c.id.in_(differ)).order_by(items.c.id)
+    return _cases(connection, differ, said)
+
+
+def settled_lately(connection: Connection, limit: int = 20) -> list[dict[str, Any]]:
+    """The comparisons that reviewers settled last, with texts, votes and the ``word``: it may be taken back."""
+    query = select(adjudications.c.item_id).where(adjudications.c.undone_at.is_(None))
+    ids = list(connection.execute(query.order_by(adjudications.c.id.desc()).limit(limit)).scalars())
+    words = last_words(connection)
+    cases = [case | {"word": words[case["id"]]} for case in _cases(connection, ids, votes_on(connection, ids))]
+    return sorted(cases, key=lambda case: ids.index(case["id"]))
+
+
+def _cases(
+    connection: Connection, ids: Sequence[int], said: Mapping[int, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    shown = select(items, prompts.c.messages).join(prompts).where(items.c.id.in_(ids)).order_by(items.c.id)
     rows = [dict(row) | {"votes": said[row["id"]]} for row in connection.execute(shown).mappings()]
     return with_texts(connection, rows)
 
@@ -250,19 +269,27 @@ def _vote_of(choice: str, shown: Sequence[int]) -> str:
 
 
 def adjudicate(
-    connection: Connection, item_id: int, annotator_id: int, choice: str, reason: str | None, actor: str, now: datetime
+    connection: Connection,
+    item_id: int,
+    annotator_id: int,
+    choice: str | None,
+    reason: str | None,
+    actor: str,
+    now: datetime,
 ) -> None:
-    """A reviewer's last word on an item; an earlier one is taken back."""
-    if choice not in ("first", "second", "tie"):
+    """A reviewer's last word on an item, or (None) none any more; an earlier one is taken back."""
+    if choice not in (None, "first", "second", "tie"):
         raise UserError(f"the choice {choice!r} is unknown; give first, second or tie")
     if connection.execute(select(items.c.id).where(items.c.id == item_id, items.c.kind == "compare")).first() is None:
         raise UserError(f"there is no comparison {item_id}")
     standing = adjudications.c.item_id == item_id, adjudications.c.undone_at.is_(None)
     old = connection.execute(select(adjudications.c.choice).where(*standing)).scalar_one_or_none()
     connection.execute(update(adjudications).where(*standing).values(undone_at=now))
-    row = {"item_id": item_id, "annotator_id": annotator_id, "choice": choice, "reason": reason, "created": now}
-    connection.execute(insert(adjudications), row)
-    new = {"choice": choice, "reason": reason}
+    new = None
+    if choice is not None:
+        new = {"choice": choice, "reason": reason}
+        row = {"item_id": item_id, "annotator_id": annotator_id, "created": now}
+        connection.execute(insert(adjudications), row | new)
     connection.execute(insert(events), event(now, actor, "adjudicated", "item", item_id, old and {"choice": old}, new))
 
 
@@ -282,6 +309,14 @@ def last_words(connection: Connection) -> dict[int, LastWord]:
     return {row.item_id: LastWord(row.choice, row.name, row.reason, row.created) for row in connection.execute(query)}
 
 
+def ratings(connection: Connection) -> dict[int, dict[int, dict[str, int]]]:
+    """By judgement and response, what was given on each aspect."""
+    found: dict[int, dict[int, dict[str, int]]] = {}
+    for row in connection.execute(select(aspect_ratings)):
+        found.setdefault(row.judgement_id, {}).setdefault(row.response_id, {})[row.aspect] = row.value
+    return found
+
+
 def open_flags(connection: Connection) -> list[dict[str, Any]]:
     query = (
         select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, prompts.c.messages)
@@ -297,7 +332,8 @@ def open_flags(connection: Connection) -> list[dict[str, Any]]:
 def resolve_flag(connection: Connection, id: int, actor: str, now: datetime) -> None:
     where = flags.c.id == id, flags.c.resolved_at.is_(None)
     if connection.execute(update(flags).where(*where).values(resolved_at=now)).rowcount:
-        connection.execute(insert(events), event(now, actor, "resolved", "flag", id, None, None))
+        old, new = {"resolved": False}, {"resolved": True}
+        connection.execute(insert(events), event(now, actor, "resolved", "flag", id, old, new))
 
 
 # -------------------------------------------------------------------------------------------------- prompts and the log
@@ -321,10 +357,11 @@ def newest_prompts(connection: Connection, limit: int) -> list[dict[str, Any]]:
     ]
 
 
-def prompts_with_fewest(connection: Connection, limit: int) -> list[str]:
-    """Ids of the prompts with the fewest responses: who asks for more wants them there first."""
+def prompts_with_fewest(connection: Connection, limit: int, but: Collection[str] = ()) -> list[str]:
+    """Ids of the prompts with the fewest responses, ``but`` for some: who asks for more wants them there first."""
     replies = select(func.count()).where(responses.c.prompt_id == prompts.c.id).scalar_subquery()
-    return list(connection.execute(select(prompts.c.id).order_by(replies, prompts.c.id).limit(limit)).scalars())
+    found = connection.execute(select(prompts.c.id).order_by(replies, prompts.c.id)).scalars()
+    return list(islice((id for id in found if id not in but), limit))
 
 
 def last_event(connection: Connection) -> int:

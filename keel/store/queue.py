@@ -117,7 +117,7 @@ _SCREEN = (
 )
 
 _ASSIGNMENT = (
-    select(assignments, annotators.c.name, items.c.kind)
+    select(assignments, annotators.c.name, items.c.kind, items.c.batch)
     .join(annotators)
     .join(items, items.c.id == assignments.c.item_id)
     .where(assignments.c.id == bindparam("assignment"))
@@ -255,7 +255,8 @@ def record(
         raise _token_used(token) from error  # by another assignment at this very moment
     assert made is not None
     connection.execute(_SET_STATE, {"assignment": assignment_id, "to": "judged"})
-    new = values | (also or {}) | {"assignment": assignment_id, "item": assignment.item_id, "shown": assignment.shown}
+    new = values | (also or {}) | {"token": token, "assignment": assignment_id, "item": assignment.item_id}
+    new |= {"shown": assignment.shown, "batch": assignment.batch}
     log = event(now, assignment.name, action, entity, made.id, None, new, values["guideline"])
     connection.execute(_ADD_EVENT, log)
     return int(made.id), assignment

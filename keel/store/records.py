@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import combinations
 from typing import Any, Literal
 
 from keel.types import Completion, Preference, Prompt, Settled, UserError
@@ -63,7 +64,8 @@ class Judgement:
 
     ``token`` names it across databases. ``strength``: 1 slightly, 2 better, 3 much better, None for a tie or when it
     was not asked. ``seconds``, ``guideline``, ``reason``: None when not known. ``settled``: what a reviewer said of the
-    item in the end, in terms of the sides of this vote; None while nobody did.
+    item in the end, in terms of the sides of this vote; None while nobody did. ``gold``: the known answer of a gold
+    item, in the same terms: such a vote is never trained on. ``ratings``: of each side on the guideline's aspects.
     """
 
     token: str
@@ -82,11 +84,17 @@ class Judgement:
     created: datetime
     settled: Literal["left", "right", "tie"] | None = None
     settled_by: str | None = None
+    gold: Literal["left", "right", "tie"] | None = None
+    ratings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def preferred(self) -> Response | None:
         """The response that was preferred; None for a tie and for both bad."""
         return {"left": self.left, "right": self.right}.get(self.choice)
+
+    def preferences(self) -> list[Preference]:
+        """The vote as training records: none on a gold item, whose answer was known."""
+        return [] if self.gold else [self.preference()]
 
     def preference(self) -> Preference:
         """The vote as a training record. In a tie (both bad is one) the left response stands as ``chosen``."""
@@ -106,6 +114,74 @@ class Judgement:
             annotator=self.annotator,
             settled=settled,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One ranking. ``shown``: the responses in the order of the screen; ``tiers``: places in it, best tier first."""
+
+    token: str
+    batch: str
+    annotator: str
+    annotator_kind: AnnotatorKind
+    prompt: Prompt
+    shown: tuple[Response, ...]
+    tiers: tuple[tuple[int, ...], ...]
+    seconds: float | None
+    guideline: str | None
+    reason: str | None
+    created: datetime
+
+    @property
+    def pairs(self) -> list[tuple[int, int, int, int]]:
+        """Each pair once, the better one first: both places on the screen, both tiers."""
+        tier = {place: number for number, places in enumerate(self.tiers, 1) for place in places}
+        return [(a, b, tier[a], tier[b]) for a, b in combinations(tier, 2)]
+
+    def preferences(self) -> list[Preference]:
+        """Each pair as a training record, two of one tier a tie. Ids are TOKEN/BETTER-WORSE."""
+        return [
+            Preference(
+                id=f"{self.token}/{self.shown[a].id}-{self.shown[b].id}",
+                prompt=self.prompt,
+                chosen=self.shown[a].text,
+                rejected=self.shown[b].text,
+                tie=first == second,
+                annotator=self.annotator,
+                chosen_finished=self.shown[a].finished,
+                rejected_finished=self.shown[b].finished,
+            )
+            for a, b, first, second in self.pairs
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A response as somebody improved it."""
+
+    token: str
+    batch: str
+    annotator: str
+    annotator_kind: AnnotatorKind
+    prompt: Prompt
+    original: Response
+    text: str
+    seconds: float | None
+    guideline: str | None
+    created: datetime
+
+    def preferences(self) -> list[Preference]:
+        """The edit over what was edited, as a training record."""
+        return [
+            Preference(
+                id=self.token,
+                prompt=self.prompt,
+                chosen=self.text,
+                rejected=self.original.text,
+                annotator=self.annotator,
+                rejected_finished=self.original.finished,
+            )
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,29 +10,32 @@ from copy import copy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import OperationalError
 
 from keel.config import SamplingConfig
-from keel.store import exchange, ingest, overview, queue, work
+from keel.store import exchange, given, imports, ingest, queue, work
 from keel.store.engine import WAIT_SECONDS, open_engine, parse_url
-from keel.store.records import AnnotatorKind, Assignment, Choice, Event, Judgement, Progress, Response, WorkKind
+from keel.store.records import (
+    AnnotatorKind,
+    Assignment,
+    Choice,
+    Edit,
+    Event,
+    Judgement,
+    Progress,
+    Ranking,
+    Response,
+    WorkKind,
+)
 from keel.store.rows import checked_json, prompt_record, response_record
-from keel.store.tables import annotators, assignments, event, events, guidelines, items, judgements, prompts, responses
+from keel.store.tables import events, guidelines, prompts, responses
 from keel.types import Completion, Demonstration, Preference, Prompt, UserError
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _side(choice: str, shown: Sequence[int]) -> Literal["left", "right", "tie"]:
-    """A reviewer's word (first: the response that was stored first, second, tie) on the sides of one vote."""
-    if choice == "tie":
-        return "tie"
-    return "left" if (choice == "first") == (shown[0] < shown[1]) else "right"
 
 
 class Store:
@@ -181,10 +184,7 @@ class Store:
         if overlap < 1:
             raise UserError(f"overlap is {overlap}; each pair needs at least 1 judgement")
         with self._begin(writes=True) as connection:
-            ids = ingest.add_items(connection, pairs, overlap, batch, self._clock())
-            new = {"items": len(set(ids)), "overlap": overlap}
-            connection.execute(insert(events), event(self._clock(), "keel", "added", "batch", batch, None, new))
-            return ids
+            return ingest.add_items(connection, pairs, overlap, batch, self._clock())
 
     # ------------------------------------------------------------------------------------ who judges, and how
 
@@ -291,42 +291,14 @@ class Store:
     def judgements(self, batch: str | None = None) -> list[Judgement]:
         """Every raw vote that stands (not taken back), in the order they came, each with what a reviewer said of its
         item in the end, if one did."""
-        query = (
-            select(judgements, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch)
-            .add_columns(annotators.c.name, annotators.c.kind)
-            .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
-            .join(annotators, annotators.c.id == assignments.c.annotator_id)
-            .where(judgements.c.undone_at.is_(None))
-            .order_by(judgements.c.id)
-        )
-        if batch is not None:
-            query = query.where(items.c.batch == batch)
         with self._begin(writes=False) as connection:
-            rows = connection.execute(query).all()
-            settled = overview.last_words(connection)
-            asked = {row.id: prompt_record(row) for row in connection.execute(select(prompts))}
-            replies = {row.id: response_record(row) for row in connection.execute(select(responses))}
-        return [
-            Judgement(
-                token=row.token,
-                batch=row.batch,
-                item_id=row.item_id,
-                annotator=row.name,
-                annotator_kind=row.kind,
-                prompt=asked[row.prompt_id],
-                left=replies[row.shown[0]],
-                right=replies[row.shown[1]],
-                choice=row.choice,
-                strength=row.strength,
-                seconds=row.seconds,
-                guideline=row.guideline,
-                reason=row.reason,
-                created=row.created,
-                settled=_side(settled[row.item_id].choice, row.shown) if row.item_id in settled else None,
-                settled_by=settled[row.item_id].by if row.item_id in settled else None,
-            )
-            for row in rows
-        ]
+            return given.judgements_given(connection, batch)
+
+    def all_given(self, batch: str | None = None) -> list[exchange.Given]:
+        """Every raw vote, then every ranking, then every edit that stands."""
+        with self._begin(writes=False) as connection:
+            votes = given.judgements_given(connection, batch)
+            return [*votes, *given.rankings_given(connection, batch), *given.edits_given(connection, batch)]
 
     def preferences(self, batch: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> list[Preference]:
         """One training record for each raw vote, in the order they came, ties among them (``tie=True``); then the pairs
@@ -335,11 +307,8 @@ class Store:
         puts that word in the place of the votes, as ``keel.feedback.aggregate`` does before anything is trained on.
         ``kinds``: of annotators of these kinds alone.
         """
-        with self._begin(writes=False) as connection:
-            gold = set(connection.execute(select(items.c.id).where(items.c.gold.is_not(None))).scalars())
-            others = work.ranked_pairs(connection, batch, kinds) + work.edited_pairs(connection, batch, kinds)
-        votes = [vote for vote in self.judgements(batch) if kinds is None or vote.annotator_kind in kinds]
-        return [vote.preference() for vote in votes if vote.item_id not in gold] + others
+        chosen = [one for one in self.all_given(batch) if kinds is None or one.annotator_kind in kinds]
+        return [pair for one in chosen for pair in one.preferences()]
 
     def demonstrations(self, batch: str | None = None) -> list[Demonstration]:
         """What people wrote: each reply, and each edited reply, as a conversation."""
@@ -356,13 +325,14 @@ class Store:
     def export_preferences(
         self, path: str | Path, batch: str | None = None, form: exchange.Form = "trl", plain: bool = False
     ) -> int:
-        """Write every raw vote to ``path`` (.jsonl, .parquet, or a folder for ``datasets``) and return how many. Rows
-        are in TRL's or OpenAI's form with all else that is known beside it, or, ``plain``, in that form alone, without
-        ties and with reviewers' words in the place of the votes that they settled; see keel/store/exchange.py."""
-        return exchange.write(self.judgements(batch), Path(path), form, plain)
+        """Write every raw vote, ranking and edit to ``path`` (.jsonl, .parquet, or a folder for ``datasets``); returns
+        how many rows that are. They have TRL's or OpenAI's form with all else that is known beside it, or, ``plain``,
+        that form alone, without ties and gold items and with reviewers' words in the place of the votes that they
+        settled; see keel/store/exchange.py."""
+        return exchange.write(self.all_given(batch), Path(path), form, plain)
 
     def import_preferences(
-        self, records: Iterable[Preference | Judgement], annotator: str = "import", batch: str | None = None
+        self, records: Iterable[Preference | exchange.Given], annotator: str = "import", batch: str | None = None
     ) -> int:
         """Add votes that were given elsewhere and return how many were new; a vote is known by its id or token.
 
@@ -373,10 +343,15 @@ class Store:
         """
         with self._begin(writes=True) as connection:
             seen: Counter[str] = Counter()
-            votes = []
+            votes: list[Judgement] = []
+            others: list[Ranking | Edit] = []
             for record in records:
+                if isinstance(record, Ranking | Edit):
+                    others.append(record)
+                    continue
                 if isinstance(record, Preference):
                     seen[record.id] += 1
                     record = exchange.from_preference(record, annotator, seen[record.id], self._seed, self._clock())
                 votes.append(record)
-            return ingest.add_judgements(connection, votes, batch, self._clock())
+            new = imports.add_judgements(connection, votes, batch, self._clock())
+            return new + given.add_given(connection, others, batch, self._clock())

@@ -5,10 +5,8 @@ Each function runs inside its caller's transaction (``Store.transaction``). Whos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from itertools import combinations
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, Table, insert, select, update
@@ -16,7 +14,7 @@ from sqlalchemy import Connection, Row, Select, Table, insert, select, update
 from keel.store import queue
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import flags, rankings, writings
-from keel.store.records import AnnotatorKind, Assignment, WorkKind
+from keel.store.records import Assignment, LeaseLost, WorkKind
 from keel.store.rows import storable
 from keel.store.tables import (
     annotators,
@@ -29,7 +27,7 @@ from keel.store.tables import (
     prompts,
     responses,
 )
-from keel.types import Demonstration, Message, Preference, Prompt, UserError
+from keel.types import Demonstration, Message, UserError
 
 RANKED = range(4, 10)  # how many responses one ranking may hold (InstructGPT, section 3.4: K between 4 and 9)
 TABLES: Mapping[str, tuple[Table, str]] = {
@@ -90,6 +88,8 @@ def _add(
 ) -> list[int]:
     if overlap < 1:
         raise UserError(f"overlap is {overlap}; each item needs at least 1 person")
+    here = select(items.c.key).where(items.c.batch.in_({row["batch"] for row in rows}))
+    known = set(connection.execute(here).scalars())
     insert_missing(connection, items, rows)
     ids = []
     for row in rows:
@@ -97,10 +97,15 @@ def _add(
         ids.append(connection.execute(query).scalar_one())
         parts = [{"item_id": ids[-1], "response_id": response} for response in members.get(row["key"], ())]
         insert_missing(connection, item_responses, parts)
-    if rows:
-        new = {"items": len(rows), "overlap": overlap, "kind": rows[0]["kind"]}
+    if added := sum(row["key"] not in known for row in rows):
+        new = {"items": added, "overlap": overlap, "kind": rows[0]["kind"]}
         connection.execute(insert(events), event(now, "keel", "added", "batch", rows[0]["batch"], None, new))
     return ids
+
+
+def prompts_asked(connection: Connection, kind: WorkKind) -> set[str]:
+    """The prompts that have been queued for this kind of work."""
+    return set(connection.execute(select(items.c.prompt_id).where(items.c.kind == kind)).scalars())
 
 
 # --------------------------------------------------------------------------------------------------------- what is done
@@ -242,7 +247,10 @@ def undo_last(
 def _unskip(
     connection: Connection, skipped: Row[Any], kind: WorkKind, guideline: str | None, now: datetime, lease: timedelta
 ) -> Assignment:
-    queue.retake(connection, skipped.id, skipped.item_id)
+    try:
+        queue.retake(connection, skipped.id, skipped.item_id)
+    except LeaseLost:
+        raise UserError("somebody else has the item that you skipped now; it can't be taken back") from None
     queue.lease_again(connection, skipped.id, now, lease)
     name = connection.execute(select(annotators.c.name).where(annotators.c.id == skipped.annotator_id)).scalar_one()
     log = event(now, name, "unskipped", "assignment", skipped.id, {"item": skipped.item_id}, None, guideline)
@@ -266,86 +274,21 @@ def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[
 # ------------------------------------------------------------------------------------------------- as training records
 
 
-def ranked_pairs(
-    connection: Connection, batch: str | None, kinds: Collection[AnnotatorKind] | None = None
-) -> list[Preference]:
-    """Every pair of every ranking that stands; two responses of one tier are a tie. Ids are TOKEN/BETTER-WORSE."""
-    found = connection.execute(_standing(rankings, batch, kinds)).all()
-    replies = _replies(connection, [id for row in found for tier in row.tiers for id in tier])
-    pairs = []
-    for row in found:
-        place = {id: number for number, tier in enumerate(row.tiers) for id in tier}
-        for better, worse in combinations(place, 2):
-            pair = _pair(f"{row.token}/{better}-{worse}", row, replies[better], replies[worse])
-            pairs.append(replace(pair, tie=place[better] == place[worse]))
-    return pairs
-
-
-def edited_pairs(
-    connection: Connection, batch: str | None, kinds: Collection[AnnotatorKind] | None = None
-) -> list[Preference]:
-    """Each edit over the response that was edited."""
-    found = connection.execute(_standing(writings, batch, kinds).where(writings.c.original_id.is_not(None))).all()
-    replies = _replies(connection, [row.original_id for row in found])
-    return [
-        Preference(
-            id=row.token,
-            prompt=_prompt(row),
-            chosen=row.text,
-            rejected=replies[row.original_id].text,
-            annotator=row.annotator,
-            rejected_finished=replies[row.original_id].finished,
-        )
-        for row in found
-    ]
-
-
 def demonstrations(connection: Connection, batch: str | None) -> list[Demonstration]:
     """See Store.demonstrations."""
-    found = connection.execute(_standing(writings, batch)).all()
-    return [Demonstration(row.token, (*_prompt(row).messages, Message("assistant", row.text))) for row in found]
-
-
-def _standing(table: Table, batch: str | None, kinds: Collection[AnnotatorKind] | None = None) -> Select[Any]:
     query = (
-        select(table, items.c.prompt_id, items.c.batch, prompts.c.messages, prompts.c.kind, prompts.c.meta)
-        .add_columns(annotators.c.name.label("annotator"))
-        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+        select(writings.c.token, writings.c.text, prompts.c.messages)
+        .select_from(writings.join(assignments, assignments.c.id == writings.c.assignment_id))
         .join(items, items.c.id == assignments.c.item_id)
         .join(prompts, prompts.c.id == items.c.prompt_id)
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(table.c.undone_at.is_(None))
-        .order_by(table.c.id)
+        .where(writings.c.undone_at.is_(None))
+        .order_by(writings.c.id)
     )
-    if kinds is not None:
-        query = query.where(annotators.c.kind.in_(list(kinds)))
-    return query if batch is None else query.where(items.c.batch == batch)
-
-
-def _prompt(row: Row[Any]) -> Prompt:
-    messages = tuple(Message(message["role"], message["content"]) for message in row.messages)
-    return Prompt(row.prompt_id, messages, row.kind, row.meta)
-
-
-def _replies(connection: Connection, ids: Sequence[int]) -> dict[int, Row[Any]]:
-    found: dict[int, Row[Any]] = {}
-    wanted = sorted(set(ids))
-    for start in range(0, len(wanted), 500):
-        query = select(responses).where(responses.c.id.in_(wanted[start : start + 500]))
-        found |= {row.id: row for row in connection.execute(query)}
+    found = []
+    for row in connection.execute(query if batch is None else query.where(items.c.batch == batch)):
+        asked = [Message(message["role"], message["content"]) for message in row.messages]
+        found.append(Demonstration(row.token, (*asked, Message("assistant", row.text))))
     return found
-
-
-def _pair(id: str, row: Row[Any], better: Row[Any], worse: Row[Any]) -> Preference:
-    return Preference(
-        id=id,
-        prompt=_prompt(row),
-        chosen=better.text,
-        rejected=worse.text,
-        annotator=row.annotator,
-        chosen_finished=better.finished,
-        rejected_finished=worse.finished,
-    )
 
 
 def done_by(kind: WorkKind, annotator_id: int, limit: int) -> Select[Any]:

@@ -44,8 +44,10 @@ def _progress(request: Request, session: Session, kind: Kind) -> dict[str, Any]:
 
 @router.post("/next")
 def next_item(request: Request, session: Annotator, asked: Next) -> dict[str, Any]:
-    found = _labelling(request).next(session.account, asked.kind, asked.holding)
-    return {"item": item_json(found), "progress": _progress(request, session, asked.kind)}
+    labelling = _labelling(request)
+    found, guideline = labelling.next(session.account, asked.kind, asked.holding), labelling.guideline()
+    progress = _progress(request, session, asked.kind)
+    return {"item": item_json(found), "progress": progress, "guideline": guideline.version if guideline else None}
 
 
 @router.post("/judge")
@@ -59,6 +61,7 @@ def judge(request: Request, session: Annotator, vote: Judged) -> dict[str, Any]:
         seconds=vote.seconds,
         reason=vote.reason.strip(),
         ratings={side: dict(given) for side, given in vote.ratings.items()},
+        guideline=vote.guideline,
     )
     return {"progress": _progress(request, session, "compare")}
 
@@ -72,6 +75,7 @@ def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
         token=given.token,
         seconds=given.seconds,
         reason=given.reason.strip(),
+        guideline=given.guideline,
     )
     return {"progress": _progress(request, session, "rank")}
 
@@ -79,7 +83,8 @@ def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
 @router.post("/write")
 def write(request: Request, session: Annotator, given: Wrote) -> dict[str, Any]:
     labelling = _labelling(request)
-    labelling.write(session.account, given.assignment, given.text, token=given.token, seconds=given.seconds)
+    said = {"token": given.token, "seconds": given.seconds, "guideline": given.guideline}
+    labelling.write(session.account, given.assignment, given.text, **said)  # type: ignore[arg-type]
     return {"progress": _progress(request, session, given.kind)}
 
 

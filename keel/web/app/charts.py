@@ -21,7 +21,7 @@ def pace_chart(days: Sequence[Day]) -> Markup:
     for number, day in enumerate(days):
         height = (BASE - 24) * day.votes / most
         x, middle = number * step, number * step + step / 2
-        label = f"{day.day:%d %b}: {day.votes} judgements by {day.annotators}"
+        label = f"{day.day:%d %b}: {day.votes} by {day.annotators} {'person' if day.annotators == 1 else 'people'}"
         parts.append(
             f"<g><title>{escape(label)}</title>"
             f'<rect class="bar" x="{x + step * 0.18:.1f}" y="{BASE - height:.1f}" width="{step * 0.64:.1f}" '

@@ -110,7 +110,10 @@ def _errors(app: FastAPI) -> None:
 def _problem(request: Request, status: int, message: str) -> Response:
     if _is_api(request):
         return JSONResponse({"error": message}, status)
-    response: Response = page(request, "problem.html", status=status, message=message)
+    # a form of a page at /manage/prompts goes to /manage/prompts/import, say
+    parts = request.url.path.split("/")
+    back = "/".join(parts[:3]) if parts[1] == "manage" and request.method != "GET" else ""
+    response: Response = page(request, "problem.html", status=status, message=message, back=back)
     return response
 
 

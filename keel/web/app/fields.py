@@ -43,6 +43,7 @@ class Judged(Strict):
     choice: Choice
     strength: Literal[1, 2, 3] | None = None
     seconds: Seconds | None = None
+    guideline: Line | None = None  # the version that the page was made with; by default the one in force
     reason: Text = ""
     ratings: dict[Literal["left", "right"], dict[Line, Rating]] = Field(default_factory=dict)
 
@@ -52,6 +53,7 @@ class Ranked(Strict):
     token: Token
     tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
     seconds: Seconds | None = None
+    guideline: Line | None = None  # the version that the page was made with; by default the one in force
     reason: Text = ""
 
 
@@ -61,6 +63,7 @@ class Wrote(Strict):
     token: Token
     text: Text
     seconds: Seconds | None = None
+    guideline: Line | None = None  # the version that the page was made with; by default the one in force
 
 
 class Skipped(Strict):

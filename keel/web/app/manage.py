@@ -56,15 +56,23 @@ def quality(request: Request, session: Reviewer, who: Literal["people", "all"] =
 
 @router.get("/disagreements")
 def disagreements(request: Request, session: Reviewer) -> Response:
-    return page(request, "manage/disagreements.html", session, items=_manage(request).disagreements())
+    manage = _manage(request)
+    context: dict[str, Any] = {"items": manage.disagreements(), "settled": manage.settled()}
+    return page(request, "manage/disagreements.html", session, **context)
 
 
 @router.post("/disagreements/{item}")
 def adjudicate(
-    request: Request, session: Reviewer, item: PathId, choice: Annotated[Answer, Form()], reason: FormLine = ""
+    request: Request,
+    session: Reviewer,
+    item: PathId,
+    choice: Annotated[Literal[Answer, "none"], Form()],
+    reason: FormLine = "",
 ) -> Response:
-    _manage(request).adjudicate(item, choice, reason, session.account)
-    return done("/disagreements", "Settled.")
+    _manage(request).adjudicate(item, None if choice == "none" else choice, reason, session.account)
+    return done(
+        "/disagreements", "Taken back: the votes stand for themselves again." if choice == "none" else "Settled."
+    )
 
 
 @router.get("/flags")
@@ -129,7 +137,7 @@ def sample(
 def ask(
     request: Request,
     session: Admin,
-    kind: Annotated[Literal["write", "rank", "edit"], Form()],
+    kind: Annotated[Kind, Form()],
     prompts: FormCount,
     overlap: FormCount,
 ) -> Response:
@@ -138,7 +146,8 @@ def ask(
         made = manage.ask_for_writing(prompts, overlap, actor)
     else:
         made = manage.ask_for(kind, prompts, overlap, actor)
-    return done("/prompts", f"{made} items queued.")
+    said = f"{made} {'item' if made == 1 else 'items'} queued."
+    return done("/prompts", said if made else "Nothing is left to queue for this: have responses sampled first.")
 
 
 @router.get("/queue")
@@ -257,12 +266,27 @@ def change(
 
 @router.get("/guideline")
 def guideline(request: Request, session: Admin) -> Response:
-    return page(request, "manage/guideline.html", session, versions=_manage(request).guidelines())
+    return _guideline_page(request, session)
+
+
+def _guideline_page(request: Request, session: Session, status: int = 200, **typed: str) -> Response:
+    """``typed``: what was typed and could not be taken; by default the version in force, to go on from."""
+    versions = _manage(request).guidelines()
+    current = next((one for one in versions if one.text), None)
+    shown = {"text": current.text if current else "", "aspects": "", "problem": ""}
+    if current is not None:
+        shown["aspects"] = "\n".join(f"{name}: {question}" for name, question in current.aspects)
+    context: dict[str, Any] = {"versions": versions, "current": current, **shown, **typed}
+    response: Response = page(request, "manage/guideline.html", session, status=status, **context)
+    return response
 
 
 @router.post("/guideline")
 def add_guideline(request: Request, session: Admin, text: FormText, aspects: FormText = "") -> Response:
-    version = _manage(request).add_guideline(text, aspects, session.account.name)
+    try:
+        version = _manage(request).add_guideline(text, aspects, session.account.name)
+    except UserError as error:
+        return _guideline_page(request, session, 400, text=text, aspects=aspects, problem=str(error))
     request.app.state.labelling.forget()
     return done("/guideline", f"Version {version} is in force.")
 

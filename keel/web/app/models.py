@@ -25,7 +25,8 @@ def _models(request: Request) -> Models:
 
 @router.get("")
 def models(request: Request, session: Reviewer) -> Response:
-    return page(request, "manage/models.html", session, models=_models(request).all())
+    arena = request.app.state.manage.arena_results()
+    return page(request, "manage/models.html", session, models=_models(request).all(), arena=arena)
 
 
 @router.get("/{model}")

@@ -141,22 +141,30 @@ def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, pas
 @router.get("/compare")
 def compare(request: Request, session: Annotator) -> Response:
     guideline = request.app.state.labelling.guideline()
-    return page(request, "compare.html", session, aspects=guideline.aspects if guideline else ())
+    return _work(request, session, "compare.html", aspects=guideline.aspects if guideline else ())
+
+
+def _work(request: Request, session: Session, template: str, **context: Any) -> Response:
+    """A working page. It knows the guideline that it was made with: what is done on it counts under that version."""
+    guideline = request.app.state.labelling.guideline()
+    version = guideline.version if guideline else None
+    found: Response = page(request, template, session, guideline_version=version, **context)
+    return found
 
 
 @router.get("/rank")
 def rank(request: Request, session: Annotator) -> Response:
-    return page(request, "rank.html", session)
+    return _work(request, session, "rank.html")
 
 
 @router.get("/write")
 def write(request: Request, session: Annotator) -> Response:
-    return page(request, "write.html", session, kind="write")
+    return _work(request, session, "write.html", kind="write")
 
 
 @router.get("/edit")
 def edit(request: Request, session: Annotator) -> Response:
-    return page(request, "write.html", session, kind="edit")
+    return _work(request, session, "write.html", kind="edit")
 
 
 @router.get("/arena")

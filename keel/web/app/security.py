@@ -78,11 +78,15 @@ class Shield:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        # an address with a version in it changes with the file; a script imports another one by its bare name
+        kept_for_good = scope["path"].startswith("/static/") and scope["query_string"].startswith(b"v=")
         static = scope["path"].startswith("/static/")
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                fresh = b"public, max-age=31536000, immutable" if static else b"no-store"
+                fresh = (
+                    b"public, max-age=31536000, immutable" if kept_for_good else b"no-cache" if static else b"no-store"
+                )
                 kept = [pair for pair in message["headers"] if pair[0] not in (b"cache-control", b"server")]
                 message["headers"] = [*kept, *HEADERS, (b"cache-control", fresh)]
                 if scope["scheme"] == "https":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -24,6 +25,7 @@ WAIT_SECONDS = 120.0  # for the next piece of a reply
 FAILED = "(The model gave no answer.)"
 BUSY = "(Many people are in the arena just now. Send your message again in a moment.)"
 
+log = logging.getLogger("keel.web")
 Side = Literal["left", "right"]
 SIDES: tuple[Side, Side] = ("left", "right")
 
@@ -167,6 +169,7 @@ class _Side:
                     text += piece
                     self.pieces.put((self.side, piece))
         except Exception:  # whatever goes wrong with a model, the names and addresses in its message stay here
+            log.exception("a model of the arena failed: %s", self.model.name)
             if not text:
                 text = FAILED
                 self.pieces.put((self.side, text))

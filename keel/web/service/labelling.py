@@ -17,7 +17,7 @@ from keel.store.people import Account, Guideline
 from keel.store.records import Choice, WorkKind
 from keel.store.tables import annotators, assignments, items
 from keel.store.work import TABLES
-from keel.types import Message
+from keel.types import Message, UserError
 
 GOLD_EVERY = 20  # of this many items one is a gold item, as long as there are any that the annotator has not had
 MOST_HELD = 8  # items in one pair of hands: the one on the screen, and those fetched ahead for a train ride
@@ -67,12 +67,14 @@ class Labelling:
         """What this person does next; ``holding``: the assignments that their page has already."""
         if len(holding) >= MOST_HELD:
             return None
-        assignment = None
+        plain = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind)
+        if plain is None:
+            return None  # not a gold item either: what comes when nothing is left could be nothing else
         if kind == "compare" and self._gold_is_due(person.annotator_id):
-            assignment = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind, gold=True)
-        if assignment is None:
-            assignment = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind)
-        return None if assignment is None else screen(assignment)
+            held = [*holding, plain.id]  # the plain one stays theirs, and comes the next time
+            gold = self._store.next_assignment(person.annotator_id, holding=held, kind=kind, gold=True)
+            return screen(gold or plain)
+        return screen(plain)
 
     def _gold_is_due(self, annotator_id: int) -> bool:
         """Drawn anew for each item, so that nobody can count them out."""
@@ -96,9 +98,11 @@ class Labelling:
         seconds: float | None,
         reason: str | None,
         ratings: Mapping[str, Mapping[str, int]] | None,
+        guideline: str | None = None,
     ) -> int:
-        guideline = self.guideline()
-        asked = {name for name, _ in guideline.aspects} if guideline else set()
+        """``guideline``: the version by which it was judged; by default the one in force."""
+        rules = self._rules(guideline)
+        asked = {name for name, _ in rules.aspects} if rules else set()
         kept = {
             side: {aspect: value for aspect, value in given.items() if aspect in asked}
             for side, given in (ratings or {}).items()
@@ -109,7 +113,7 @@ class Labelling:
             client_token=token,
             strength=strength,
             seconds=seconds,
-            guideline=guideline.version if guideline else None,
+            guideline=rules.version if rules else None,
             reason=reason or None,
             ratings={side: given for side, given in kept.items() if given} or None,
             annotator_id=person.annotator_id,
@@ -126,7 +130,9 @@ class Labelling:
         token: str,
         seconds: float | None,
         reason: str | None,
+        guideline: str | None = None,
     ) -> int:
+        rules = self._rules(guideline)
         with self._store.transaction(writes=True) as connection:
             return work.rank(
                 connection,
@@ -134,13 +140,23 @@ class Labelling:
                 tiers,
                 token=token,
                 seconds=seconds,
-                guideline=self._version(),
+                guideline=rules.version if rules else None,
                 reason=reason or None,
                 annotator_id=person.annotator_id,
                 now=self._store.now,
             )
 
-    def write(self, person: Account, assignment_id: int, text: str, *, token: str, seconds: float | None) -> int:
+    def write(
+        self,
+        person: Account,
+        assignment_id: int,
+        text: str,
+        *,
+        token: str,
+        seconds: float | None,
+        guideline: str | None = None,
+    ) -> int:
+        rules = self._rules(guideline)
         with self._store.transaction(writes=True) as connection:
             return work.write(
                 connection,
@@ -148,7 +164,7 @@ class Labelling:
                 text,
                 token=token,
                 seconds=seconds,
-                guideline=self._version(),
+                guideline=rules.version if rules else None,
                 annotator_id=person.annotator_id,
                 now=self._store.now,
             )
@@ -189,6 +205,17 @@ class Labelling:
                 found = people.current_guideline(connection)
             self._guideline = time.monotonic(), found
         return found
+
+    def _rules(self, version: str | None) -> Guideline | None:
+        """The guideline that a page was made with: a new one may have come since, or while a vote waited offline."""
+        current = self.guideline()
+        if version is None or (current is not None and current.version == version):
+            return current
+        with self._store.transaction(writes=False) as connection:
+            found = [one for one in people.all_guidelines(connection) if one.version == version and one.text]
+        if not found:
+            raise UserError(f"there is no guideline {version!r}; load the page again")
+        return found[0]
 
     def forget(self) -> None:
         """Somebody changed the guideline or a setting: look again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,15 +14,17 @@ from typing import Any, Literal
 from sqlalchemy import select
 
 from keel.store import Store, arena, exchange, overview, people, work
+from keel.store.lineage import other_work
 from keel.store.overview import Queue
 from keel.store.people import Account, Guideline
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
 from keel.store.settled import settle
-from keel.store.tables import annotators, assignments, judgements, responses
+from keel.store.tables import annotators, assignments, judgements
 from keel.store.trained_on import PeopleVotes, people_votes
 from keel.types import Prompt, UserError
 from keel.web.service.labelling import GOLD_EVERY
-from keel.web.service.quality import Day, Quality, days, quality
+from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
+from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 
 Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "demonstrations.jsonl", "rankings.jsonl", "ratings.jsonl",
@@ -36,8 +39,8 @@ class Overview:
     flags: int
     prompts: int
     responses: int
-    judged: int  # by people
-    annotators: int  # people who judged
+    done: dict[str, int]  # by people, for each kind of work
+    annotators: int  # people who did any
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +63,16 @@ class Manage:
 
     def overview(self) -> Overview:
         with self._store.transaction(writes=False) as connection:
-            votes = overview.votes(connection)
+            votes, others = overview.votes(connection), other_work(connection)
             figures = overview.prompt_figures(connection)
             return Overview(
                 queues=overview.queues(connection),
-                days=days(votes, most=14),
+                days=days(votes, 14, [(row.created.date(), row.name) for row in others]),
                 flags=len(overview.open_flags(connection)),
                 prompts=figures["prompts"],
                 responses=figures["responses"],
-                judged=len(votes),
-                annotators=len({vote.annotator for vote in votes}),
+                done={"compare": len(votes), **Counter(row.kind for row in others)},
+                annotators=len({vote.annotator for vote in votes} | {row.name for row in others}),
             )
 
     def quality(self, people_only: bool) -> Quality:
@@ -134,31 +137,33 @@ class Manage:
         return len(prompts)
 
     def ask_for_writing(self, prompts: int, overlap: int, actor: str) -> int:
-        """Queue prompts (those with the fewest responses) for people to reply to; how many."""
+        """Queue prompts that were not yet (those with the fewest responses first) for people to reply to; how many."""
         if not 1 <= prompts <= 10_000 or not 1 <= overlap <= 100:
             raise UserError("give 1 to 10,000 prompts and 1 to 100 people each")
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
-            ids = overview.prompts_with_fewest(connection, prompts)
+            ids = overview.prompts_with_fewest(connection, prompts, work.prompts_asked(connection, "write"))
             made = work.add_writing(connection, ids, overlap, "write", now)
             people.log(connection, now, actor, "asked for", "writing", len(made), None, {"overlap": overlap})
         return len(made)
 
-    def ask_for(self, kind: Literal["rank", "edit"], prompts: int, overlap: int, actor: str) -> int:
-        """Queue responses that are there to be ranked (prompts with four or more) or edited; how many items."""
+    def ask_for(self, kind: Literal["compare", "rank", "edit"], prompts: int, overlap: int, actor: str) -> int:
+        """Queue responses that are there to be compared (a pair of each prompt that people have not had), ranked
+        (prompts with four or more) or edited (the first of each prompt), of prompts that were not yet; how many."""
         if not 1 <= prompts <= 10_000 or not 1 <= overlap <= 100:
             raise UserError("give 1 to 10,000 prompts and 1 to 100 people each")
         now = self._store.now
-        groups: dict[str, list[int]] = {}
-        with self._store.transaction(writes=True) as connection:
-            query = select(responses.c.prompt_id, responses.c.id).order_by(responses.c.id)
-            for row in connection.execute(query):
-                groups.setdefault(row.prompt_id, []).append(row.id)
-            if kind == "rank":
-                chosen = [ids[:9] for ids in groups.values() if len(ids) >= 4][:prompts]
+        with self._store.session() as session, session.transaction(writes=True) as connection:
+            groups = open_groups(connection)
+            asked = work.prompts_asked(connection, kind)
+            fresh = [ids for prompt, ids in groups.items() if prompt not in asked]
+            if kind == "compare":
+                made = session.add_comparisons(first_pairs(connection, groups, prompts), overlap, FIRST_BATCH)
+            elif kind == "rank":
+                chosen = [ids[:9] for ids in fresh if len(ids) >= 4][:prompts]
                 made = work.add_rankings(connection, chosen, overlap, "rank", now)
             else:
-                made = work.add_edits(connection, [ids[0] for ids in groups.values()][:prompts], overlap, "edit", now)
+                made = work.add_edits(connection, [ids[0] for ids in fresh][:prompts], overlap, "edit", now)
             people.log(connection, now, actor, "asked for", kind, len(made), None, {"overlap": overlap})
         return len(made)
 
@@ -179,7 +184,11 @@ class Manage:
         with self._store.transaction(writes=False) as connection:
             return overview.disagreements(connection)
 
-    def adjudicate(self, item_id: int, choice: str, reason: str, person: Account) -> None:
+    def settled(self) -> list[dict[str, Any]]:
+        with self._store.transaction(writes=False) as connection:
+            return overview.settled_lately(connection)
+
+    def adjudicate(self, item_id: int, choice: str | None, reason: str, person: Account) -> None:
         with self._store.transaction(writes=True) as connection:
             overview.adjudicate(
                 connection, item_id, person.annotator_id, choice, reason or None, person.name, self._store.now
@@ -192,6 +201,11 @@ class Manage:
     def resolve_flag(self, id: int, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
             overview.resolve_flag(connection, id, actor, self._store.now)
+
+    def arena_results(self) -> list[Standing]:
+        """What was voted in the arena, the model that won most first."""
+        with self._store.transaction(writes=False) as connection:
+            return standings(arena.results(connection))
 
     # -------------------------------------------------------------------------------------------------- the guideline
 

@@ -24,7 +24,7 @@ SIDE_MOST = 2.6  # standard errors of a fair coin: 1% of fair annotators are nam
 @dataclass(frozen=True, slots=True)
 class Day:
     day: date
-    votes: int
+    votes: int  # everything that was done, rankings and replies too
     annotators: int
     agreement: float | None  # of all votes up to this day's end
 
@@ -123,17 +123,22 @@ def _by_item(votes: Sequence[Vote]) -> dict[int, list[str]]:
     return {item: [vote for _, vote in sorted(said)] for item, said in named.items()}
 
 
-def days(votes: Sequence[Vote], most: int = 30) -> list[Day]:
-    """The last days on which anything was judged, each with the agreement (ties left out) of all votes until then."""
+def days(votes: Sequence[Vote], most: int = 30, others: Sequence[tuple[date, str]] = ()) -> list[Day]:
+    """The last days on which anything was done, each with the agreement (ties left out) of all votes until then.
+    ``others``: day and annotator of what was done besides comparing."""
     by_day: dict[date, list[Vote]] = {}
     for vote in votes:
         by_day.setdefault(vote.created.date(), []).append(vote)
+    also: dict[date, list[str]] = {}
+    for day, annotator in others:
+        also.setdefault(day, []).append(annotator)
     found = []
     said: dict[int, Counter[str]] = {}
     share: dict[int, float] = {}  # of equal pairs, by item with two votes or more
     total = 0.0
-    for day in sorted(by_day):
-        for vote in by_day[day]:
+    for day in sorted(by_day.keys() | also.keys()):
+        here, more = by_day.get(day, []), also.get(day, [])
+        for vote in here:
             if vote.gold is not None or vote.vote == TIE:
                 continue
             counts = said.setdefault(vote.item_id, Counter())
@@ -142,9 +147,34 @@ def days(votes: Sequence[Vote], most: int = 30) -> list[Day]:
                 equal = sum(math.comb(count, 2) for count in counts.values()) / pairs
                 total += equal - share.get(vote.item_id, 0.0)
                 share[vote.item_id] = equal
-        names = {vote.annotator for vote in by_day[day]}
-        found.append(Day(day, len(by_day[day]), len(names), total / len(share) if share else None))
+        names = {vote.annotator for vote in here}.union(more)
+        found.append(Day(day, len(here) + len(more), len(names), total / len(share) if share else None))
     return found[-most:]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A model in the arena. ``ties`` counts both bad too; ``share`` of its decided votes that it won."""
+
+    model: str
+    won: int
+    lost: int
+    ties: int
+
+    @property
+    def share(self) -> float | None:
+        return self.won / (self.won + self.lost) if self.won + self.lost else None
+
+
+def standings(votes: Sequence[tuple[str, str, str]]) -> list[Standing]:
+    """``votes``: left model, right model, choice. Which models met is drawn at random, so shares can be compared."""
+    tally: dict[str, Counter[str]] = {}
+    for left, right, choice in votes:
+        for model, side in ((left, "left"), (right, "right")):
+            said = "ties" if choice in ("tie", "both_bad") else "won" if choice == side else "lost"
+            tally.setdefault(model, Counter())[said] += 1
+    found = [Standing(model, count["won"], count["lost"], count["ties"]) for model, count in tally.items()]
+    return sorted(found, key=lambda one: (-(one.share or 0.0), one.model))
 
 
 def habits(votes: Sequence[Vote], skips: dict[str, int]) -> list[Habits]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import combinations
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from keel.store import Store, people
 from keel.store.tables import items, responses
@@ -48,22 +48,33 @@ def prepare(store: Store) -> None:
         version = people.next_version(connection)
         anything = connection.execute(select(items.c.id).where(items.c.taken < items.c.overlap).limit(1)).first()
         used = connection.execute(select(items.c.id).where(items.c.batch == FIRST_BATCH).limit(1)).first()
-        groups: dict[str, list[int]] = {}
-        if anything is None and used is None:
-            for row in connection.execute(select(responses.c.prompt_id, responses.c.id).order_by(responses.c.id)):
-                groups.setdefault(row.prompt_id, []).append(row.id)
+        wanted = anything is None and used is None
+        pairs = first_pairs(connection, open_groups(connection), FIRST_ITEMS) if wanted else []
     if not ready:
         with store.session() as session, session.transaction(writes=True) as connection:
             session.add_guideline(version, GUIDELINE, ASPECTS)
             people.log(connection, now, "keel", "added", "guideline", version, None, {"aspects": ASPECTS})
-    pairs = first_pairs(groups)
     if pairs:
         store.add_comparisons(pairs, overlap=1, batch=FIRST_BATCH)
 
 
-def first_pairs(groups: dict[str, list[int]]) -> list[tuple[int, int]]:
-    """One pair a prompt, drawn at random, of up to ``FIRST_ITEMS`` prompts in random order."""
+def open_groups(connection: Connection) -> dict[str, list[int]]:
+    """Responses by prompt, oldest first; of two with the same text the first: nobody could tell them apart."""
+    texts: dict[str, dict[str, int]] = {}
+    query = select(responses.c.prompt_id, responses.c.id, responses.c.text).order_by(responses.c.id)
+    for row in connection.execute(query):
+        texts.setdefault(row.prompt_id, {}).setdefault(row.text.strip(), row.id)
+    return {prompt: list(ids.values()) for prompt, ids in texts.items()}
+
+
+def first_pairs(connection: Connection, groups: dict[str, list[int]], most: int) -> list[tuple[int, int]]:
+    """One pair a prompt that is not in the people's queue, drawn at random, of up to ``most`` prompts in random
+    order."""
     rng = random.Random("first pairs")
-    pairs = [rng.choice(list(combinations(ids, 2))) for ids in groups.values() if len(ids) > 1]
+    queued = set(connection.execute(select(items.c.key).where(items.c.batch == FIRST_BATCH)).scalars())
+    open_pairs = [
+        [pair for pair in combinations(ids, 2) if "{}-{}".format(*pair) not in queued] for ids in groups.values()
+    ]
+    pairs = [rng.choice(some) for some in open_pairs if some]
     rng.shuffle(pairs)
-    return pairs[:FIRST_ITEMS]
+    return pairs[:most]

@@ -2,7 +2,9 @@
 
 const meta = (name) => document.querySelector(`meta[name="${name}"]`).content;
 const byId = (id) => document.getElementById(id);
+const GUIDELINE = document.querySelector('meta[name="guideline"]')?.content ?? null; // the version this page was made with
 const OUTBOX = `keel-outbox-${meta("person")}`;
+const SETTLED = 250; // milliseconds: what comes sooner after a vote is its key or tap again, not a word on the next item
 const AHEAD = 3; // items fetched ahead: enough for a tunnel, few enough to keep nobody waiting for them
 
 export const token = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -160,14 +162,15 @@ export function showProgress({ today, done, wanted }) {
   byId("done").value = done;
 }
 
-/** A page that shows one item after another. `show(item)` fills the page; `kind` is what is asked for. */
+/** A page that shows one item after another. `show(item, said)` fills the page; `kind` is what is asked for. */
 export class Work {
   constructor(kind, show) {
     this.kind = kind;
     this.show = show;
     this.items = []; // fetched ahead; the first is on the screen
-    this.past = []; // the last few that were done, newest last: undo without a connection
+    this.past = []; // the last few that were done, newest last, with what was said: undo without a connection
     this.clock = new Clock();
+    this.doneAt = -Infinity;
     this.outbox = new Outbox(showProgress);
     byId("again").addEventListener("click", () => this.fill());
     byId("flag").addEventListener("click", () => this.flag());
@@ -188,7 +191,8 @@ export class Work {
       await this.outbox.send(); // what was done already must not come again
       while (this.items.length <= AHEAD) {
         const held = [...this.items, ...this.unsent()].map((item) => item.id);
-        const { item, progress } = await post("/api/next", { kind: this.kind, holding: held.slice(0, 8) });
+        const { item, progress, guideline } = await post("/api/next", { kind: this.kind, holding: held.slice(0, 8) });
+        byId("changed").hidden = guideline === GUIDELINE;
         if (!this.outbox.waiting) showProgress(progress);
         if (!item || this.items.some((one) => one.id === item.id)) break;
         this.items.push(item);
@@ -209,14 +213,15 @@ export class Work {
     return load().map((letter) => ({ id: letter.body.assignment }));
   }
 
-  display() {
+  /** `said`: what was said of it before it was taken back. */
+  display(said = {}) {
     byId("waiting").hidden = true;
     byId("empty").hidden = true;
     byId("item").hidden = false;
     byId("vote").hidden = false;
     const talk = byId("messages");
     talk.replaceChildren(...this.current.messages.map(bubble));
-    this.show(this.current);
+    this.show(this.current, said);
     scrollTo(0, 0);
     byId("prompt-h").focus({ preventScroll: true });
     this.clock.restart();
@@ -232,8 +237,10 @@ export class Work {
 
   /** The item on the screen is done: keep and send what was said, and show the next one at once. */
   done(path, body, said) {
+    if (performance.now() - this.doneAt < SETTLED) return;
+    this.doneAt = performance.now();
     const item = this.items.shift();
-    this.past = [...this.past, item].slice(-8);
+    this.past = [...this.past, { item, body }].slice(-8);
     this.outbox.add(path, { assignment: item.id, token: token(), ...body });
     toast(said);
     if (this.current) this.display();
@@ -247,25 +254,28 @@ export class Work {
 
   async undo() {
     const last = this.past.at(-1);
-    if (last && this.outbox.recall(last.id)) {
-      this.back(this.past.pop());
+    if (last && this.outbox.recall(last.item.id)) {
+      this.past.pop();
+      this.back(last.item, last.body);
       return;
     }
     try {
       await this.outbox.send();
       const { item, progress } = await post("/api/undo", { kind: this.kind });
       showProgress(progress);
-      this.past.pop();
-      if (item) this.back(item);
+      const known = this.past.find((one) => one.item.id === item?.id);
+      this.past = this.past.filter((one) => one !== known);
+      if (item) this.back(item, known?.body);
       else toast("Nothing to take back");
     } catch (error) {
       toast(error instanceof Refused ? error.message : "No connection: that one was sent already");
     }
   }
 
-  back(item) {
+  back(item, said) {
     this.items = [item, ...this.items.filter((one) => one.id !== item.id)];
-    this.display();
+    this.doneAt = -Infinity;
+    this.display(said);
     toast("Taken back");
   }
 
@@ -307,4 +317,4 @@ export function keys(handlers) {
   });
 }
 
-export { byId };
+export { GUIDELINE, byId };

@@ -1,11 +1,15 @@
-import { Work, byId, keys } from "./common.js";
+import { GUIDELINE, Work, byId, keys } from "./common.js";
 
 let plain = false;
 const buttons = [...document.querySelectorAll("[data-choice]")];
 const more = byId("more");
 
-const work = new Work("compare", () => {
+const work = new Work("compare", (item, said) => {
   more.reset();
+  byId("reason").value = said.reason ?? "";
+  for (const [side, given] of Object.entries(said.ratings ?? {})) {
+    for (const [aspect, value] of Object.entries(given)) more.elements[`${side}/${aspect}`].value = value;
+  }
   fill();
 });
 
@@ -40,6 +44,7 @@ function vote(button) {
       seconds: work.clock.seconds,
       reason: byId("reason").value,
       ratings: ratings(),
+      guideline: GUIDELINE,
     },
     button.getAttribute("aria-label") ?? "Both bad",
   );

@@ -1,12 +1,15 @@
-import { Work, byId, keys } from "./common.js";
+import { GUIDELINE, Work, byId, keys } from "./common.js";
 
 const list = byId("ranked");
 let marked = 0;
 
-const work = new Work("rank", (item) => {
-  byId("reason").value = "";
+const work = new Work("rank", (item, said) => {
+  byId("reason").value = said.reason ?? "";
   marked = 0;
   list.replaceChildren(...item.shown.map((shown, place) => card(shown, place, item.shown.length)));
+  for (const [rank, places] of (said.tiers ?? []).entries()) {
+    for (const place of places) list.children[place].querySelector(`input[value="${rank + 1}"]`).checked = true;
+  }
   mark(0);
   check();
 });
@@ -60,7 +63,7 @@ function submit() {
   const ranks = given();
   if (!work.current || ranks.includes(0)) return;
   const tiers = [...new Set(ranks)].sort((a, b) => a - b).map((rank) => ranks.flatMap((r, place) => (r === rank ? [place] : [])));
-  work.done("/api/rank", { tiers, seconds: work.clock.seconds, reason: byId("reason").value }, "Ranked");
+  work.done("/api/rank", { tiers, seconds: work.clock.seconds, reason: byId("reason").value, guideline: GUIDELINE }, "Ranked");
 }
 
 byId("submit").addEventListener("click", submit);

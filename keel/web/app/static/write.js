@@ -1,13 +1,12 @@
-import { Work, byId } from "./common.js";
+import { GUIDELINE, Work, byId } from "./common.js";
 
 const { kind } = byId("item").dataset;
 const area = byId("text");
 const draft = (item) => `keel-draft-${item.id}`;
 
-const work = new Work(kind, (item) => {
-  area.value = localStorage.getItem(draft(item)) ?? (kind === "edit" ? item.shown[0].text : "");
+const work = new Work(kind, (item, said) => {
+  area.value = localStorage.getItem(draft(item)) ?? said.text ?? (kind === "edit" ? item.shown[0].text : "");
   count();
-  area.focus({ preventScroll: true });
 });
 
 function count() {
@@ -28,7 +27,7 @@ function submit() {
     return area.focus();
   }
   localStorage.removeItem(draft(work.current));
-  work.done("/api/write", { kind, text, seconds: work.clock.seconds }, kind === "write" ? "Reply kept" : "Edit kept");
+  work.done("/api/write", { kind, text, seconds: work.clock.seconds, guideline: GUIDELINE }, kind === "write" ? "Reply kept" : "Edit kept");
 }
 
 byId("submit").addEventListener("click", submit);
@@ -38,6 +37,8 @@ byId("restore")?.addEventListener("click", () => {
   localStorage.removeItem(draft(work.current));
   count();
 });
-area.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
+// anywhere on the page: after an undo the focus is at the conversation, where reading begins
+document.addEventListener("keydown", (event) => {
+  const open = document.querySelector("dialog[open]");
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat && !open) submit();
 });

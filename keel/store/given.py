@@ -1,0 +1,184 @@
+"""What people gave as records, out of a store; rankings and edits from another one into it. Each function runs inside
+its caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, Select, case, insert, select, update
+
+from keel.store.imports import Entry, as_new, assign
+from keel.store.ingest import add_guideline, add_prompts, add_responses, rows_of
+from keel.store.overview import last_words, ratings
+from keel.store.people_tables import rankings, writings
+from keel.store.records import Edit, Judgement, Ranking
+from keel.store.rows import prompt_record, response_record, storable
+from keel.store.tables import annotators, assignments, event, events, items, judgements, prompts, responses
+from keel.store.work import add_edits, add_rankings
+from keel.types import UserError
+
+
+def judgements_given(connection: Connection, batch: str | None) -> list[Judgement]:
+    """Every raw vote that stands, in the order they came."""
+    query = (
+        select(judgements, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch)
+        .add_columns(items.c.gold, annotators.c.name, annotators.c.kind)
+        .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(judgements.c.undone_at.is_(None))
+        .order_by(judgements.c.id)
+    )
+    if batch is not None:
+        query = query.where(items.c.batch == batch)
+    rows = connection.execute(query).all()
+    settled = last_words(connection)
+    rated = ratings(connection)
+    asked = {row.id: prompt_record(row) for row in connection.execute(select(prompts))}
+    replies = {row.id: response_record(row) for row in connection.execute(select(responses))}
+    return [
+        Judgement(
+            token=row.token,
+            batch=row.batch,
+            item_id=row.item_id,
+            annotator=row.name,
+            annotator_kind=row.kind,
+            prompt=asked[row.prompt_id],
+            left=replies[row.shown[0]],
+            right=replies[row.shown[1]],
+            choice=row.choice,
+            strength=row.strength,
+            seconds=row.seconds,
+            guideline=row.guideline,
+            reason=row.reason,
+            created=row.created,
+            settled=_side(settled[row.item_id].choice, row.shown) if row.item_id in settled else None,
+            settled_by=settled[row.item_id].by if row.item_id in settled else None,
+            gold=None if row.gold is None else _side(row.gold, row.shown),
+            ratings={
+                side: rated[row.id][response]
+                for side, response in zip(("left", "right"), row.shown, strict=True)
+                if response in rated.get(row.id, ())
+            },
+        )
+        for row in rows
+    ]
+
+
+def _side(choice: str, shown: Sequence[int]) -> Literal["left", "right", "tie"]:
+    """A reviewer's word (first: the response that was stored first, second, tie) on the sides of one vote."""
+    if choice == "tie":
+        return "tie"
+    return "left" if (choice == "first") == (shown[0] < shown[1]) else "right"
+
+
+def rankings_given(connection: Connection, batch: str | None) -> list[Ranking]:
+    """Every ranking that stands, in the order they came."""
+    rows = connection.execute(_standing(rankings, batch)).all()
+    asked, replies = _texts(connection, [id for row in rows for id in row.shown], rows)
+    return [
+        Ranking(
+            row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id],
+            tuple(replies[id] for id in row.shown),
+            tuple(tuple(row.shown.index(id) for id in tier) for tier in row.tiers),
+            row.seconds, row.guideline, row.reason, row.created,
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
+    """Every edit that stands, in the order they came."""
+    rows = connection.execute(_standing(writings, batch).where(writings.c.original_id.is_not(None))).all()
+    asked, replies = _texts(connection, [row.original_id for row in rows], rows)
+    return [
+        Edit(
+            row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.original_id],
+            row.text, row.seconds, row.guideline, row.created,
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _standing(table: Any, batch: str | None) -> Select[Any]:
+    query = (
+        select(table, assignments.c.shown, items.c.prompt_id, items.c.batch, annotators.c.name)
+        .add_columns(annotators.c.kind.label("annotator_kind"))
+        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
+        .join(items, items.c.id == assignments.c.item_id)
+        .join(annotators, annotators.c.id == assignments.c.annotator_id)
+        .where(table.c.undone_at.is_(None))
+        .order_by(table.c.id)
+    )
+    return query if batch is None else query.where(items.c.batch == batch)
+
+
+def _texts(
+    connection: Connection, ids: Sequence[int], rows: Sequence[Row[Any]]
+) -> tuple[Mapping[str, Any], Mapping[int, Any]]:
+    named = sorted({row.prompt_id for row in rows})
+    asked = {row.id: prompt_record(row) for row in rows_of(connection, prompts, prompts.c.id, named)}
+    found = rows_of(connection, responses, responses.c.id, sorted(set(ids)))
+    return asked, {row.id: response_record(row) for row in found}
+
+
+# ------------------------------------------------------------------------------------------------------------------ in
+
+
+def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: str | None, now: datetime) -> int:
+    """Add rankings and edits of another store; how many were new. One is known by its token."""
+    known: dict[str, Any] = {}
+    for table in (rankings, writings):
+        tokens = [one.token for one in given]
+        known |= {row.token: row for row in rows_of(connection, table, table.c.token, tokens)}
+    new = [one for one in given if one.token not in known]
+    for one in given:
+        if isinstance(one, Edit) and one.token in known and known[one.token].text != storable(one.text):
+            raise UserError(f"the edit {one.token!r} is in the store with another text; give the new one another id")
+    if not new:
+        return 0
+    add_prompts(connection, [one.prompt for one in new], now)
+    for version in sorted({one.guideline for one in new if one.guideline is not None}):
+        add_guideline(connection, version, "", now)
+    shown, entries = [], []
+    for one in new:
+        replies = one.shown if isinstance(one, Ranking) else (one.original,)
+        ids = add_responses(connection, [as_new(reply) for reply in replies], now)
+        item = _item(connection, one, ids, one.batch if batch is None else batch, now)
+        shown.append(ids)
+        entries.append(Entry(item, one.annotator, one.annotator_kind, ids, one.created))
+    names, assigned = assign(connection, entries, now)
+    for one, ids, entry, name, assignment in zip(new, shown, entries, names, assigned, strict=True):
+        said: dict[str, Any] = {"seconds": one.seconds, "guideline": one.guideline}
+        if isinstance(one, Ranking):
+            table, entity = rankings, "ranking"
+            reason = None if one.reason is None else storable(one.reason)
+            said |= {"tiers": [[ids[place] for place in tier] for tier in one.tiers], "reason": reason}
+        else:
+            table, entity = writings, "writing"
+            said |= {"text": storable(one.text), "original_id": ids[0]}
+        row = said | {"assignment_id": assignment, "token": one.token, "created": one.created}
+        made = connection.execute(insert(table), row).inserted_primary_key
+        assert made is not None
+        told = said | {"token": one.token, "assignment": assignment, "item": entry.item, "shown": ids}
+        told |= {"batch": one.batch if batch is None else batch, "created": one.created.isoformat()}
+        connection.execute(insert(events), event(now, name, "imported", entity, made.id, None, told, one.guideline))
+    return len(new)
+
+
+def _item(connection: Connection, one: Ranking | Edit, ids: list[int], batch: str, now: datetime) -> int:
+    """The item that was ranked or edited, with a slot for this one, which is taken."""
+    if isinstance(one, Ranking):
+        (id,) = add_rankings(connection, [ids], 1, batch, now)
+    else:
+        (id,) = add_edits(connection, ids, 1, batch, now)
+    old = connection.execute(select(items.c.overlap, items.c.kind).where(items.c.id == id)).one()
+    taken = items.c.taken + 1
+    overlap = case((taken > items.c.overlap, taken), else_=items.c.overlap)
+    change = update(items).where(items.c.id == id).values(taken=taken, overlap=overlap).returning(items.c.overlap)
+    wanted = connection.execute(change).scalar_one()
+    if wanted != old.overlap:
+        new = {"overlap": wanted, "batch": batch, "kind": old.kind}
+        connection.execute(insert(events), event(now, "keel", "changed", "item", id, {"overlap": old.overlap}, new))
+    return id
