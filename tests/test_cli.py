@@ -83,7 +83,8 @@ def test_run_killed_and_run_again_ends_with_the_same_weights(
         while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         killed.send_signal(signal.SIGKILL)
-        if killed.wait() == -signal.SIGKILL:
+        killed.wait()
+        if state.exists():  # a stage that is done has none
             break
         shutil.rmtree(folder / "killed")
     resumed = _keel(keel_command, subprocess_env, "run", recipe, "--out", str(folder / "killed"))
