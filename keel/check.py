@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig
 
 from keel.config import (
     PEOPLE,
-    AnnotateStage,
     DpoStage,
     EvalStage,
     OnlineBase,
@@ -34,10 +32,10 @@ from keel.config import (
 from keel.data.chat import Chat, install_template
 from keel.data.collate import messages_hash, pack
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
-from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer
+from keel.graph import parents, sources
+from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
 from keel.model.logprobs import token_logprobs
 from keel.model.precision import pick_precision
-from keel.pipeline import parents
 from keel.reward.python_ref import load_python
 from keel.rollout import vllm
 from keel.run import RunDir, Silent, StageContext, resolve_device
@@ -85,7 +83,20 @@ def preflight(stage: Stage, context: StageContext) -> None:
     for finding in found:
         if finding.level == "error":
             raise UserError(str(finding))
-        context.reporter.note(f"warning: {finding}")
+        if not finding.place.startswith(f"{stage.name}.model (") or _first_to_start(stage, context.recipe):
+            context.reporter.note(f"warning: {finding}")
+
+
+def _first_to_start(stage: Stage, recipe: Recipe) -> bool:
+    """Whether a warning about the model that ``stage`` starts from is news: a stage that made that model, or started
+    from it too, has said it."""
+    starts = [other for other in recipe.stages if isinstance(other, TrainBase) and other.model not in _names(recipe)]
+    first = {other.model: other.name for other in reversed(starts)}
+    return stage.name in first.values()
+
+
+def _names(recipe: Recipe) -> set[str]:
+    return {stage.name for stage in recipe.stages}
 
 
 def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
@@ -153,14 +164,7 @@ def _disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:
 
 
 def _python_refs(stage: Stage) -> Iterator[Finding]:
-    sources: list[tuple[str, object]] = []
-    if isinstance(stage, AnnotateStage):
-        sources = [("annotators", stage.annotators)]
-    elif isinstance(stage, OnlineBase):
-        sources = [("watch", stage.watch), *((f"rewards.{i}.source", t.source) for i, t in enumerate(stage.rewards))]
-    elif isinstance(stage, EvalStage):
-        sources = [("judge", stage.judge)]
-    for place, source in sources:
+    for place, source in sources(stage):
         if isinstance(source, PythonRef):
             try:
                 load_python(source.ref)
@@ -190,8 +194,10 @@ def _tokenizer(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[Finding]
 
 
 def _chat(path: str, recipe: Recipe) -> Chat:
-    """The chat as a training stage would set it up: a base model without a template gets Keel's own."""
+    """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
     tokenizer = load_tokenizer(path, recipe.model.revision)
+    if not any(isinstance(stage, SftStage) for stage in recipe.stages):
+        return Chat(tokenizer)
     if recipe.model.chat_template is not None:
         install_template(tokenizer, recipe.model.chat_template)
     elif Chat(tokenizer).plain:
@@ -221,7 +227,8 @@ def _models(recipe: Recipe, run: RunDir) -> list[Finding]:
     """Tokenizer, data and checkpoints; what cannot be loaded is a finding, and what rests on it is left out."""
     try:
         chat = _chat(recipe.model.path, recipe)
-        context = _context_length(recipe)
+        model = recipe.model
+        context = positions(model.path, model.revision, model.trust_remote_code) or 0
     except UserError as error:
         return [_error(error, "model.path")]
     found: list[Finding] = []
@@ -236,19 +243,6 @@ def _models(recipe: Recipe, run: RunDir) -> list[Finding]:
         except UserError as error:
             found.append(_error(error, stage.name))
     return found
-
-
-def _context_length(recipe: Recipe) -> int:
-    """The positions that the model has; 0 when its config does not say."""
-    model = recipe.model
-    try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model.path}: its config.json cannot be read ({error}); name a transformers model") from error
-    text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -295,6 +289,10 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
         found += _lengths(encoded, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
         found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
+    several = [p for p in (*prompts, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
+    if chat.plain and several:
+        sentence = f"it has no chat template, and would see the last message alone of {len(several)} prompts"
+        found.append(Finding("error", "model.path", sentence, "start from an SFT stage, which gives it a template"))
     learned = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
     learned |= {messages_hash(p.prompt.messages) for p in preferences}
     sampled = {messages_hash(p.messages) for p in prompts}
@@ -304,7 +302,8 @@ def _data(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
 def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
     """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store."""
     stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
-    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file != PEOPLE]
+    made = {PEOPLE, *_names(recipe)}
+    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file not in made]
     default = [("data.demonstrations", recipe.data.demonstrations)] if any(not s.sources for s in stages) else []
     return [*default, *named]
 
@@ -406,12 +405,9 @@ def _reward_models(stage: Stage, run: RunDir) -> Iterator[Finding]:
     names: list[str] = []
     if isinstance(stage, RewardStage) and run.stage(stage.name).done:
         names = [stage.name]
-    elif isinstance(stage, OnlineBase):
-        names = [
-            t.source.model
-            for t in stage.rewards
-            if isinstance(t.source, RewardModelRef) and Path(t.source.model).is_dir()
-        ]
+    else:
+        named = [source.model for _, source in sources(stage) if isinstance(source, RewardModelRef)]
+        names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
     for name in names:
         path = Path(name) if Path(name).is_dir() else run.stage(name).path
         model = load_scalar(path)

@@ -122,14 +122,21 @@ class EndpointRef(Strict):
     instructions: str | None = None
 
 
-JudgeRef = Annotated[PythonRef | RewardModelRef | EndpointRef, Field(discriminator="kind")]
-
-
 class RewardTerm(Strict):
     """One source of reward, with its weight in the sum."""
 
     source: Annotated[PythonRef | RewardModelRef, Field(discriminator="kind")]
     weight: float = 1.0
+
+
+class MixedRef(Strict):
+    """The weighted sum of several sources of reward, as in a PPO stage's ``rewards``."""
+
+    kind: Literal["mixed"] = "mixed"
+    rewards: list[RewardTerm] = Field(min_length=1)
+
+
+JudgeRef = Annotated[PythonRef | RewardModelRef | MixedRef | EndpointRef, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------------- stages
@@ -171,8 +178,8 @@ class SftStage(PolicyBase):
     kind: Literal["sft"] = "sft"
     demonstrations: str | list[str] | None = Field(
         None,
-        description="a file, or 'people' (the replies that people wrote or edited in the store); several in a list; "
-        "default: data.demonstrations",
+        description="a file, a sample stage that chose its replies by rewards, or 'people' (the replies that people "
+        "wrote or edited in the store); several in a list; default: data.demonstrations",
     )
     epochs: float = Field(2.0, gt=0)
     batch_size: int = Field(64, ge=1, description="conversations per optimizer step")
@@ -203,7 +210,24 @@ class SampleStage(StageBase):
     max_similarity: float = Field(
         0.95, ge=0, le=1, description="token-set similarity at which two responses are the same; 0: the least alike"
     )
+    rewards: list[RewardTerm] = Field(
+        default_factory=list,
+        description="best-of-n: the kept responses are those of the candidates with the highest weighted sum; default: "
+        "none, they are the first that differ",
+    )
+    min_reward: float | None = Field(None, description="responses whose reward is lower are left out")
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _something_to_choose(self) -> SampleStage:
+        if self.min_reward is not None and not self.rewards:
+            raise ValueError("min_reward is a bound on the sum of rewards; name them in rewards, or leave it out")
+        if self.rewards and self.min_reward is None and self.candidates <= self.per_prompt:
+            raise ValueError(
+                f"rewards choose per_prompt = {self.per_prompt} of the candidates, and there are "
+                f"{max(self.candidates, self.per_prompt)} of them; raise candidates or set min_reward"
+            )
+        return self
 
 
 class AnnotateStage(StageBase):
@@ -365,7 +389,11 @@ class OnlineBase(PolicyBase):
 
 class PpoStage(OnlineBase):
     kind: Literal["ppo"] = "ppo"
-    critic: str | None = Field(None, description="stage or folder; default: the first reward model, else the policy")
+    critic: str | None = Field(
+        None,
+        description="stage or folder of a reward model or language model; default: the first reward model, or the "
+        "policy where that reads other tokens or there is none",
+    )
     kl: KlConfig = KlConfig()
     clip: float = Field(0.2, gt=0)
     value_clip: float = Field(0.2, gt=0)
@@ -417,10 +445,19 @@ class EvalStage(StageBase):
     baseline: str = "sft"
     judge: JudgeRef | None = Field(None, description="default: the recipe's reward stage")
     reward: str | None = Field(None, description="reward stage or folder whose mean score is reported")
+    rewards: list[RewardTerm] = Field(
+        default_factory=list, description="several of them, whose weighted sum is reported beside each one's mean"
+    )
     prompts: str | None = Field(None, description="default: data.heldout_prompts")
     sampling: SamplingConfig = SamplingConfig()
     bootstrap: int = Field(2000, ge=100)
     show: int = Field(10, ge=0, description="prompts shown side by side in the report")
+
+    @model_validator(mode="after")
+    def _one_proxy(self) -> EvalStage:
+        if self.reward is not None and self.rewards:
+            raise ValueError("reward names one model and rewards several with their weights; leave one of them out")
+        return self
 
 
 class ReportStage(StageBase):
@@ -460,6 +497,18 @@ class Recipe(Strict):
                     f"stage name {stage.name!r} is used twice or is a recipe section or 'people'; rename it"
                 )
             seen.add(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _sft_installs_the_template(self) -> Recipe:
+        for stage in self.stages:
+            if isinstance(stage, SftStage) or not isinstance(stage, TrainBase | SampleStage):
+                continue
+            if self.model.chat_template is not None and stage.model == "base":
+                raise ValueError(
+                    f"model.chat_template is given to a model by an SFT stage, and {stage.name} starts from the model "
+                    f"itself; set {stage.name}.model to an SFT stage, or save the template with the model's tokenizer"
+                )
         return self
 
     @model_validator(mode="after")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from keel.config import PEOPLE, AnnotateStage, PreferenceBase, SftStage, StageBase
+from keel.config import PEOPLE, AnnotateStage, PreferenceBase, SampleStage, SftStage, StageBase
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
 from keel.feedback.stored import training_demonstrations, training_votes
-from keel.run import StageContext, read_json
-from keel.types import Demonstration, Message, Preference, Prompt, UserError
+from keel.run import StageContext, atomic_write_text, read_json
+from keel.types import Completion, Demonstration, Message, Preference, Prompt, UserError
 
 T = TypeVar("T")
+
+KEPT = "demonstrations.jsonl"  # in a sample stage's folder: the replies that it kept, with their rewards
 
 
 def store_url(context: StageContext) -> str:
@@ -24,11 +28,14 @@ def store_url(context: StageContext) -> str:
 
 
 def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonstration], dict[str, int]]:
-    """What ``stage`` learns from, and how many of them people wrote in the store."""
+    """What ``stage`` learns from, and how many of them people wrote in the store. A sample stage's are the replies that
+    it kept, as far as they ended by themselves."""
     sources = stage.sources or tuple(filter(None, [context.recipe.data.demonstrations]))
     if not sources:
         raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
-    found = [row for source in sources if source != PEOPLE for row in read_demonstrations(source)]
+    sampled = {other.name for other in context.recipe.stages if isinstance(other, SampleStage)}
+    files = [context.parent(s).path / KEPT if s in sampled else s for s in sources if s != PEOPLE]
+    found = [row for file in files for row in read_demonstrations(file)]
     if PEOPLE not in sources:
         return found, {}
     stored = training_demonstrations(context.run.stage(stage.name).path, store_url(context))
@@ -36,6 +43,24 @@ def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonst
     if not found and not people:
         raise UserError(f"stage {stage.name}: nobody has written anything in the store yet; keel label serves it")
     return found + people, {"people_demonstrations": len(people)}
+
+
+def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence[Completion]]) -> None:
+    """Writes sampled replies as demonstrations. One that was cut at the length limit is none: with an end token behind
+    it, it would teach the model to stop in the middle."""
+    rows = [
+        {
+            "messages": [
+                *(asdict(message) for message in prompt.messages),
+                {"role": "assistant", "content": reply.text},
+            ],
+            **({} if reply.reward is None else {"reward": reply.reward}),
+        }
+        for prompt, group in zip(prompts, replies, strict=True)
+        for reply in group
+        if reply.finished
+    ]
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ----------------------------------------------------------------------------------------------------- preferences

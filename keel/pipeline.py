@@ -1,4 +1,4 @@
-"""The recipe's stages as a graph: which are done, which are stale, and the running of what is left, in order.
+"""Which of a recipe's stages are done, which are stale, and the running of what is left, in order.
 
 A stage is known by its *fingerprint*: a hash of its settings, the seed, the device class and precision, the contents
 of the data that it reads, people's votes where it learns from them, Keel's major and minor version, and the
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +24,20 @@ from keel.config import (
     DpoStage,
     EvalStage,
     GrpoStage,
-    OnlineBase,
     PolicyBase,
     PpoStage,
     PreferenceBase,
     PythonRef,
     Recipe,
     ReportStage,
-    RewardModelRef,
     RewardStage,
     SampleStage,
     SftStage,
     Stage,
-    TrainBase,
 )
+from keel.graph import ancestors, parents, references, sources
 from keel.inputs import reads_store
+from keel.model.checkpoint import pinned
 from keel.run import (
     RunDir,
     StageContext,
@@ -46,11 +45,11 @@ from keel.run import (
     hash_file,
     peak_rss_mb,
     resolve_device,
-    stages_there,
+    seed_rng,
     versions,
 )
 from keel.store.trained_on import VoteHashes, vote_hashes
-from keel.types import Reporter, UserError
+from keel.types import Reporter
 
 # The data settings that a stage's result depends on, besides its own. The report has none: it reads the other stages.
 _LENGTHS = ("max_length", "max_prompt_length", "over_length")
@@ -69,18 +68,6 @@ _PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "pretra
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A recipe field that names a stage: ``place`` is the field's dotted name, ``target`` what it says.
-
-    ``required``: the field means a stage or nothing ('base' aside); else it may be a folder or a file too.
-    """
-
-    place: str
-    target: str
-    kinds: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Step:
     """A stage's standing. ``done``: nothing to do. ``stale``: finished or begun for other settings. ``todo``: never
     run, or interrupted. ``reason`` says why in a few words."""
@@ -94,98 +81,6 @@ class Step:
 
 Runner = Callable[[Any, StageContext], dict[str, Any]]
 Preflight = Callable[[Stage, StageContext], None]
-
-
-# ------------------------------------------------------------------------------------------------- the stages' graph
-
-
-_POLICY = ("sft", "dpo", "ppo", "grpo")
-_TRUNK = (*_POLICY, "reward")
-
-
-def references(stage: Stage) -> Iterator[Reference]:
-    """Every field of a stage that names another stage or a checkpoint folder."""
-    if isinstance(stage, TrainBase | SampleStage):
-        yield Reference("model", stage.model, _TRUNK if isinstance(stage, RewardStage) else _POLICY)
-    if isinstance(stage, AnnotateStage):
-        yield Reference("responses", stage.responses, ("sample",))
-        for i, reward in enumerate(stage.rewards):
-            yield Reference(f"rewards.{i}", reward, ("reward",))
-    if isinstance(stage, DpoStage | OnlineBase) and stage.reference is not None:
-        yield Reference("reference", stage.reference, _POLICY)
-    if isinstance(stage, PreferenceBase):
-        for i, source in enumerate(stage.sources):
-            if source != PEOPLE:
-                place = f"preferences.{i}" if isinstance(stage.preferences, list) else "preferences"
-                yield Reference(place, source, ("annotate",))
-    if isinstance(stage, PpoStage) and stage.critic is not None:
-        yield Reference("critic", stage.critic, _TRUNK)
-    if isinstance(stage, OnlineBase):
-        for i, term in enumerate(stage.rewards):
-            if isinstance(term.source, RewardModelRef):
-                yield Reference(f"rewards.{i}.source.model", term.source.model, ("reward",))
-    if isinstance(stage, EvalStage):
-        for i, model in enumerate(stage.models):
-            yield Reference(f"models.{i}", model, _POLICY)
-        yield Reference("baseline", stage.baseline, _POLICY)
-        if isinstance(stage.judge, RewardModelRef):
-            yield Reference("judge.model", stage.judge.model, ("reward",))
-        if stage.reward is not None:
-            yield Reference("reward", stage.reward, ("reward",))
-
-
-def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
-    """The names of the stages whose results ``stage`` uses, in the recipe's order.
-
-    Raises `UserError` when a field names a stage that comes later, a stage of the wrong kind, or nothing at all.
-    """
-    names = [other.name for other in recipe.stages]
-    before = recipe.stages[: names.index(stage.name)]
-    if isinstance(stage, ReportStage):
-        return tuple(other.name for other in before)
-    found = set()
-    for reference in references(stage):
-        place, target = f"{stage.name}.{reference.place}", reference.target
-        if target in names:
-            _check_order(place, target, stage, names)
-            kind = recipe.stage(target).kind
-            if kind not in reference.kinds:
-                raise UserError(
-                    f"{place}: {target!r} is a stage of kind {kind}, and this needs one of kind "
-                    f"{' or '.join(reference.kinds)}; name another stage"
-                )
-            found.add(target)
-        elif target == "base":
-            if not set(reference.kinds) & set(_POLICY):
-                raise UserError(f"{place}: 'base' is no {' or '.join(reference.kinds)} stage; {stages_there(recipe)}")
-        elif not Path(target).exists() and not target.startswith("hub:"):
-            raise UserError(f"{place}: {target!r} is neither a stage nor a file or folder; {stages_there(recipe)}")
-    if isinstance(stage, EvalStage):
-        rewards = {other.name for other in before if isinstance(other, RewardStage)}
-        # the recipe's own is taken, or a gold judge says which of several is best
-        if stage.judge is None or stage.reward is None or (len(rewards) > 1 and isinstance(stage.judge, PythonRef)):
-            found |= rewards
-        # alarms and the guardrail read learning curves
-        found |= {other.name for other in before if isinstance(other, OnlineBase) and other.name in stage.models}
-    return tuple(name for name in names if name in found)
-
-
-def _check_order(place: str, target: str, stage: Stage, names: Sequence[str]) -> None:
-    if target == stage.name:
-        raise UserError(f"{place}: a stage cannot use its own result; name an earlier stage")
-    if names.index(target) > names.index(stage.name):
-        raise UserError(f"{place}: stage {target!r} comes after {stage.name!r}; put it before, or name an earlier one")
-
-
-def ancestors(recipe: Recipe, targets: Collection[str]) -> set[str]:
-    """The targets and every stage that they rest on. A report is of what there is: it rests on nothing."""
-    wanted: set[str] = set()
-    for stage in reversed(recipe.stages):
-        if stage.name in targets or stage.name in wanted:
-            wanted.add(stage.name)
-            if not isinstance(stage, ReportStage):
-                wanted.update(parents(recipe, stage))
-    return wanted
 
 
 # ---------------------------------------------------------------------------------------------------- fingerprints
@@ -233,11 +128,11 @@ def _fingerprint(
     if isinstance(stage, PreferenceBase):
         settings["preferences"] = [s if s in above or s == PEOPLE else contents.of(s) for s in stage.sources]
     if isinstance(stage, SftStage):
-        settings["demonstrations"] = [s if s == PEOPLE else contents.of(s) for s in stage.sources]
+        settings["demonstrations"] = [s if s in above or s == PEOPLE else contents.of(s) for s in stage.sources]
     for reference in references(stage):
         if reference.target not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
-    settings["code"] = [contents.of_python(ref) for ref in _python_refs(stage)]
+    settings["code"] = [contents.of_python(source.ref) for _, source in sources(stage) if isinstance(source, PythonRef)]
     data = {name: getattr(recipe.data, name) for name in _DATA[type(stage)]}
     if isinstance(stage, PolicyBase) and stage.ptx is not None:
         data["pretraining"] = recipe.data.pretraining
@@ -280,17 +175,6 @@ def _vote_hashes(recipe: Recipe, run: RunDir) -> VoteHashes:
     if not any(reads_store(stage, annotated) for stage in recipe.stages):
         return VoteHashes()
     return vote_hashes(recipe.store or run.store_url)
-
-
-def _python_refs(stage: Stage) -> list[str]:
-    found: list[Any] = []
-    if isinstance(stage, AnnotateStage):
-        found = [stage.annotators]
-    elif isinstance(stage, OnlineBase):
-        found = [stage.watch, *(term.source for term in stage.rewards)]
-    elif isinstance(stage, EvalStage):
-        found = [stage.judge]
-    return [source.ref for source in found if isinstance(source, PythonRef)]
 
 
 def plan(recipe: Recipe, run: RunDir) -> list[Step]:
@@ -364,6 +248,10 @@ def run_pipeline(
             }
         )
         wanted = ancestors(recipe, {stage.name for stage in recipe.stages} if targets is None else targets)
+        model = recipe.model
+        if any(step.stage.name in wanted and step.state != "done" for step in steps):
+            model = model.model_copy(update={"path": pinned(model.path, model.revision)})
+        given = recipe.model_copy(update={"model": model})
         for step in steps:
             if step.stage.name not in wanted:
                 continue
@@ -371,7 +259,7 @@ def run_pipeline(
                 if on_cached is not None:
                     on_cached(step.stage.name)
                 continue
-            context = StageContext(recipe, run, run.stage(step.stage.name), reporter, device)
+            context = StageContext(given, run, run.stage(step.stage.name), reporter, device)
             _run_stage(step, context, runners[step.stage.kind], preflight)
         _record_totals(run)
     return steps
@@ -411,6 +299,8 @@ def _run_stage(step: Step, context: StageContext, runner: Runner, preflight: Pre
     if preflight is not None:
         preflight(step.stage, context)
     stage_dir.begin(step.fingerprint)
+    own = step.stage.seed if isinstance(step.stage, RewardStage) else None
+    seed_rng(context.recipe.seed if own is None else own)
     context.run.manifest.update_stage(name, entry)
     started = time.monotonic()
 

@@ -3,6 +3,7 @@ that the run keeps. This is where recipes' names become paths, records, models a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from keel.config import (
     EvalStage,
     GrpoStage,
     JudgeRef,
+    MixedRef,
     OnlineBase,
     PolicyBase,
     PpoStage,
@@ -34,8 +36,8 @@ from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import PairChoice, annotate_responses
 from keel.feedback.uncertainty import disagreement
-from keel.inputs import demonstrations, heldout_prompts, preferences, store_url, training_prompts
-from keel.model.checkpoint import frozen, load_policy, load_scalar
+from keel.inputs import KEPT, demonstrations, heldout_prompts, preferences, store_url, training_prompts, write_kept
+from keel.model.checkpoint import frozen, load_policy, load_scalar, load_tokenizer, positions
 from keel.model.precision import Precision, pick_precision
 from keel.model.trunk import Trunk
 from keel.report import build_report
@@ -44,6 +46,7 @@ from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.python_ref import load_python
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.rollout.collect import sample_replies, stop_token_ids
+from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.run import StageContext, write_json
 from keel.store import Response, Store
@@ -53,7 +56,7 @@ from keel.train.grpo import train_grpo
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
-from keel.types import Judge, Preference, Scorer, UserError
+from keel.types import Judge, Preference, Prompt, Scorer, UserError
 
 # ------------------------------------------------------------------------------------------------------- training
 
@@ -65,6 +68,7 @@ def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
 
 def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
     learned = preferences(stage, context)
+    _sees_whole(stage, [pair.prompt for pair in learned.pairs], context)
     how = partial(aggregate, how=stage.votes)
     summary, heldout = train_reward(stage, learned.pairs, _training(stage, context), how)
     return summary | learned.counts | reward_quality(heldout, learned.truth, learned.agreement, context.recipe.seed)
@@ -72,6 +76,7 @@ def run_reward(stage: RewardStage, context: StageContext) -> dict[str, Any]:
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     learned = preferences(stage, context)
+    _sees_whole(stage, [pair.prompt for pair in learned.pairs], context)
     reference = context.model_path(stage.reference or stage.model)
     how = partial(aggregate, how=stage.votes)
     return train_dpo(stage, learned.pairs, reference, _training(stage, context), how) | learned.counts
@@ -84,6 +89,7 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     scorer = _mixed(stage.rewards, context, training.precision, training.trunk)
     reference = context.model_path(stage.reference or stage.model)
     prompts = training_prompts(stage.prompts, context)
+    _sees_whole(stage, prompts, context)
     critic_path = context.model_path(critic) if critic else None
     return train_ppo(stage, prompts, scorer, reference, critic_path, training, _watch(stage))
 
@@ -94,7 +100,20 @@ def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
     named = stage.reference or (stage.model if stage.beta > 0 else None)
     reference = context.model_path(named) if named else None
     prompts = training_prompts(stage.prompts, context)
+    _sees_whole(stage, prompts, context)
     return train_grpo(stage, prompts, scorer, reference, training, _watch(stage))
+
+
+def _sees_whole(stage: TrainBase, prompts: Sequence[Prompt], context: StageContext) -> None:
+    """A model without a chat template is asked the last message alone: training would leave out the others unseen."""
+    path = context.model_path(stage.model)
+    several = sum(len(prompt.messages) > 1 for prompt in prompts)
+    if several and Chat(load_tokenizer(path)).plain:
+        raise UserError(
+            f"{stage.name}.model ({path}): it has no chat template, and of {several} of the {len(prompts)} prompts, "
+            "which have several messages, it would see the last one alone; start from an SFT stage, which gives it "
+            "a template"
+        )
 
 
 def _watch(stage: OnlineBase) -> Judge | None:
@@ -114,6 +133,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
         device=context.device,
         precision=pick_precision(stage.precision, context.device),
         seed=recipe.seed,
+        positions=positions(path, recipe.model.revision, recipe.model.trust_remote_code),
         texts=read_texts(mixed) if mixed is not None else (),
         trunk=Trunk(path, context.device, lora) if isinstance(stage, OnlineBase) and stage.one_base and lora else None,
     )
@@ -123,7 +143,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
 
 
 def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
-    """Samples responses into the store, under this stage's fingerprint."""
+    """Samples responses into the store, under this stage's fingerprint, and into a file that SFT can learn from."""
     recipe = context.recipe
     path = context.model_path(stage.model)
     model, tokenizer = load_policy(path, device=context.device)
@@ -131,7 +151,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     chat = Chat(tokenizer)
     precision = pick_precision("auto", context.device)
     sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
-    prompts = training_prompts(stage.prompts, context)
+    prompts, _ = encode_prompts(chat, training_prompts(stage.prompts, context), recipe.data, context.reporter)
     replies = sample_replies(
         sampler,
         chat,
@@ -142,20 +162,30 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
         context.reporter,
         candidates=stage.candidates,
         max_similarity=stage.max_similarity,
+        scorer=_mixed(stage.rewards, context, precision) if stage.rewards else None,
+        min_score=-math.inf if stage.min_reward is None else stage.min_reward,
     )
+    everything = [reply for group in replies for reply in group]
+    if not everything:
+        raise UserError(
+            f"stage {stage.name}: no response is left; every one was cut at sampling.max_new_tokens = "
+            f"{stage.sampling.max_new_tokens} or scored below min_reward; change one of the two"
+        )
     fingerprint = _fingerprint(context)
     with Store(store_url(context)) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
             session.add_responses(prompt.id, group, str(path), stage.sampling, fingerprint)
-    everything = [reply for group in replies for reply in group]
+    write_kept(context.stage_dir.path / KEPT, prompts, replies)
+    rewards = [reply.reward for reply in everything if reply.reward is not None]
     return {
         "prompts": len(prompts),
         "responses": len(everything),
         "fingerprint": fingerprint,
         "distinct_pairs": sum(len(group) >= 2 for group in replies),
-        "mean_length": sum(len(reply.ids) for reply in everything) / max(1, len(everything)),
-        "finished_rate": sum(reply.finished for reply in everything) / max(1, len(everything)),
+        "mean_length": sum(len(reply.ids) for reply in everything) / len(everything),
+        "finished_rate": sum(reply.finished for reply in everything) / len(everything),
+        **({"reward": sum(rewards) / len(rewards), "prompts_without": replies.count([])} if rewards else {}),
     }
 
 
@@ -207,14 +237,18 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     """Evaluates the models and writes the run's ``summary.json``."""
     recipe = context.recipe
     precision = pick_precision("auto", context.device)
+    models = {name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
+    prompts = heldout_prompts(stage.prompts, context)
+    for path in models.values():  # each may have a tokenizer of its own, and all are asked the same
+        prompts, _ = encode_prompts(Chat(load_tokenizer(path)), prompts, recipe.data, context.reporter)
     inputs = EvaluationInputs(
-        models={name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])},
+        models=models,
         baseline=stage.baseline,
-        prompts=heldout_prompts(stage.prompts, context),
+        prompts=prompts,
         texts=read_texts(recipe.data.base_text) if recipe.data.base_text else [],
         facts=read_facts(recipe.data.facts) if recipe.data.facts else [],
         judge=_judge(stage.judge, context, precision),
-        scorer=_learned(stage.reward, context, precision),
+        scorer=_proxy(stage, context, precision),
         sampling=stage.sampling,
         seed=recipe.seed,
         bootstrap=stage.bootstrap,
@@ -302,21 +336,28 @@ def _mixed(
     parts = []
     for term in terms:
         if isinstance(term.source, PythonRef):
-            parts.append(RewardPart(PythonScorer(load_python(term.source.ref)), term.weight, term.source.ref))
+            scorer: Scorer = PythonScorer(load_python(term.source.ref))
         else:
-            name = term.source.model
-            parts.append(RewardPart(_reward_model(name, context, precision, trunk), term.weight, name))
+            scorer = _reward_model(term.source.model, context, precision, trunk)
+        parts.append(RewardPart(scorer, term.weight, _source_name(term.source)))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
+
+
+def _source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
+    return source.ref if isinstance(source, PythonRef) else source.model
 
 
 def _default_reward(context: StageContext) -> str | None:
     return next((stage.name for stage in context.recipe.stages if isinstance(stage, RewardStage)), None)
 
 
-def _learned(name: str | None, context: StageContext, precision: Precision) -> Scorer | None:
-    name = name or _default_reward(context)
+def _proxy(stage: EvalStage, context: StageContext, precision: Precision) -> Scorer | None:
+    """What stands for the reward that was trained on."""
+    if stage.rewards:
+        return _mixed(stage.rewards, context, precision)
+    name = stage.reward or _default_reward(context)
     return _reward_model(name, context, precision) if name else None
 
 
@@ -325,6 +366,8 @@ def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) ->
         return JudgeFromPython(load_python(ref.ref))
     if isinstance(ref, EndpointRef):
         return EndpointJudge(ref)
+    if isinstance(ref, MixedRef):
+        return JudgeFromScorer(_mixed(ref.rewards, context, precision))
     name = ref.model if isinstance(ref, RewardModelRef) else _default_reward(context)
     if name is None:
         raise UserError(
@@ -334,6 +377,6 @@ def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) ->
 
 
 def _judge_name(ref: JudgeRef | None) -> str:
-    if isinstance(ref, PythonRef):
-        return ref.ref
-    return ref.model if ref is not None else "the reward model"
+    if isinstance(ref, MixedRef):
+        return " + ".join(f"{term.weight:g} × {_source_name(term.source)}" for term in ref.rewards)
+    return _source_name(ref) if ref is not None else "the reward model"

@@ -66,12 +66,14 @@ class Completion:
 
     ``ids`` are the completion's tokens, the stop token included when finished; ``logprobs`` (nats, same length)
     are those of the policy at the sampling temperature (at 1 for greedy), before top-k/top-p/min-p filtering.
+    ``reward``: the score by which it was chosen among others, where it was.
     """
 
     text: str
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     finished: bool = True
+    reward: float | None = None
 
 
 Settled = Literal["", "chosen", "rejected", "tie"]

@@ -175,6 +175,13 @@ def test_preference_details(write: Callable[..., Path]) -> None:
     assert len({p.id for p in (first, tie, equal, bob)}) == 4
 
 
+def test_a_reply_with_thumbs_down_is_no_demonstration(write: Callable[..., Path]) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": n != 1} for n in range(3)]
+    with pytest.raises(UserError, match=r"line 2: field 'label': false, so the reply is no demonstration"):
+        read_demonstrations(write(*rows))
+    assert len(read_demonstrations(write(rows[0], rows[2]))) == 2
+
+
 def test_labelled_steps_and_facts(write: Callable[..., Path]) -> None:
     up, down = read_labelled(
         write({"prompt": "hi", "completion": "yo", "label": True},
@@ -257,7 +264,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_texts("hub:owner/name") == read_texts("hub:owner/name:test") == ["a", "b"]
     assert asked == [("owner/name", "train"), ("owner/name", "test")]
-    with pytest.raises(UserError, match=r"hub:no/such: the data set cannot be loaded: .*doesn't exist"):
+    with pytest.raises(UserError, match=r"hub:no/such: the data set cannot be loaded: .*doesn't exist.*check its name"):
         read_texts("hub:no/such")
     with pytest.raises(UserError, match=r"hub:owner/name, row 1 \(and 1 more\): columns are text; expected prompt"):
         read_prompts("hub:owner/name")

@@ -194,6 +194,7 @@ def test_endpoint_gives_up_with_the_address_and_status(serve: Callable[..., Serv
         judge(server.url + "?key=sk-in-url").grade(PROMPTS[:1], REPLIES[:1])
     message = str(caught.value)
     assert "/v1/chat/completions could not grade prompt 'p0': after 3 tries: status 503" in message
+    assert message.endswith("; look after it, or set another judge, and run the same command again")
     assert "the key *** is over its limit" in message
     assert "sk-" not in message
     assert "\n" not in message

@@ -24,7 +24,7 @@ RANKS = {
     "reward": 3,
     **dict.fromkeys(("train", "feedback", "eval"), 4),
     **dict.fromkeys(("report", "inputs"), 5),
-    "stages": 6,
+    **dict.fromkeys(("stages", "graph"), 6),
     "pipeline": 7,
     "check": 8,
     "cli": 9,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from keel.config import Recipe, Stage
-from keel.pipeline import ancestors, parents, plan, run_pipeline
+from keel.graph import ancestors, parents
+from keel.pipeline import plan, run_pipeline
 from keel.run import RunDir, Silent, StageContext
 from keel.types import UserError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from keel.report.plots import Point, Series, axis, line_chart, thinned, ticks
 from keel.report.reading import read_run
 from keel.report.sections import pipeline
 from keel.report.table import table
-from keel.report.wording import duration, percent, plain, title
+from keel.report.wording import duration, one_place, percent, plain, title, two_places
 from keel.types import UserError
 
 VOID = {"meta", "line", "circle", "rect", "polyline", "polygon", "br", "link", "img"}
@@ -213,6 +214,20 @@ def test_empty_tables_and_missing_numbers(copy: Path) -> None:
     assert "None. KL, entropy" in text
 
 
+def test_pretraining_text_is_no_part_of_the_loss_that_is_shown(copy: Path) -> None:
+    """Else the training line would lie above the held-out one by the texts' share."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    sft = next(stage for stage in manifest["recipe"]["stages"] if stage["name"] == "sft")
+    own = [row["loss"] for row in read_run(copy).stages[0].rows]
+    sft["ptx"] = {"coef": 0.5, "batch_size": 4}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    log = copy / "sft" / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    mixed = [{**row, "loss": row["loss"] + 0.5 * 3.0, "loss/ptx_avg": 3.0} for row in rows]
+    log.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    assert [row["loss"] for row in read_run(copy).stages[0].rows] == pytest.approx(own)
+
+
 def test_run_at_work(copy: Path) -> None:
     """No evaluation yet and a line that is being written."""
     (copy / "summary.json").unlink()
@@ -237,6 +252,7 @@ def test_page_fits_a_phone_and_a_desktop(run_dir: Path, html: str) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright (extra: dev)")
     chromium = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
     if chromium is None:
+        assert os.environ.get("CI") != "true", "CI has Chromium"
         pytest.skip("the browser test needs Debian's chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", "--no-first-run"]
@@ -291,6 +307,7 @@ def test_thinning_keeps_the_mean() -> None:
 
 
 def test_wording() -> None:
+    assert [two_places(-0.001), one_place(-0.04), percent(-0.0001)] == ["0.00", "0.0", "0%"]
     assert [title(name) for name in ("ppo_no_kl", "base", "my_model")] == ["PPO no KL", "Base", "My model"]
     assert [percent(x) for x in (0.8437, 1.0, 0.05)] == ["84.4%", "100%", "5%"]
     assert [duration(s) for s in (9.31, 48.2, 82.7, 7325)] == ["9.3 s", "48 s", "1 min 23 s", "2 h 02 min"]

@@ -17,7 +17,7 @@ from keel.model.heads import ScalarModel
 from keel.reward.judge import JudgeFromPython, JudgeFromScorer
 from keel.reward.python_ref import load_python
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart
-from keel.types import Completion, Grade, Prompt, UserError
+from keel.types import Completion, Grade, Message, Prompt, UserError
 
 PROMPTS = [prompt(n) for n in range(7)]
 REPLIES = [Completion("good day captain " * n, finished=n % 3 != 2) for n in range(7)]
@@ -160,6 +160,14 @@ def test_a_broken_reward_model_is_found(tmp_path: Path) -> None:
         model.model.score.weight.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(UserError, match="prompt 'p0' is not finite"):
         RewardModelScorer(model, batch_tokens=64).score(PROMPTS, REPLIES)
+
+
+def test_without_a_template_no_conversation_is_scored_by_its_end_alone(tmp_path: Path) -> None:
+    scorer = RewardModelScorer(load_scalar(save_tiny(tmp_path), new_head_seed=0), 4096)
+    assert scorer.score(PROMPTS, REPLIES).shape == (7,)
+    turns = (Message("user", "hi"), Message("assistant", "yes"), Message("user", "and"))
+    with pytest.raises(UserError, match=r"prompt 'long' has several messages.*no chat template.*from an SFT stage"):
+        scorer.score([PROMPTS[0], Prompt("long", turns)], REPLIES[:2])
 
 
 def test_scoring_reports_every_reply(reward_model: ScalarModel) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from tiny import demonstrations, preferences, prompt, tiny_llama, tiny_tokenizer
+from tiny import demonstrations, preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from keel.check import check_recipe
 from keel.cli.models import trained_stages
 from keel.config import Recipe
 from keel.feedback.simulated import SimulatedAnnotator
@@ -37,7 +38,7 @@ from keel.pipeline import run_pipeline
 from keel.run import RunDir, Silent
 from keel.stages import RUNNERS
 from keel.store import Store
-from keel.types import Grade, Prompt
+from keel.types import Grade, Prompt, UserError
 from keel.web.service.models import Models
 
 
@@ -138,6 +139,138 @@ def test_a_second_run_does_nothing_and_a_change_redoes_what_rests_on_it(tmp_path
     assert again["sft"] == stamps["sft"]
     assert again["reward"] > stamps["reward"]
     assert again["ppo"] > stamps["ppo"]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["whole", "lora"])
+def test_a_recipe_gives_the_same_weights_wherever_the_process_stands(
+    lora: dict[str, int] | None, tmp_path: Path
+) -> None:
+    """A base without the template's marks gets them, and adapters get values: what is drawn for them must follow from
+    the seed, or a run that was killed before its first saved state would end elsewhere."""
+    recipe = assistant(tmp_path, "llama")
+    recipe["model"] |= {"lora": lora, "chat_template": "chatml"}
+    recipe["stages"] = recipe["stages"][:1]
+    weights = []
+    for name in ("a", "b"):
+        torch.rand(3)  # the process has drawn something before
+        done = run(recipe | {"device": "cpu"}, tmp_path / name)
+        weights.append((done.stage("sft").path / "model.safetensors").read_bytes())
+        assert len(AutoTokenizer.from_pretrained(done.stage("sft").path)) > len(tiny_tokenizer())
+    assert weights[0] == weights[1]
+
+
+def test_sampling_and_evaluation_keep_to_the_longest_prompt(tmp_path: Path) -> None:
+    recipe = loop_recipe(tmp_path, None)
+    recipe["stages"] = [recipe["stages"][1] | {"model": "base"}, recipe["stages"][-2] | {"models": ["base"]}]
+    recipe["stages"][1]["baseline"] = "base"
+    rows = [{"prompt": "what is good" + " day" * n} for n in (0, 1, 400)]
+    recipe["data"] |= {"prompts": write_jsonl(tmp_path / "long.jsonl", rows), "max_prompt_length": 40}
+    recipe["data"]["heldout_prompts"] = write_jsonl(tmp_path / "held.jsonl", [*rows[:2], {"prompt": "no" * 400}])
+    with pytest.raises(UserError, match=r"1 of .* prompts are longer than data.max_prompt_length = 40 .*skip"):
+        run(recipe, tmp_path / "run")
+    recipe["data"]["over_length"] = "skip"
+    recipe["data"]["prompts"] = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "yes" + " a" * n} for n in (0, 400)])
+    done = run(recipe, tmp_path / "run")
+    assert done.stage("sample").summary()["prompts"] == 1
+    assert done.summary()["stages"]["base"]["prompts"] == 2
+
+
+def test_a_record_beyond_the_models_positions_is_told(tmp_path: Path) -> None:
+    """GPT-2 has 256 learned positions here: a longer row would index past their end in the middle of training."""
+    recipe = assistant(tmp_path, "gpt2")
+    rows = [{"prompt": f"what is {n}", "completion": "good " * (400 if n == 3 else 2)} for n in range(30)]
+    recipe["data"] |= {"demonstrations": write_jsonl(tmp_path / "long.jsonl", rows), "max_length": 2048}
+    recipe["stages"] = recipe["stages"][:1]
+    with pytest.raises(UserError, match=r"1 of \d+ records are longer than the model's positions = 256 tokens .*skip"):
+        run(recipe, tmp_path / "run")
+    recipe["data"]["over_length"] = "skip"
+    summary = run(recipe, tmp_path / "run").stage("sft").summary()
+    assert summary["demonstrations"] + summary["heldout"] == 29
+
+
+def test_every_stage_starts_from_the_revision_that_the_recipe_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub cache with two revisions of a model, the later one as its main."""
+    cache = tmp_path / "hub"
+    place = cache / "models--owner--tiny"
+    for number in (1, 2):
+        save_tiny(place / "snapshots" / (str(number) * 40), seed=number)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("2" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    data = data_files(tmp_path)
+    stage = {"kind": "dpo", "name": "dpo", "model": "base", "optim": {"lr": 1e-12}, "precision": "fp32"}
+    recipe = {"model": {"path": "owner/tiny", "revision": "1" * 40}, "data": data, "stages": [stage]}
+    trained = AutoModelForCausalLM.from_pretrained(run(recipe, tmp_path / "run").stage("dpo").path)
+    assert torch.allclose(trained.model.embed_tokens.weight, tiny_llama(1).model.embed_tokens.weight)
+    recipe["model"] = {"path": "owner/tiny", "revision": "v9"}
+    with pytest.raises(UserError, match=r"model\.revision: owner/tiny at 'v9' cannot be had .*check both names"):
+        run(recipe, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo", "grpo"])
+def test_a_model_without_a_template_is_not_trained_on_half_a_conversation(kind: str, tmp_path: Path) -> None:
+    recipe = assistant(tmp_path, "llama")
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = [
+        {"prompt": [*history, {"role": "user", "content": f"and {n}"}], "chosen": "good day", "rejected": "no"}
+        for n in range(30)
+    ]
+    pairs = write_jsonl(tmp_path / "turns.jsonl", rows)
+    recipe["data"] |= {"preferences": pairs, "demonstrations": None}
+    online = {"rewards": [{"source": {"kind": "python", "ref": f"{__file__}:reward"}}]} if kind.endswith("po") else {}
+    stage = {"kind": kind, "name": "it", "model": "base"} | (online if kind != "dpo" else {})
+    recipe["stages"] = [stage]
+    message = r"it\.model .*has no chat template, and of \d+ of the \d+ prompts.*start from an SFT stage"
+    with pytest.raises(UserError, match=message):
+        run(recipe, tmp_path / "run")
+    found = [str(finding) for finding in check_recipe(Recipe.model_validate(recipe), RunDir(tmp_path / "run"))]
+    assert any("would see the last message alone of 30 prompts" in line for line in found)
+    # A setting that would do nothing is no setting.
+    recipe["model"]["chat_template"] = "keel"
+    with pytest.raises(ValueError, match=r"model\.chat_template is given to a model by an SFT stage, and it starts"):
+        Recipe.model_validate(recipe)
+
+
+# ------------------------------------------------------------------------------------------------ the shipped recipes
+
+
+def reward(prompt: Prompt, text: str) -> float:
+    return float(text.count("o"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
+    """As it stands, with only the names of files filled in and everything made small."""
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    tuned = assistant(tmp_path, "llama")
+    tuned["stages"] = [{"kind": "sft", "name": "sft", "epochs": 4, "optim": {"lr": 5e-3}, "batch_size": 8}]
+    tuned["stages"].append({"kind": "reward", "name": "reward", "model": "sft"})
+    made = run(tuned, tmp_path / "made")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt(n).messages[0].content} for n in range(24)])
+    data, there = tuned["data"], {"demonstrations": str(tmp_path / "demos.jsonl"), "prompts": prompts}
+    recipe["model"]["path"] = str(made.stage("sft").path)
+    for key in recipe.get("data", {}):
+        recipe["data"][key] = (data | there | {"heldout_prompts": prompts}).get(key, recipe["data"][key])
+    recipe["data"] = recipe.get("data", {}) | {"max_length": 120, "max_prompt_length": 60}
+    text = json.dumps(recipe).replace("my_reward.py", __file__).replace("my_annotators.py", __file__)
+    text = text.replace("./my-reward", str(made.stage("reward").path)).replace("./my-tuned", recipe["model"]["path"])
+    recipe = json.loads(
+        text.replace("helpful.jsonl", data["preferences"]).replace("harmless.jsonl", data["preferences"])
+    )
+    for stage in recipe["stages"]:
+        if "sampling" in stage:
+            stage["sampling"] |= {"max_new_tokens": 12, "batch_size": 16}
+        stage |= {
+            "ppo": {"episodes": 16, "rollout_batch": 8, "minibatches": 1},
+            "grpo": {"episodes": 16, "rollout_batch": 16, "minibatches": 1},
+            "eval": {"bootstrap": 100},
+            "sample": {"min_reward": -9.0} if stage.get("rewards") else {},
+        }.get(stage["kind"], {})
+    done = run(recipe, tmp_path / "run")
+    assert all(done.stage(stage["name"]).done for stage in recipe["stages"])
 
 
 # --------------------------------------------------------------------------------------------- the loop with annotators

@@ -329,10 +329,19 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(sft_model: Path, tmp_path:
     stage = PpoStage(**PPO, episodes=64)  # type: ignore[arg-type]
     summary = train_ppo(stage, [prompt(n) for n in range(50)], RewardModelScorer(scorer, 4096), sft_model, None, c)
     assert summary["objective/scores_std"] > 0
-    with pytest.raises(UserError, match="another tokenizer"):
-        train_ppo(
-            stage, [prompt(0), prompt(1)], RewardModelScorer(scorer, 4096), sft_model, _with_head(scorer, tmp_path), c
-        )
+    # As a critic it cannot value the policy's tokens: it gives way where nobody named it.
+    reads_other = _with_head(scorer, tmp_path)
+    prompts = [prompt(n) for n in range(50)]
+    c = context(tmp_path / "second", "ppo", sft_model)
+    again = train_ppo(stage, prompts, RewardModelScorer(scorer, 4096), sft_model, reads_other, c)
+    assert again == summary
+    named = stage.model_copy(update={"critic": str(reads_other)})
+    with pytest.raises(UserError, match=r"another tokenizer than the policy.*leave critic out or set it to sft"):
+        train_ppo(named, prompts, RewardModelScorer(scorer, 4096), sft_model, reads_other, c)
+    # What that message advises works: a language model gets a new head.
+    c = context(tmp_path / "third", "ppo", sft_model)
+    named = stage.model_copy(update={"critic": "sft"})
+    assert train_ppo(named, prompts, RewardModelScorer(scorer, 4096), sft_model, sft_model, c) == summary
 
 
 def _with_head(scorer: object, tmp_path: Path) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from keel.cli.parser import parse
 
@@ -31,10 +32,13 @@ def entry() -> None:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         from keel.cli.commands import COMMANDS  # torch
+        from keel.run import disk_full_as_user_error
         from keel.types import UserError
 
         try:
-            return COMMANDS[arguments.command](arguments)
+            # The files' own writers say which one; this is for all others (the lock, the event files, a log).
+            with disk_full_as_user_error(Path(getattr(arguments, "out", None) or ".")):
+                return COMMANDS[arguments.command](arguments)
         except UserError as error:
             print(f"keel: {error}", file=sys.stderr)
             return 2

@@ -46,6 +46,8 @@ def _stage(arguments: argparse.Namespace) -> int:
     kind, out = arguments.command, Path(arguments.out)
     file, overrides = split_words(arguments.words)
     earlier = None if file else RunDir(out).manifest.read().get("recipe")
+    if file is None and earlier is None and kind == "report":
+        raise UserError(f"{out}: no run lies here, so there is nothing to report; name a run's folder with --out")
     if file is not None:
         draft = read_draft(Path(file))
     elif earlier and any(stage["kind"] == kind for stage in earlier["stages"]):

@@ -176,13 +176,13 @@ def _duration(seconds: float) -> str:
 
 _PERCENT: Callable[[float], str] = "{:.0%}".format
 _FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("gold_reward", "score", "{:.2f}".format),
+    ("gold_reward", "score", "{:z.2f}".format),
     ("answer_rate", "answers", _PERCENT),
     ("correct_rate", "correct", _PERCENT),
     ("invented_rate", "invents", _PERCENT),
     ("harmful_rate", "harmful", _PERCENT),
     ("over_refusal_rate", "over-refuses", _PERCENT),
-    ("kl_to_sft", "KL to SFT", "{:.1f}".format),
+    ("kl_to_{baseline}", "KL to {baseline}", "{:z.1f}".format),
     ("base_text_loss", "text loss", "{:.3f}".format),
     ("fact_accuracy", "facts", _PERCENT),
     ("mean_length", "tokens", "{:.0f}".format),
@@ -196,7 +196,11 @@ def stage_table(entries: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any
     table.add_column("time", justify="right", style="cyan")
     table.add_column("result", overflow="fold")
     for name, entry, summary in entries:
-        facts = [f"{key} {_number(value)}" for key, value in summary.items() if isinstance(value, int | float | str)]
+        facts = [
+            f"{key} {_number(value)}"
+            for key, value in summary.items()
+            if key != "fingerprint" and isinstance(value, int | float | str)
+        ]
         table.add_row(name, _duration(float(entry.get("seconds", 0.0))), ", ".join(facts[:6]))
     return table
 
@@ -214,9 +218,11 @@ def model_table(summary: Mapping[str, Any]) -> RenderableType | None:
     table.add_column("")
     for name in models:  # a column for each model: there are fewer of them than figures, and a terminal is narrow
         table.add_column(name, justify="right", style="bold")
-    if any(figures.get("win_rate_vs_sft") for figures in models.values()):
-        table.add_row("wins against SFT", *(_win_rate(figures.get("win_rate_vs_sft")) for figures in models.values()))
-    for key, title, form in _FIGURES:
+    baseline = str(summary.get("baseline", "sft"))
+    won = f"win_rate_vs_{baseline}"
+    if any(figures.get(won) for figures in models.values()):
+        table.add_row(f"wins against {baseline}", *(_win_rate(figures.get(won)) for figures in models.values()))
+    for key, title, form in ((k.format(baseline=baseline), t.format(baseline=baseline), f) for k, t, f in _FIGURES):
         cells = [form(figures[key]) if figures.get(key) is not None else "" for figures in models.values()]
         if any(cells):
             table.add_row(title, *cells)

@@ -211,7 +211,7 @@ def _plain_path(loc: Sequence[str | int]) -> Path_:
     for i, part in enumerate(loc):
         if i == 2 and loc[0] == "stages" and part in STAGE_MODELS:
             continue
-        if i and loc[i - 1] in _TAGGED and part in ("python", "model", "endpoint"):
+        if i and loc[i - 1] in _TAGGED and part in ("python", "model", "mixed", "endpoint"):
             continue
         plain.append(part)
     return tuple(plain)

@@ -220,7 +220,10 @@ def _read_hub(source: str, bad: BadRows) -> Iterator[Row]:
     try:
         table = load_dataset(name, split=split or "train")
     except Exception as error:  # network, access, unknown name or split: whatever the library raises
-        raise UserError(f"{source}: the data set cannot be loaded: {error}") from error
+        reason = str(error).strip().rstrip(".")
+        raise UserError(
+            f"{source}: the data set cannot be loaded: {reason}; check its name, split and network, or name a file"
+        ) from error
     for number, values in enumerate(table, start=1):
         yield from _row(source, f"row {number}", values, bad)
 

@@ -148,6 +148,8 @@ def _demonstration(row: Values) -> Demonstration:
         messages = (*_instruction(row), Message("assistant", text(row, "output")))
     else:
         return _plain_text(row)
+    if "completion" in row and "label" in row and row["label"] in (False, "false", "False"):
+        raise RowError("field 'label': false, so the reply is no demonstration; leave out rows with thumbs down")
     if messages[-1].role != "assistant":
         raise RowError(f"the conversation ends with a message of the {messages[-1].role}; expected the assistant's")
     return Demonstration(_id(row) or messages_hash(messages), messages)

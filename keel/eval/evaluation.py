@@ -22,6 +22,7 @@ from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import frozen, load_policy
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.precision import Precision, autocast
+from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids, with_decoded_text
 from keel.rollout.sampler import make_sampler
 from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer
@@ -110,6 +111,8 @@ def _one_model(
     replies = [with_decoded_text(chat, reply) for reply in sampler.generate(prompt_ids, inputs.sampling, inputs.seed)]
     evaluation = evaluate_model(name, inputs.prompts, [(reply,) for reply in replies], inputs.judge, inputs.scorer)
     figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}
+    if isinstance(inputs.scorer, MixedScorer):
+        figures |= {f"reward/{part}": float(scores.mean()) for part, scores in inputs.scorer.last_parts.items()}
     if not chat.plain:  # a model that is asked in another form has no KL to one that is asked through a template
         at_one = inputs.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
         drawn = replies if at_one == inputs.sampling else sampler.generate(prompt_ids, at_one, inputs.seed)

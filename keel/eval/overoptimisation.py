@@ -212,14 +212,14 @@ def statements(kept_name: str, free_name: str, steps: Comparison | None, equal: 
     gaps = [c.kept.gold - c.free.gold for c in equal]
     said.append(
         f"At equal KL ({len(equal)} levels from {equal[0].kept.kl:.2g} to {equal[-1].kept.kl:.3g} nats): the gold "
-        f"reward of {kept_name} minus that of {free_name} lies between {min(gaps):+.2f} and {max(gaps):+.2f}, "
-        f"mean {sum(gaps) / len(gaps):+.2f}."
+        f"reward of {kept_name} minus that of {free_name} lies between {min(gaps):+z.2f} and {max(gaps):+z.2f}, "
+        f"mean {sum(gaps) / len(gaps):+z.2f}."
     )
     return said
 
 
 def _described(name: str, side: Side) -> str:
-    return f"{name} has KL {side.kl:.1f} nats, proxy {side.proxy:.2f}, gold {side.gold:.2f}"
+    return f"{name} has KL {side.kl:z.1f} nats, proxy {side.proxy:z.2f}, gold {side.gold:z.2f}"
 
 
 def _order(a: float, b: float) -> str:

@@ -57,7 +57,9 @@ def _checked(path: str | Path, what: str, load: Any) -> Any:
             return load()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: could not load this {what}: {first}") from error
+        raise UserError(
+            f"{path}: could not load this {what}: {first.rstrip('.')}; name a folder or a hub id with one"
+        ) from error
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -66,6 +68,31 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def pinned(path: str, revision: str | None) -> str:
+    """Where the named revision of a hub model lies on this machine, fetched when it is not there yet; a folder, or a
+    hub id without a revision, as it is. So every stage that starts from the recipe's model starts from that one."""
+    if revision is None or Path(path).exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.h5", "*.msgpack", "*.onnx"])
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.revision: {path} at {revision!r} cannot be had ({first}); check both names") from error
+
+
+def positions(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the model at ``path`` can tell apart by their place; None when its config does not say."""
+    config = _checked(
+        path,
+        "model",
+        lambda: AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code),
+    )
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_policy(

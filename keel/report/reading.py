@@ -104,8 +104,17 @@ def _read_stage(folder: Path, known: _Known) -> StageFiles:
         config=known.config,
         entry=known.entry,
         summary=read_json(path) if path.is_file() else {},
-        rows=tuple(_read_rows(folder / "metrics.jsonl")),
+        rows=tuple(_own_loss(row, known.config) for row in _read_rows(folder / "metrics.jsonl")),
     )
+
+
+def _own_loss(row: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the stage's own loss: where pretraining text is mixed in, ``loss`` holds its share too, and would
+    lie above the held-out loss, which does not, for no fault of the model's."""
+    loss, text = row.get("loss"), row.get("loss/ptx_avg")
+    if loss is None or text is None or not config.get("ptx"):
+        return row
+    return {**row, "loss": loss - config["ptx"]["coef"] * text}
 
 
 def _read_rows(path: Path) -> Sequence[Mapping[str, Any]]:

@@ -189,9 +189,10 @@ def _card(stage: StageFiles) -> Card:
         shown = [Fact(phrase(key), plain(value)) for key, value in scalars if value is not None][:3]
     status = str(stage.entry.get("status", "done" if stage.summary else "not run"))
     seconds = duration(stage.seconds) if stage.seconds is not None else ""
-    return Card(
-        title(stage.name), _WHAT.get(stage.kind, stage.kind), tuple(shown), seconds, "" if status == "done" else status
+    what = (
+        "the best of many replies" if stage.config.get("rewards") and stage.kind == "sample" else _WHAT.get(stage.kind)
     )
+    return Card(title(stage.name), what or stage.kind, tuple(shown), seconds, "" if status == "done" else status)
 
 
 def _size(value: Any) -> float | None:

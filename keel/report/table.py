@@ -67,6 +67,11 @@ def table(run: RunFiles) -> list[TableGroup]:
             Column(vs, f"Win rate against {title(run.baseline)}", percent, 1),
             Column("gold_reward", "Judge's score", two_places, 1),
             Column("reward", "Learned reward", two_places, 0),
+            *(
+                Column(key, f"of it {key.rpartition('/')[2]}", two_places, 0)
+                for key in keys
+                if key.startswith("reward/")
+            ),
         ],
         "Behaviour": [
             Column("answer_rate", "Answers", percent, 1),

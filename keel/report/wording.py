@@ -58,20 +58,20 @@ def plain(value: float) -> str:
 
 
 def two_places(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"{value:z.2f}".replace("-", "−")
 
 
 def three_places(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−")
+    return f"{value:z.3f}".replace("-", "−")
 
 
 def one_place(value: float) -> str:
-    return f"{value:.1f}".replace("-", "−")
+    return f"{value:z.1f}".replace("-", "−")
 
 
 def percent(value: float) -> str:
     """``0.8437`` -> ``84.4%``; whole when it is whole or 0 or 1."""
-    text = f"{100 * value:.1f}"
+    text = f"{100 * value:z.1f}"
     return text.removesuffix(".0").replace("-", "−") + "%"
 
 

@@ -146,6 +146,7 @@ class EndpointJudge:
                     tries = f"after {attempt + 1} tries: " if attempt else ""
                     raise UserError(
                         f"the judge at {self._shown} could not grade prompt {prompt.id!r}: {tries}{self._clean(error)}"
+                        "; look after it, or set another judge, and run the same command again"
                     ) from None
                 stop.wait(min(pause if error.pause is None else error.pause, _LONGEST_PAUSE))
                 pause *= 2

@@ -74,6 +74,11 @@ class RewardModelScorer:
         return scores_N
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Encoded]:
+        if self.reward_model.chat.plain and (several := [prompt for prompt in prompts if len(prompt.messages) > 1]):
+            raise UserError(
+                f"prompt {several[0].id!r} has several messages, and the reward model, which has no chat template, "
+                "would see the last one alone; train it from an SFT stage, which gives it a template"
+            )
         rows = self.reward_model.chat.encode_replies(
             [(prompt.messages, c.text, c.finished) for prompt, c in zip(prompts, completions, strict=True)]
         )

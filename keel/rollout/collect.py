@@ -1,14 +1,16 @@
-"""Prompts -> replies worth comparing: several a prompt, as text, near-duplicates left out."""
+"""Prompts -> replies worth comparing or learning from: several a prompt, as text, near-duplicates left out, the
+best of many where a scorer says which those are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.rollout.sampler import Sampler, stream_key
-from keel.types import Completion, Prompt, Reporter, UserError
+from keel.types import Completion, Prompt, Reporter, Scorer, UserError
 
 CHUNK = 2048  # sequences between two signs of life; a constant, because the seed of a chunk depends on where it starts
 
@@ -23,9 +25,15 @@ def sample_replies(
     reporter: Reporter,
     candidates: int = 0,
     max_similarity: float = 1.0,
+    scorer: Scorer | None = None,
+    min_score: float = -math.inf,
 ) -> list[list[Completion]]:
     """``per_prompt`` replies to each prompt, chosen from ``candidates`` samples (0: as many as are kept) by
     :func:`choose_different`; fewer only where the samples do not hold that many different texts.
+
+    With a ``scorer`` (best-of-n) the samples come to that choice in the order of their scores, highest first. Those
+    below ``min_score`` are left out, and so are those that were cut at the length limit: they are worse than what was
+    scored of them.
 
     ``Completion.text`` is the reply without its stop token. Raises UserError naming the prompt that does not fit.
     """
@@ -41,11 +49,26 @@ def sample_replies(
             completions = sampler.generate(requests, sampling, stream_key(seed, start))
         except UserError as error:
             raise UserError(f"{error} (of those sampled from {prompts[start].id} on)") from error
-        with_text = [with_decoded_text(chat, c) for c in completions]
-        for i in range(len(part)):
-            replies.append(choose_different(with_text[i * samples : (i + 1) * samples], per_prompt, max_similarity))
+        drawn = [with_decoded_text(chat, c) for c in completions]
+        groups = [drawn[i : i + samples] for i in range(0, len(drawn), samples)]
+        if scorer is not None:
+            groups = _best_first(prompts[start : start + step], groups, scorer, min_score)
+        replies += [choose_different(group, per_prompt, max_similarity) for group in groups]
         reporter.advance(len(requests), tokens=sum(len(c.ids) for c in completions))
     return replies
+
+
+def _best_first(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], scorer: Scorer, min_score: float
+) -> list[list[Completion]]:
+    """Each prompt's samples with their scores, the best first, without the cut ones and those below ``min_score``."""
+    whole = [(i, reply) for i, group in enumerate(groups) for reply in group if reply.finished]
+    scores = scorer.score([prompts[i] for i, _ in whole], [reply for _, reply in whole]).tolist() if whole else []
+    ordered: list[list[Completion]] = [[] for _ in groups]
+    for (i, reply), score in sorted(zip(whole, scores, strict=True), key=lambda pair: -pair[1]):
+        if score >= min_score:
+            ordered[i].append(replace(reply, reward=score))
+    return ordered
 
 
 def with_decoded_text(chat: Chat, completion: Completion) -> Completion:

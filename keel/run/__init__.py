@@ -16,7 +16,7 @@ from keel.run.machine import cpu_count, peak_rss_mb, resolve_device, versions
 from keel.run.metrics import MetricsLog
 from keel.run.reporter import Silent
 from keel.run.rundir import Manifest, RunDir, StageDir
-from keel.run.state import load_state, restore_rng, rng_state, save_state
+from keel.run.state import load_state, restore_rng, rng_state, save_state, seed_rng
 
 __all__ = [
     "Manifest",
@@ -40,6 +40,7 @@ __all__ = [
     "restore_rng",
     "rng_state",
     "save_state",
+    "seed_rng",
     "stages_there",
     "versions",
     "write_json",

@@ -50,6 +50,16 @@ def _assert_plain(value: Any, place: str) -> None:
         assert plain, f"{place} is a {type(value).__name__}: a state holds tensors, numbers, strings and dicts of them"
 
 
+def seed_rng(seed: int) -> None:
+    """Starts every generator of :func:`rng_state`. What draws from them without a seed of its own (new rows of an
+    embedding, adapters, a user's reward function) is then the same in every run."""
+    random.seed(seed)
+    torch.manual_seed(seed % 2**63)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
 def rng_state() -> dict[str, Any]:
     """The states of Python's, NumPy's (when imported), torch's CPU and CUDA generators, as `save_state` takes them."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}

@@ -21,7 +21,8 @@ class TrainContext:
     """``model_path`` is the checkpoint that the stage starts from; ``base_model`` the recipe's model section (adapters,
     template, revision), which applies to it.
     ``trunk``: that checkpoint held once, for stages whose models share it (``one_base``).
-    ``texts``: the pretraining text that the recipe has the stage mix in."""
+    ``texts``: the pretraining text that the recipe has the stage mix in. ``positions``: how long a record the model can
+    read, where its config says."""
 
     stage: StageDir
     reporter: Reporter
@@ -33,6 +34,7 @@ class TrainContext:
     seed: int
     trunk: Trunk | None = None
     texts: Sequence[str] = ()
+    positions: int | None = None
 
 
 def record_lineage(
@@ -47,28 +49,34 @@ def record_lineage(
 
 
 def within_length(
-    records: Sequence[T], encoded: Sequence[Sequence[Encoded]], ids: Sequence[str], data: DataConfig, reporter: Reporter
+    records: Sequence[T], encoded: Sequence[Sequence[Encoded]], ids: Sequence[str], context: TrainContext
 ) -> tuple[list[T], list[Sequence[Encoded]]]:
-    """The records whose every encoding fits ``data.max_length``. Never cuts a record: a cut completion would teach the
-    model to stop in the middle. Longer ones are an error, or left out and counted with ``data.over_length: skip``."""
+    """The records whose every encoding fits ``data.max_length`` and the model. Never cuts a record: a cut completion
+    would teach the model to stop in the middle. Longer ones are an error, or left out and counted with
+    ``data.over_length: skip``."""
+    data, limit, name = context.data, context.data.max_length, "data.max_length"
+    remedy = "raise data.max_length or set data.over_length: skip"
+    if context.positions is not None and context.positions < limit:
+        limit, name = context.positions, "the model's positions"
+        remedy = "shorten them, set data.over_length: skip, or take a model with a longer context"
     kept: list[T] = []
     kept_encoded: list[Sequence[Encoded]] = []
     over: list[tuple[str, int]] = []
     for record, parts, identity in zip(records, encoded, ids, strict=True):
         longest = max(len(part.ids) for part in parts)
-        if longest > data.max_length:
+        if longest > limit:
             over.append((identity, longest))
         else:
             kept.append(record)
             kept_encoded.append(parts)
     if over and data.over_length == "error":
-        name, length = over[0]
+        first, length = over[0]
         raise UserError(
-            f"{len(over)} of {len(records)} records are longer than data.max_length = {data.max_length} tokens "
-            f"(first: {name}, {length} tokens); raise data.max_length or set data.over_length: skip"
+            f"{len(over)} of {len(records)} records are longer than {name} = {limit} tokens "
+            f"(first: {first}, {length} tokens); {remedy}"
         )
     if over:
-        reporter.note(f"left out {len(over)} of {len(records)} records longer than {data.max_length} tokens")
+        context.reporter.note(f"left out {len(over)} of {len(records)} records longer than {limit} tokens")
     if not kept:
-        raise UserError(f"no record is left within data.max_length = {data.max_length} tokens; raise it")
+        raise UserError(f"no record is left within {name} = {limit} tokens; shorten them or take a longer model")
     return kept, kept_encoded

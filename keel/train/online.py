@@ -23,6 +23,7 @@ from keel.model.packed import compute_alike
 from keel.model.precision import Precision, autocast
 from keel.objective.kl import k1, k2, k3
 from keel.objective.policy import episode_scores
+from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts, repetition, rollout
 from keel.rollout.sampler import Sampler, make_sampler
@@ -226,6 +227,8 @@ class Rollouts:
             "rollout/logprob_diff": mismatch,
             "rollout/measured": len(probe) / n,
         }
+        if isinstance(self.scorer, MixedScorer):
+            figures |= {f"objective/scores/{name}": float(x.mean()) for name, x in self.scorer.last_parts.items()}
         if self.watch is not None:
             grades = self.watch.grade([e.prompt for e in episodes], completions)
             gold_N = torch.tensor([grade.score for grade in grades])

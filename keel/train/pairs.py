@@ -93,7 +93,7 @@ def encode_pairs(records: Sequence[Preference], chat: Chat, context: TrainContex
     ]
     encoded = chat.encode_replies(replies)
     both = list(zip(encoded[0::2], encoded[1::2], strict=True))
-    kept, parts = within_length(records, both, [r.id for r in records], context.data, context.reporter)
+    kept, parts = within_length(records, both, [r.id for r in records], context)
     return [Pair(record, chosen, rejected) for record, (chosen, rejected) in zip(kept, parts, strict=True)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keel.config import PpoStage
 from keel.data.collate import pack_by_prompt
-from keel.model.checkpoint import load_scalar
+from keel.model.checkpoint import has_reward_head, load_scalar, load_tokenizer
 from keel.model.heads import ScalarModel
 from keel.model.logprobs import token_logprobs
 from keel.objective.kl import AdaptiveKl, FixedKl, k1
@@ -147,15 +147,11 @@ def train_ppo(
 ) -> dict[str, Any]:
     """Trains the checkpoint at ``context.model_path`` against ``scorer`` and writes it; returns the stage's summary.
 
-    ``critic_path``: a reward model (its head comes along); None: the policy's trunk with a new head.
+    ``critic_path``: a reward model (its head comes along) or a language model (a new head is put on); None: the policy
+    with a new head.
     """
     rollouts = make_rollouts(config, prompts, scorer, reference_path, context, watch=watch)
     critic = _critic(config, critic_path, context)
-    if critic.tokenizer.get_vocab() != rollouts.chat.tokenizer.get_vocab():
-        raise UserError(
-            f"{config.name}: the critic {critic_path} has another tokenizer than the policy, so it cannot value the "
-            "policy's tokens; set critic to the policy's own stage"
-        )
     algorithm = Ppo(rollouts, critic, config)
     begin = config.critic_warmup * algorithm.updates_per_iteration
     texts = Ptx(rollouts.policy, rollouts.chat.tokenizer, config, context, begin)
@@ -164,13 +160,26 @@ def train_ppo(
 
 
 def _critic(config: PpoStage, path: Path | None, context: TrainContext) -> ScalarModel:
+    """A model with the policy's vocabulary: its head comes along where it has one, else a new one is put on. A reward
+    model that was taken for want of a ``critic`` and reads other tokens gives way to the policy with a new head."""
     trunk, checkpointing = context.trunk, config.gradient_checkpointing
+    if path is not None and load_tokenizer(path).get_vocab() != load_tokenizer(context.model_path).get_vocab():
+        if config.critic is not None:
+            raise UserError(
+                f"{config.name}: the critic {path} has another tokenizer than the policy, so it cannot value the "
+                f"policy's tokens; leave critic out or set it to {config.model}"
+            )
+        context.reporter.note(f"{config.name}: {path} reads other tokens; the critic begins as the policy")
+        path = None
+    if path == context.model_path:
+        path = None
     if trunk is not None:
         return trunk.reward_model(path, checkpointing) if path else trunk.new_critic(context.seed, checkpointing)
+    start = path or context.model_path
     return load_scalar(
-        path or context.model_path,
+        start,
         device=context.device,
         lora=context.base_model.lora,
         gradient_checkpointing=checkpointing,
-        new_head_seed=None if path else context.seed,
+        new_head_seed=None if has_reward_head(start) else context.seed,
     )

@@ -141,5 +141,5 @@ def _encode(records: Sequence[Demonstration], chat: Chat, context: TrainContext)
     """(ids, conversations) of those that fit."""
     encoded = chat.encode_demonstrations(records)
     ids = [record.id for record in records]
-    kept, parts = within_length(records, [(row,) for row in encoded], ids, context.data, context.reporter)
+    kept, parts = within_length(records, [(row,) for row in encoded], ids, context)
     return [record.id for record in kept], [row for (row,) in parts]
