@@ -32,7 +32,7 @@ from keel.types import Completion, Prompt
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
 # SFT model's samples make (InstructGPT: 72.6 +- 1.5%); raise it to lower their agreement.
-TEMPERATURE_SCALE = 0.08
+TEMPERATURE_SCALE = 0.072
 TEMPERATURE_SPREAD = 0.2  # standard deviation of its logarithm
 TIE_WIDTH = 0.04
 

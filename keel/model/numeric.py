@@ -105,4 +105,4 @@ def exp(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     power = p * from_bits(np.uint32((np.int32(k) + np.int32(127)) << np.int32(23)))
-    return power if x >= LOWEST else np.float32(0.0)
+    return power * np.float32(x >= LOWEST)
