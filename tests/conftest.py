@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pg_server
 import pytest
 import torch
+from databases import postgres_urls, sqlite_urls
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +21,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Makes empty databases, of both kinds in turn."""
+    if request.param == "sqlite":
+        with sqlite_urls(tmp_path) as make:
+            yield make
+        return
+    pg_server.server_or_skip()
+    with pg_server.running() as server, postgres_urls(server) as make:
+        yield make
 
 
 @pytest.fixture

@@ -12,12 +12,9 @@ import sys
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pg_server
-import pytest
-from databases import postgres_urls, sqlite_urls
 from labelling_world import fill, person
 
 from keel.store import Store
@@ -33,17 +30,6 @@ from keel.web.service.sources import Sources
 serve(Store(sys.argv[1]), "127.0.0.1", 0, Sources(), lambda line: print(line, flush=True))
 """
 PEOPLE = 8
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    if request.param == "sqlite":
-        with sqlite_urls(tmp_path) as make:
-            yield make
-        return
-    pg_server.server_or_skip()
-    with pg_server.running() as server, postgres_urls(server) as make:
-        yield make
 
 
 def serve(url: str) -> tuple[subprocess.Popen[str], int]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pg_server
-import pytest
-from databases import postgres_urls, sqlite_urls
 from labelling_world import fake_sources, fill, person
 from sqlalchemy import select
 
@@ -27,18 +24,6 @@ from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.quality import quality, standings
 from keel.web.service.start import prepare
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    if request.param == "sqlite":
-        with sqlite_urls(tmp_path) as make:
-            yield make
-        return
-    pg_server.server_or_skip()
-    with pg_server.running() as server, postgres_urls(server) as make:
-        yield make
-
 
 # ----------------------------------------------------------------------------------------- the log, read from the start
 
