@@ -18,8 +18,8 @@ from bench.work import SAMPLING
 
 Settings = dict[str, Any]
 
-# glibc keeps freed memory instead of returning it to the system: fewer page faults. Keel's command line does the same
-# to itself (keel/cli/process.py), peers leave it to their users.
+# glibc keeps freed memory instead of returning it to the system: fewer page faults. Keel's command line sets malloc for
+# itself (keel/cli/process.py), peers leave it to their users, who would do this.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "1000000000",

@@ -19,6 +19,7 @@ from bench.cost import Limits, phases
 from bench.environments import FOLDER, ROOT, Missing, python_of
 from bench.machine import Watch
 from bench.work import UNITS, Job, Work
+from keel.cli.process import MALLOC as OWN_MALLOC
 
 READY_SECONDS = 600.0  # libraries that compile take minutes at first
 REPETITION_SECONDS = 300.0
@@ -103,7 +104,7 @@ def environment(contender: Contender, threads: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in MALLOC}
     return {
         **kept,
-        **(MALLOC if contender.malloc else {}),
+        **((OWN_MALLOC if contender.ours else MALLOC) if contender.malloc else {}),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(threads),
         "HF_HOME": str(FOLDER / "cache" / "huggingface"),

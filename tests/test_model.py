@@ -3,7 +3,9 @@ transformers loads them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,6 +244,19 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         token_logprobs(model, batch).logp_C.sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("load", [load_policy, lambda path: (load_scalar(path, new_head_seed=0).model, None)])
+def test_a_model_does_not_hang_on_its_file(load: Callable[[Path], tuple[torch.nn.Module, Any]], tmp_path: Path) -> None:
+    """transformers maps the file into memory: training would copy it page by page, and see what others write to it."""
+    save_tiny(tmp_path)
+    model, _ = load(tmp_path)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(b"\x55" * (size // 2))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:

@@ -111,6 +111,18 @@ def test_head(dtype: torch.dtype, entropy: bool) -> None:
     close(loops.logit_gradient_(probs.clone(), ids, gradient), plain.logit_gradient_(probs, ids, gradient), dtype)
 
 
+@BOTH
+@pytest.mark.parametrize("entropy", [True, False])
+def test_gradient_of_some_columns(dtype: torch.dtype, entropy: bool) -> None:
+    logits, ids = drawn(T, 97) * 4, torch.arange(T) * 5 - 20  # some of them lie among other columns
+    total, gradient, entropies = logits.logsumexp(-1) + 0.3, drawn(T), drawn(T).abs()
+    given = drawn(T, seed=3) if entropy else None
+    results = [torch.empty(T, 97, dtype=dtype) for _ in range(2)]
+    for module, out in zip((loops, plain), results, strict=True):
+        module.logit_gradient(logits.clone(), total, ids, gradient, entropies, given, out)
+    close(*results, dtype)
+
+
 def test_numbers_that_are_not_finite_are_seen() -> None:
     x = drawn(T, H)
     x[3, 5] = float("nan")

@@ -17,7 +17,6 @@ from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.model.merged import merged_weights
 from keel.model.packed import ATTENTION, enable_packing
-from keel.rollout import cpu as cpu_module
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
@@ -210,12 +209,14 @@ def test_threads_decode_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None
     model = build("llama")
     prompts = [[5 + i // 4, 9, 11] for i in range(24)]
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=12, batch_size=10)
+    torch.set_num_threads(1)
     alone = EmbeddedSampler(model, [3]).generate(prompts, sampling, seed=4)
+    torch.set_num_threads(2)
+    assert EmbeddedSampler(model, [3]).generate(prompts, sampling, seed=4) == alone, "two threads share each product"
     monkeypatch.setattr(embedded_module, "ALONE_SLOTS", 5)
     parts = embedded_module.divided([Request(i, tuple(p), 12) for i, p in enumerate(prompts)], 2)
     assert sorted(r.index for part in parts for r in part) == list(range(24))
     assert not {r.prompt for r in parts[0]} & {r.prompt for r in parts[1]}
-    torch.set_num_threads(2)
     together, again = (EmbeddedSampler(model, [3]).generate(prompts, sampling, seed=4) for _ in range(2))
     assert torch.get_num_threads() == 2
     assert together == again
@@ -235,13 +236,12 @@ def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("kind", ["llama_tied_bias", "qwen3"])
 def test_every_way_to_decode_gives_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numba's kernels; torch's operations, compiled; in plain Python, on weights that are not packed."""
+    """numba's kernels; torch's operations, compiled; in plain Python."""
     model = build(kind)
     sampling = SamplingConfig(temperature=0.9, top_k=30, max_new_tokens=24, batch_size=5)
     results = [EmbeddedSampler(model, [3]).generate(PROMPTS * 3, sampling, seed=0)]
-    monkeypatch.setattr(cpu_module, "AVAILABLE", False)
+    monkeypatch.setattr(llama_module, "products_of", lambda low: None)
     results.append(EmbeddedSampler(model, [3]).generate(PROMPTS * 3, sampling, seed=0))
-    monkeypatch.setattr(llama_module, "PACKED", False)
     monkeypatch.setattr(llama_module, "compiled_decode", lambda: decode)
     results.append(EmbeddedSampler(model, [3]).generate(PROMPTS * 3, sampling, seed=0))
     for other in results[1:]:

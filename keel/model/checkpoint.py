@@ -207,7 +207,17 @@ def prepared(
             task_type=task,
         )
         wrapped = get_peft_model(model, settings)
-    return wrapped.to(device)
+    wrapped = wrapped.to(device)
+    _leave_the_file(wrapped)
+    return wrapped
+
+
+def _leave_the_file(model: nn.Module) -> None:
+    """On a CPU transformers' parameters are the checkpoint file itself, mapped. The first step that changes them would
+    copy page by page, in faults that threads wait for each other in: ten times as long as copying them at once."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def frozen(model: nn.Module) -> nn.Module:

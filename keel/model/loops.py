@@ -356,3 +356,42 @@ def _logit_gradient(w):
 def logit_gradient_(probs_CV: Tensor, ids_C: Tensor, gradient_C: Tensor) -> Tensor:
     _logit_gradient(probs_CV.dtype, *probs_CV.shape, probs_CV, ids_C, gradient_C)
     return probs_CV
+
+
+@inner
+def _logit_gradient_columns(begin, end, V, logits, total, ids, gradient, entropy, entropy_gradient, wanted, out):
+    for row in range(begin, end):
+        o, of_all, g = row * V, load(total, row), load(gradient, row)
+        if wanted:
+            h, slope = load(entropy, row), load(entropy_gradient, row)
+            for i in range(V):
+                logp = load(logits, o + i) - of_all
+                store(out, o + i, -exp(logp) * (g + (logp + h) * slope))
+        else:
+            for i in range(V):
+                store(out, o + i, exp(load(logits, o + i) - of_all) * -g)
+        mine = ids[row]
+        if 0 <= mine < V:
+            logp = load(logits, o + mine) - of_all
+            before = g
+            if wanted:
+                before += (logp + load(entropy, row)) * load(entropy_gradient, row)
+            store(out, o + mine, g - exp(logp) * before)
+
+
+@Loop
+def _logit_gradient_part(w):
+    begin, end = share(number(w, 0))
+    wanted = number(w, 7) != 0
+    _logit_gradient_columns(
+        begin, end, number(w, 1), floats(w, 2), floats(w, 3), longs(w, 4), floats(w, 5), floats(w, 6), floats(w, 7),
+        wanted, lows(w, 8),
+    )  # fmt: skip
+
+
+def logit_gradient(
+    logits_CV: Tensor, total_C: Tensor, ids_C: Tensor, gradient_C: Tensor, entropy_C: Tensor,
+    entropy_gradient_C: Tensor | None, out_CV: Tensor,
+) -> None:  # fmt: skip
+    each = total_C, ids_C, gradient_C, entropy_C, entropy_gradient_C
+    _logit_gradient_part(out_CV.dtype, *logits_CV.shape, logits_CV, *each, out_CV)

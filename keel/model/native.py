@@ -57,11 +57,15 @@ def _openmp() -> ctypes.CDLL:
 _LIBRARY = _openmp()
 _LIBRARY.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _LIBRARY.GOMP_parallel.restype = None
-for _symbol in ("omp_get_thread_num", "omp_get_num_threads"):
+for _symbol in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"):
     _address = ctypes.cast(getattr(_LIBRARY, _symbol), ctypes.c_void_p).value
     llvmlite.binding.add_symbol(f"keel_{_symbol}", _address)
 _thread = types.ExternalFunction("keel_omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("keel_omp_get_num_threads", types.int32())
+# For compiled code: (address of a loop, address of its words, threads, 0).
+in_threads = types.ExternalFunction(
+    "keel_GOMP_parallel", types.void(types.intp, types.intp, types.uint32, types.uint32)
+)
 
 
 @inner
@@ -89,12 +93,15 @@ class Loop:
         self.function = function
         self.compiled: dict[torch.dtype, Any] = {}
 
-    def __call__(self, low: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    def address(self, low: torch.dtype) -> int:
         if low not in self.compiled:
             signature = types.void(_WORDS[low])
             self.compiled[low] = numba.cfunc(signature, nopython=True, cache=True, error_model="numpy")(self.function)
+        return int(self.compiled[low].address)
+
+    def __call__(self, low: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         words = (ctypes.c_int64 * len(arguments))(*map(_word, arguments))
-        _LIBRARY.GOMP_parallel(self.compiled[low].address, ctypes.addressof(words), torch.get_num_threads(), 0)
+        _LIBRARY.GOMP_parallel(self.address(low), ctypes.addressof(words), torch.get_num_threads(), 0)
 
 
 def _word(argument: Tensor | int | float | None) -> int:

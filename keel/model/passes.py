@@ -20,13 +20,19 @@ from torch import Tensor
 
 def passes(device: torch.device | str = "cpu") -> ModuleType:
     """The faster of the two that runs there."""
-    return _compiled() or _PLAIN if torch.device(device).type == "cpu" else _PLAIN
+    return _compiled("keel.model.loops") or _PLAIN if torch.device(device).type == "cpu" else _PLAIN
+
+
+def products_of(low: torch.dtype) -> ModuleType | None:
+    """``keel.model.products``, where it runs and knows this precision."""
+    products = _compiled("keel.model.products")
+    return products if products is not None and products.supports(low) else None
 
 
 @functools.cache
-def _compiled() -> ModuleType | None:
+def _compiled(module: str) -> ModuleType | None:
     try:
-        return importlib.import_module("keel.model.loops")
+        return importlib.import_module(module)
     except ImportError:
         return None
 
@@ -173,3 +179,20 @@ def logit_gradient_(probs_CV: Tensor, ids_C: Tensor, gradient_C: Tensor) -> Tens
     """gradient * (onehot(id) - p), what log p of the ids hands back to the logits; in place of ``probs``."""
     g = gradient_C[:, None].to(probs_CV.dtype)
     return probs_CV.mul_(-g).scatter_add_(1, ids_C[:, None], g)
+
+
+def logit_gradient(
+    logits_CV: Tensor, total_C: Tensor, ids_C: Tensor, gradient_C: Tensor, entropy_C: Tensor,
+    entropy_gradient_C: Tensor | None, out_CV: Tensor,
+) -> None:  # fmt: skip
+    """What log-probabilities and entropies hand back to some columns of the logits, which may be overwritten, into
+    ``out``: d logp_y / dz = onehot(y) - p,  dH / dz = -p (log p + H). ``total``: log sum exp of all logits; ``ids``:
+    as columns, which need not be among these."""
+    logps = logits_CV.sub_(total_C[:, None])
+    factor = -gradient_C[:, None]
+    if entropy_gradient_C is not None:
+        factor = factor - (logps + entropy_C[:, None]) * entropy_gradient_C[:, None]
+    grad = logps.exp().mul_(factor)
+    here = ((ids_C >= 0) & (ids_C < logits_CV.shape[1])).nonzero().squeeze(1)
+    grad[here, ids_C[here]] += gradient_C[here]
+    out_CV.copy_(grad)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
-from keel.rollout.llama import ROWS, Decoder, Weights, round_up
+from keel.rollout.llama import ROWS, Decoder, Weights, compiled_products, round_up
 from keel.rollout.sampler import Precision, context_length, room, stream_key, uniforms
 from keel.rollout.slots import Slots
 from keel.types import Completion
@@ -39,8 +39,8 @@ class Request:
 
 
 class EmbeddedSampler:
-    """See ``keel.rollout.sampler.Sampler``. ``precision="bf16"``: matrix products and cache in bfloat16; the residual
-    stream, norms, softmaxes and the head in float32, as in the trainer."""
+    """See ``keel.rollout.sampler.Sampler``. ``precision="bf16"``: the numbers in matrix products and the cache in
+    bfloat16; the residual stream, norms, softmaxes and logits in float32, as in the trainer."""
 
     def __init__(self, model: nn.Module, stop_ids: Sequence[int], precision: Precision = "fp32") -> None:
         self.model = model
@@ -57,7 +57,8 @@ class EmbeddedSampler:
         parts = divided(requests, self._workers(weights, min(sampling.batch_size, len(requests))))
         slots = -(-sampling.batch_size // len(parts))
         done: list[Completion | None] = [None] * len(requests)
-        runs = [_Run(self, weights, part, min(slots, len(part)), sampling, seed, done) for part in parts]
+        threads = torch.get_num_threads() if len(parts) == 1 else 1
+        runs = [_Run(self, weights, part, min(slots, len(part)), threads, sampling, seed, done) for part in parts]
         if len(runs) == 1:
             runs[0].run()
         else:
@@ -106,13 +107,13 @@ def side_by_side(runs: Sequence[_Run]) -> None:
         torch.set_num_threads(threads)
 
 
-def make_decoder(model: nn.Module, weights: Weights, slots: int, context: int) -> Decoder | CpuDecoder:
-    """The one for the device. Both do the same; the second, where torch offers what it needs, several times faster."""
-    if not all(product.packed for product in (weights.head, weights.layers[0].qkv)):
-        return Decoder(model, weights, slots, context)
-    from keel.rollout import cpu  # numba is slow to import
+def make_decoder(model: nn.Module, weights: Weights, slots: int, context: int, threads: int) -> Decoder | CpuDecoder:
+    """The one for the device. Both do the same; the second, where it runs, several times faster."""
+    if compiled_products(weights.embedding_VH.device, weights.dtype):
+        from keel.rollout.cpu import CpuDecoder  # numba is slow to import
 
-    return (cpu.CpuDecoder if cpu.AVAILABLE else Decoder)(model, weights, slots, context)
+        return CpuDecoder(model, weights, slots, context, threads)
+    return Decoder(model, weights, slots, context)
 
 
 class _Run:
@@ -124,12 +125,14 @@ class _Run:
         weights: Weights,
         requests: Sequence[Request],
         slots: int,
+        threads: int,
         sampling: SamplingConfig,
         seed: int,
         done: list[Completion | None],
     ) -> None:
         self.sampling, self.seed = sampling, seed
-        self.decoder = make_decoder(sampler.model, weights, slots, max(len(r.prompt) + r.limit for r in requests))
+        context = max(len(r.prompt) + r.limit for r in requests)
+        self.decoder = make_decoder(sampler.model, weights, slots, context, threads)
         device = self.decoder.device
         self.stops = torch.tensor(sampler.stop_ids, dtype=torch.int64, device=device)
         self.state = Slots.empty(slots, sampling.max_new_tokens, device)

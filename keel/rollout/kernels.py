@@ -5,7 +5,7 @@ them work row by row, so what a row says does not depend on the others, and rele
 numbers come as the uint16 of their bits; arithmetic is float32.
 
 tests/test_kernels.py compares each with plain torch. (numba looks at this file alone to see whether what it kept is
-stale: after a change in numeric.py or shim.py touch it.)
+stale: after a change in numeric.py, native.py or products.py touch it.)
 
 Shape suffixes besides those of ``keel.types``: ``S`` slots; ``D`` width of a head; ``F`` of the feed-forward part;
 ``O`` outputs of a product. A cache is [slots, kv_heads, capacity, D].
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
+from keel.model.native import in_threads
 from keel.model.numeric import exp, from_bits, get, prefetch, put
-from keel.rollout.shim import as_pointer, delete_tensor, get_data_ptr, linear_pointwise, no_activation
+from keel.model.products import BLOCK as OUTPUTS
+from keel.model.products import as_pointer, multiply_blocks
 
 # Sums may be reordered (or nothing would be vectorised); infinities are respected: a logit may be -inf. The order is
 # fixed when a function is compiled, so that two runs agree to the last bit.
@@ -39,15 +41,11 @@ CACHE_LINE = 64  # bytes
 
 
 @kernel
-def add_and_norm(x_TH: Any, delta_TH: Any, out_TH: Any, eps: float) -> None:
-    """x += delta, where there is one; out = x / sqrt(mean(x^2) + eps)."""
+def normalise(x_TH: Any, out_TH: Any, eps: float) -> None:
+    """out = x / sqrt(mean(x^2) + eps)."""
     H = x_TH.shape[1]
     for t in range(x_TH.shape[0]):
         x, out = x_TH[t], out_TH[t]
-        if delta_TH.shape[0] > 0:
-            delta = delta_TH[t]
-            for i in range(H):
-                x[i] += get(delta[i])
         squares = np.float32(0.0)
         for i in range(H):
             squares += x[i] * x[i]
@@ -68,6 +66,15 @@ def _norm_head(head: Any, weight: Any, eps: float) -> None:
 
 
 @kernel
+def _turn(head: Any, cos: Any, sin: Any, to: Any) -> None:
+    half = head.shape[0] // 2
+    for d in range(half):
+        put(to, d, head[d] * cos[d] - head[half + d] * sin[d])
+    for d in range(half):
+        put(to, half + d, head[half + d] * cos[half + d] + head[d] * sin[half + d])
+
+
+@kernel
 def rotate_and_store(
     qkv_TO: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any, eps: float,
     keys: Any, values: Any, slots_T: Any, positions_T: Any,
@@ -76,7 +83,6 @@ def rotate_and_store(
     into the cache at (slot, position)."""
     kv_heads, D = keys.shape[1], keys.shape[3]
     heads = qkv_TO.shape[1] // D - 2 * kv_heads
-    half = D // 2
     head = np.empty(D, np.float32)
     for t in range(slots_T.shape[0]):
         slot, at = slots_T[t], positions_T[t]
@@ -86,16 +92,15 @@ def rotate_and_store(
                 head[d] = get(row[d])
             if q_norm.shape[0] > 0:
                 _norm_head(head, q_norm if h < heads else k_norm, eps)
-            to = row if h < heads else keys[slot, h - heads, at]
-            for d in range(half):
-                put(to, d, head[d] * cos[at, d] - head[half + d] * sin[at, d])
-            for d in range(half):
-                put(to, half + d, head[half + d] * cos[at, half + d] + head[d] * sin[at, half + d])
+            if h < heads:
+                _turn(head, cos[at], sin[at], row)
+            else:
+                _turn(head, cos[at], sin[at], keys[slot, h - heads, at])
         for g in range(kv_heads):
             row = qkv_TO[t, (heads + kv_heads + g) * D : (heads + kv_heads + g + 1) * D]
             to = values[slot, g, at]
             for d in range(D):
-                to[d] = row[d]
+                put(to, d, get(row[d]))
 
 
 @kernel
@@ -272,27 +277,33 @@ def choose(
 
 
 class Network(NamedTuple):
-    """A model as kernels read it: arrays, and addresses of torch's tensors."""
+    """A model as kernels read it."""
 
     embedding_VH: np.ndarray
-    products: np.ndarray  # [layers + 1, 4, 2]: weight and bias of qkv, o, gate_up, down; of the head
+    products: (
+        np.ndarray
+    )  # [layers + 1, 4, 4]: of qkv, o, gate_up, down; of the head: addresses of weight and bias, sizes
     q_norms: np.ndarray  # [layers, D], or [layers, 0]
     k_norms: np.ndarray
     cos: np.ndarray
     sin: np.ndarray
     eps: float
     scale: float
+    threads: int  # that share a product
+    multiply: int  # the address of the loop that they run
 
 
 class Buffers(NamedTuple):
-    """What products read, in a number of rows that oneDNN knows already: at least the tokens of a pass, T."""
+    """Memory for a tile of tokens, all [TILE, ...]; where a product is read from it has the weights' precision, the
+    others are float32."""
 
-    x_TH: np.ndarray  # float32
     normed: np.ndarray
+    qkv: np.ndarray
     attended: np.ndarray
+    gate_up: np.ndarray
     activated: np.ndarray
-    final: np.ndarray  # float32
-    addresses: np.ndarray  # the tensors of the last four
+    logits: np.ndarray
+    words: np.ndarray  # what threads are told of a product
 
 
 class State(NamedTuple):
@@ -310,73 +321,79 @@ class State(NamedTuple):
 
 
 @kernel
-def _product(x: int, product: Any, result: Any) -> None:
-    """result[0]: the address of a new tensor, to be deleted; result[1]: that of its numbers."""
-    bias = product[1:].ctypes.data if product[1] != 0 else 0
-    failed = linear_pointwise(x, product[0], bias, no_activation(), 0, 0, 0, result.ctypes.data)
-    if failed != 0 or get_data_ptr(result[0], result[1:].ctypes.data) != 0:
-        raise RuntimeError("a matrix product failed in torch")
+def _product(net: Network, words: Any, product: Any, x_TI: Any, out_TO: Any, add: bool) -> None:
+    """out (+)= W x + b; bfloat16 or float32 numbers, sums in float32."""
+    rows, outputs, inputs = x_TI.shape[0], product[2], product[3]
+    if product[1] != 0:
+        bias = carray(as_pointer(product[1], out_TO), outputs)
+        for t in range(rows):
+            for o in range(outputs):
+                out_TO[t, o] = bias[o] + (out_TO[t, o] if add else np.float32(0.0))
+        add = True
+    if net.threads > 1:
+        words[0], words[1], words[2], words[6] = rows, outputs, inputs, add
+        words[3], words[4], words[5] = x_TI.ctypes.data, product[0], out_TO.ctypes.data
+        in_threads(net.multiply, words.ctypes.data, net.threads, 0)
+        return
+    x, out = as_pointer(x_TI.ctypes.data, x_TI), as_pointer(out_TO.ctypes.data, out_TO)
+    blocks = (outputs + OUTPUTS - 1) // OUTPUTS
+    multiply_blocks(0, blocks, rows, outputs, inputs, x, as_pointer(product[0], x_TI), out, add)
 
 
 @kernel
 def layers(
-    net: Network, buffers: Buffers, cache: Any, tokens_T: Any, places_T: Any, positions_T: Any, to_the_end: bool
+    net: Network, b: Buffers, cache: Any, x_TH: Any, tokens_T: Any, places_T: Any, positions_T: Any, to_the_end: bool
 ) -> None:
-    """Writes the tokens' keys and values into ``cache`` [layers, 2, slots, kv_heads, capacity, D]; ``to_the_end``: also
-    the last layer's output, after the norm, into ``buffers.final``."""
-    T, rows, L = tokens_T.shape[0], buffers.normed.shape[0], cache.shape[0]
-    D, kv_heads = cache.shape[5], cache.shape[3]
-    H, attended, F = buffers.x_TH.shape[1], buffers.attended.shape[1], buffers.activated.shape[1]
-    x_TH, normed = buffers.x_TH, buffers.normed[:T]
-    result = np.empty(2, np.int64)
+    """Writes the tokens' keys and values into ``cache`` [layers, 2, slots, kv_heads, capacity, D]; ``to_the_end``: and
+    what the last layer leaves into ``x`` [T, H]. Layer by layer, in tiles: a layer's weights then stay at hand for all
+    tokens, and what lies between its products for a tile."""
+    T, H, L, tile = tokens_T.shape[0], x_TH.shape[1], cache.shape[0], b.normed.shape[0]
     for t in range(T):
         for i in range(H):
             x_TH[t, i] = get(net.embedding_VH[tokens_T[t], i])
-    add_and_norm(x_TH, normed[:0], normed, net.eps)
     for i in range(L):
         keys, values = cache[i, 0], cache[i, 1]
-        _product(buffers.addresses[0], net.products[i, 0], result)
-        qkv = carray(as_pointer(result[1], normed), (rows, attended + 2 * kv_heads * D))
-        rotate_and_store(
-            qkv, net.cos, net.sin, net.q_norms[i], net.k_norms[i], net.eps, keys, values, places_T, positions_T
-        )
-        if i + 1 == L and not to_the_end:
-            delete_tensor(result[0])
-            break
-        attend(qkv, keys, values, places_T, positions_T, net.scale, buffers.attended)
-        delete_tensor(result[0])
-        _product(buffers.addresses[1], net.products[i, 1], result)
-        add_and_norm(x_TH, carray(as_pointer(result[1], normed), (rows, H)), normed, net.eps)
-        delete_tensor(result[0])
-        _product(buffers.addresses[0], net.products[i, 2], result)
-        swiglu(carray(as_pointer(result[1], normed), (rows, 2 * F)), buffers.activated)
-        delete_tensor(result[0])
-        _product(buffers.addresses[2], net.products[i, 3], result)
-        down = carray(as_pointer(result[1], normed), (rows, H))
-        if i + 1 == L:
-            add_and_norm(x_TH, down, buffers.final, net.eps)
-        else:
-            add_and_norm(x_TH, down, normed, net.eps)
-        delete_tensor(result[0])
+        for begin in range(0, T, tile):
+            end = min(begin + tile, T)
+            rows = end - begin
+            x, places, positions = x_TH[begin:end], places_T[begin:end], positions_T[begin:end]
+            normed, qkv, attended = b.normed[:rows], b.qkv[:rows], b.attended[:rows]
+            normalise(x, normed, net.eps)
+            _product(net, b.words, net.products[i, 0], normed, qkv, False)
+            rotate_and_store(
+                qkv, net.cos, net.sin, net.q_norms[i], net.k_norms[i], net.eps, keys, values, places, positions
+            )
+            if i + 1 == L and not to_the_end:
+                continue
+            attend(qkv, keys, values, places, positions, net.scale, attended)
+            _product(net, b.words, net.products[i, 1], attended, x, True)
+            normalise(x, normed, net.eps)
+            _product(net, b.words, net.products[i, 2], normed, b.gate_up[:rows], False)
+            swiglu(b.gate_up[:rows], b.activated[:rows])
+            _product(net, b.words, net.products[i, 3], b.activated[:rows], x, True)
 
 
 @kernel
 def decode(
-    net: Network, buffers: Buffers, cache: Any, state: State, stops: Any, steps: int,
+    net: Network, b: Buffers, cache: Any, x_SH: Any, state: State, stops: Any, steps: int,
     temperature: float, top_k: int, top_p: float, min_p: float, ended_S: Any,
 ) -> None:  # fmt: skip
     """Samples a token in every slot, up to ``steps`` times or until a sequence ends; marks in ``ended_S`` which."""
-    S, V = ended_S.shape[0], net.embedding_VH.shape[0]
-    result = np.empty(2, np.int64)
+    S, tile = ended_S.shape[0], b.normed.shape[0]
     uniforms_S, logprobs_S = np.empty(S, np.float32), np.empty(S, np.float32)
     for _ in range(steps):
-        layers(net, buffers, cache, state.token, state.places, state.position, True)
-        _product(buffers.addresses[3], net.products[-1, 0], result)
-        logits_SV = carray(as_pointer(result[1], buffers.final), (S, V))
+        layers(net, b, cache, x_SH, state.token, state.places, state.position, True)
         for s in range(S):
             uniforms_S[s] = state.uniforms[s, state.sampled[s]]
-        choose(logits_SV, uniforms_S, temperature, top_k, top_p, min_p, state.token, logprobs_S)
-        delete_tensor(result[0])
+        for begin in range(0, S, tile):
+            end = min(begin + tile, S)
+            normed, logits = b.normed[: end - begin], b.logits[: end - begin]
+            normalise(x_SH[begin:end], normed, net.eps)
+            _product(net, b.words, net.products[-1, 0], normed, logits, False)
+            choose(
+                logits, uniforms_S[begin:end], temperature, top_k, top_p, min_p, state.token[begin:end],
+                logprobs_S[begin:end],
+            )  # fmt: skip
         any_ended = False
         for s in range(S):
             if not state.active[s]:

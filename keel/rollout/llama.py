@@ -21,18 +21,13 @@ from torch import Tensor, nn
 from keel.config import SamplingConfig
 from keel.model.merged import is_plain_lora, merged_weight
 from keel.model.packed import inner_model
+from keel.model.passes import products_of
 from keel.rollout.sampler import choose
 from keel.rollout.slots import Slots
 from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, linear, normed, project
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
-# oneDNN's packed weights: private operations, but those that torch.compile's own code calls.
-PACKED = all(
-    hasattr(torch.ops.mkldnn, name)
-    for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-)
-TYPICAL_ROWS = 64  # of a step: what weights are packed for
 COLUMNS = 16  # the cache grows in multiples of this,
 ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
 # about half a millisecond to prepare, the time of the product itself in a small model
@@ -74,26 +69,26 @@ def _bias(module: Any) -> Tensor | None:
 
 
 def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = None) -> tuple[Tensor | None, Linear]:
-    """(the norm that is still to be multiplied in, the layer). On a GPU weights of the right type are used where they
-    are. Else they are copied anyway: side by side, with the norm's, and packed on a CPU."""
+    """(the norm that is still to be multiplied in, the layer). Weights of the right type are used where they are; else
+    they are copied anyway: side by side, with the norm's, and packed where a CPU's compiled steps read them."""
     weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
-    on_cpu = weights[0].device.type == "cpu"
-    packed = on_cpu and _packs(dtype)
-    if weights[0].dtype == dtype and not on_cpu:
-        return norm, Linear(weights, biases, packed=False)
+    outputs = sum(len(weight) for weight in weights)
+    products = compiled_products(weights[0].device, dtype)
+    if weights[0].dtype == dtype and not products:
+        return norm, Linear(weights, biases, outputs)
     weight = weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)
     if norm is not None:
         weight *= norm
-    weight = weight.to(dtype)
-    if packed:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-    return None, Linear([weight], [torch.cat(biases).to(dtype)] if biases else [], packed=packed)
+    if products:
+        packed = products.Packed.of(weight, dtype)
+        return None, Linear([packed.numbers], [torch.cat(biases).float()] if biases else [], outputs)
+    return None, Linear([weight.to(dtype)], [torch.cat(biases).to(dtype)] if biases else [], outputs)
 
 
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of this type: of bfloat16 only where the processor has AVX-512 or its like."""
-    return PACKED and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def compiled_products(device: torch.device, dtype: torch.dtype) -> Any:
+    """``keel.model.products`` where ``keel.rollout.cpu`` can decode with it, else None."""
+    return products_of(dtype) if device.type == "cpu" else None
 
 
 def _layer(module: Any, dtype: torch.dtype) -> Layer:
@@ -129,10 +124,12 @@ class Weights:
     def of(model: nn.Module, dtype: torch.dtype) -> Weights:
         inner: Any = inner_model(model)
         attention = inner.model.layers[0].self_attn
-        # The head stays in float32, as in the trainer's log-probabilities (keel.model.logprobs).
-        norm, head = _linear((inner.lm_head,), torch.float32, inner.model.norm.weight)
+        # Logits stay in float32, as in the trainer's log-probabilities (keel.model.logprobs).
+        embedding = inner.model.embed_tokens.weight
+        low = dtype if compiled_products(embedding.device, dtype) else torch.float32
+        norm, head = _linear((inner.lm_head,), low, inner.model.norm.weight)
         return Weights(
-            embedding_VH=inner.model.embed_tokens.weight,
+            embedding_VH=embedding,
             layers=[_layer(layer, dtype) for layer in inner.model.layers],
             norm=norm,
             head=head,

@@ -19,12 +19,11 @@ from keel.model.fused import inverse_rms, rotate
 
 
 class Linear(NamedTuple):
-    """A linear layer's weights, or those of several that read the same input, whose outputs stand side by side.
-    ``packed``: one weight in oneDNN's own layout, in which it need not be rearranged at each product."""
+    """A linear layer's weights, or those of several that read the same input, whose outputs stand side by side."""
 
-    weights: list[Tensor]
+    weights: list[Tensor]  # of a CPU's compiled steps one, as ``keel.model.products`` packs it
     biases: list[Tensor]  # none, or one for each weight
-    packed: bool
+    outputs: int
 
 
 class Layer(NamedTuple):
@@ -97,9 +96,6 @@ def after_attention(x: Tensor, attended: Tensor, layer: Layer, low: torch.dtype,
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
-    if layer.packed:
-        bias = layer.biases[0] if len(layer.biases) > 0 else None
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weights[0], bias, "none", [], "")
     outputs: list[Tensor] = []
     for i, weight in enumerate(layer.weights):
         outputs.append(F.linear(x, weight, layer.biases[i] if len(layer.biases) > 0 else None))
