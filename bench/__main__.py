@@ -3,6 +3,7 @@
 python -m bench                                     everything, about 40 minutes on two cores
 python -m bench --quick                             everything on very little, some minutes: does it run?
 python -m bench --task sft --model S --repeat 3     one comparison
+python -m bench --task growth --curve memory        one curve of how cost grows
 python -m bench tune --task sft --model S           search the peers' best settings
 python -m bench install                             build the peers' environments under .bench/
 python -m bench report                              tables and plots again from the results that are there
@@ -18,7 +19,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from bench import report
 from bench.contenders import PEERS, Contender, candidates, contenders
 from bench.cost import Limits
 from bench.environments import ENVIRONMENTS, FOLDER, ROOT, install
-from bench.growth import curves
+from bench.growth import NAMES, curves
 from bench.harness import compare, job, measure_limits
 from bench.models import model_folder
 from bench.work import SHAPES, UNITS, Job, Work, work_of
@@ -46,6 +47,7 @@ class Bench:
         self.repeats = args.repeat or (1 if args.quick else REPEATS[args.device])
         self.folder = args.out or (FOLDER / "quick" if args.quick else RESULTS)
         self.only = args.only
+        self.curves: list[str] = args.curve or list(NAMES)
         self.folder.mkdir(parents=True, exist_ok=True)
         FOLDER.mkdir(exist_ok=True)
         self.limits: Limits
@@ -78,19 +80,29 @@ class Bench:
         print("\n".join(report.table(model, result["models"][model])), flush=True)
 
     def growth(self) -> None:
-        """Keel in its default precision against each peer's best; two repetitions a point, one when quick."""
-        series = {}
-        for curve in curves(self.device, self.quick):
+        """Keel in its default precision against each peer, one curve after the other. The file keeps the curves that
+        are not measured now."""
+        chosen = [curve for curve in curves(self.device, self.quick) if curve.name in self.curves]
+        if not chosen:
+            raise SystemExit(f"not measured on this device: {', '.join(self.curves)}")
+        path = self.folder / f"growth-{self.name}.json"
+        for curve in chosen:
             points = []
             for place in curve.places:
                 print(f"{curve.name} {place.x:,.0f}", flush=True)
-                who = growing(contenders(curve.task, place.model, self.best_file, self.name))
-                found = self.compared(who, place.model, place.work, 1 if self.quick else 2)
-                rates = {name: row["rate"] for name, row in found["contenders"].items() if "rate" in row}
-                problems = {name: row["problem"] for name, row in found["contenders"].items() if "problem" in row}
-                points.append({"x": place.x, "model": place.model, "rates": rates, "problems": problems})
-            series[curve.name] = {"title": curve.title, "x_label": curve.x_label, "points": points}
-        write_json(self.folder / f"growth-{self.name}.json", {"when": now(), "machine": self.machine, "series": series})
+                who = growing(contenders(curve.task, place.model, self.best_file, self.name), curve.tuned)
+                rows = self.compared(who, place.model, place.work, 1 if self.quick else curve.repeats)["contenders"]
+                points.append({"x": place.x, "model": place.model, **figures(rows)})
+            result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"series": {}}
+            result["series"][curve.name] = {
+                "when": now(),
+                "machine": self.machine,
+                "title": curve.title,
+                "x_label": curve.x_label,
+                "shows": curve.shows,
+                "points": points,
+            }
+            write_json(path, result)
 
     def tune(self, task: str, model: str) -> None:
         """Tries every candidate of each peer, and keeps the fastest with all that was tried."""
@@ -120,11 +132,18 @@ class Bench:
             print(f"  fastest: {fastest}", flush=True)
 
 
-def growing(who: Sequence[Contender]) -> list[Contender]:
+def growing(who: Sequence[Contender], tuned: bool) -> list[Contender]:
     """One contender of each library, with the batch that the point of the curve says. vLLM is left out: its start-up is
     too long for so many points."""
-    shown = [c for c in who if c.name == "Keel bf16" or (c.name.endswith(", best") and c.environment != "vllm")]
+    peers = [c for c in who if not c.ours and c.environment != "vllm" and c.name.endswith(", best") == tuned]
+    shown = [*(c for c in who if c.name == "Keel bf16"), *peers]
     return [replace(c, settings={k: v for k, v in c.settings.items() if k != "batch"}) for c in shown]
+
+
+def figures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What a point of a curve keeps of a comparison."""
+    kept = {"rates": "rate", "peak_mb": "peak_mb", "problems": "problem"}
+    return {key: {name: row[field] for name, row in rows.items() if field in row} for key, field in kept.items()}
 
 
 def settings_text(settings: dict[str, Any]) -> str:
@@ -150,6 +169,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("command", nargs="?", default="run", choices=("run", "tune", "install", "report"))
     parser.add_argument("--task", action="append", choices=(*UNITS, "growth"), help="default: all; may be repeated")
+    parser.add_argument(
+        "--curve", action="append", choices=NAMES, help="of the task growth; default: all; may be repeated"
+    )
     parser.add_argument("--model", action="append", choices=SHAPES, help="default: what suits the device")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeat", type=int, help="repetitions of each contender, in turns")
@@ -168,7 +190,7 @@ def main() -> None:
             install(name)
         return
     models = args.model or (["S", "M"] if args.device == "cpu" else ["qwen-0.5b", "qwen-1.5b"])
-    tasks = args.task or [*UNITS, "growth"]
+    tasks = args.task or (["growth"] if args.curve else [*UNITS, "growth"])
     if args.command == "report":
         for device in report.devices(args.out or RESULTS):
             report.write(args.out or RESULTS, device)

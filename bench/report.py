@@ -24,6 +24,8 @@ TITLES = {
     "sample_fixed": "Sampling, fixed lengths",
     "sample_varied": "Sampling, lengths varied by a stop token",
 }
+FIGURES = {"rates": "a second", "peak_mb": "MiB"}
+"""The unit of what a curve may show."""
 
 
 def read(folder: Path, device: str) -> dict[str, dict[str, Any]]:
@@ -59,6 +61,9 @@ def markdown(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
     parts = [f"# Bench: {device}", "", "Written by `python -m bench`; what is measured, and how: bench/README.md.", ""]
     for task, result in results.items():
         if task == "growth":
+            parts += ["## How cost grows", ""]
+            for found in result["series"].values():
+                parts += [*curve_table(found), ""]
             continue
         parts += [f"## {TITLES[task]}", "", f"Rate: {UNITS[task]}.", ""]
         for model, found in result["models"].items():
@@ -92,6 +97,25 @@ def table(model: str, found: Mapping[str, Any]) -> list[str]:
         cells += [f"{row['cores']:.1f}"]
         cells += [ratio_text(ratios.get((name, peer))) for peer in peers]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def curve_table(found: Mapping[str, Any]) -> list[str]:
+    """One curve's lines: a row a point, a column a contender."""
+    points, machine = found["points"], found["machine"]
+    names = list(dict.fromkeys(name for p in points for name in (*p[found["shows"]], *p["problems"])))
+    lines = [
+        f"### {found['title']}",
+        "",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; {found['when']}.",
+        "",
+        f"| {found['x_label']} |" + "".join(f" {name} |" for name in names),
+        "|---|" + "---|" * len(names),
+    ]
+    for p in points:
+        problems = {name: f"not measured: {why}" for name, why in p["problems"].items()}
+        values = problems | {name: plain(value) for name, value in p[found["shows"]].items()}
+        lines.append(f"| {p['x']:,.0f} |" + "".join(f" {values.get(name, '')} |" for name in names))
     return lines
 
 
@@ -165,16 +189,15 @@ def time_split(rows: Mapping[str, Mapping[str, Any]]) -> Markup:
 
 
 def growth_charts(result: Mapping[str, Any]) -> list[Markup]:
-    """Rates against length, batch and model size; x in powers of two, because they span so many."""
+    """What each curve shows against its x, in powers of two, because they span so many."""
     charts = [Markup("<h2>How cost grows</h2>")]
     for name, found in result["series"].items():
-        contenders = dict.fromkeys(c for point in found["points"] for c in point["rates"])
+        shows = found["shows"]
+        contenders = dict.fromkeys(c for point in found["points"] for c in point[shows])
         series = [
             Series(
                 contender,
-                tuple(
-                    Point(math.log2(p["x"]), p["rates"][contender]) for p in found["points"] if contender in p["rates"]
-                ),
+                tuple(Point(math.log2(p["x"]), p[shows][contender]) for p in found["points"] if contender in p[shows]),
                 colour=3 if contender.startswith("Keel") else 1 + i % 6,
                 marks=True,
             )
@@ -182,5 +205,5 @@ def growth_charts(result: Mapping[str, Any]) -> list[Markup]:
         ]
         if any(s.points for s in series):
             label = f"{found['x_label']}, as a power of two"
-            charts.append(line_chart(name, found["title"], series, label, "a second", y_include=(0.0,)))
+            charts.append(line_chart(name, found["title"], series, label, FIGURES[shows], y_include=(0.0,)))
     return charts

@@ -18,7 +18,7 @@ from bench import __main__ as command
 from bench import harness, report, work
 from bench.contenders import PEERS, Contender, contenders
 from bench.cost import Limits, Phase, causal, forward_flops, phases
-from bench.growth import curves
+from bench.growth import NAMES, curves
 from bench.machine import Watch
 from bench.models import model_folder, word_tokenizer
 from bench.work import EOS, SHAPES, WORK, Job, Shape, Work
@@ -109,17 +109,23 @@ def test_tables_and_plots_show_every_contender(fake: Callable[..., Contender], t
     who = [fake("Keel", 1.0, ours=True), fake("Peer", 4.0), fake("Absent", 1.0, "at start")]
     found = harness.compare(who, jobs, 1, LIMITS, lambda _: None)
     machine = {"flops": LIMITS.flops, "bandwidth": 1e9, "device": "a machine", "threads": 1, "torch": "2"}
-    growth = {"title": "By length", "x_label": "tokens", "points": [{"x": 64, "rates": {"Keel": 9}}]}
+    point = {"x": 64, "rates": {"Keel": 9}, "peak_mb": {"Keel": 700}, "problems": {"Peer": "out of paper"}}
+    growth = {"when": "now", "machine": machine, "title": "By length", "x_label": "tokens", "points": [point]}
+    memory = {**growth, "title": "Memory by length", "shows": "peak_mb"}
     for name, content in (
         ("sft", {"task": "sft", "models": {"S": {"machine": machine, **found}}}),
-        ("growth", {"series": {"length": growth}}),
+        ("growth", {"series": {"length": {**growth, "shows": "rates"}, "memory": memory}}),
     ):
         (tmp_path / f"{name}-cpu.json").write_text(json.dumps(content))
     assert report.devices(tmp_path) == ["cpu"]
     tables, page = report.write(tmp_path, "cpu")
     assert "**4.00** (4.00–4.00)" in tables.read_text()
     assert "not measured: no such thing here" in tables.read_text()
+    assert "| tokens | Keel | Peer |\n|---|---|---|\n| 64 | 9 | not measured: out of paper |" in tables.read_text()
+    assert "| 64 | 700 | not measured: out of paper |" in tables.read_text()
     assert "By length" in page.read_text()
+    assert "a second against tokens, as a power of two: Keel from 9 to 9." in page.read_text()
+    assert "MiB against tokens, as a power of two: Keel from 700 to 700." in page.read_text()
     assert "Peer" in page.read_text()
 
 
@@ -134,7 +140,8 @@ def test_a_run_of_everything_names_every_task_and_peer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> command.Bench:
-    """A bench whose contenders' rates are made up: the length of the settings' text."""
+    """A bench whose contenders' rates are made up: the length of the settings' text. None does pairs of 1,024 tokens
+    but ours."""
     machine = {"flops": LIMITS.flops, "bandwidth": 1e9, "device": "a machine", "threads": 1, "torch": "2"}
     monkeypatch.setattr(command, "measure_limits", lambda *_: (LIMITS, machine))
     monkeypatch.setattr(command, "FOLDER", tmp_path)
@@ -143,7 +150,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> command.Bench:
 
     def compare(who: list[Contender], job_of: Callable[[Contender], Job], *_: object) -> dict[str, object]:
         assert all(Job.from_json(job_of(c).to_json()) == job_of(c) for c in who)
-        return {"contenders": {c.name: {"rate": float(len(str(c.settings)))} for c in who}, "ratios": []}
+        small = [c for c in who if c.ours or job_of(c).work.task != "dpo" or job_of(c).work.context < 1024]
+        rows = {c.name: {"rate": float(len(str(c.settings))), "peak_mb": 700.0} for c in small}
+        return {"contenders": {c.name: {"problem": "too long"} for c in who} | rows, "ratios": []}
 
     monkeypatch.setattr(command, "compare", compare)
     monkeypatch.setattr(sys, "argv", ["bench", "--repeat", "1"])
@@ -156,13 +165,48 @@ def test_curves_are_measured_and_drawn(bench: command.Bench) -> None:
     assert [point["x"] for point in series["length"]["points"]] == [64, 128, 256, 512, 1024, 2048]
     assert set(series["length"]["points"][0]["rates"]) == {"Keel bf16", "TRL, best"}
     assert {point["model"] for point in series["size"]["points"]} == {"S", "SM", "M"}
-    page = report.write(bench.folder, "cpu")[1].read_text()
-    assert page.count("<polyline") >= 6
+    assert all(set(p["peak_mb"]) == set(p["rates"]) for curve in series.values() for p in curve["points"])
+    first, last = series["memory"]["points"][0], series["memory"]["points"][-1]
+    assert first["peak_mb"] == {"Keel bf16": 700, "TRL": 700}
+    assert last["peak_mb"] == {"Keel bf16": 700}
+    assert last["problems"] == {"TRL": "too long"}
+    tables, page = report.write(bench.folder, "cpu")
+    assert page.read_text().count("<polyline") >= 8
+    assert "| 64 | 700 | 700 |" in tables.read_text()
+    assert "| 1,024 | 700 | not measured: too long |" in tables.read_text()
 
 
-def test_curves_keep_the_tokens_of_a_step() -> None:
-    (length, *_) = curves("cpu", quick=False)
+def test_one_curve_measured_again_leaves_the_others(bench: command.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.growth()
+    path = bench.folder / "growth-cpu.json"
+    before = json.loads(path.read_text())["series"]
+    path.write_text(json.dumps({"series": {name: {**curve, "when": "long ago"} for name, curve in before.items()}}))
+    monkeypatch.setattr(sys, "argv", ["bench", "--task", "growth", "--curve", "memory"])
+    command.main()
+    after = json.loads(path.read_text())["series"]
+    assert [name for name in after if after[name]["when"] != "long ago"] == ["memory"]
+    assert {**after["memory"], "when": ""} == {**before["memory"], "when": ""}
+    assert list(after) == list(before)
+
+
+def test_curves_have_names_that_can_be_asked_for() -> None:
+    assert [curve.name for curve in curves("cpu", quick=False)] == list(NAMES)
+    assert {curve.name for curve in curves("cuda", quick=False)} < set(NAMES)
+
+
+def test_a_curve_that_the_device_lacks_is_refused(bench: command.Bench) -> None:
+    bench.device, bench.curves = "cuda", ["memory"]
+    with pytest.raises(SystemExit, match="memory"):
+        bench.growth()
+
+
+def test_curves_keep_what_their_titles_say() -> None:
+    (length, *_, memory) = curves("cpu", quick=False)
     assert {place.work.batch * place.work.context for place in length.places} == {4096}
+    for place in memory.places:
+        (pair, *_) = work.pairs(place.work, SHAPES[place.model].vocab)
+        assert len(pair.prompt + pair.chosen) == len(pair.prompt + pair.rejected) == place.x
+        assert place.work.batch == place.work.examples == 8  # one optimizer step
 
 
 def test_tuning_keeps_the_fastest_candidate_and_it_is_used(bench: command.Bench) -> None:
