@@ -9,7 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693359375)  # exact in few bits: k * LN2_HIGH has no rounding
@@ -106,3 +106,108 @@ def exp(x: Any) -> Any:
     p = p * r * r + r + np.float32(1.0)
     power = p * from_bits(np.uint32((np.int32(k) + np.int32(127)) << np.int32(23)))
     return power * np.float32(x >= LOWEST)
+
+
+# ---------------------------------------------------------------------------------------------------------- vectors
+# LLVM makes vectors of long loops by itself. Of those over a head's 32 or 64 numbers it makes scalars: there the vectors
+# are written out. Where a processor's are shorter, LLVM splits them.
+
+LANES = 16
+_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """``LANES`` float32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__("Vector")
+
+
+vector = Vector()
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _VECTOR)
+
+
+def _at(builder: Any, pointer: Any, i: Any, kind: Any) -> Any:
+    return builder.bitcast(builder.gep(pointer, [i]), ir.VectorType(kind, LANES).as_pointer())
+
+
+@intrinsic
+def load_vector(typing: Any, pointer: Any, i: Any) -> Any:
+    """Elements ``i`` to ``i + LANES`` of float32 numbers, or of the bits of bfloat16 numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if pointer.dtype == types.float32:
+            return builder.load(_at(builder, *arguments, ir.FloatType()), align=4)
+        bits = builder.load(_at(builder, *arguments, ir.IntType(16)), align=2)
+        words = ir.VectorType(ir.IntType(32), LANES)
+        return builder.bitcast(builder.shl(builder.zext(bits, words), ir.Constant(words, [16] * LANES)), _VECTOR)
+
+    return vector(pointer, types.int64), generate
+
+
+@intrinsic
+def store_vector(typing: Any, pointer: Any, i: Any, x: Any) -> Any:
+    """The opposite; bfloat16 numbers are rounded to the nearest, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, i, x = arguments
+        if pointer.dtype == types.float32:
+            builder.store(x, _at(builder, to, i, ir.FloatType()), align=4)
+        else:
+            words = ir.VectorType(ir.IntType(32), LANES)
+            bits, many = builder.bitcast(x, words), lambda n: ir.Constant(words, [n] * LANES)
+            odd = builder.and_(builder.lshr(bits, many(16)), many(1))
+            rounded = builder.lshr(builder.add(builder.add(bits, many(0x7FFF)), odd), many(16))
+            low = builder.trunc(rounded, ir.VectorType(ir.IntType(16), LANES))
+            builder.store(low, _at(builder, to, i, ir.IntType(16)), align=2)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, vector), generate
+
+
+@intrinsic
+def all_lanes(typing: Any, number: Any) -> Any:
+    """The number, in every lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(
+            first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        )
+
+    return vector(types.float32), generate
+
+
+@intrinsic
+def product(typing: Any, a: Any, b: Any) -> Any:
+    """a * b"""
+    return vector(vector, vector), lambda context, builder, signature, arguments: builder.fmul(*arguments)
+
+
+@intrinsic
+def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), arguments)
+
+    return vector(vector, vector, vector), generate
+
+
+@intrinsic
+def sum_of(typing: Any, x: Any) -> Any:
+    """Of the lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.FloatType()
+        kind = ir.FunctionType(number, [number, _VECTOR])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+        return builder.call(function, [ir.Constant(number, 0.0), arguments[0]], fastmath=("reassoc",))
+
+    return types.float32(vector), generate

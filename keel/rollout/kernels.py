@@ -18,8 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
-from keel.model.native import in_threads
-from keel.model.numeric import exp, from_bits, get, prefetch, put
+from keel.model.native import in_threads, load, store
+from keel.model.numeric import (
+    LANES,
+    all_lanes,
+    exp,
+    from_bits,
+    get,
+    load_vector,
+    multiply_add,
+    prefetch,
+    product,
+    put,
+    store_vector,
+    sum_of,
+)  # fmt: skip
 from keel.model.products import BLOCK as OUTPUTS
 from keel.model.products import as_pointer, multiply_blocks
 
@@ -38,6 +51,11 @@ CACHE_LINE = 64  # bytes
 
 
 # ------------------------------------------------------------------------------------------------- layers
+
+
+@kernel
+def pointer(row: Any) -> Any:
+    return as_pointer(row.ctypes.data, row)
 
 
 @kernel
@@ -66,12 +84,20 @@ def _norm_head(head: Any, weight: Any, eps: float) -> None:
 
 
 @kernel
-def _turn(head: Any, cos: Any, sin: Any, to: Any) -> None:
-    half = head.shape[0] // 2
-    for d in range(half):
-        put(to, d, head[d] * cos[d] - head[half + d] * sin[d])
-    for d in range(half):
-        put(to, half + d, head[half + d] * cos[half + d] + head[d] * sin[half + d])
+def _turn(x: Any, cos: Any, sin: Any, at: int, D: int, out: Any, to: int) -> None:
+    """The head of width D at ``x`` into ``out`` from ``to`` on; ``at``: where the cosines of its position begin."""
+    half = D // 2
+    whole = half // LANES * LANES
+    for d in range(0, whole, LANES):
+        left, right = load_vector(x, d), load_vector(x, half + d)
+        minus = product(load_vector(sin, at + d), all_lanes(np.float32(-1.0)))
+        store_vector(out, to + d, multiply_add(right, minus, product(left, load_vector(cos, at + d))))
+        other = product(right, load_vector(cos, at + half + d))
+        store_vector(out, to + half + d, multiply_add(left, load_vector(sin, at + half + d), other))
+    for d in range(whole, half):
+        left, right = load(x, d), load(x, half + d)
+        store(out, to + d, left * load(cos, at + d) - right * load(sin, at + d))
+        store(out, to + half + d, right * load(cos, at + half + d) + left * load(sin, at + half + d))
 
 
 @kernel
@@ -81,26 +107,27 @@ def rotate_and_store(
 ) -> None:  # fmt: skip
     """Rotary positions, after the norms of heads where there are such: queries stay in their place, keys and values go
     into the cache at (slot, position)."""
-    kv_heads, D = keys.shape[1], keys.shape[3]
-    heads = qkv_TO.shape[1] // D - 2 * kv_heads
+    kv_heads, capacity, D = keys.shape[1:]
+    outputs = qkv_TO.shape[1]
+    heads = outputs // D - 2 * kv_heads
     head = np.empty(D, np.float32)
+    x, k, v, h, c, s = pointer(qkv_TO), pointer(keys), pointer(values), pointer(head), pointer(cos), pointer(sin)
     for t in range(slots_T.shape[0]):
-        slot, at = slots_T[t], positions_T[t]
-        for h in range(heads + kv_heads):
-            row = qkv_TO[t, h * D : (h + 1) * D]
+        at = positions_T[t] * D
+        for i in range(heads + kv_heads):
+            of = t * outputs + i * D
             for d in range(D):
-                head[d] = get(row[d])
+                head[d] = load(x, of + d)
             if q_norm.shape[0] > 0:
-                _norm_head(head, q_norm if h < heads else k_norm, eps)
-            if h < heads:
-                _turn(head, cos[at], sin[at], row)
+                _norm_head(head, q_norm if i < heads else k_norm, eps)
+            if i < heads:
+                _turn(h, c, s, at, D, x, of)
             else:
-                _turn(head, cos[at], sin[at], keys[slot, h - heads, at])
-        for g in range(kv_heads):
-            row = qkv_TO[t, (heads + kv_heads + g) * D : (heads + kv_heads + g + 1) * D]
-            to = values[slot, g, at]
+                _turn(h, c, s, at, D, k, (slots_T[t] * kv_heads + i - heads) * capacity * D + at)
+        for i in range(kv_heads):
+            of, to = t * outputs + (heads + kv_heads + i) * D, (slots_T[t] * kv_heads + i) * capacity * D + at
             for d in range(D):
-                put(to, d, get(row[d]))
+                store(v, to + d, load(x, of + d))
 
 
 @kernel
@@ -112,56 +139,71 @@ def attend(
     The cache comes from memory, a short stretch for each head: what is read next is asked for while this is computed,
     which takes a third off the time of a small model and more of a larger one.
     """
-    kv_heads, D = keys.shape[1], keys.shape[3]
-    heads = out_TO.shape[1] // D
-    group, row_bytes = heads // kv_heads, D * keys.itemsize
-    scores = np.empty(keys.shape[2], np.float32)
-    query, mixed = np.empty(D, np.float32), np.empty(D, np.float32)
-    T = slots_T.shape[0]
+    kv_heads, capacity, D = keys.shape[1:]
+    heads, T = out_TO.shape[1] // D, slots_T.shape[0]
+    group, row_bytes, outputs = heads // kv_heads, D * keys.itemsize, qkv_TO.shape[1]
+    scores, query = np.empty(capacity, np.float32), np.empty(D, np.float32)
+    x, k, v, q, out = pointer(qkv_TO), pointer(keys), pointer(values), pointer(query), pointer(out_TO)
     for t in range(T):
         n = positions_T[t] + 1
         for h in range(heads):
             for d in range(D):
-                query[d] = get(qkv_TO[t, h * D + d]) * np.float32(scale)
-                mixed[d] = np.float32(0.0)
-            key, value = keys[slots_T[t], h // group], values[slots_T[t], h // group]
-            following = value.ctypes.data
+                query[d] = load(x, t * outputs + h * D + d) * np.float32(scale)
+            of = (slots_T[t] * kv_heads + h // group) * capacity * D
+            following = values.ctypes.data + of * values.itemsize
             for w in range(n):
                 for line in range(0, row_bytes, CACHE_LINE):
                     prefetch(following + w * row_bytes + line)
-                score = np.float32(0.0)
-                for d in range(D):
-                    score += query[d] * get(key[w, d])
-                scores[w] = score
-            total = _exponentials(scores[:n])
+                scores[w] = _dot(q, k, of + w * D, D)
+            total = _exponentials(scores, n)
             then, head = (t, h + 1) if h + 1 < heads else (min(t + 1, T - 1), 0)
-            following = keys[slots_T[then], head // group].ctypes.data
-            whole = n // 4 * 4
-            for w in range(0, whole, 4):  # four at a time: ``mixed`` is read and written less often
-                for line in range(0, 4 * row_bytes, CACHE_LINE):
+            following = keys.ctypes.data + (slots_T[then] * kv_heads + head // group) * capacity * row_bytes
+            for w in range(n):
+                for line in range(0, row_bytes, CACHE_LINE):
                     prefetch(following + w * row_bytes + line)
-                a, b, c, e = scores[w], scores[w + 1], scores[w + 2], scores[w + 3]
-                for d in range(D):
-                    mixed[d] += (
-                        a * get(value[w, d]) + b * get(value[w + 1, d])
-                        + c * get(value[w + 2, d]) + e * get(value[w + 3, d])
-                    )  # fmt: skip
-            for w in range(whole, n):
-                for d in range(D):
-                    mixed[d] += scores[w] * get(value[w, d])
-            out = out_TO[t, h * D : (h + 1) * D]
-            for d in range(D):
-                put(out, d, mixed[d] / total)
+            _mix(scores, n, total, v, of, D, out, (t * heads + h) * D)
 
 
 @kernel
-def _exponentials(scores: Any) -> Any:
-    """Turns scores into e^(score - the greatest), and returns their sum."""
+def _dot(query: Any, keys: Any, of: int, D: int) -> Any:
+    whole = D // LANES * LANES
+    products = all_lanes(np.float32(0.0))
+    for d in range(0, whole, LANES):
+        products = multiply_add(load_vector(query, d), load_vector(keys, of + d), products)
+    total = sum_of(products)
+    for d in range(whole, D):
+        total += load(query, d) * load(keys, of + d)
+    return total
+
+
+@kernel
+def _mix(weights: Any, n: int, total: Any, values: Any, of: int, D: int, out: Any, to: int) -> None:
+    """The sum of weight * value / total. Two sums side by side, so that one does not wait for the other."""
+    whole = D // LANES * LANES
+    share = np.float32(1.0) / total
+    for d in range(0, whole, LANES):
+        even = odd = all_lanes(np.float32(0.0))
+        for w in range(0, n - 1, 2):
+            even = multiply_add(all_lanes(weights[w]), load_vector(values, of + w * D + d), even)
+            odd = multiply_add(all_lanes(weights[w + 1]), load_vector(values, of + (w + 1) * D + d), odd)
+        if n % 2 == 1:
+            even = multiply_add(all_lanes(weights[n - 1]), load_vector(values, of + (n - 1) * D + d), even)
+        store_vector(out, to + d, multiply_add(even, all_lanes(share), product(odd, all_lanes(share))))
+    for d in range(whole, D):
+        mixed = np.float32(0.0)
+        for w in range(n):
+            mixed += weights[w] * load(values, of + w * D + d)
+        store(out, to + d, mixed * share)
+
+
+@kernel
+def _exponentials(scores: Any, n: int) -> Any:
+    """Turns the first n scores into e^(score - the greatest), and returns their sum."""
     most = np.float32(-np.inf)
-    for w in range(scores.shape[0]):
+    for w in range(n):
         most = max(most, scores[w])
     total = np.float32(0.0)
-    for w in range(scores.shape[0]):
+    for w in range(n):
         scores[w] = exp(scores[w] - most)
         total += scores[w]
     return total
