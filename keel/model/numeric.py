@@ -142,8 +142,8 @@ def load_vector(typing: Any, pointer: Any, i: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if pointer.dtype == types.float32:
-            return builder.load(_at(builder, *arguments, ir.FloatType()), align=4)
-        bits = builder.load(_at(builder, *arguments, ir.IntType(16)), align=2)
+            return builder.load(_at(builder, arguments[0], arguments[1], ir.FloatType()), align=4)
+        bits = builder.load(_at(builder, arguments[0], arguments[1], ir.IntType(16)), align=2)
         words = ir.VectorType(ir.IntType(32), LANES)
         return builder.bitcast(builder.shl(builder.zext(bits, words), ir.Constant(words, [16] * LANES)), _VECTOR)
 
