@@ -148,6 +148,7 @@ class Packed:
     def of(weight_OI: Tensor, low: torch.dtype) -> Packed:
         """A copy of a float32 weight; ``low`` must be supported, and inputs even in bfloat16."""
         outputs, inputs = weight_OI.shape
+        assert low == torch.float32 or inputs % 2 == 0, "bfloat16 numbers are multiplied in pairs"
         numbers = torch.empty(-(-outputs // BLOCK) * BLOCK * inputs, dtype=low)
         _pack(low, outputs, inputs, weight_OI.detach().float().contiguous(), numbers, int(low == torch.bfloat16))
         return Packed(numbers, outputs, inputs)

@@ -1,4 +1,5 @@
-"""The parts of a decoding step on a CPU that are not matrix products, compiled by numba: each is one pass over memory.
+"""A decoding step on a CPU, compiled by numba: but for the matrix products (``keel.model.products``) each part is one
+pass over memory.
 
 numba compiles a function when it is first called (some tenths of a second each) and keeps the result on disk. All of
 them work row by row, so what a row says does not depend on the others, and release the interpreter lock. bfloat16
@@ -32,7 +33,7 @@ from keel.model.numeric import (
     put,
     store_vector,
     sum_of,
-)  # fmt: skip
+)
 from keel.model.products import BLOCK as OUTPUTS
 from keel.model.products import as_pointer, multiply_blocks
 
@@ -55,6 +56,8 @@ CACHE_LINE = 64  # bytes
 
 @kernel
 def pointer(row: Any) -> Any:
+    """The address of an array's numbers. Loops over heads count from it: a slice of an array costs as much as such a
+    loop, because numba counts who refers to the array."""
     return as_pointer(row.ctypes.data, row)
 
 
@@ -324,7 +327,7 @@ class Network(NamedTuple):
     embedding_VH: np.ndarray
     products: (
         np.ndarray
-    )  # [layers + 1, 4, 4]: of qkv, o, gate_up, down; of the head: addresses of weight and bias, sizes
+    )  # [layers + 1, 4, 4]: of qkv, o, gate_up, down (the head's last): weight, bias, outputs, inputs
     q_norms: np.ndarray  # [layers, D], or [layers, 0]
     k_norms: np.ndarray
     cos: np.ndarray

@@ -49,6 +49,8 @@ def why_unsupported(model: nn.Module) -> str:
         return f"its rotary embedding is of the type {config.rope_parameters['rope_type']}"
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}"
+    if config.hidden_size % 2 or config.intermediate_size % 2:
+        return "its layers have odd numbers of inputs"
     if type(inner.model.embed_tokens) is not nn.Embedding:
         return f"its embedding is a {type(inner.model.embed_tokens).__name__}"
     linears = [inner.lm_head]
