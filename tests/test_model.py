@@ -4,6 +4,7 @@ transformers loads them."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,67 @@ def test_packed_equals_padded(name: str, plain_up_to: int, monkeypatch: pytest.M
     reference = padded_hidden_states(model, batch)
     assert enable_packing(model)
     torch.testing.assert_close(hidden_states(model, batch), reference, atol=1e-5, rtol=1e-5)
+
+
+def varlen_by_hand(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """What torch's documentation says of ``varlen_attn``, which runs on a GPU alone: [T, heads, D], sequence by
+    sequence, ``window_size`` tokens seen to the left (-1: all) and to the right of a query's own."""
+    assert q.shape[1] == k.shape[1] == v.shape[1], "heads that share keys are an option of newer versions"
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == max_k >= int(cu_q.diff().max())
+    assert window_size[1] == 0
+    out = torch.zeros_like(q)
+    for begin, end in pairwise(cu_q.tolist()):
+        places = torch.arange(end - begin)
+        distance = places[:, None] - places[None, :]
+        seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end], k[begin:end]) * scale
+        probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", probs, v[begin:end])
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
+def test_attention_as_on_a_gpu_equals_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(packed_module, "_half_on_gpu", lambda query: query.dtype)
+    model = shapes()[name].eval()
+    model.base_model.keel_unfused = True
+    batch = batch_of(LENGTHS)
+    reference = padded_hidden_states(model, batch)
+    assert enable_packing(model)
+    torch.testing.assert_close(hidden_states(model, batch), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch's varlen attention runs on CUDA alone")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_attention_on_a_gpu_equals_padded(name: str) -> None:
+    """To what bfloat16 can tell apart, values and gradients."""
+    model, batch = shapes()[name].cuda(), batch_of(LENGTHS).to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        reference = padded_hidden_states(model, batch)
+        reference.float().square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    assert enable_packing(model)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = hidden_states(model, batch)
+        got.float().square().sum().backward()
+    torch.testing.assert_close(got, reference, atol=0.05, rtol=0.05)
+    for p, before in zip((p for p in model.parameters() if p.grad is not None), expected, strict=True):
+        assert p.grad is not None
+        assert float((p.grad - before).norm()) <= 0.05 * float(before.norm()) + 1e-3
 
 
 def rows_that_share() -> list[list[Encoded]]:

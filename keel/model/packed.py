@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,12 +41,14 @@ class Layout:
     """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid.
 
     Where sequences share a beginning the causal mask does not say which keys a query sees: then ``allowed`` (bool
-    [B, L, L]) does, and ``positions`` ([B, L]) are the tokens' places in their own sequence.
+    [B, L, L]) does, and ``positions`` ([B, L]) are the tokens' places in their own sequence. Else ``cu_seqlens`` (int32
+    [B + 1]) are the sequences' offsets in T.
     """
 
     cells_T: Tensor
     batch: int
     longest: int
+    cu_seqlens: Tensor | None = None
     allowed: Tensor | None = None
     positions: Tensor | None = None
 
@@ -57,7 +60,8 @@ class Layout:
         sequence_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), lengths)
         if batch.fork_B is None:
             longest = _rounded(int(lengths.max()), ROUND_LENGTH, device)
-            return Layout(sequence_T * longest + batch.positions_T, batch.num_sequences, longest)
+            cells_T, cu_seqlens = sequence_T * longest + batch.positions_T, batch.cu_seqlens.int()
+            return Layout(cells_T, batch.num_sequences, longest, cu_seqlens)
         whole_B = batch.fork_B < 0
         row_B = whole_B.long().cumsum(0) - 1
         begin_R = batch.cu_seqlens[:-1][whole_B]
@@ -140,14 +144,38 @@ def _packed_attention(
             f"{type(module).__name__} uses soft-capped or sink attention, which packed batches do not support"
         )
     layout, tokens = keel_layout, keel_layout.cells_T.numel()
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    half = _half_on_gpu(query)
+    if layout.cu_seqlens is not None and half is not None:
+        q, k, v = (x.to(half) for x in (query, key, value))
+        return _varlen(q, k, v, layout.cu_seqlens, layout.longest, scale, sliding_window).to(query.dtype), None
 
     def grid(x: Tensor) -> Tensor:  # [1, heads, T, D] -> [B, heads, L, D]; rows past the real tokens stay behind
         return layout.spread(x[0].transpose(0, 1)[:tokens]).transpose(1, 2)
 
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = _attend(grid(query), grid(key), grid(value), scale, layout.visible(sliding_window))
     gathered = layout.gather(out.transpose(1, 2)).to(query.dtype)
     return F.pad(gathered, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
+
+
+def _half_on_gpu(query: Tensor) -> torch.dtype | None:
+    """The precision in which torch's flash attention takes sequences that lie one behind another: the half precision of
+    a GPU's products. None where it does not."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    halves = (torch.bfloat16, torch.float16)
+    return dtype if query.is_cuda and dtype in halves and query.shape[-1] % 8 == 0 else None
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """[1, heads, T, D] -> [1, T, heads, D], without a grid, so without any padding."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    seen = (-1 if window is None else window - 1, 0)  # so many tokens before a query's own, none behind it
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=seen)
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> Tensor:
