@@ -2,8 +2,8 @@
 settings found for it.
 
 The best settings are searched for, not guessed: ``python -m bench tune`` tries every candidate below and keeps the
-fastest of each peer, task and model in ``bench/results/best-DEVICE.json``. Where that has no entry, the first
-candidate stands in.
+fastest of each peer, task and model in ``bench/results/best-DEVICE.json``. A model that has no entry takes the
+smallest one's, and where there is none at all, the first candidate stands in.
 """
 
 from __future__ import annotations
@@ -166,6 +166,8 @@ def contenders(task: str, model: str, best_file: Path, device: str) -> list[Cont
 
 
 def best(peer: Peer, task: str, model: str, best_file: Path, device: str) -> Settings:
+    """What `tune` found for the model, or for the smallest; before it has run the first candidate."""
     kept = json.loads(best_file.read_text()) if best_file.exists() else {}
-    found: Settings | None = kept.get(f"{peer.name}/{task}/{model}", {}).get("settings")
-    return found or candidates(peer, task, device)[0]
+    searched = (kept.get(f"{peer.name}/{task}/{of}") for of in (model, "S"))
+    found: Settings = next((row["settings"] for row in searched if row), candidates(peer, task, device)[0])
+    return found

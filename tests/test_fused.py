@@ -26,6 +26,7 @@ from transformers import (
 from keel.data.collate import pack, pack_shared
 from keel.model import packed
 from keel.model.fused import is_fusable
+from keel.model.logprobs import predicting, token_logprobs
 from keel.model.packed import backbone, enable_packing, hidden_states, padded_hidden_states
 from keel.types import Encoded, PackedBatch
 
@@ -181,3 +182,24 @@ def test_what_is_not_a_plain_llama_goes_the_other_way() -> None:
     adapted = MODELS["llama"]()
     adapted.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
     assert not is_fusable(backbone(adapted))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_weight_that_is_embedding_and_head_gets_both_gradients(fused: bool) -> None:
+    """Over two micro-batches, against transformers' padded logits."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True, pad_token_id=0)).eval()
+    reference = copy.deepcopy(model)
+    assert enable_packing(model)
+    backbone(model).keel_unfused = not fused  # type: ignore[assignment]
+    for batch in batches(20).values():
+        token_logprobs(model, batch).logp_C.sum().backward()
+        source_C, ids_C = predicting(batch)
+        logits_CV = reference.lm_head(padded_hidden_states(reference, batch)[source_C])
+        logits_CV.log_softmax(-1)[torch.arange(len(ids_C)), ids_C].sum().backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.layout == torch.strided
+        torch.testing.assert_close(p.grad, q.grad, atol=2e-5, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert model.lm_head.weight is model.model.embed_tokens.weight

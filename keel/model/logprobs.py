@@ -43,21 +43,49 @@ def predicting(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 def token_logprobs(model: nn.Module, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
     """Log-probabilities of the tokens where ``batch.mask_T`` is True, under ``softmax(logits / temperature)``."""
     source_C, ids_C = predicting(batch)
-    hidden_CH = hidden_states(model, batch, source_C)
-    return head_logprobs(model, hidden_CH, ids_C, temperature, entropy)
+    weight = inner_model(model).get_output_embeddings().weight
+    if torch.is_grad_enabled() and weight is inner_model(model).get_input_embeddings().weight:
+        rows, weight = _BothEnds.apply(weight)
+        hidden_CH = hidden_states(model, batch, source_C, rows)
+    else:
+        hidden_CH = hidden_states(model, batch, source_C)
+    return head_logprobs(model, hidden_CH, ids_C, temperature, entropy, weight)
+
+
+class _BothEnds(torch.autograd.Function):
+    """A weight that is embedding and head, once for each: the embedding's gradient, of a few rows, is then added to the
+    head's in place. Left to autograd both are whole matrices, the largest of a small model under a large vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor | None, whole: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        if whole is None:
+            return None if rows is None else rows.to_dense()
+        return whole if rows is None else whole.add_(rows)
 
 
 def head_logprobs(
-    model: nn.Module, hidden_CH: Tensor, ids_C: Tensor, temperature: float = 1.0, entropy: bool = False
+    model: nn.Module,
+    hidden_CH: Tensor,
+    ids_C: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    weight: Tensor | None = None,
 ) -> LogProbs:
-    """The head's part of :func:`token_logprobs`, for hidden states [C, H] that are there already."""
+    """The head's part of :func:`token_logprobs`, for hidden states [C, H] that are there already; ``weight``: the
+    head's, if not as the model has it."""
     inner = inner_model(model)
     head = inner.get_output_embeddings()
     scale, softcap = _logit_transform(inner)
     # Logits are float32 whatever the precision: rounded to bfloat16, those of size 10 would move a log-probability by
     # 0.04 nats, more than many a policy update does. What is multiplied is rounded, which on the harbor's base model
     # moves one by 0.0004 in the mean, a third of what layers in bfloat16 do.
-    weight = head.weight.float()
+    weight = (head.weight if weight is None else weight).float()
     bias = head.bias.float() if getattr(head, "bias", None) is not None else None
     device = hidden_CH.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -257,17 +257,20 @@ def compile_training(model: nn.Module, backend: str = "inductor") -> None:
     backbone(model).compile(dynamic=True, backend=backend)
 
 
-def hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None = None) -> Tensor:
+def hidden_states(
+    model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None = None, rows_VH: Tensor | None = None
+) -> Tensor:
     """Last hidden states (after the final norm) of every token of a packed batch [T, H], or of the tokens at the places
-    ``wanted_W`` [W, H], which costs less."""
+    ``wanted_W`` [W, H], which costs less. ``rows_VH``: what the model's embedding may be read from; it gets a sparse
+    gradient."""
     if not torch.is_grad_enabled() and backbone(model)._compiled_call_impl is not None:
         # Measuring stays plain: policy and reference then differ by nothing but their weights, to the bit.
         with torch.compiler.set_stance("force_eager"):
-            return _hidden_states(model, batch, wanted_W)
-    return _hidden_states(model, batch, wanted_W)
+            return _hidden_states(model, batch, wanted_W, None)
+    return _hidden_states(model, batch, wanted_W, rows_VH)
 
 
-def _hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None) -> Tensor:
+def _hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None, rows_VH: Tensor | None) -> Tensor:
     if inner_model(model).config._attn_implementation != ATTENTION:
         hidden = padded_hidden_states(model, batch)
         return hidden if wanted_W is None else hidden.index_select(0, wanted_W)
@@ -277,7 +280,10 @@ def _hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None
     decoder: Any = backbone(model)
     compiled = decoder._compiled_call_impl is not None and torch.is_grad_enabled()
     if not compiled and fused.is_fusable(decoder):
-        embedded = decoder.embed_tokens(ids[0])
+        if rows_VH is not None and type(decoder.embed_tokens) is nn.Embedding:
+            embedded = F.embedding(ids[0], rows_VH, decoder.embed_tokens.padding_idx, sparse=True)
+        else:
+            embedded = decoder.embed_tokens(ids[0])
         cos, sin = decoder.rotary_emb(embedded, position_ids=positions)
         attention = _FusedAttention(Layout.of(batch))
         if wanted_W is not None and len(wanted_W) < FEW_WANTED * tokens:
