@@ -101,7 +101,7 @@ class Worker:
 
 def environment(contender: Contender, threads: int) -> dict[str, str]:
     """The variables of a worker: as many threads for everybody, caches of our own, malloc as the contender has it."""
-    kept = {name: value for name, value in os.environ.items() if name not in MALLOC}
+    kept = {name: value for name, value in os.environ.items() if name not in OWN_MALLOC}
     return {
         **kept,
         **((OWN_MALLOC if contender.ours else MALLOC) if contender.malloc else {}),

@@ -24,7 +24,7 @@ from keel.rollout.llama import Weights, rotary_tables, round_up
 from keel.rollout.slots import Slots
 from keel.rollout.step import Linear
 
-FEWEST_COLUMNS = 64
+FEWEST_COLUMNS = 128
 TILE = 64  # tokens that go through a layer together
 
 
