@@ -23,6 +23,7 @@ from keel.check import preflight
 from keel.cli import main
 from keel.cli.chat import find_model, stream_ids, stream_text
 from keel.cli.live import Progress, closing
+from keel.cli.process import MALLOC, restart_with_malloc_settings
 from keel.config import Recipe
 from keel.data.chat import Chat, install_template
 from keel.pipeline import run_pipeline
@@ -423,3 +424,21 @@ def test_chat_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     text = capsys.readouterr().out
     assert text.count("a new conversation") == 2
     assert "/reset starts anew" in text
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="malloc is set for glibc alone")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="with a GPU malloc is left alone")
+def test_malloc_is_set_once_and_what_a_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "execve", lambda program, arguments, environment: restarts.append(environment))
+    for name in MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    restart_with_malloc_settings()
+    assert [restarts[0][name] for name in MALLOC] == [*list(MALLOC.values())[:-1], "4"]
+    monkeypatch.setattr(os, "environ", restarts[0])
+    restart_with_malloc_settings()
+    assert len(restarts) == 1
+    monkeypatch.setattr(os, "environ", {"MALLOC_TOP_PAD_": "0"})
+    restart_with_malloc_settings()
+    assert len(restarts) == 1

@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from keel.model.native import I64, Loop, f4, floats, inner, load, lows, number, share, store
+from keel.model.precision import pick_precision
 
 BLOCK = 64  # outputs
 TILE = 64  # rows of one call
@@ -58,7 +59,7 @@ def supports(low: torch.dtype) -> bool:
     process."""
     if low not in SYMBOLS or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    return AVAILABLE and (low == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return AVAILABLE and (low == torch.float32 or pick_precision("auto", "cpu") == "bf16")
 
 
 @intrinsic
