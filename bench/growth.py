@@ -73,7 +73,7 @@ def curves(device: str, quick: bool) -> Iterator[Curve]:
             "DPO with a vocabulary of 128,000, 8 pairs a step: peak memory, MiB",
             "tokens of a prompt and one reply",
             "dpo",
-            tuple(Place(n, "S-128k", dpo(n)) for n in ((64, 128) if quick else (64, 128, 256, 512, 1024))),
+            tuple(Place(n, "S-128k", dpo(n)) for n in ((64, 128) if quick else (64, 128, 256, 512))),
             shows="peak_mb",
             tuned=False,
             repeats=1,

@@ -140,7 +140,7 @@ def test_a_run_of_everything_names_every_task_and_peer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> command.Bench:
-    """A bench whose contenders' rates are made up: the length of the settings' text. None does pairs of 1,024 tokens
+    """A bench whose contenders' rates are made up: the length of the settings' text. None does pairs of 512 tokens
     but ours."""
     machine = {"flops": LIMITS.flops, "bandwidth": 1e9, "device": "a machine", "threads": 1, "torch": "2"}
     monkeypatch.setattr(command, "measure_limits", lambda *_: (LIMITS, machine))
@@ -150,7 +150,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> command.Bench:
 
     def compare(who: list[Contender], job_of: Callable[[Contender], Job], *_: object) -> dict[str, object]:
         assert all(Job.from_json(job_of(c).to_json()) == job_of(c) for c in who)
-        small = [c for c in who if c.ours or job_of(c).work.task != "dpo" or job_of(c).work.context < 1024]
+        small = [c for c in who if c.ours or job_of(c).work.task != "dpo" or job_of(c).work.context < 512]
         rows = {c.name: {"rate": float(len(str(c.settings))), "peak_mb": 700.0} for c in small}
         return {"contenders": {c.name: {"problem": "too long"} for c in who} | rows, "ratios": []}
 
@@ -173,7 +173,7 @@ def test_curves_are_measured_and_drawn(bench: command.Bench) -> None:
     tables, page = report.write(bench.folder, "cpu")
     assert page.read_text().count("<polyline") >= 8
     assert "| 64 | 700 | 700 |" in tables.read_text()
-    assert "| 1,024 | 700 | not measured: too long |" in tables.read_text()
+    assert "| 512 | 700 | not measured: too long |" in tables.read_text()
 
 
 def test_one_curve_measured_again_leaves_the_others(bench: command.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
