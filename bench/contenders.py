@@ -41,6 +41,11 @@ class Contender:
     def ours(self) -> bool:
         return self.environment == "keel"
 
+    @property
+    def restless(self) -> bool:
+        """Whether it uses a processor while it waits: continuous batching's thread, which looks for requests."""
+        return "continuous" in self.settings
+
 
 @dataclass(frozen=True)
 class Peer:

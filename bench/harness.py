@@ -137,14 +137,14 @@ def compare(
     """Every contender does the same work ``repeats`` times, in turns. Returns rates, ratios, memory, shares, and what
     else ran. A contender that fails is left out of the turns, and its line says why.
 
-    On a CPU all workers live until the end and wait for their turns; on a GPU a worker would hold memory that others
-    need, so each repetition is a process of its own.
+    On a CPU all workers live until the end and wait for their turns, but for those that cannot wait quietly; on a GPU a
+    worker would hold memory that others need, so each repetition is a process of its own.
     """
     logs = FOLDER / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     lines = [Line(contender) for contender in contenders]
     jobs = [job_of(contender) for contender in contenders]
-    stay = all(job.device == "cpu" for job in jobs)
+    on_cpu = all(job.device == "cpu" for job in jobs)
     watch, others = Watch(), []
 
     def attempt(line: Line, job: Job, go: bool) -> None:
@@ -158,12 +158,12 @@ def compare(
         except (Failed, Missing, OSError) as error:
             line.problem = str(error)
             say(f"  {line.contender.name}: {line.problem}")
-        if line.worker is not None and (line.problem or not stay):
+        if line.worker is not None and (line.problem or not on_cpu or line.contender.restless):
             line.worker.close()
             line.worker = None
 
     try:
-        if stay:
+        if on_cpu:
             for line, job in zip(lines, jobs, strict=True):
                 attempt(line, job, go=False)
         for turn in range(repeats):
