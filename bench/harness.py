@@ -165,7 +165,8 @@ def compare(
     try:
         if on_cpu:
             for line, job in zip(lines, jobs, strict=True):
-                attempt(line, job, go=False)
+                if not line.contender.restless:
+                    attempt(line, job, go=False)
         for turn in range(repeats):
             for line, job in zip(lines, jobs, strict=True):
                 if not line.problem:
