@@ -26,6 +26,7 @@ TITLES = {
 }
 FIGURES = {"rates": "a second", "peak_mb": "MiB"}
 """The unit of what a curve may show."""
+KEEL, OTHERS = 3, (2, 1, 4, 5, 6)  # colours of curves
 
 
 def read(folder: Path, device: str) -> dict[str, dict[str, Any]]:
@@ -198,12 +199,13 @@ def growth_charts(result: Mapping[str, Any]) -> list[Markup]:
             Series(
                 contender,
                 tuple(Point(math.log2(p["x"]), p[shows][contender]) for p in found["points"] if contender in p[shows]),
-                colour=3 if contender.startswith("Keel") else 1 + i % 6,
+                colour=KEEL if contender.startswith("Keel") else OTHERS[i % len(OTHERS)],
                 marks=True,
             )
             for i, contender in enumerate(contenders)
         ]
         if any(s.points for s in series):
             label = f"{found['x_label']}, as a power of two"
-            charts.append(line_chart(name, found["title"], series, label, FIGURES[shows], y_include=(0.0,)))
+            drawn = line_chart(name, found["title"], series, label, FIGURES[shows], y_include=(0.0,))
+            charts.append(Markup('<div style="max-width: 36rem">{}</div>').format(drawn))
     return charts
