@@ -17,6 +17,7 @@ from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.model.merged import merged_weights
 from keel.model.packed import ATTENTION, enable_packing
+from keel.model.passes import products_of
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
@@ -248,6 +249,18 @@ def test_every_way_to_decode_gives_the_same_numbers(kind: str, monkeypatch: pyte
         assert [c.ids for c in other] == [c.ids for c in results[0]]
         for one, another in zip(results[0], other, strict=True):
             assert one.logprobs == pytest.approx(another.logprobs, abs=1e-4)
+
+
+def test_a_processor_that_knows_no_bfloat16_samples_in_it_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its float32 products are not for the head alone: all of a model's weights are packed, or none."""
+    sampling = SamplingConfig(max_new_tokens=12, batch_size=5)
+    results = []
+    for known in ((), (torch.float32,)):
+        monkeypatch.setattr(
+            llama_module, "products_of", lambda low, known=known: products_of(low) if low in known else None
+        )
+        results.append(EmbeddedSampler(build("llama"), [3], "bf16").generate(PROMPTS, sampling, seed=0))
+    assert results[0] == results[1]
 
 
 def test_a_model_that_has_diverged_is_an_error() -> None:

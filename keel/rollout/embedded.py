@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
-from keel.rollout.llama import ROWS, Decoder, Weights, compiled_products, round_up
+from keel.rollout.llama import ROWS, Decoder, Weights, round_up
 from keel.rollout.sampler import Precision, context_length, room, stream_key, uniforms
 from keel.rollout.slots import Slots
 from keel.types import Completion
@@ -109,7 +109,7 @@ def side_by_side(runs: Sequence[_Run]) -> None:
 
 def make_decoder(model: nn.Module, weights: Weights, slots: int, context: int, threads: int) -> Decoder | CpuDecoder:
     """The one for the device. Both do the same; the second, where it runs, several times faster."""
-    if compiled_products(weights.embedding_VH.device, weights.dtype):
+    if weights.packed:
         from keel.rollout.cpu import CpuDecoder  # numba is slow to import
 
         return CpuDecoder(model, weights, slots, context, threads)

@@ -325,9 +325,7 @@ class Network(NamedTuple):
     """A model as kernels read it."""
 
     embedding_VH: np.ndarray
-    products: (
-        np.ndarray
-    )  # [layers + 1, 4, 4]: of qkv, o, gate_up, down (the head's last): weight, bias, outputs, inputs
+    products: np.ndarray  # [layers + 1, 4, 4]: weight, bias, outputs, inputs of qkv, o, gate_up, down; last: the head's
     q_norms: np.ndarray  # [layers, D], or [layers, 0]
     k_norms: np.ndarray
     cos: np.ndarray
@@ -380,9 +378,8 @@ def _product(net: Network, words: Any, product: Any, x_TI: Any, out_TO: Any, add
         words[3], words[4], words[5] = x_TI.ctypes.data, product[0], out_TO.ctypes.data
         in_threads(net.multiply, words.ctypes.data, net.threads, 0)
         return
-    x, out = as_pointer(x_TI.ctypes.data, x_TI), as_pointer(out_TO.ctypes.data, out_TO)
     blocks = (outputs + OUTPUTS - 1) // OUTPUTS
-    multiply_blocks(0, blocks, rows, outputs, inputs, x, as_pointer(product[0], x_TI), out, add)
+    multiply_blocks(0, blocks, rows, outputs, inputs, pointer(x_TI), as_pointer(product[0], x_TI), pointer(out_TO), add)
 
 
 @kernel

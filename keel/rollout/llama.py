@@ -70,13 +70,14 @@ def _bias(module: Any) -> Tensor | None:
     return getattr(module, "base_layer", module).bias
 
 
-def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = None) -> tuple[Tensor | None, Linear]:
+def _linear(
+    modules: Sequence[Any], dtype: torch.dtype, products: Any, norm: Tensor | None = None
+) -> tuple[Tensor | None, Linear]:
     """(the norm that is still to be multiplied in, the layer). Weights of the right type are used where they are; else
-    they are copied anyway: side by side, with the norm's, and packed where a CPU's compiled steps read them."""
+    they are copied anyway: side by side, with the norm's, and packed by ``products`` where there is such."""
     weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
     outputs = sum(len(weight) for weight in weights)
-    products = compiled_products(weights[0].device, dtype)
     if weights[0].dtype == dtype and not products:
         return norm, Linear(weights, biases, outputs)
     weight = weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)
@@ -88,26 +89,21 @@ def _linear(modules: Sequence[Any], dtype: torch.dtype, norm: Tensor | None = No
     return None, Linear([weight.to(dtype)], [torch.cat(biases).to(dtype)] if biases else [], outputs)
 
 
-def compiled_products(device: torch.device, dtype: torch.dtype) -> Any:
-    """``keel.model.products`` where ``keel.rollout.cpu`` can decode with it, else None."""
-    return products_of(dtype) if device.type == "cpu" else None
-
-
-def _layer(module: Any, dtype: torch.dtype) -> Layer:
+def _layer(module: Any, dtype: torch.dtype, products: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     has_norms = hasattr(attention, "q_norm")
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    norm, qkv = _linear(projections, dtype, module.input_layernorm.weight)
-    norm_mlp, gate_up = _linear((mlp.gate_proj, mlp.up_proj), dtype, module.post_attention_layernorm.weight)
+    norm, qkv = _linear(projections, dtype, products, module.input_layernorm.weight)
+    norm_mlp, gate_up = _linear((mlp.gate_proj, mlp.up_proj), dtype, products, module.post_attention_layernorm.weight)
     return Layer(
         norm=norm,
         qkv=qkv,
         q_norm=attention.q_norm.weight.float() if has_norms else None,
         k_norm=attention.k_norm.weight.float() if has_norms else None,
-        o=_linear((attention.o_proj,), dtype)[1],
+        o=_linear((attention.o_proj,), dtype, products)[1],
         norm_mlp=norm_mlp,
         gate_up=gate_up,
-        down=_linear((mlp.down_proj,), dtype)[1],
+        down=_linear((mlp.down_proj,), dtype, products)[1],
     )
 
 
@@ -121,6 +117,7 @@ class Weights:
     head: Linear
     shape: Shape
     dtype: torch.dtype
+    packed: bool  # by ``keel.model.products``, for ``keel.rollout.cpu``
 
     @staticmethod
     def of(model: nn.Module, dtype: torch.dtype) -> Weights:
@@ -128,11 +125,12 @@ class Weights:
         attention = inner.model.layers[0].self_attn
         # Logits stay in float32, as in the trainer's log-probabilities (keel.model.logprobs).
         embedding = inner.model.embed_tokens.weight
-        low = dtype if compiled_products(embedding.device, dtype) else torch.float32
-        norm, head = _linear((inner.lm_head,), low, inner.model.norm.weight)
+        products = products_of(dtype) if embedding.device.type == "cpu" else None
+        low = dtype if products else torch.float32
+        norm, head = _linear((inner.lm_head,), low, products, inner.model.norm.weight)
         return Weights(
             embedding_VH=embedding,
-            layers=[_layer(layer, dtype) for layer in inner.model.layers],
+            layers=[_layer(layer, dtype, products) for layer in inner.model.layers],
             norm=norm,
             head=head,
             shape=Shape(
@@ -143,6 +141,7 @@ class Weights:
                 eps=inner.config.rms_norm_eps,
             ),
             dtype=dtype,
+            packed=products is not None,
         )
 
 
