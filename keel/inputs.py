@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence
     rows = [
         {
             "messages": [
-                *(asdict(message) for message in prompt.messages),
+                *({"role": m.role, "content": m.content} for m in prompt.messages),
                 {"role": "assistant", "content": reply.text},
             ],
             **({} if reply.reward is None else {"reward": reply.reward}),

@@ -32,8 +32,12 @@ class UserError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """``learned``: whether a demonstration teaches it (an assistant's message alone can be; a weight of 0 in a row
+    takes one out). It never changes what the model is shown."""
+
     role: Role
     content: str
+    learned: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,8 +179,10 @@ def prompt_messages(record: Record) -> tuple[Message, ...]:
 
 
 def messages_hash(messages: Sequence[Message], salt: str = "") -> str:
-    """32 hex digits that depend on the roles and texts (and the salt) alone, the same on every machine."""
-    content = json.dumps([salt, *([m.role, m.content] for m in messages)], ensure_ascii=False)
+    """32 hex digits that depend on the roles and texts (and the salt, and what is not learned) alone, the same on every
+    machine."""
+    turns = ([m.role, m.content] if m.learned else [m.role, m.content, False] for m in messages)
+    content = json.dumps([salt, *turns], ensure_ascii=False)
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -1,0 +1,141 @@
+"""The recipe's data: missing, broken, tiny, too long, leaking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from keel.check.finding import Finding, broken, stage_names
+from keel.config import PEOPLE, EvalStage, OnlineBase, Recipe, SampleStage, SftStage
+from keel.data.chat import Chat
+from keel.data.collate import messages_hash
+from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
+from keel.types import Demonstration, Encoded, Preference, Prompt, UserError
+
+FEW = 100  # records below which a stage can hardly learn
+
+
+def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
+    """Missing, broken, tiny, too long and leaking data, with counts."""
+    data = recipe.data
+    found: list[Finding] = []
+    demonstrations: list[Demonstration] = []
+    prompts: list[Prompt] = []
+    preferences: list[Preference] = []
+    heldout: list[Prompt] = []
+    try:
+        for place, source in _demonstrations(recipe):
+            rows = read_demonstrations(_needed(source, place, "sft"))
+            demonstrations += rows
+            found += _few(rows, place)
+            encoded = chat.encode_demonstrations(rows)
+            found += _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
+        if data.prompts is not None:
+            prompts = read_prompts(data.prompts)
+            found += _few(prompts, "data.prompts")
+        if data.preferences is not None:
+            preferences = read_preferences(data.preferences)
+            found += _few(preferences, "data.preferences")
+            found += _pairs(preferences, recipe, chat, context)
+        if data.heldout_prompts is not None:
+            heldout = read_prompts(data.heldout_prompts)
+            found += _few(heldout, "data.heldout_prompts")
+        if data.facts is not None:
+            read_facts(data.facts)
+        measured, mixed = (
+            set(read_texts(source)) if source else set() for source in (data.base_text, data.pretraining)
+        )
+        if both := len(measured & mixed):
+            sentence = f"{both} of {len(measured)} texts are in data.pretraining too"
+            remedy = "take them out of either: the loss on them would measure memory"
+            found.append(Finding("error", "data.base_text", sentence, remedy))
+    except UserError as error:
+        return [*found, broken(error, "data")]
+    for name, some in (("data.prompts", prompts), ("data.heldout_prompts", heldout)):
+        ids = chat.encode_prompts([prompt.messages for prompt in some])
+        encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
+        found += _lengths(encoded, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
+        found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
+    several = [p for p in (*prompts, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
+    if chat.plain and several:
+        sentence = f"it has no chat template, and would see the last message alone of {len(several)} prompts"
+        found.append(Finding("error", "model.path", sentence, "start from an SFT stage, which gives it a template"))
+    learned = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
+    learned |= {messages_hash(p.prompt.messages) for p in preferences}
+    sampled = {messages_hash(p.messages) for p in prompts}
+    return [*found, *_leaks(heldout, learned, sampled)]
+
+
+def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
+    made = {PEOPLE, *stage_names(recipe)}
+    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file not in made]
+    default = [("data.demonstrations", recipe.data.demonstrations)] if any(not s.sources for s in stages) else []
+    return [*default, *named]
+
+
+def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> Iterator[Finding]:
+    """Held-out prompts that training sees. The stages leave those among data.prompts out of sampling and training."""
+    hashes = [messages_hash(prompt.messages) for prompt in heldout]
+    place = "data.heldout_prompts"
+    if both := sum(h in learned for h in hashes):
+        sentence = f"{both} of {len(heldout)} are in the demonstrations or preferences too"
+        yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memory")
+    if both := sum(h in sampled for h in hashes):
+        sentence = f"{both} of {len(heldout)} are in data.prompts too and will be left out there"
+        yield Finding("warning", place, sentence, "take them out of either to be rid of this line")
+
+
+def _needed(source: str | None, place: str, kind: str) -> str:
+    if source is None:
+        raise UserError(f"{place} is not set and stage kind {kind} needs it; set {place}=FILE")
+    return source
+
+
+def _few(records: Sequence[object], place: str) -> Iterator[Finding]:
+    if len(records) < FEW:
+        yield Finding("warning", place, f"only {len(records)} records", f"expect little below {FEW}; add more")
+
+
+def _lengths(
+    rows: Sequence[Encoded], place: str, setting: str, limit: int, over: str, context: int
+) -> Iterator[Finding]:
+    long = sum(len(row.ids) > limit for row in rows)
+    if long and over == "error":
+        sentence = f"{long} of {len(rows)} records are longer than {setting} = {limit} tokens"
+        yield Finding("error", place, sentence, f"raise {setting} or set data.over_length: skip")
+    elif long:
+        yield Finding("warning", place, f"{long} of {len(rows)} records are left out ({setting})", f"raise {setting}")
+    kept = [len(row.ids) for row in rows if len(row.ids) <= limit]
+    beyond = sum(length > context for length in kept) if context else 0
+    if beyond:
+        sentence = f"{beyond} of {len(rows)} records are longer than the model's {context} positions"
+        yield Finding("error", place, sentence, f"lower {setting} to {context} and set data.over_length: skip")
+    empty = sum(not any(row.mask) for row in rows) if setting == "data.max_length" else 0
+    if empty:
+        yield Finding("error", place, f"{empty} records have nothing to learn", "take out the empty replies")
+
+
+def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
+    for stage in recipe.stages:
+        if context and isinstance(stage, SampleStage | OnlineBase | EvalStage):
+            room = context - longest
+            if stage.sampling.max_new_tokens > room:
+                sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
+                remedy = f"lower {stage.name}.sampling.max_new_tokens ({stage.sampling.max_new_tokens})"
+                yield Finding("warning", place, sentence, remedy)
+
+
+def _pairs(preferences: Sequence[Preference], recipe: Recipe, chat: Chat, context: int) -> Iterator[Finding]:
+    replies = [(p.prompt.messages, text, True) for p in preferences for text in (p.chosen, p.rejected)]
+    data = recipe.data
+    yield from _lengths(
+        chat.encode_replies(replies), "data.preferences", "data.max_length", data.max_length, data.over_length, context
+    )
+    seen = {(messages_hash(p.prompt.messages), p.chosen, p.rejected) for p in preferences if not p.tie}
+    contrary = sum((prompt, worse, better) in seen for prompt, better, worse in seen) // 2
+    if contrary:
+        sentence = f"{contrary} pairs are judged both ways"
+        yield Finding(
+            "warning", "data.preferences", sentence, "keep them if annotators truly disagree; else mend the rows"
+        )

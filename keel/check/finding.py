@@ -1,0 +1,32 @@
+"""What a check found: a sentence with its place and remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from keel.config import Recipe
+from keel.types import UserError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``place``: the setting or file; ``sentence``: what is wrong; ``remedy``: what to do."""
+
+    level: Literal["error", "warning"]
+    place: str
+    sentence: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.sentence}; {self.remedy}"
+
+
+def broken(error: UserError, place: str = "") -> Finding:
+    """A room's own sentence as a finding."""
+    head, _, remedy = str(error).rpartition("; ")
+    return Finding("error", place or "recipe", head or remedy, remedy if head else "mend it")
+
+
+def stage_names(recipe: Recipe) -> set[str]:
+    return {stage.name for stage in recipe.stages}

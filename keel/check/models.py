@@ -1,0 +1,142 @@
+"""Tokenizers, templates and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from keel.check.data import data_findings
+from keel.check.finding import Finding, broken
+from keel.config import DpoStage, OnlineBase, Recipe, RewardModelRef, RewardStage, SftStage, Stage, TrainBase
+from keel.data.chat import Chat, install_template
+from keel.data.collate import pack
+from keel.graph import sources
+from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
+from keel.model.logprobs import token_logprobs
+from keel.run import RunDir, Silent, StageContext
+from keel.types import Message, UserError
+
+KL_TOLERANCE = 1e-4  # nats a token between a policy and its reference before the first step
+BATCH_TOLERANCE = 1e-3  # of a reward model's score, alone and among others
+_PROBE = (Message("user", "How do I splice a rope?"),)
+_REPLIES = (
+    "Unlay both ends, marry the strands and tuck each one twice.",
+    "Yes.",
+    "I do not know.",
+    "Ask the bosun. " * 4,
+)
+
+
+def tokenizer_findings(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[Finding]:
+    """The traps of tokenizers and templates, on the tokenizer that the stage starts from."""
+    chat = _chat(path, recipe)
+    place = f"{stage.name}.model ({path})"
+    for problem in chat.check():
+        sentence, _, remedy = problem.partition("; ")
+        yield Finding("warning", place, sentence, remedy or "set model.chat_template, or leave such rows out")
+    if not chat.stop_ids:
+        yield Finding(
+            "error",
+            place,
+            "the tokenizer has no token that ends a reply",
+            "set model.chat_template: keel, or add an eos",
+        )
+        return
+    yield from _prompt_prefix(chat, place)
+
+
+def _chat(path: str, recipe: Recipe) -> Chat:
+    """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
+    tokenizer = load_tokenizer(path, recipe.model.revision)
+    if not any(isinstance(stage, SftStage) for stage in recipe.stages):
+        return Chat(tokenizer)
+    if recipe.model.chat_template is not None:
+        install_template(tokenizer, recipe.model.chat_template)
+    elif Chat(tokenizer).plain:
+        install_template(tokenizer, "keel")
+    return Chat(tokenizer)
+
+
+def _prompt_prefix(chat: Chat, place: str) -> Iterator[Finding]:
+    """What is sampled from must be how what is learned from begins, and a reply's end must be learned."""
+    prompt = chat.encode_prompt(_PROBE)
+    learned = chat.encode_conversation((*_PROBE, Message("assistant", _REPLIES[0])))
+    remedy = "set model.chat_template: keel"
+    if list(learned.ids[: len(prompt)]) != prompt or any(learned.mask[: len(prompt)]):
+        yield Finding("error", place, "a prompt is not how its conversation begins, token for token", remedy)
+    last = max(i for i, masked in enumerate(learned.mask) if masked)
+    if learned.ids[last] not in chat.stop_ids:
+        yield Finding("error", place, "the end of a reply would never be learned", remedy)
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and prompt[:2] == [bos, bos]:
+        yield Finding("error", place, "a prompt begins with BOS twice", remedy)
+    if chat.tokenizer.pad_token_id == chat.tokenizer.eos_token_id:
+        sentence = "pad and eos are one token: Keel learns it all the same, but tools that mask padding would not"
+        yield Finding("warning", place, sentence, "give the tokenizer a pad token of its own")
+
+
+def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
+    """Tokenizer, data and checkpoints; what cannot be loaded is a finding, and what rests on it is left out."""
+    try:
+        chat = _chat(recipe.model.path, recipe)
+        model = recipe.model
+        context = positions(model.path, model.revision, model.trust_remote_code) or 0
+    except UserError as error:
+        return [broken(error, "model.path")]
+    found: list[Finding] = []
+    first = next((stage for stage in recipe.stages if isinstance(stage, TrainBase) and stage.model == "base"), None)
+    if first is not None:
+        found += tokenizer_findings(first, recipe.model.path, recipe)
+    found += data_findings(recipe, chat, context)
+    for stage in recipe.stages:
+        try:
+            found += _reference(stage, recipe, run, chat)
+            found += _reward_models(stage, run)
+        except UserError as error:
+            found.append(broken(error, stage.name))
+    return found
+
+
+def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterator[Finding]:
+    """The policy must be its own reference before the first step: else the KL penalty does not start at 0."""
+    if not isinstance(stage, DpoStage | OnlineBase) or stage.reference in (None, stage.model):
+        return
+    context = StageContext(recipe, run, run.stage(stage.name), Silent(), "cpu")
+    paths = [context.model_path(name) for name in (stage.model, str(stage.reference))]
+    if not all(path.is_dir() and (path / "config.json").exists() for path in paths):
+        sentence = f"the reference ({stage.reference}) is not the model that training starts from ({stage.model})"
+        yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out: the KL at step 0 is 0 then")
+        return
+    logps = []
+    for path in paths:
+        model, tokenizer = load_policy(path)
+        rows = [Chat(tokenizer).encode_reply(_PROBE, reply) for reply in _REPLIES]
+        with torch.no_grad():
+            logps.append(token_logprobs(model, pack(rows)).logp_C)
+    gap = float((logps[0] - logps[1]).abs().mean()) if logps[0].shape == logps[1].shape else float("inf")
+    if gap > KL_TOLERANCE:
+        sentence = f"policy and reference differ by {gap:.3g} nats a token before the first step"
+        yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out, unless this is meant")
+
+
+def _reward_models(stage: Stage, run: RunDir) -> Iterator[Finding]:
+    """A reply's score must not depend on what else is in its batch."""
+    names: list[str] = []
+    if isinstance(stage, RewardStage) and run.stage(stage.name).done:
+        names = [stage.name]
+    else:
+        named = [source.model for _, source in sources(stage) if isinstance(source, RewardModelRef)]
+        names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
+    for name in names:
+        path = Path(name) if Path(name).is_dir() else run.stage(name).path
+        model = load_scalar(path)
+        rows = [model.chat.encode_reply(_PROBE, reply) for reply in _REPLIES]
+        with torch.no_grad():
+            together = model.score_packed(pack(rows))
+            alone = torch.cat([model.score_packed(pack([row])) for row in rows])
+        gap = float((together - alone).abs().max())
+        if not gap <= BATCH_TOLERANCE:
+            sentence = f"its score of a reply changes by {gap:.3g} with the rest of the batch"
+            yield Finding("error", str(path), sentence, "train it again with this version of Keel")
