@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_stages import base_model
-from tiny import preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
+from test_stages import base_model, data_files, run
+from tiny import Counting, preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -26,14 +26,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from keel.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RewardStage, SftStage, Source
+from keel.check import check_recipe
+from keel.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, Recipe, RewardStage, SftStage, Source
 from keel.data.chat import Chat
 from keel.model import marks
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, load_tokenizer, positions, save
 from keel.model.dropout import adapters_thinned, turn_off
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
+from keel.pipeline import run_pipeline
 from keel.run import RunDir, Silent
+from keel.stages import RUNNERS
 from keel.train.context import TrainContext
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
@@ -439,6 +442,43 @@ def test_code_of_a_models_own_runs_when_it_is_trusted(own: Path, tmp_path: Path)
     assert type(again).__name__ == "OwnForCausalLM"
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_trust_reaches_every_stage_and_the_check(own: Path, tmp_path: Path) -> None:
+    """Two stages, the second from the first one's checkpoint and held against the base; and a look at them."""
+    dpo = {"kind": "dpo", "batch_size": 16, "optim": {"lr": 1e-3}, "model": "sft"}
+    stages: list[dict[str, Any]] = [
+        {"kind": "sft", "name": "sft", "epochs": 1, "batch_size": 16},
+        dpo | {"name": "dpo"},
+    ]
+    data = {**data_files(tmp_path), "heldout_fraction": 0.2}
+    recipe = {"model": {"path": str(own)}, "data": data, "stages": stages}
+    finding = next(f for f in check_recipe(Recipe.model_validate(recipe), RunDir(tmp_path / "x")) if f.level == "error")
+    assert "set model.trust_remote_code: true" in str(finding)
+    recipe["model"] = {"path": str(own), "trust_remote_code": True}
+    recipe["stages"] = [stages[0], dpo | {"name": "dpo", "reference": "base"}]
+    done = run(recipe, tmp_path / "run")
+    assert (done.stage("dpo").path / "modeling_own.py").exists()
+    assert not [f for f in check_recipe(Recipe.model_validate(recipe), done) if f.level == "error"]
+
+
+def test_models_that_are_compared_have_no_dropout(tmp_path: Path) -> None:
+    """DPO with dropout in its adapters' settings is DPO without, to the bit, and says so."""
+    base, notes = save_tiny(tmp_path / "base"), []
+    weights = []
+    for dropout in (0.0, 0.5):
+        stage = {"kind": "dpo", "name": "dpo", "model": "base", "batch_size": 16, "optim": {"lr": 1e-2}}
+        lora = {"rank": 2, "dropout": dropout}
+        recipe = {"model": {"path": str(base), "lora": lora}, "data": data_files(tmp_path), "stages": [stage]}
+        counting = Counting()
+        counting.note = notes.append  # type: ignore[method-assign]
+        done = RunDir(tmp_path / f"run{dropout}")
+        run_pipeline(Recipe.model_validate(recipe), done, RUNNERS, counting)
+        weights.append((done.stage("dpo").path / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert len([note for note in notes if "model.lora.dropout is 0 here" in note]) == 1
+    found = check_recipe(Recipe.model_validate(recipe), done)
+    assert [f.level for f in found if "model.lora.dropout" in f.place] == ["warning"]
 
 
 # -------------------------------------------------------------------------------------------------------- adapters

@@ -32,7 +32,7 @@ _REPLIES = (
 
 def tokenizer_findings(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[Finding]:
     """The traps of tokenizers and templates, on the tokenizer that the stage starts from."""
-    chat = _chat(recipe)
+    chat = _chat(path, recipe)
     place = f"{stage.name}.model ({path})"
     for problem in chat.check():
         sentence, _, remedy = problem.partition("; ")
@@ -48,9 +48,9 @@ def tokenizer_findings(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[
     yield from _prompt_prefix(chat, place)
 
 
-def _chat(recipe: Recipe) -> Chat:
+def _chat(path: str, recipe: Recipe) -> Chat:
     """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
-    tokenizer = load_tokenizer(recipe.model.source())
+    tokenizer = load_tokenizer(recipe.model.source(path))
     if not any(isinstance(stage, SftStage) for stage in recipe.stages):
         return Chat(tokenizer)
     if recipe.model.chat_template is not None:
@@ -81,7 +81,7 @@ def _prompt_prefix(chat: Chat, place: str) -> Iterator[Finding]:
 def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     """Tokenizer, data and checkpoints; what cannot be loaded is a finding, and what rests on it is left out."""
     try:
-        chat = _chat(recipe)
+        chat = _chat(recipe.model.path, recipe)
         context = positions(recipe.model.source()) or 0
     except UserError as error:
         return [broken(error, "model.path")]
