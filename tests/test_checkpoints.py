@@ -4,6 +4,7 @@ never learned, code of a model's own. The oracle is transformers' own forward pa
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,27 @@ def test_what_a_model_does_not_need_is_a_note(tmp_path: Path) -> None:
     assert [note for note in notes if "v_head.summary.weight" in note] == notes
     assert len(notes) == 1
     assert torch.equal(model.state_dict()["model.norm.weight"], tiny_llama().model.norm.weight)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "gpt_neox", "codegen", "openai-gpt"])
+def test_masks_that_older_versions_saved_are_passed_over(kind: str, tmp_path: Path) -> None:
+    """Published checkpoints of these have them."""
+    sizes = {"n_ctx": 64, "rotary_dim": 4, "attention_types": [[["global"], 2]]}
+    default = CONFIG_MAPPING[kind]()
+    config = CONFIG_MAPPING[kind](**{n: v for n, v in (SIZES | sizes | {"n_head": 4}).items() if hasattr(default, n)})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    paths = [name for name, _ in model.named_modules()]
+    attentions = [name for name in paths if re.search(r"\d+\.(attn|attn\.attention|attention)$", name)]
+    assert len(attentions) >= 2
+    masks = {f"{name}.bias": torch.ones(1, 1, 64, 64).tril().bool() for name in attentions}
+    masks |= {f"{name}.masked_bias": torch.tensor(-1e9) for name in attentions}
+    rewrite(tmp_path, lambda weights: weights | masks)
+    notes: list[str] = []
+    loaded, _ = load_policy(tmp_path, note=notes.append)
+    assert torch.equal(next(loaded.parameters())[:64], next(model.parameters()))
+    assert not notes
 
 
 def test_a_reward_model_has_its_head_or_is_refused(tmp_path: Path) -> None:

@@ -144,11 +144,9 @@ def read_model(
         model, found = _read(auto, source, what, settings | {"key_mapping": {WRAPPED.pattern: ""}})
         note(f"{source.path}: took what a wrapper put there out of the weights' names ({wrapped[0]}, ...)")
     _refuse_other_weights(source, what, model, found, new_head)
-    left = sorted(name for name in found["unexpected_keys"] if not _belongs(name, model))
-    if not new_head:  # a head that gives way to a new one is no news
-        left = [name for name in left if not TABLES.search(name)]
-        if left:
-            note(f"{source.path}: {_named(left)} in the file is of no use to this {what}")
+    left = [name for name in sorted(found["unexpected_keys"]) if not _is_table(name, model)]
+    if left and not new_head:  # a head that gives way to a new one is no news
+        note(f"{source.path}: {_named(left)} in the file is of no use to this {what}")
     _refuse_not_finite(source, model)
     return model
 
@@ -203,11 +201,19 @@ def _refuse_other_weights(
 def _belongs(name: str, model: PreTrainedModel) -> bool:
     """Whether a weight that was not used lies in a part that the model has: a bias, or a layer more. What stands beside
     its parts (another task's head, a vision tower) does not."""
-    if TABLES.search(name):
-        return False
     parts = name.split(".")[:-1]
     modules = {path for path, _ in model.named_modules() if path} - {model.base_model_prefix}
-    return any(".".join(parts[:n]) in modules for n in range(1, len(parts) + 1))
+    within = any(".".join(parts[:n]) in modules for n in range(1, len(parts) + 1))
+    return within and not _is_table(name, model)
+
+
+def _is_table(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight is computed nowadays: a table by its name, or a mask, which GPT-2 and its kin saved as the
+    "bias" of an attention that has no weight of its own."""
+    path, _, last = name.rpartition(".")
+    modules = dict(model.named_modules())
+    masks = last == "bias" and path in modules and not list(modules[path].parameters(recurse=False))
+    return masks or TABLES.search(name) is not None
 
 
 def _named(names: list[str]) -> str:
