@@ -18,6 +18,8 @@ On the command line ``section.key=value`` changes the recipe's sections, and ``S
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,25 +29,58 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint is read from: a folder or a hub id, of which ``revision`` may be named. One that brings Python
+    code of its own is loaded with ``trust_remote_code`` alone."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @staticmethod
+    def of(place: str | Path | Source) -> Source:
+        """A place alone means: no revision, no code."""
+        return place if isinstance(place, Source) else Source(str(place))
+
+
 # ------------------------------------------------------------------------------------------------- shared sections
 
 
 class LoraConfig(Strict):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="in the losses of sft and reward stages; dpo, ppo and grpo compare models and have 0",
+    )
     targets: list[str] | Literal["all-linear"] = "all-linear"
+
+    def whole(self) -> LoraConfig:
+        """Without dropout: where log-probabilities of policy, old policy and reference must be of one model."""
+        return self.model_copy(update={"dropout": 0.0})
 
 
 class ModelConfig(Strict):
     path: str = Field(description="folder or hub id of a transformers causal LM")
-    revision: str | None = None
+    revision: str | None = Field(None, description="of a hub model: a branch, tag or commit")
     chat_template: str | None = Field(
         None,
         description="Jinja file, or one of Keel's built-in names (keel, chatml); default: the model's own, else keel",
     )
     lora: LoraConfig | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(
+        False,
+        description="run the Python code that the recipe's models and tokenizers bring; read it first",
+    )
+
+    def source(self, path: str | Path | None = None) -> Source:
+        """Where the model is read from, or a checkpoint of another ``path`` that the recipe names."""
+        if path is None or str(path) == self.path:
+            return Source(self.path, self.revision, self.trust_remote_code)
+        return Source(str(path), None, self.trust_remote_code)
 
 
 class DataConfig(Strict):

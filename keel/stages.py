@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from keel.config import (
@@ -106,13 +107,13 @@ def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
 
 def _sees_whole(stage: TrainBase, prompts: Sequence[Prompt], context: StageContext) -> None:
     """A model without a chat template is asked the last message alone: training would leave out the others unseen."""
-    path = context.model_path(stage.model)
+    source = context.source(stage.model)
     several = sum(len(prompt.messages) > 1 for prompt in prompts)
-    if several and Chat(load_tokenizer(path)).plain:
+    if several and Chat(load_tokenizer(source)).plain:
         raise UserError(
-            f"{stage.name}.model ({path}): it has no chat template, and of {several} of the {len(prompts)} prompts, "
-            "which have several messages, it would see the last one alone; start from an SFT stage, which gives it "
-            "a template"
+            f"{stage.name}.model ({source.path}): it has no chat template, and of {several} of the "
+            f"{len(prompts)} prompts, which have several messages, it would see the last one alone; start from an SFT "
+            "stage, which gives it a template"
         )
 
 
@@ -123,19 +124,22 @@ def _watch(stage: OnlineBase) -> Judge | None:
 def _training(stage: TrainBase, context: StageContext) -> TrainContext:
     recipe = context.recipe
     mixed = recipe.data.pretraining if isinstance(stage, PolicyBase) and stage.ptx is not None else None
-    path, lora = context.model_path(stage.model), recipe.model.lora
+    source, lora = context.source(stage.model), recipe.model.lora
+    on_one_base = isinstance(stage, OnlineBase) and stage.one_base
+    if lora and lora.dropout and not isinstance(stage, SftStage | RewardStage):
+        context.reporter.note(f"{stage.name}: model.lora.dropout is 0 here, where log-probabilities are compared")
     return TrainContext(
         stage=context.stage_dir,
         reporter=context.reporter,
-        model_path=path,
+        model_path=Path(source.path),
         base_model=recipe.model,
         data=recipe.data,
         device=context.device,
         precision=pick_precision(stage.precision, context.device),
         seed=recipe.seed,
-        positions=positions(path, recipe.model.revision, recipe.model.trust_remote_code),
+        positions=positions(source),
         texts=read_texts(mixed) if mixed is not None else (),
-        trunk=Trunk(path, context.device, lora) if isinstance(stage, OnlineBase) and stage.one_base and lora else None,
+        trunk=Trunk(source, context.device, lora) if on_one_base and lora else None,
     )
 
 
@@ -145,8 +149,8 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
 def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     """Samples responses into the store, under this stage's fingerprint, and into a file that SFT can learn from."""
     recipe = context.recipe
-    path = context.model_path(stage.model)
-    model, tokenizer = load_policy(path, device=context.device)
+    source = context.source(stage.model)
+    model, tokenizer = load_policy(source, device=context.device)
     frozen(model)
     chat = Chat(tokenizer)
     precision = pick_precision("auto", context.device)
@@ -175,7 +179,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     with Store(store_url(context)) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
-            session.add_responses(prompt.id, group, str(path), stage.sampling, fingerprint)
+            session.add_responses(prompt.id, group, source.path, stage.sampling, fingerprint)
     write_kept(context.stage_dir.path / KEPT, prompts, replies)
     rewards = [reply.reward for reply in everything if reply.reward is not None]
     return {
@@ -237,10 +241,10 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     """Evaluates the models and writes the run's ``summary.json``."""
     recipe = context.recipe
     precision = pick_precision("auto", context.device)
-    models = {name: context.model_path(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
+    models = {name: context.source(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
     prompts = heldout_prompts(stage.prompts, context)
-    for path in models.values():  # each may have a tokenizer of its own, and all are asked the same
-        prompts, _ = encode_prompts(Chat(load_tokenizer(path)), prompts, recipe.data, context.reporter)
+    for source in models.values():  # each may have a tokenizer of its own, and all are asked the same
+        prompts, _ = encode_prompts(Chat(load_tokenizer(source)), prompts, recipe.data, context.reporter)
     inputs = EvaluationInputs(
         models=models,
         baseline=stage.baseline,
@@ -325,8 +329,8 @@ def _fingerprint(context: StageContext) -> str:
 def _reward_model(
     name: str, context: StageContext, precision: Precision, trunk: Trunk | None = None
 ) -> RewardModelScorer:
-    path = context.model_path(name)
-    model = trunk.reward_model(path) if trunk else load_scalar(path, device=context.device)
+    source = context.source(name)
+    model = trunk.reward_model(Path(source.path)) if trunk else load_scalar(source, device=context.device)
     return frozen_scorer(model, precision)
 
 

@@ -24,7 +24,7 @@ from keel.cli import main
 from keel.cli.chat import find_model, stream_ids, stream_text
 from keel.cli.live import Progress, closing
 from keel.cli.process import MALLOC, restart_with_malloc_settings
-from keel.config import Recipe
+from keel.config import Recipe, Source
 from keel.data.chat import Chat, install_template
 from keel.pipeline import run_pipeline
 from keel.run import RunDir, Silent
@@ -408,12 +408,12 @@ def test_chat_talks_to_the_last_model_with_a_keel(tmp_path: Path) -> None:
     )
     run = RunDir(tmp_path)
     run.manifest.update({"recipe": recipe.model_dump(mode="json")})
-    assert find_model(str(tmp_path), None) == ("base", "./base")
+    assert find_model(str(tmp_path), None) == ("base", Source("./base"))
     for name in ("sft", "ppo", "ppo_no_kl"):
         run.stage(name).begin("f")
         run.stage(name).finish({})
-    assert find_model(str(tmp_path), None) == ("ppo", str(tmp_path / "ppo"))
-    assert find_model(str(tmp_path), "ppo_no_kl") == ("ppo_no_kl", str(tmp_path / "ppo_no_kl"))
+    assert find_model(str(tmp_path), None) == ("ppo", Source(str(tmp_path / "ppo")))
+    assert find_model(str(tmp_path), "ppo_no_kl") == ("ppo_no_kl", Source(str(tmp_path / "ppo_no_kl")))
     with pytest.raises(UserError, match="no finished stage 'dpo' to talk to; there are base, sft, ppo, ppo_no_kl"):
         find_model(str(tmp_path), "dpo")
 

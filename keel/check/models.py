@@ -14,6 +14,7 @@ from keel.data.chat import Chat, install_template
 from keel.data.collate import pack
 from keel.graph import sources
 from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
+from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
 from keel.run import RunDir, Silent, StageContext
 from keel.types import Message, UserError
@@ -49,7 +50,7 @@ def tokenizer_findings(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[
 
 def _chat(path: str, recipe: Recipe) -> Chat:
     """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
-    tokenizer = load_tokenizer(path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.source(path))
     if not any(isinstance(stage, SftStage) for stage in recipe.stages):
         return Chat(tokenizer)
     if recipe.model.chat_template is not None:
@@ -81,8 +82,7 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     """Tokenizer, data and checkpoints; what cannot be loaded is a finding, and what rests on it is left out."""
     try:
         chat = _chat(recipe.model.path, recipe)
-        model = recipe.model
-        context = positions(model.path, model.revision, model.trust_remote_code) or 0
+        context = positions(recipe.model.source()) or 0
     except UserError as error:
         return [broken(error, "model.path")]
     found: list[Finding] = []
@@ -93,7 +93,8 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     for stage in recipe.stages:
         try:
             found += _reference(stage, recipe, run, chat)
-            found += _reward_models(stage, run)
+            found += _reward_models(stage, recipe, run)
+            found += _adapter_dropout(stage, recipe)
         except UserError as error:
             found.append(broken(error, stage.name))
     return found
@@ -104,14 +105,14 @@ def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterato
     if not isinstance(stage, DpoStage | OnlineBase) or stage.reference in (None, stage.model):
         return
     context = StageContext(recipe, run, run.stage(stage.name), Silent(), "cpu")
-    paths = [context.model_path(name) for name in (stage.model, str(stage.reference))]
-    if not all(path.is_dir() and (path / "config.json").exists() for path in paths):
+    places = [context.source(name) for name in (stage.model, str(stage.reference))]
+    if not all(is_checkpoint(Path(place.path)) for place in places):
         sentence = f"the reference ({stage.reference}) is not the model that training starts from ({stage.model})"
         yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out: the KL at step 0 is 0 then")
         return
     logps = []
-    for path in paths:
-        model, tokenizer = load_policy(path)
+    for place in places:
+        model, tokenizer = load_policy(place)
         rows = [Chat(tokenizer).encode_reply(_PROBE, reply) for reply in _REPLIES]
         with torch.no_grad():
             logps.append(token_logprobs(model, pack(rows)).logp_C)
@@ -121,7 +122,14 @@ def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterato
         yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out, unless this is meant")
 
 
-def _reward_models(stage: Stage, run: RunDir) -> Iterator[Finding]:
+def _adapter_dropout(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
+    lora = recipe.model.lora
+    if lora and lora.dropout and isinstance(stage, DpoStage | OnlineBase):
+        sentence = "log-probabilities of one model are compared with another's, so adapters have no dropout here"
+        yield Finding("warning", f"{stage.name} (model.lora.dropout)", sentence, "nothing to do, or set it to 0")
+
+
+def _reward_models(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
     """A reply's score must not depend on what else is in its batch."""
     names: list[str] = []
     if isinstance(stage, RewardStage) and run.stage(stage.name).done:
@@ -131,7 +139,7 @@ def _reward_models(stage: Stage, run: RunDir) -> Iterator[Finding]:
         names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
     for name in names:
         path = Path(name) if Path(name).is_dir() else run.stage(name).path
-        model = load_scalar(path)
+        model = load_scalar(recipe.model.source(path))
         rows = [model.chat.encode_reply(_PROBE, reply) for reply in _REPLIES]
         with torch.no_grad():
             together = model.score_packed(pack(rows))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from keel.config import PpoStage, Recipe
+from keel.config import PpoStage, Recipe, Source
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.packed import inner_model
@@ -22,17 +22,19 @@ TALKING = ("sft", "dpo", "ppo", "grpo")  # kinds of stages whose model answers
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
-def trained_models(run: str) -> dict[str, str]:
-    """Checkpoint paths by stage: what a run directory has trained so far, in the recipe's order."""
+def trained_models(run: str) -> dict[str, Source]:
+    """Checkpoints by stage: what a run directory has trained so far, in the recipe's order."""
     folder = Path(run)
     manifest = RunDir(folder).manifest.read()
-    stages = Recipe.model_validate(manifest["recipe"]).stages if manifest else []
-    done = [s.name for s in stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
-    return {name: str(folder / name) for name in done}
+    if not manifest:
+        return {}
+    recipe = Recipe.model_validate(manifest["recipe"])
+    done = [s.name for s in recipe.stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
+    return {name: recipe.model.source(folder / name) for name in done}
 
 
-def find_model(run: str, stage: str | None) -> tuple[str, str]:
-    """(what to call it, checkpoint path) for ``keel chat RUN --stage NAME``.
+def find_model(run: str, stage: str | None) -> tuple[str, Source]:
+    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``.
 
     Without a name: the last finished sft, dpo, ppo or grpo stage, but no PPO run without a KL penalty (they are there
     to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
@@ -42,7 +44,7 @@ def find_model(run: str, stage: str | None) -> tuple[str, str]:
     if not manifest:
         if stage is not None:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
-        return run, run
+        return run, Source(run)
     recipe = Recipe.model_validate(manifest["recipe"])
     done = [s for s in recipe.stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
     names = ["base", *(s.name for s in done)]
@@ -51,7 +53,7 @@ def find_model(run: str, stage: str | None) -> tuple[str, str]:
         stage = kept[-1].name if kept else "base"
     if stage not in names:
         raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")
-    return stage, recipe.model.path if stage == "base" else str(folder / stage)
+    return stage, recipe.model.source(None if stage == "base" else folder / stage)
 
 
 def stream_ids(model: Any, ids: Sequence[int], stop: Sequence[int], temperature: float, limit: int) -> Iterator[int]:
@@ -94,10 +96,10 @@ LOADING = threading.Lock()
 class Talker:
     """A model that answers conversations, its reply in pieces as it comes."""
 
-    def __init__(self, path: str, temperature: float, limit: int) -> None:
+    def __init__(self, source: Source, temperature: float, limit: int) -> None:
         self.device = resolve_device("auto")
         with LOADING:
-            model, tokenizer = load_policy(path, device=self.device)
+            model, tokenizer = load_policy(source, device=self.device)
         inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
         inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
         inner.eval()
@@ -118,12 +120,12 @@ class Talker:
 
 def talk(run: str, stage: str | None, temperature: float, limit: int) -> int:
     """Reads lines until the end of the input; returns the exit code."""
-    name, path = find_model(run, stage)
+    name, source = find_model(run, stage)
     console = Console()
-    talker = Talker(path, temperature, limit)
+    talker = Talker(source, temperature, limit)
     chat, device = talker.chat, talker.device
     what = "no chat template: each line is asked by itself" if chat.plain else HELP
-    console.print(f"[bold]{name}[/] from {path} on {device}. {what}", highlight=False)
+    console.print(f"[bold]{name}[/] from {source.path} on {device}. {what}", highlight=False)
     system: list[Message] = []
     turns: list[Message] = []
     while True:

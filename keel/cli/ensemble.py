@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from keel.config import ModelConfig
 from keel.run import RunDir
 from keel.types import Completion, Prompt
 
@@ -16,9 +18,11 @@ class RunEnsemble:
         self._run = RunDir(run)
 
     def names(self) -> list[str]:
-        stages = (self._run.manifest.read().get("recipe") or {}).get("stages", [])
-        names = [str(stage["name"]) for stage in stages if stage["kind"] == "reward"]
+        names = [str(stage["name"]) for stage in self._recipe().get("stages", []) if stage["kind"] == "reward"]
         return [name for name in names if self._run.stage(name).done]
+
+    def _recipe(self) -> dict[str, Any]:
+        return self._run.manifest.read().get("recipe") or {}
 
     def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
         from keel.cli.chat import LOADING
@@ -32,8 +36,10 @@ class RunEnsemble:
         device = resolve_device("auto")
         precision = pick_precision("auto", device)
         scorers, fitted = [], []
+        model = ModelConfig.model_validate(self._recipe()["model"])
         for name in self.names():
             with LOADING:
-                scorers.append(frozen_scorer(load_scalar(self._run.stage(name).path, device=device), precision))
+                reward_model = load_scalar(model.source(self._run.stage(name).path), device=device)
+            scorers.append(frozen_scorer(reward_model, precision))
             fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)
         return disagreement(scorers, fitted, [Candidate(*pair) for pair in pairs])

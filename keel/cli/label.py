@@ -13,7 +13,7 @@ from keel.cli.chat import LOADING, Talker, find_model, trained_models
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
 from keel.cli.retrain import Retraining
-from keel.config import Recipe, SampleStage, SamplingConfig
+from keel.config import Recipe, SampleStage, SamplingConfig, Source
 from keel.data.sources import read_prompts
 from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
@@ -93,19 +93,19 @@ def arena_models(run: str | None, named: Sequence[str], key_env: str) -> dict[st
     """What to talk to, by name: those named, else the run's trained models."""
     found: dict[str, Reply] = {}
     if not named and run is not None:
-        return {name: _lazily(path) for name, path in trained_models(run).items()}
+        return {name: _lazily(source) for name, source in trained_models(run).items()}
     for one in named:
         model, at, url = one.partition("@")
         if at and "://" in url:
             found[model] = endpoint_reply(url, model, key_env, TEMPERATURE, LONGEST_REPLY)
             continue
         folder, _, stage = one.rpartition(":") if ":" in one and not Path(one).exists() else (one, "", "")
-        name, path = find_model(folder, stage or None)
-        found[one if name == one else f"{folder}:{name}"] = _lazily(path)
+        name, source = find_model(folder, stage or None)
+        found[one if name == one else f"{folder}:{name}"] = _lazily(source)
     return found
 
 
-def _lazily(path: str) -> Reply:
+def _lazily(source: Source) -> Reply:
     """The model of a checkpoint, loaded when it is first talked to, and again when it was trained anew; one
     conversation at a time."""
     lock = threading.Lock()
@@ -113,10 +113,10 @@ def _lazily(path: str) -> Reply:
 
     def reply(messages: Sequence[Message]) -> Iterator[str]:
         with lock:
-            made_for = StageDir(Path(path)).fingerprint or ""
+            made_for = StageDir(Path(source.path)).fingerprint or ""
             if made_for not in loaded:
                 loaded.clear()
-                loaded[made_for] = Talker(path, TEMPERATURE, LONGEST_REPLY)
+                loaded[made_for] = Talker(source, TEMPERATURE, LONGEST_REPLY)
             try:
                 pieces = loaded[made_for].reply(messages)
             except UserError:  # its words name what tells the models apart: how long a conversation each can hold
@@ -138,8 +138,8 @@ class _RunModels(Mapping[str, SampledModel]):
 
     def _found(self) -> dict[str, SampledModel]:
         return {
-            name: SampledModel(name, path, fingerprint, sampling, sample_with(path, sampling))
-            for name, path, fingerprint, sampling in sampled_models(self._run)
+            name: SampledModel(name, source.path, fingerprint, sampling, sample_with(source, sampling))
+            for name, source, fingerprint, sampling in sampled_models(self._run)
         }
 
     def __getitem__(self, name: str) -> SampledModel:
@@ -152,8 +152,8 @@ class _RunModels(Mapping[str, SampledModel]):
         return len(self._found())
 
 
-def sampled_models(run: str | None) -> list[tuple[str, str, str, SamplingConfig]]:
-    """(name, path, fingerprint, sampling) of what responses can be sampled from."""
+def sampled_models(run: str | None) -> list[tuple[str, Source, str, SamplingConfig]]:
+    """(name, checkpoint, fingerprint, sampling) of what responses can be sampled from."""
     if run is None:
         return []
     trained = trained_models(run)
@@ -162,10 +162,10 @@ def sampled_models(run: str | None) -> list[tuple[str, str, str, SamplingConfig]
     recipe = Recipe.model_validate(RunDir(run).manifest.read()["recipe"])
     stages = [stage for stage in recipe.stages if isinstance(stage, SampleStage)]
     sampling = stages[0].sampling if stages else SamplingConfig()
-    return [(name, path, RunDir(run).stage(name).fingerprint or "", sampling) for name, path in trained.items()]
+    return [(name, source, RunDir(run).stage(name).fingerprint or "", sampling) for name, source in trained.items()]
 
 
-def sample_with(path: str, sampling: SamplingConfig) -> Callable[[Sequence[Prompt], int], list[list[Completion]]]:
+def sample_with(source: Source, sampling: SamplingConfig) -> Callable[[Sequence[Prompt], int], list[list[Completion]]]:
     """Samples from a checkpoint, which is loaded for it and let go of after it: training may want the memory."""
 
     def sample(prompts: Sequence[Prompt], per_prompt: int) -> list[list[Completion]]:
@@ -178,7 +178,7 @@ def sample_with(path: str, sampling: SamplingConfig) -> Callable[[Sequence[Promp
 
         device = resolve_device("auto")
         with LOADING:
-            model, tokenizer = load_policy(path, device=device)
+            model, tokenizer = load_policy(source, device=device)
         frozen(model)
         chat = Chat(tokenizer)
         precision = pick_precision("auto", device)

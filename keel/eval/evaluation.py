@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from keel.eval.alarms import find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.evaluate import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
 from keel.eval.overoptimisation import curve, guardrail
-from keel.model.checkpoint import frozen, load_policy
+from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.precision import Precision, autocast
 from keel.reward.scorer import MixedScorer
@@ -43,7 +42,7 @@ class OnlineRun:
 class EvaluationInputs:
     """``online_runs``: the PPO and GRPO stages among the models."""
 
-    models: Mapping[str, Path]
+    models: Mapping[str, Place]
     baseline: str
     prompts: Sequence[Prompt]
     texts: Sequence[str]
@@ -67,8 +66,8 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
     frozen(baseline)
     evaluations: list[ModelEvaluation] = []
     extra: dict[str, dict[str, Any]] = {}
-    for name, path in inputs.models.items():
-        evaluation, figures = _one_model(name, path, baseline, inputs)
+    for name, place in inputs.models.items():
+        evaluation, figures = _one_model(name, place, baseline, inputs)
         evaluations.append(evaluation)
         extra[name] = figures
         reporter.advance(1, **{"judge score": evaluation.figures.score.mean})
@@ -100,9 +99,9 @@ def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
 
 
 def _one_model(
-    name: str, path: Path, baseline: nn.Module, inputs: EvaluationInputs
+    name: str, place: Place, baseline: nn.Module, inputs: EvaluationInputs
 ) -> tuple[ModelEvaluation, dict[str, Any]]:
-    model, tokenizer = load_policy(path, device=inputs.device)
+    model, tokenizer = load_policy(place, device=inputs.device)
     frozen(model)
     chat = Chat(tokenizer)
     stops = stop_token_ids(chat, inputs.sampling)

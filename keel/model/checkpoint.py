@@ -2,69 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
-from keel.config import LoraConfig
+from keel.config import LoraConfig, Source
 from keel.data.chat import install_template
+from keel.model import marks
+from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
+from keel.model.loading import Note, classifies, quiet, read_config, read_model, read_tokenizer
 from keel.model.packed import enable_packing, inner_model
 from keel.types import UserError
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports a new head as 'missing weights'; here that is the intention."""
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+Place = str | Path | Source  # a path alone: no revision, no code of its own
 
 
-def _checked(path: str | Path, what: str, load: Any) -> Any:
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(
-            f"{path}: no config.json there, so it is not a {what} checkpoint; name a transformers folder or hub id"
-        )
-    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
-        raise UserError(f"{path}: no such folder; name a folder with a transformers {what} or a hub id owner/name")
-    try:
-        with _quiet():
-            return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path}: could not load this {what}: {first.rstrip('.')}; name a folder or a hub id with one"
-        ) from error
-
-
-def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; its pad token is never the end-of-text token unless nothing else is left."""
-    tokenizer = _checked(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(str(path), revision=revision))
+    tokenizer = read_tokenizer(Source.of(place))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -84,72 +49,71 @@ def pinned(path: str, revision: str | None) -> str:
         raise UserError(f"model.revision: {path} at {revision!r} cannot be had ({first}); check both names") from error
 
 
-def positions(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """How many tokens the model at ``path`` can tell apart by their place; None when its config does not say."""
-    config = _checked(
-        path,
-        "model",
-        lambda: AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code),
-    )
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+def positions(place: Place) -> int | None:
+    """How many tokens a model can tell apart by their place; None when its config does not say."""
+    limit = getattr(read_config(Source.of(place)).get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_policy(
-    path: str | Path,
+    place: Place,
     *,
-    revision: str | None = None,
     device: str = "cpu",
     chat_template: str | None = None,
+    learn_marks: bool = False,
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
+    note: Note | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A causal LM in float32 master weights, packed attention on, dropout off, with its tokenizer.
 
-    ``chat_template`` (a built-in name or a Jinja file) replaces the tokenizer's own; the embeddings grow by the special
-    tokens that it brings, and with adapters the embeddings are then trained whole, or the new rows would stay random.
+    ``chat_template`` (a built-in name or a Jinja file) replaces the tokenizer's own; the special tokens that it brings
+    begin at the mean of the embeddings. ``learn_marks``: adapters train the rows of those tokens too, and of the
+    template's other marks where the model has never learned them. ``note`` is told of it, and of what was mended in the
+    checkpoint.
     """
-    tokenizer = load_tokenizer(path, revision)
+    source = Source.of(place)
+    tokenizer = load_tokenizer(source)
+    known = len(tokenizer)
     if chat_template is not None:
         install_template(tokenizer, chat_template)
-    model = _checked(
-        path,
-        "causal language model",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            str(path), revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
-        ),
-    )
-    grown = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-    if grown:
-        with _quiet():
+    model = read_model(AutoModelForCausalLM, source, "causal language model", note=note)
+    there = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > there:
+        with quiet():
             model.resize_token_embeddings(len(tokenizer))
-    whole = ["embed_tokens", "lm_head", "wte", "embed_in", "embed_out"] if grown else []
-    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", whole), tokenizer
+    known = min(known, there)
+    added = list(range(known, len(tokenizer)))
+    marks.start_at_mean(model, [row for row in added if row < there], known)
+    rows: list[int] = []
+    if learn_marks and lora is not None:
+        never = marks.unlearned(model, [i for i in marks.template_marks(tokenizer) if i < known], known)
+        marks.start_at_mean(model, never, known)
+        rows = [*never, *added]
+    if rows and note is not None:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(rows)))
+        note(f"{source.path} has never learned {names}: their embeddings are trained beside the adapters")
+    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", [], rows), tokenizer
 
 
 def load_scalar(
-    path: str | Path,
+    place: Place,
     *,
-    revision: str | None = None,
     device: str = "cpu",
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
     new_head_seed: int | None = None,
+    note: Note | None = None,
 ) -> ScalarModel:
     """A reward model or critic. With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from
     N(0, 1/(H+1)) as Stiennon et al. 2020 do; without it the checkpoint must have a head of its own."""
-    tokenizer = load_tokenizer(path, revision)
-    model = _checked(
-        path,
-        "reward model",
-        lambda: AutoModelForSequenceClassification.from_pretrained(
-            str(path), revision=revision, dtype=torch.float32, num_labels=1
-        ),
-    )
-    if new_head_seed is None and not _classifies(model.config):
-        raise UserError(f"{path}: this checkpoint has no reward head; train one with a 'reward' stage first")
-    scalar_head(model, path, new_head_seed)
+    source = Source.of(place)
+    tokenizer = load_tokenizer(source)
+    new = new_head_seed is not None
+    if not new and not classifies(source):
+        raise UserError(f"{source.path}: this checkpoint has no reward head; train one with a 'reward' stage first")
+    model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, num_labels=1)
+    scalar_head(model, source.path, new_head_seed)
     # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
     model.config.pad_token_id = tokenizer.pad_token_id
     return ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
@@ -168,13 +132,9 @@ def scalar_head(model: nn.Module, path: str | Path, new_head_seed: int | None = 
     return head
 
 
-def has_reward_head(path: str | Path) -> bool:
+def has_reward_head(place: Place) -> bool:
     """Whether a checkpoint is a reward model already, rather than a language model to put a head on."""
-    return _classifies(_checked(path, "model", lambda: AutoConfig.from_pretrained(str(path))))
-
-
-def _classifies(config: PretrainedConfig) -> bool:
-    return any("SequenceClassification" in name for name in config.architectures or ())
+    return classifies(Source.of(place))
 
 
 def prepared(
@@ -184,13 +144,12 @@ def prepared(
     gradient_checkpointing: bool,
     task: str,
     trained_whole: list[str],
+    trained_rows: Sequence[int] = (),
 ) -> nn.Module:
-    """Dropout off, packed attention on, in training mode, with new adapters when ``lora`` says so."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # policy ratios and KL are defined for the model, not for a random thinning of it
+    """Dropout off, packed attention on, in training mode, with new adapters when ``lora`` says so, beside which
+    ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained."""
+    turn_off(model)
     enable_packing(model)
-    model.train()
     wrapped: nn.Module = model
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -207,6 +166,9 @@ def prepared(
             task_type=task,
         )
         wrapped = get_peft_model(model, settings)
+        measure_whole(wrapped)
+        if trained_rows:
+            marks.train_rows(model, trained_rows)
     wrapped = wrapped.to(device)
     _leave_the_file(wrapped)
     return wrapped
@@ -231,10 +193,12 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     ``folder`` exists; making the write atomic is the caller's (``StageDir.checkpoint``).
     """
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+        model = copy.deepcopy(model)
+        marks.settle_rows(inner_model(model))
+        model = model.merge_and_unload()  # type: ignore[operator]
     inner = inner_model(model)
     implementation = inner.config._attn_implementation
-    with _quiet():
+    with quiet(), as_configured(inner):
         inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
         try:
             inner.save_pretrained(str(folder))

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from keel.model.packed import inner_model
 from keel.types import UserError
 
-WRAPPERS = ("base_layer", "modules_to_save", "original_module")  # what peft puts between a module and its weights
+# What peft, and the parametrisation of trained rows, put between a module and its weights.
+WRAPPERS = ("base_layer", "modules_to_save", "original_module", "parametrizations")
 
 
 def merged_weight(layer: Any) -> Tensor:
@@ -53,5 +55,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if hasattr(module, "original_module"):  # trained whole beside the adapters
             adapter: Any = module.active_adapters[0]  # type: ignore[index]
             module = module.original_module if module.disable_adapters else module.modules_to_save[adapter]  # type: ignore[index, assignment]
+        if parametrize.is_parametrized(module, "weight"):
+            yield prefix + "weight", module.weight.detach()  # type: ignore[operator]
         for name, parameter in module.named_parameters(recurse=False):
             yield prefix + name, parameter.detach()

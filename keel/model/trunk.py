@@ -10,16 +10,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.config import LoraConfig
-from keel.model.checkpoint import frozen, load_policy, load_tokenizer, prepared, scalar_head
+from keel.config import LoraConfig, Source
+from keel.model.checkpoint import Place, frozen, load_policy, load_tokenizer, prepared, scalar_head
+from keel.model.dropout import measure_whole
 from keel.model.heads import ScalarModel
+from keel.model.loading import put_adapters, read_config
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
 from keel.types import UserError
@@ -31,9 +34,10 @@ DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and
 class Trunk:
     """A causal LM, frozen and held once. A role's model costs the bytes of its adapters and head."""
 
-    def __init__(self, path: Path, device: str, lora: LoraConfig) -> None:
-        model, self.tokenizer = load_policy(path, device=device)
-        self.path, self.device, self.lora = path, device, lora
+    def __init__(self, place: Place, device: str, lora: LoraConfig) -> None:
+        self.source = Source.of(place)
+        model, self.tokenizer = load_policy(self.source, device=device)
+        self.device, self.lora = device, lora.whole()
         self.model: PreTrainedModel = frozen(model)  # type: ignore[assignment]
 
     def policy(self, gradient_checkpointing: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -46,8 +50,8 @@ class Trunk:
 
     def new_critic(self, head_seed: int, gradient_checkpointing: bool) -> ScalarModel:
         """As ``load_scalar`` with a new head, and new adapters."""
-        model = self._classifier(self.path, self.tokenizer)
-        scalar_head(model, self.path, head_seed)
+        model = self._classifier(self.source, self.tokenizer)
+        scalar_head(model, self.source.path, head_seed)
         model = prepared(model, self.device, self.lora, gradient_checkpointing, "SEQ_CLS", ["score"])
         return ScalarModel(model, self.tokenizer)
 
@@ -56,24 +60,28 @@ class Trunk:
 
         UserError when that reward model was trained without adapters, or on another base.
         """
-        from peft import PeftModel
-
-        adapter, tokenizer = self._adapter_of(path), load_tokenizer(path)
-        model = self._classifier(path, tokenizer)
+        source = replace(self.source, path=str(path), revision=None)
+        adapter, tokenizer = self._adapter_of(path), load_tokenizer(source)
+        model = self._classifier(source, tokenizer)
         nn.init.zeros_(scalar_head(model, path).weight)  # type: ignore[arg-type]  # the adapter brings its own
         prepared(model, self.device, None, gradient_checkpointing, "SEQ_CLS", [])
-        frozen(model).train()
-        return ScalarModel(PeftModel.from_pretrained(model, str(adapter), is_trainable=True), tokenizer)
+        model.requires_grad_(False)
+        wrapped = put_adapters(model, Source(str(adapter)), trainable=True)
+        measure_whole(wrapped)
+        return ScalarModel(wrapped, tokenizer)
 
-    def _classifier(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """The base below a head of unset weights; the configuration is that of ``path``."""
-        config = AutoConfig.from_pretrained(str(path), num_labels=1)
+    def _classifier(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """The base below a head of unset weights; the configuration is that of ``source``."""
+        config = read_config(source)
+        config.num_labels = 1
         with torch.device("meta"):  # of these modules only the head is kept
-            model: Any = AutoModelForSequenceClassification.from_config(config)
+            model: Any = AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
         setattr(model, model.base_model_prefix, self._tree().base_model)
-        scalar_head(model, path).to_empty(device=self.device)
+        scalar_head(model, source.path).to_empty(device=self.device)
         model.config.pad_token_id = tokenizer.pad_token_id
-        return model  # type: ignore[no-any-return]
+        return model
 
     def _tree(self) -> PreTrainedModel:
         """The model's modules anew, over the same parameters."""
@@ -88,7 +96,7 @@ class Trunk:
             )
         if json.loads((folder / "base.json").read_text())["digest"] != digest(self.model):
             raise UserError(
-                f"{path}: its adapters were trained on another base than {self.path}; train it from the same "
+                f"{path}: its adapters were trained on another base than {self.source.path}; train it from the same "
                 "checkpoint as the policy, or set one_base: false"
             )
         return folder

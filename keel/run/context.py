@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from keel.config import Recipe
+from keel.config import Recipe, Source
 from keel.run.rundir import RunDir, StageDir
 from keel.types import Reporter, UserError
 
@@ -30,6 +30,10 @@ class StageContext:
         if name not in {stage.name for stage in self.recipe.stages}:
             raise UserError(f"stage {self.stage_dir.name}: no stage is called {name!r}; {stages_there(self.recipe)}")
         return self.run.stage(name)
+
+    def source(self, name: str) -> Source:
+        """Where the checkpoint that a recipe calls ``name`` is read from."""
+        return self.recipe.model.source(self.model_path(name))
 
     def model_path(self, name: str) -> Path:
         """Where the checkpoint that a recipe calls ``name`` lies: the recipe's own model for 'base' (possibly a hub

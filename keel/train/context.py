@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from keel.config import DataConfig, ModelConfig
+from keel.config import DataConfig, LoraConfig, ModelConfig, Source
 from keel.model.precision import Precision
 from keel.model.trunk import Trunk
 from keel.run import StageDir, write_json
@@ -19,7 +19,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class TrainContext:
     """``model_path`` is the checkpoint that the stage starts from; ``base_model`` the recipe's model section (adapters,
-    template, revision), which applies to it.
+    template, revision, trust), which applies to it.
     ``trunk``: that checkpoint held once, for stages whose models share it (``one_base``).
     ``texts``: the pretraining text that the recipe has the stage mix in. ``positions``: how long a record the model can
     read, where its config says."""
@@ -35,6 +35,15 @@ class TrainContext:
     trunk: Trunk | None = None
     texts: Sequence[str] = ()
     positions: int | None = None
+
+    def source(self, path: Path | None = None) -> Source:
+        """Where the checkpoint at ``model_path``, or at another path, is read from."""
+        return self.base_model.source(path or self.model_path)
+
+    @property
+    def whole_lora(self) -> LoraConfig | None:
+        """The recipe's adapters for stages that compare log-probabilities of models."""
+        return self.base_model.lora and self.base_model.lora.whole()
 
 
 def record_lineage(

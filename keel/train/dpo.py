@@ -134,10 +134,11 @@ def train_dpo(
     """Trains the checkpoint at ``context.model_path`` on pairs and writes it; returns the stage's summary.
     ``aggregate`` makes the training records of the votes (``keel.feedback.aggregate``)."""
     model, tokenizer = load_policy(
-        context.model_path,
+        context.source(),
         device=context.device,
-        lora=context.base_model.lora,
+        lora=context.whole_lora,
         gradient_checkpointing=config.gradient_checkpointing,
+        note=context.reporter.note,
     )
     chat = Chat(tokenizer)
     groups, heldout = split_pairs(preferences, chat, config.heldout_fraction, context, aggregate)
@@ -146,7 +147,7 @@ def train_dpo(
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
         logps = load_file(str(cache))["logps"]
     else:
-        reference = frozen(load_policy(reference_path, device=context.device)[0])
+        reference = frozen(load_policy(context.source(reference_path), device=context.device)[0])
         compute_alike(reference, model)
         logps = reference_logps(reference, pairs, config.batch_tokens, context.device, context.precision)
         del reference

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import TrainBase
+from keel.model.dropout import adapters_thinned
 from keel.model.packed import compile_training
 from keel.model.precision import autocast
 from keel.run import StageDir, restore_rng, rng_state
@@ -101,7 +102,8 @@ def train(
         lr = 0.0
         for micros in algorithm.updates(iteration):
             lr = set_lr(optimizer, lr_factor(step, total_updates, config.optim))
-            totals.add(_update(algorithm, optimizer, micros + extra(step), config, device, precision, step))
+            with adapters_thinned(algorithm.modules.values()):
+                totals.add(_update(algorithm, optimizer, micros + extra(step), config, device, precision, step))
             step += 1
         average.add(iteration)
         figures, stop = algorithm.after(iteration)

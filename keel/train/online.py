@@ -332,12 +332,14 @@ def _policy_and_reference(
         reference = trunk.reference() if reference_path else None
     else:
         policy, tokenizer = load_policy(
-            context.model_path,
+            context.source(),
             device=context.device,
-            lora=context.base_model.lora,
+            lora=context.whole_lora,
             gradient_checkpointing=checkpointing,
+            note=context.reporter.note,
         )
-        reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
+        there = reference_path is not None
+        reference = frozen(load_policy(context.source(reference_path), device=context.device)[0]) if there else None
     if reference is not None:
         compute_alike(reference, policy)
     return policy, reference, tokenizer

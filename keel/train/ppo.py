@@ -163,7 +163,8 @@ def _critic(config: PpoStage, path: Path | None, context: TrainContext) -> Scala
     """A model with the policy's vocabulary: its head comes along where it has one, else a new one is put on. A reward
     model that was taken for want of a ``critic`` and reads other tokens gives way to the policy with a new head."""
     trunk, checkpointing = context.trunk, config.gradient_checkpointing
-    if path is not None and load_tokenizer(path).get_vocab() != load_tokenizer(context.model_path).get_vocab():
+    policy_tokens = load_tokenizer(context.source()).get_vocab()
+    if path is not None and load_tokenizer(context.source(path)).get_vocab() != policy_tokens:
         if config.critic is not None:
             raise UserError(
                 f"{config.name}: the critic {path} has another tokenizer than the policy, so it cannot value the "
@@ -175,11 +176,11 @@ def _critic(config: PpoStage, path: Path | None, context: TrainContext) -> Scala
         path = None
     if trunk is not None:
         return trunk.reward_model(path, checkpointing) if path else trunk.new_critic(context.seed, checkpointing)
-    start = path or context.model_path
+    source = context.source(path)
     return load_scalar(
-        start,
+        source,
         device=context.device,
-        lora=context.base_model.lora,
+        lora=context.whole_lora,
         gradient_checkpointing=checkpointing,
-        new_head_seed=None if has_reward_head(start) else context.seed,
+        new_head_seed=None if has_reward_head(source) else context.seed,
     )

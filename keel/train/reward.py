@@ -115,11 +115,12 @@ def train_reward(
     # The split stays the recipe's: the members of an ensemble hold out the same prompts.
     seed = context.seed if config.seed is None else config.seed
     scorer = load_scalar(
-        context.model_path,
+        context.source(),
         device=context.device,
         lora=context.base_model.lora,
         gradient_checkpointing=config.gradient_checkpointing,
-        new_head_seed=None if has_reward_head(context.model_path) else seed,
+        new_head_seed=None if has_reward_head(context.source()) else seed,
+        note=context.reporter.note,
     )
     groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context, aggregate)
     if all(pair.record.tie for group in groups for pair in group):

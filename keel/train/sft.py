@@ -22,6 +22,9 @@ from keel.train.offline import Schedule
 from keel.train.ptx import Ptx
 from keel.types import Demonstration, Encoded
 
+# Of the end token where a reply ends: below it, nineteen replies in twenty run past their end.
+ENDS = 0.05
+
 
 class Sft:
     """The SFT algorithm for the training loop: one iteration is one optimizer step."""
@@ -99,20 +102,40 @@ def mean_loss(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, devi
     return total / max(count, 1)
 
 
+def end_probability(
+    model: nn.Module, rows: Sequence[Encoded], chat: Chat, batch_tokens: int, device: str, precision: str
+) -> float | None:
+    """Mean probability of the token that stops a sampler, where the replies of ``rows`` end; None where none ends."""
+    ends = [
+        tuple(
+            learned and token in chat.stop_ids and not (i + 1 < len(row.ids) and row.mask[i + 1])
+            for i, (token, learned) in enumerate(zip(row.ids, row.mask, strict=True))
+        )
+        for row in rows
+    ]
+    ending = [Encoded(row.ids, mask) for row, mask in zip(rows, ends, strict=True) if any(mask)]
+    total, count = 0.0, 0
+    with torch.no_grad(), autocast(device, precision):
+        for group in micro_batches([len(row.ids) for row in ending], batch_tokens):
+            logp_C = token_logprobs(model, pack([ending[i] for i in group], device)).logp_C
+            total, count = total + float(logp_C.double().exp().sum()), count + logp_C.numel()
+    return total / count if count else None
+
+
 def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context: TrainContext) -> dict[str, Any]:
     """Fine-tunes the model on demonstrations and writes its checkpoint; returns the stage's summary."""
     settings = context.base_model
     template = settings.chat_template
-    if template is None and Chat(load_tokenizer(context.model_path, settings.revision)).plain:
+    if template is None and Chat(load_tokenizer(context.source())).plain:
         template = "keel"
     model, tokenizer = load_policy(
-        context.model_path,
-        revision=settings.revision,
+        context.source(),
         device=context.device,
         chat_template=template,
+        learn_marks=True,
         lora=settings.lora,
         gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=settings.trust_remote_code,
+        note=context.reporter.note,
     )
     chat = Chat(tokenizer)
     training, heldout = split_by_prompt(demonstrations, context.data.heldout_fraction, context.seed)
@@ -123,6 +146,12 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
     texts = Ptx(model, tokenizer, config, context)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
     algorithm.restore_best()
+    ending = end_probability(model, heldout_rows, chat, config.batch_tokens, context.device, context.precision)
+    if ending is not None and ending < ENDS:
+        context.reporter.note(
+            f"{config.name}: at the ends of held-out replies the end token has a mean probability of {ending:.2g}, so "
+            "replies will run on; train longer, or without model.lora"
+        )
     # generate and vLLM stop where Keel's samplers stop: at the end of the turn, not only at the end of text.
     inner_model(model).generation_config.eos_token_id = list(chat.stop_ids)  # type: ignore[union-attr]
     with context.stage.checkpoint() as folder:
@@ -133,6 +162,7 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
         "steps": steps,
         "heldout_loss_before": before,
         "heldout_loss": algorithm.best_loss,
+        "end_probability": ending,
         "stopped_early": steps < algorithm.iterations,
     }
 
