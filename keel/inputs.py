@@ -67,12 +67,16 @@ def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonst
 
 
 def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence[Completion]]) -> None:
-    """Writes sampled replies as demonstrations. One that was cut at the length limit is none: with an end token behind
-    it, it would teach the model to stop in the middle."""
+    """Writes sampled replies as demonstrations; the replies inside a prompt were not sampled, and are shown only. One
+    that was cut at the length limit is none: with an end token behind it, it would teach the model to stop in the
+    middle."""
     rows = [
         {
             "messages": [
-                *({"role": m.role, "content": m.content} for m in prompt.messages),
+                *(
+                    {"role": m.role, "content": m.content, **({"weight": 0} if m.role == "assistant" else {})}
+                    for m in prompt.messages
+                ),
                 {"role": "assistant", "content": storable(reply.text)},  # a byte-level model can write NUL
             ],
             **({} if reply.reward is None else {"reward": reply.reward}),

@@ -39,11 +39,11 @@ from keel.data.sources import (
     read_steps,
     read_texts,
 )
-from keel.inputs import BAD_ROWS, demonstrations, preferences, training_prompts
+from keel.inputs import BAD_ROWS, demonstrations, preferences, training_prompts, write_kept
 from keel.run import RunDir, Silent, StageContext
 from keel.store import Store
 from keel.store.foreign import Names
-from keel.types import Message, Prompt, UserError
+from keel.types import Completion, Message, Prompt, UserError
 from tests.tiny import save_tiny, tiny_tokenizer
 
 READERS = (read_demonstrations, read_prompts, read_preferences, read_labelled, read_steps, read_texts, read_facts)
@@ -297,8 +297,20 @@ def test_a_conversation_that_begins_with_the_assistant_is_refused(write: Write) 
     words = "line 1: the conversation begins with the assistant's message; put the user's before it"
     assert words in fails(read_demonstrations, write({"messages": [YO, HI, NO]}))
     assert words in fails(read_demonstrations, write({"messages": [{"role": "system", "content": "be"}, YO, HI, NO]}))
-    [prompt] = read_prompts(write({"messages": [YO, HI]}))  # shown as it stands
+    [shown] = read_demonstrations(write({"messages": [{**YO, "weight": 0}, HI, NO]}))
+    assert shown.messages == (assistant("yo", False), user("hi"), assistant("no"))
+    [prompt] = read_prompts(write({"messages": [YO, HI]}))
     assert prompt.messages == (assistant("yo"), user("hi"))
+
+
+def test_kept_replies_can_be_read_again(tmp_path: Path) -> None:
+    """What a stage wrote after compute must not be refused by the next: greetings, and bytes that models can write."""
+    prompt = Prompt("p", (assistant("welcome"), user("hi"), assistant("yo"), user("so")))
+    write_kept(tmp_path / "kept.jsonl", [prompt], [[Completion("a\0b\ud83d"), Completion("")]])
+    first, empty = read_demonstrations(tmp_path / "kept.jsonl")
+    before = (assistant("welcome", False), user("hi"), assistant("yo", False), user("so"))
+    assert first.messages == (*before, assistant("a\ufffdb\ufffd"))
+    assert empty.messages == (*before, assistant(""))
 
 
 def test_right_to_left_text_is_read_as_it_stands(write: Write) -> None:

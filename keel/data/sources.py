@@ -9,14 +9,13 @@ file. Rows may repeat; two different rows of one id are an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keel.data.collate import messages_hash
-from keel.data.columns import OWN, PAIRED, SHOWN, SYSTEM, TAUGHT, Refused, refuse
+from keel.data.columns import OWN, PAIRED, SHOWN, TAUGHT, Refused, refuse
 from keel.data.fields import (
     Fields,
     earlier_rounds,
@@ -27,6 +26,18 @@ from keel.data.fields import (
     number,
     text,
     text_list,
+)
+from keel.data.parts import (
+    after_prompt,
+    ask,
+    ask_instruction,
+    conversation,
+    implicit_prompt,
+    prompt_of,
+    system_of,
+    the_reply,
+    waits,
+    with_system,
 )
 from keel.data.rows import BadRows, Reading, Row, RowError, printable, read_rows, shown
 from keel.data.values import plain
@@ -180,47 +191,48 @@ def _same_or_error(seen: dict[str, tuple[T, Row]], column: str, key: str, record
 
 def _demonstration(row: Fields) -> Demonstration:
     if "messages" in row:
-        messages = _conversation(row, "messages", taught=True)
+        messages = conversation(row, "messages", taught=True)
     elif "conversations" in row:
-        messages = _conversation(row, "conversations", taught=True)
+        messages = conversation(row, "conversations", taught=True)
     elif "prompt" in row and "completion" in row:
-        asked = _prompt_messages(row, taught=True)
-        messages = asked + _after_prompt(row, "completion", asked, taught=True)
+        asked = ask(row, taught=True)
+        messages = asked + after_prompt(row, "completion", asked, taught=True)
     elif "instruction" in row and "output" in row:
-        messages = (*_instruction(row, taught=True), Message("assistant", text(row, "output")))
+        messages = (*ask_instruction(row, taught=True), Message("assistant", text(row, "output")))
     else:
         return _plain_text(row)
     if messages[-1].role != "assistant":
         raise RowError(f"the conversation ends with a message of the {messages[-1].role}; expected the assistant's")
-    if next(message.role for message in messages if message.role != "system") == "assistant":
+    begins = next(message for message in messages if message.role != "system")
+    if begins.role == "assistant" and begins.learned:
         raise RowError(
-            "the conversation begins with the assistant's message; put the user's before it, or take it out (a text "
-            "without a question is a row of text)"
+            "the conversation begins with the assistant's message; put the user's before it, give it weight: 0, or "
+            "take it out (a text without a question is a row of text)"
         )
     if not any(message.learned for message in messages if message.role == "assistant"):
         raise RowError("none of its replies is learned (each has a weight of 0); leave the row out")
-    return Demonstration(_id(row) or messages_hash(messages), messages)
+    return Demonstration(name(row, "id") or messages_hash(messages), messages)
 
 
 def _plain_text(row: Fields) -> Demonstration:
     if "text" not in row:
         raise _UnknownForm
-    if _system(row) or earlier_rounds(row):
+    if system_of(row) or earlier_rounds(row):
         raise RowError("field 'text': it is learned whole, without the system message or history beside it; keep one")
     messages = (Message("assistant", text(row, "text", empty=False)),)
-    return Demonstration(_id(row) or messages_hash(messages, salt="text"), messages, plain=True)
+    return Demonstration(name(row, "id") or messages_hash(messages, salt="text"), messages, plain=True)
 
 
 def _prompt_row(row: Fields) -> Prompt:
     if "prompt" in row:
-        messages = _prompt_messages(row)
+        messages = ask(row)
     elif "messages" in row:
-        messages = _waits(_conversation(row, "messages"), "messages")
+        messages = waits(conversation(row, "messages"), "messages")
     elif "instruction" in row:
-        messages = _instruction(row)
+        messages = ask_instruction(row)
     else:
         raise _UnknownForm
-    prompt = _prompt(row, messages, _id(row))
+    prompt = prompt_of(row, messages, name(row, "id"))
     extra = {plain(name, name): row[name] for name in row.untaken}
     twice = sorted(extra.keys() & prompt.meta.keys())
     if twice:
@@ -233,19 +245,19 @@ def _preference(row: Fields) -> Preference:
         given = row["input"]
         refuse(given, SHOWN, "input.")
         asked = message_list(given, "messages", "input.messages")
-        messages = _waits(_with_system(row, asked), "input.messages")
-        chosen, rejected = (_reply(row, field, messages) for field in ("preferred_output", "non_preferred_output"))
+        messages = waits(with_system(row, asked), "input.messages")
+        chosen, rejected = (the_reply(row, field, messages) for field in ("preferred_output", "non_preferred_output"))
     elif "chosen" in row and "rejected" in row and "prompt" in row:
-        messages = _prompt_messages(row)
-        chosen, rejected = (_reply(row, field, messages) for field in ("chosen", "rejected"))
+        messages = ask(row)
+        chosen, rejected = (the_reply(row, field, messages) for field in ("chosen", "rejected"))
     elif "chosen" in row and "rejected" in row:
-        asked, chosen, rejected = _implicit_prompt(row)
-        messages = _with_system(row, asked)
+        asked, chosen, rejected = implicit_prompt(row)
+        messages = with_system(row, asked)
     else:
         raise _UnknownForm
     if row.get("gold"):
         raise _LeftOut
-    prompt = _prompt(row, messages, _id(row, "prompt_id"))
+    prompt = prompt_of(row, messages, name(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)
     annotator = name(row, "annotator")
@@ -255,7 +267,7 @@ def _preference(row: Fields) -> Preference:
     settled = _settled(row)
     word = f" settled {settled}" if settled else ""
     content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}")
-    return Preference(_id(row) or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
+    return Preference(name(row, "id") or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
 
 
 def _settled(row: Fields) -> Settled:
@@ -270,24 +282,26 @@ def _settled(row: Fields) -> Settled:
 def _labelled(row: Fields) -> LabelledCompletion:
     if not {"prompt", "completion", "label"} <= row.keys():
         raise _UnknownForm
-    messages = _prompt_messages(row)
-    reply = _reply(row, "completion", messages)
+    messages = ask(row)
+    reply = the_reply(row, "completion", messages)
     label = flag(row, "label")
     content = messages_hash((*messages, Message("assistant", reply)), salt=f"label {label}")
-    return LabelledCompletion(_id(row) or content, _prompt(row, messages, _id(row, "prompt_id")), reply, label)
+    return LabelledCompletion(
+        name(row, "id") or content, prompt_of(row, messages, name(row, "prompt_id")), reply, label
+    )
 
 
 def _steps(row: Fields) -> StepLabels:
     if not {"prompt", "completions", "labels"} <= row.keys():
         raise _UnknownForm
-    messages = _prompt_messages(row)
+    messages = ask(row)
     steps = text_list(row, "completions")
     given = json_value(row, "labels")
     if not isinstance(given, list) or len(given) != len(steps):
         raise RowError(f"field 'labels': expected a list of {len(steps)} labels, one a completion, got {shown(given)}")
     labels = tuple(number({"labels": label}, "labels", low=0.0, high=1.0, truth=True) for label in given)
     content = messages_hash((*messages, *(Message("assistant", s) for s in steps)), salt=f"steps {labels}")
-    return StepLabels(_id(row) or content, _prompt(row, messages, _id(row, "prompt_id")), steps, labels)
+    return StepLabels(name(row, "id") or content, prompt_of(row, messages, name(row, "prompt_id")), steps, labels)
 
 
 def _fact(row: Fields) -> Fact:
@@ -302,134 +316,10 @@ def _fact(row: Fields) -> Fact:
     else:
         index = int(number(row, "answer", low=0, high=len(choices) - 1, whole=True))
     content = messages_hash([Message("assistant", t) for t in (prompt, *choices)], salt=f"fact {index}")
-    return Fact(_id(row) or content, prompt, choices, index)
+    return Fact(name(row, "id") or content, prompt, choices, index)
 
 
 def as_prompt(value: Any) -> Prompt:
     """A prompt that another tool's row holds, as a text or as messages. RowError when it is neither."""
-    messages = _prompt_messages(Fields({"prompt": value}))
+    messages = ask(Fields({"prompt": value}))
     return Prompt(messages_hash(messages), messages)
-
-
-# -------------------------------------------------------------------------------------------------- parts of a form
-
-
-def _id(row: Fields, field: str = "id") -> str:
-    return name(row, field)
-
-
-def _prompt(row: Fields, messages: tuple[Message, ...], id: str) -> Prompt:
-    meta = json_value(row, "meta") if row.get("meta") not in (None, "") else {}
-    if not isinstance(meta, dict):
-        raise RowError(f"field 'meta': expected an object, got {shown(meta)}")
-    return Prompt(id or messages_hash(messages), messages, name(row, "kind"), meta)
-
-
-def _system(row: Fields) -> tuple[Message, ...]:
-    """The system message that a column gives, under whichever of its names."""
-    given = {name: text(row, name) for name in SYSTEM if name in row}
-    said = {name: system for name, system in given.items() if system.strip()}
-    if len(set(said.values())) > 1:
-        raise RowError(f"fields {' and '.join(said)} give different system messages; keep one")
-    return tuple(Message("system", system) for system in list(said.values())[:1])
-
-
-def _with_system(row: Fields, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages behind the system message of a column, which may stand among them already."""
-    if earlier_rounds(row):
-        raise RowError("field 'history': the row has messages already; put the earlier rounds among them")
-    system = _system(row)
-    if not system or messages[0] == system[0]:
-        return messages
-    if any(message.role == "system" for message in messages):
-        name = next(name for name in SYSTEM if name in row)
-        raise RowError(f"field '{name}': the messages have another system message; keep one")
-    return system + messages
-
-
-def _conversation(row: Fields, field: str, taught: bool = False) -> tuple[Message, ...]:
-    return _with_system(row, message_list(row, field, taught=taught))
-
-
-def _prompt_messages(row: Fields, taught: bool = False) -> tuple[Message, ...]:
-    """What is asked. In a demonstration (``taught``), replies in a list of messages were given before and are shown
-    only; those of a history are learned, as LLaMA-Factory does."""
-    if isinstance(row["prompt"], list):
-        messages = _waits(_conversation(row, "prompt"), "prompt")
-        return tuple(replace(m, learned=not taught or m.role != "assistant") for m in messages)
-    asked = Message("user", text(row, "prompt", empty=False))
-    return (*_system(row), *earlier_rounds(row, taught), asked)
-
-
-def _instruction(row: Fields, taught: bool = False) -> tuple[Message, ...]:
-    parts = [text(row, "instruction", empty=False), text(row, "input") if "input" in row else ""]
-    asked = Message("user", "\n\n".join(part for part in parts if part))
-    return (*_system(row), *earlier_rounds(row, taught), asked)
-
-
-def _waits(messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
-    if messages[-1].role != "user":
-        raise RowError(
-            f"field '{field}': expected messages that end with the user's, got the {messages[-1].role}'s last"
-        )
-    return messages
-
-
-def _after_prompt(row: Fields, field: str, prompt: Sequence[Message], taught: bool = False) -> tuple[Message, ...]:
-    """A reply as a text, or as messages: those after the prompt's, which may be repeated in front (without the system
-    message that a column gave)."""
-    if not isinstance(row[field], list):
-        return (Message("assistant", text(row, field)),)
-    messages = message_list(row, field, taught=taught)
-    said = [(m.role, m.content) for m in prompt]
-    for repeated in (said, said[1:] if said[0][0] == "system" else said):
-        if [(m.role, m.content) for m in messages[: len(repeated)]] == repeated:
-            return messages[len(repeated) :]
-    return messages
-
-
-def _reply(row: Fields, field: str, prompt: Sequence[Message]) -> str:
-    return _only_reply(_after_prompt(row, field, prompt), field)
-
-
-def _only_reply(messages: Sequence[Message], field: str) -> str:
-    if len(messages) > 1 and {m.role for m in messages} == {"assistant"}:
-        raise RowError(
-            f"field '{field}': {len(messages)} turns of the assistant in a row, and a reply is one; join them, or "
-            "leave such rows out with data.on_bad_row: skip"
-        )
-    if [m.role for m in messages] != ["assistant"]:
-        roles = ", ".join(m.role for m in messages) or "none"
-        raise RowError(f"field '{field}': expected one message of the assistant after the prompt, got {roles}")
-    return messages[0].content
-
-
-def _implicit_prompt(row: Fields) -> tuple[tuple[Message, ...], str, str]:
-    """(prompt, chosen, rejected) of two conversations: they share all messages but the last."""
-    chosen, rejected = (
-        message_list(row, field) if isinstance(row[field], list) else _transcript(row, field)
-        for field in ("chosen", "rejected")
-    )
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not shared:
-        raise RowError("fields 'chosen' and 'rejected' share no first message; expected the same prompt in both")
-    replies = _only_reply(chosen[shared:], "chosen"), _only_reply(rejected[shared:], "rejected")
-    return _waits(chosen[:shared], "chosen"), *replies
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-
-
-def _transcript(row: Fields, field: str) -> tuple[Message, ...]:
-    """The written-out dialogues of Anthropic's HH data: turns that begin with "Human:" and "Assistant:"."""
-    parts = _TURN.split(text(row, field))
-    if len(parts) < 3 or parts[0].strip():
-        raise RowError(
-            f"field '{field}': expected messages, or turns that begin with Human: and Assistant:, because the row has "
-            f"no prompt; got {shown(row[field])}"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return tuple(Message(roles[speaker], said) for speaker, said in turns)  # type: ignore[arg-type]
