@@ -6,6 +6,7 @@ store itself.
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from collections.abc import Callable
@@ -546,6 +547,18 @@ def test_a_stage_notes_what_it_does_not_use(tmp_path: Path, write: Write) -> Non
     [demonstration] = demonstrations(stage, context)[0]
     assert notes.said == [f"{path}: column source is not used"]
     assert demonstration.place == f"{path}, line 1"
+
+
+def test_messages_in_a_csv_s_cells(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected"])
+        table.writerow([json.dumps([HI]), json.dumps([YO]), "no"])
+        table.writerow(['[{"a": 1}]', "[{", "[1]"])
+    first, second = read_preferences(path)
+    assert (first.prompt.messages, first.chosen, first.rejected) == ((user("hi"),), "yo", "no")
+    assert (second.prompt.messages, second.chosen, second.rejected) == ((user('[{"a": 1}]'),), "[{", "[1]")
 
 
 def test_records_know_their_place(write: Write) -> None:

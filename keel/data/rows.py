@@ -206,12 +206,25 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[Row]:
                 bad.rows += 1
                 bad.add(str(path), f"line {start}", f"expected {len(columns)} cells, got {len(cells)}")
             elif cells:
-                yield from _row(path, f"line {start}", dict(zip(columns, cells, strict=True)), bad)
+                values = zip(columns, map(_cell, cells), strict=True)
+                yield from _row(path, f"line {start}", dict(values), bad)
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _cell(text: str) -> Any:
+    """A CSV's cell: its text, or the messages that are JSON in it; other lists are read by the fields that want one."""
+    if not text.startswith("[{"):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    messages = all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in found)
+    return found if messages else text
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
