@@ -84,7 +84,8 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Files (JSONL, JSON, CSV, Parquet), folders of them, or hub ids (``hub:owner/name:split``)."""
+    """Files (JSONL, JSON, CSV, Parquet), folders of them, or hub ids (``hub:owner/name:split``,
+    ``hub:owner/name:config:split``)."""
 
     demonstrations: str | None = None
     prompts: str | None = Field(None, description="prompts to sample from and to run PPO or GRPO on")
@@ -99,6 +100,9 @@ class DataConfig(Strict):
         512, ge=4, description="longer prompts are an error, or left out with over_length: skip"
     )
     over_length: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="skip: rows that cannot be read are left out, counted, and listed in bad_rows.jsonl"
+    )
 
 
 class OptimConfig(Strict):

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 from keel.config import PEOPLE, AnnotateStage, PreferenceBase, SampleStage, SftStage, StageBase
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
+from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
 from keel.feedback.stored import training_demonstrations, training_votes
 from keel.run import StageContext, atomic_write_text, read_json
+from keel.store.rows import storable
 from keel.types import Completion, Demonstration, Message, Preference, Prompt, UserError
 
 T = TypeVar("T")
@@ -20,8 +22,27 @@ T = TypeVar("T")
 KEPT = "demonstrations.jsonl"  # in a sample stage's folder: the replies that it kept, with their rewards
 
 
+BAD_ROWS = "bad_rows.jsonl"  # in a stage's folder: the rows that it left out, with what is wrong with each
+
+
 def store_url(context: StageContext) -> str:
     return context.recipe.store or context.run.store_url
+
+
+def reading(context: StageContext) -> Reading:
+    """How the stage reads the recipe's data: with ``data.on_bad_row: skip`` the rows that cannot be read are listed in
+    its folder, and the first few in a note."""
+
+    def skipped(bad: BadRows) -> None:
+        path = context.stage_dir.path / BAD_ROWS
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [json.dumps({"file": file, "line": line, "problem": problem}) for file, line, problem in bad.found]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, "".join(f"{row}\n" for row in dict.fromkeys([*before, *rows])))
+        first = "".join(f"\n  {line}" for line in bad.first())
+        context.reporter.note(f"{bad.summary} and are left out; all of them are in {path}{first}")
+
+    return Reading(context.recipe.data.on_bad_row, context.reporter.note, skipped)
 
 
 # -------------------------------------------------------------------------------------------------- demonstrations
@@ -35,7 +56,7 @@ def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonst
         raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
     sampled = {other.name for other in context.recipe.stages if isinstance(other, SampleStage)}
     files = [context.parent(s).path / KEPT if s in sampled else s for s in sources if s != PEOPLE]
-    found = [row for file in files for row in read_demonstrations(file)]
+    found = [row for file in files for row in read_demonstrations(file, reading(context))]
     if PEOPLE not in sources:
         return found, {}
     stored = training_demonstrations(context.run.stage(stage.name).path, store_url(context))
@@ -46,13 +67,17 @@ def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonst
 
 
 def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence[Completion]]) -> None:
-    """Writes sampled replies as demonstrations. One that was cut at the length limit is none: with an end token behind
-    it, it would teach the model to stop in the middle."""
+    """Writes sampled replies as demonstrations; the replies inside a prompt were not sampled, and are shown only. One
+    that was cut at the length limit is none: with an end token behind it, it would teach the model to stop in the
+    middle."""
     rows = [
         {
             "messages": [
-                *({"role": m.role, "content": m.content} for m in prompt.messages),
-                {"role": "assistant", "content": reply.text},
+                *(
+                    {"role": m.role, "content": m.content, **({"weight": 0} if m.role == "assistant" else {})}
+                    for m in prompt.messages
+                ),
+                {"role": "assistant", "content": storable(reply.text)},  # a byte-level model can write NUL
             ],
             **({} if reply.reward is None else {"reward": reply.reward}),
         }
@@ -85,7 +110,8 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     if not sources:
         raise UserError(f"stage {stage.name}: no preferences; set data.preferences=FILE or name a stage")
     annotated = {other.name for other in recipe.stages if isinstance(other, AnnotateStage)}
-    pairs = [pair for name in sources if name not in {*annotated, PEOPLE} for pair in read_preferences(name)]
+    files = [name for name in sources if name not in {*annotated, PEOPLE}]
+    pairs = [pair for file in files for pair in read_preferences(file, reading(context))]
     if not reads_store(stage, annotated):
         return Preferences(pairs)
     truth: dict[str, float] = {}
@@ -120,7 +146,7 @@ def _without_heldout(
     source = context.recipe.data.heldout_prompts
     if source is None or not records:
         return records
-    heldout = _hashes(source)
+    heldout = _hashes(source, context)
     kept = [record for record in records if messages_hash(messages(record)) not in heldout]
     if len(kept) < len(records):
         context.reporter.note(f"left out {len(records) - len(kept)} {what} on prompts held out for the evaluation")
@@ -130,19 +156,20 @@ def _without_heldout(
 # --------------------------------------------------------------------------------------------------------- prompts
 
 
-def _hashes(source: str) -> set[str]:
-    return {messages_hash(prompt.messages) for prompt in read_prompts(source)}
+def _hashes(source: str, context: StageContext) -> set[str]:
+    return {messages_hash(prompt.messages) for prompt in read_prompts(source, reading(context))}
 
 
 def _pool(context: StageContext) -> list[Prompt]:
     """Prompts where the recipe names none of their own: those of the demonstrations, else those of the pairs."""
     data = context.recipe.data
     if data.prompts is not None:
-        return read_prompts(data.prompts)
+        return read_prompts(data.prompts, reading(context))
     if data.demonstrations is not None:
-        found = [Prompt(d.id, prompt_messages(d)) for d in read_demonstrations(data.demonstrations) if not d.plain]
+        rows = read_demonstrations(data.demonstrations, reading(context))
+        found = [Prompt(d.id, prompt_messages(d), place=d.place) for d in rows if not d.plain]
     elif data.preferences is not None:
-        found = [preference.prompt for preference in read_preferences(data.preferences)]
+        found = [preference.prompt for preference in read_preferences(data.preferences, reading(context))]
     else:
         raise UserError(f"stage {context.stage_dir.name}: no prompts; set data.prompts=FILE")
     return list({messages_hash(p.messages): p for p in found}.values())
@@ -151,12 +178,12 @@ def _pool(context: StageContext) -> list[Prompt]:
 def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
     if source is not None:
-        return read_prompts(source)
+        return read_prompts(source, reading(context))
     data = context.recipe.data
     found = _pool(context)
     if data.heldout_prompts is None:
         return split_by_prompt(found, data.heldout_fraction, context.recipe.seed)[0]
-    heldout = _hashes(data.heldout_prompts)
+    heldout = _hashes(data.heldout_prompts, context)
     kept = [prompt for prompt in found if messages_hash(prompt.messages) not in heldout]
     if len(kept) < len(found):
         context.reporter.note(f"left out {len(found) - len(kept)} prompts that are held out for the evaluation")
@@ -168,5 +195,5 @@ def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
 def heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     data = context.recipe.data
     if source or data.heldout_prompts:
-        return read_prompts(source or data.heldout_prompts or "")
+        return read_prompts(source or data.heldout_prompts or "", reading(context))
     return split_by_prompt(_pool(context), data.heldout_fraction, context.recipe.seed)[1]

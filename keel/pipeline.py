@@ -52,16 +52,16 @@ from keel.store.trained_on import VoteHashes, vote_hashes
 from keel.types import Reporter
 
 # The data settings that a stage's result depends on, besides its own. The report has none: it reads the other stages.
-_LENGTHS = ("max_length", "max_prompt_length", "over_length")
+_ROWS = ("max_length", "max_prompt_length", "over_length", "on_bad_row")
 _DATA: dict[type[Any], tuple[str, ...]] = {
-    SftStage: ("demonstrations", "heldout_fraction", *_LENGTHS),
-    SampleStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
+    SftStage: ("demonstrations", "heldout_fraction", *_ROWS),
+    SampleStage: ("prompts", "heldout_prompts", "heldout_fraction", *_ROWS),
     AnnotateStage: (),
-    RewardStage: ("preferences", *_LENGTHS),
-    DpoStage: ("preferences", *_LENGTHS),
-    PpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
-    GrpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_LENGTHS),
-    EvalStage: ("prompts", "heldout_prompts", "heldout_fraction", "base_text", "facts", *_LENGTHS),
+    RewardStage: ("preferences", *_ROWS),
+    DpoStage: ("preferences", *_ROWS),
+    PpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_ROWS),
+    GrpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_ROWS),
+    EvalStage: ("prompts", "heldout_prompts", "heldout_fraction", "base_text", "facts", *_ROWS),
     ReportStage: (),
 }
 _PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "pretraining", "base_text", "facts")

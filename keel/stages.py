@@ -37,7 +37,16 @@ from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.feedback.pairing import PairChoice, annotate_responses
 from keel.feedback.uncertainty import disagreement
-from keel.inputs import KEPT, demonstrations, heldout_prompts, preferences, store_url, training_prompts, write_kept
+from keel.inputs import (
+    KEPT,
+    demonstrations,
+    heldout_prompts,
+    preferences,
+    reading,
+    store_url,
+    training_prompts,
+    write_kept,
+)
 from keel.model.checkpoint import frozen, load_policy, load_scalar, load_tokenizer, positions
 from keel.model.precision import Precision, pick_precision
 from keel.model.trunk import Trunk
@@ -138,7 +147,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
         precision=pick_precision(stage.precision, context.device),
         seed=recipe.seed,
         positions=positions(source),
-        texts=read_texts(mixed) if mixed is not None else (),
+        texts=read_texts(mixed, reading(context)) if mixed is not None else (),
         trunk=Trunk(source, context.device, lora) if on_one_base and lora else None,
     )
 
@@ -249,8 +258,8 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         models=models,
         baseline=stage.baseline,
         prompts=prompts,
-        texts=read_texts(recipe.data.base_text) if recipe.data.base_text else [],
-        facts=read_facts(recipe.data.facts) if recipe.data.facts else [],
+        texts=read_texts(recipe.data.base_text, reading(context)) if recipe.data.base_text else [],
+        facts=read_facts(recipe.data.facts, reading(context)) if recipe.data.facts else [],
         judge=_judge(stage.judge, context, precision),
         scorer=_proxy(stage, context, precision),
         sampling=stage.sampling,

@@ -52,6 +52,7 @@ class Prompt:
     messages: tuple[Message, ...]
     kind: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Demonstration:
     id: str
     messages: tuple[Message, ...]
     plain: bool = False
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class Preference:
     rejected_finished: bool = True
     weight: float = 1.0
     settled: Settled = ""
+    place: str = field(default="", compare=False)
 
     @property
     def item(self) -> Hashable:

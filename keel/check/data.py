@@ -3,66 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from keel.check.finding import Finding, broken, stage_names
-from keel.config import PEOPLE, EvalStage, OnlineBase, Recipe, SampleStage, SftStage
+from keel.config import PEOPLE, DataConfig, EvalStage, OnlineBase, PreferenceBase, Recipe, SampleStage, SftStage
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash
+from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
-from keel.types import Demonstration, Encoded, Preference, Prompt, UserError
+from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError
 
 FEW = 100  # records below which a stage can hardly learn
+HELDOUT = "data.heldout_prompts"
 
 
 def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
-    """Missing, broken, tiny, too long and leaking data, with counts."""
+    """Missing, broken, tiny, too long and leaking data, with counts; and what was read otherwise than it stands."""
     data = recipe.data
     found: list[Finding] = []
     demonstrations: list[Demonstration] = []
-    prompts: list[Prompt] = []
+    prompts: dict[str, list[Prompt]] = {}
     preferences: list[Preference] = []
-    heldout: list[Prompt] = []
     try:
         for place, source in _demonstrations(recipe):
-            rows = read_demonstrations(_needed(source, place, "sft"))
+            rows = read_demonstrations(_needed(source, place, "sft"), _reading(data, place, found))
             demonstrations += rows
             found += _few(rows, place)
             encoded = chat.encode_demonstrations(rows)
             found += _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
-        if data.prompts is not None:
-            prompts = read_prompts(data.prompts)
-            found += _few(prompts, "data.prompts")
-        if data.preferences is not None:
-            preferences = read_preferences(data.preferences)
-            found += _few(preferences, "data.preferences")
-            found += _pairs(preferences, recipe, chat, context)
-        if data.heldout_prompts is not None:
-            heldout = read_prompts(data.heldout_prompts)
-            found += _few(heldout, "data.heldout_prompts")
+        for place, source in _prompts(recipe):
+            prompts[place] = read_prompts(source, _reading(data, place, found))
+            found += _few(prompts[place], place)
+        for place, source in _preferences(recipe):
+            pairs = read_preferences(source, _reading(data, place, found))
+            preferences += pairs
+            found += _few(pairs, place)
+            found += _pairs(pairs, place, recipe, chat, context)
         if data.facts is not None:
-            read_facts(data.facts)
-        measured, mixed = (
-            set(read_texts(source)) if source else set() for source in (data.base_text, data.pretraining)
-        )
-        if both := len(measured & mixed):
-            sentence = f"{both} of {len(measured)} texts are in data.pretraining too"
-            remedy = "take them out of either: the loss on them would measure memory"
-            found.append(Finding("error", "data.base_text", sentence, remedy))
+            read_facts(data.facts, _reading(data, "data.facts", found))
+        found += _texts(recipe, found)
     except UserError as error:
-        return [*found, broken(error, "data")]
-    for name, some in (("data.prompts", prompts), ("data.heldout_prompts", heldout)):
+        return [*dict.fromkeys(found), broken(error, "data")]
+    for name, some in prompts.items():
         ids = chat.encode_prompts([prompt.messages for prompt in some])
         encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
         found += _lengths(encoded, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
         found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
-    several = [p for p in (*prompts, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
+    asked = [prompt for some in prompts.values() for prompt in some]
+    several = [p for p in (*asked, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
     if chat.plain and several:
         sentence = f"it has no chat template, and would see the last message alone of {len(several)} prompts"
         found.append(Finding("error", "model.path", sentence, "start from an SFT stage, which gives it a template"))
-    learned = {messages_hash(d.messages[:-1]) for d in demonstrations if not d.plain}
+    learned = {messages_hash(_shown(d.messages[:-1])) for d in demonstrations if not d.plain}
     learned |= {messages_hash(p.prompt.messages) for p in preferences}
-    sampled = {messages_hash(p.messages) for p in prompts}
-    return [*found, *_leaks(heldout, learned, sampled)]
+    sampled = {messages_hash(p.messages) for p in prompts.get("data.prompts", [])}
+    return [*dict.fromkeys(found), *_leaks(prompts.get(HELDOUT, []), learned, sampled)]
+
+
+def _reading(data: DataConfig, place: str, found: list[Finding]) -> Reading:
+    """As the stages read it; what they would note or leave out becomes a finding."""
+
+    def skipped(bad: BadRows) -> None:
+        rows = "".join(f"\n  {line}" for line in bad.first())
+        found.append(Finding("warning", place, f"{bad.summary} and are left out (data.on_bad_row: skip){rows}"))
+
+    return Reading(data.on_bad_row, lambda text: found.append(Finding("note", place, text)), skipped)
+
+
+def _shown(messages: Sequence[Message]) -> list[Message]:
+    """Messages as a prompt has them: which of them are learned says nothing there."""
+    return [replace(message, learned=True) for message in messages]
+
+
+def _texts(recipe: Recipe, found: list[Finding]) -> Iterator[Finding]:
+    data = recipe.data
+    named = {"data.base_text": data.base_text, "data.pretraining": data.pretraining}
+    measured, mixed = (
+        set(read_texts(source, _reading(data, place, found))) if source else set() for place, source in named.items()
+    )
+    if both := len(measured & mixed):
+        sentence = f"{both} of {len(measured)} texts are in data.pretraining too"
+        yield Finding(
+            "error", "data.base_text", sentence, "take them out of either: the loss on them would measure memory"
+        )
 
 
 def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
@@ -74,10 +97,26 @@ def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
     return [*default, *named]
 
 
+def _prompts(recipe: Recipe) -> list[tuple[str, str]]:
+    """(the setting that names it, file) of the prompts that the recipe and its stages name."""
+    asking = [stage for stage in recipe.stages if isinstance(stage, SampleStage | OnlineBase | EvalStage)]
+    named = [("data.prompts", recipe.data.prompts), (HELDOUT, recipe.data.heldout_prompts)]
+    named += [(f"{stage.name}.prompts", stage.prompts) for stage in asking]
+    return [(place, source) for place, source in named if source is not None]
+
+
+def _preferences(recipe: Recipe) -> list[tuple[str, str]]:
+    """(the setting that names it, file) of the pairs that the recipe and its stages name."""
+    made = {PEOPLE, *stage_names(recipe)}
+    stages = [stage for stage in recipe.stages if isinstance(stage, PreferenceBase)]
+    named = [(f"{s.name}.preferences", file) for s in stages for file in s.sources if file not in made]
+    return [("data.preferences", recipe.data.preferences), *named] if recipe.data.preferences else named
+
+
 def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> Iterator[Finding]:
     """Held-out prompts that training sees. The stages leave those among data.prompts out of sampling and training."""
     hashes = [messages_hash(prompt.messages) for prompt in heldout]
-    place = "data.heldout_prompts"
+    place = HELDOUT
     if both := sum(h in learned for h in hashes):
         sentence = f"{both} of {len(heldout)} are in the demonstrations or preferences too"
         yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memory")
@@ -126,16 +165,16 @@ def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Fi
                 yield Finding("warning", place, sentence, remedy)
 
 
-def _pairs(preferences: Sequence[Preference], recipe: Recipe, chat: Chat, context: int) -> Iterator[Finding]:
+def _pairs(
+    preferences: Sequence[Preference], place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
     replies = [(p.prompt.messages, text, True) for p in preferences for text in (p.chosen, p.rejected)]
     data = recipe.data
     yield from _lengths(
-        chat.encode_replies(replies), "data.preferences", "data.max_length", data.max_length, data.over_length, context
+        chat.encode_replies(replies), place, "data.max_length", data.max_length, data.over_length, context
     )
     seen = {(messages_hash(p.prompt.messages), p.chosen, p.rejected) for p in preferences if not p.tie}
     contrary = sum((prompt, worse, better) in seen for prompt, better, worse in seen) // 2
     if contrary:
         sentence = f"{contrary} pairs are judged both ways"
-        yield Finding(
-            "warning", "data.preferences", sentence, "keep them if annotators truly disagree; else mend the rows"
-        )
+        yield Finding("warning", place, sentence, "keep them if annotators truly disagree; else mend the rows")

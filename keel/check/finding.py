@@ -11,15 +11,16 @@ from keel.types import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """``place``: the setting or file; ``sentence``: what is wrong; ``remedy``: what to do."""
+    """``place``: the setting or file; ``sentence``: what is wrong; ``remedy``: what to do. A ``note`` says what is done
+    that one might not expect, and is no warning."""
 
-    level: Literal["error", "warning"]
+    level: Literal["error", "warning", "note"]
     place: str
     sentence: str
-    remedy: str
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.sentence}; {self.remedy}"
+        return "; ".join(filter(None, [f"{self.place}: {self.sentence}", self.remedy]))
 
 
 def broken(error: UserError, place: str = "") -> Finding:

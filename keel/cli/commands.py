@@ -150,14 +150,14 @@ def _check(arguments: argparse.Namespace) -> int:
     console = Console()
     findings = check_recipe(recipe, run)
     for finding in findings:
-        colour = "red" if finding.level == "error" else "yellow"
+        colour = {"error": "red", "warning": "yellow", "note": "dim"}[finding.level]
         console.print(f"[{colour}]{finding.level}[/] ", end="")
         console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
-    errors = sum(finding.level == "error" for finding in findings)
+    errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
     if not errors:
         for step in plan(recipe, run):
             console.print(f"  {step.stage.name}: {step.state} ({step.reason})", markup=False, highlight=False)
-    console.print(f"{errors} errors, {len(findings) - errors} warnings", highlight=False)
+    console.print(f"{errors} errors, {warnings} warnings", highlight=False)
     return 2 if errors else 0
 
 

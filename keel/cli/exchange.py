@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from keel.data.fields import checked
 from keel.data.rows import BadRows, Row, RowError, read_rows
 from keel.data.sources import as_prompt, read_preferences
 from keel.run import RunDir
@@ -61,18 +62,38 @@ def read_votes(file: str, names: Names) -> Votes:
     rows = list(read_rows(file, bad))
     bad.raise_if_any()
     if {"annotator_kind", "prompt_id", "batch"} <= rows[0].values.keys():
+        _checked(rows, bad)
         return exchange.read(file)
     if foreign.is_label_studio(rows[0].values):
         return _foreign(rows, bad, lambda row, now: foreign.from_label_studio(row.values, names, as_prompt, now))
-    if any(foreign.is_argilla(row.values) for row in rows):
+    if any(_is_argilla(row) for row in rows):
         return _foreign(rows, bad, lambda row, now: foreign.from_argilla(row.values, names, as_prompt, now))
     return read_preferences(file)
+
+
+def _is_argilla(row: Row) -> bool:
+    try:
+        return foreign.is_argilla(row.values)
+    except (KeyError, TypeError, AttributeError, ValueError):  # it has an export's fields, and something else in them
+        return True
+
+
+def _checked(rows: Sequence[Row], bad: BadRows) -> list[Row]:
+    """The rows, with every value one that a store holds."""
+    found = []
+    for row in rows:
+        try:
+            found.append(checked(row))
+        except RowError as error:
+            bad.add(row.file, row.line, str(error))
+    bad.raise_if_any()
+    return found
 
 
 def _foreign(rows: Sequence[Row], bad: BadRows, read: Callable[[Row, datetime], list[Judgement]]) -> list[Judgement]:
     now = datetime.now(UTC)
     votes: list[Judgement] = []
-    for row in rows:
+    for row in _checked(rows, bad):
         try:
             votes += read(row, now)
         except (ForeignError, RowError) as error:

@@ -6,46 +6,79 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from keel.data.rows import RowError, shown
+from keel.data.columns import HISTORY, MASK, MESSAGE, TRAINED, WEIGHTS, is_learned, refuse, says_nothing
+from keel.data.rows import Row, RowError, shown
+from keel.data.values import plain
 from keel.types import Message, Role
 
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",  # OpenAI's newer word
     "user": "user",
-    "human": "user",  # ShareGPT's words
+    **dict.fromkeys(("human", "prompter"), "user"),  # ShareGPT's and OpenAssistant's words
     "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "chatbot", "ai", "bing", "bard"), "assistant"),
 }
-UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "refusal")
+_OF_A_MESSAGE = {"role", "from", "content", "value", *WEIGHTS, *TRAINED, MASK, *MESSAGE}
 
 
-def text(row: dict[str, Any], field: str, empty: bool = True) -> str:
+class Fields(Mapping[str, Any]):
+    """A row's columns that are not null. A value is checked when it is taken (``keel.data.values``), so that one that
+    nobody needs may be anything; ``unused`` are those that nobody took. Asking whether one is there takes nothing."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = {name: value for name, value in values.items() if not _is_null(value)}
+        self._taken: set[str] = set()
+        self._passed_over: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self._taken.add(name)
+        return plain(self._values[name], name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def pass_over(self, names: Iterable[str]) -> None:
+        """Fields inside a column (``messages[].time``) that nobody needs."""
+        self._passed_over.update(dict.fromkeys(names))
+
+    @property
+    def untaken(self) -> list[str]:
+        return [name for name in self._values if name not in self._taken]
+
+    @property
+    def unused(self) -> list[str]:
+        return [*self.untaken, *self._passed_over]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def checked(row: Row) -> Row:
+    """The row with every column checked, for a reader that takes whole rows."""
+    return replace(row, values=dict(Fields(row.values)))
+
+
+def text(row: Mapping[str, Any], field: str, empty: bool = True) -> str:
     """A string, or content parts of type text, which are joined; ``empty``: may it be blank?"""
     value = row[field]
     if isinstance(value, list):
         value = _joined_parts(value, field)
     if not isinstance(value, str):
         raise RowError(f"field '{field}': expected a text, got {shown(value)}")
-    return _checked(value, field, empty)
-
-
-def _checked(value: str, field: str, empty: bool = True) -> str:
     if not empty and not value.strip():
         raise RowError(f"field '{field}': expected a text that is not blank, got {shown(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except (
-            UnicodeEncodeError
-        ) as error:  # JSON can write half a character (a lone surrogate); no tokenizer can read it
-            raise RowError(
-                f"field '{field}': character {error.start + 1} is half a character (lone surrogate)"
-            ) from error
     return value
 
 
@@ -58,54 +91,72 @@ def _joined_parts(parts: list[Any], field: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def json_value(row: dict[str, Any], field: str) -> Any:
+def json_value(row: Mapping[str, Any], field: str) -> Any:
     """A list or an object, read from JSON where it is given as a text (CSV)."""
     value = row[field]
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"field '{field}': expected a list or an object in JSON, got {shown(value)}") from error
+    return plain(found, field)
 
 
-def text_list(row: dict[str, Any], field: str) -> tuple[str, ...]:
+def text_list(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """A list of one or more texts."""
     value = json_value(row, field)
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
         raise RowError(f"field '{field}': expected a list of texts, got {shown(value)}")
-    return tuple(_checked(item, field) for item in value)
+    return tuple(value)
 
 
-def message_list(row: dict[str, Any], field: str, path: str = "") -> tuple[Message, ...]:
-    """Messages with ``role`` and ``content``, or with ShareGPT's ``from`` and ``value``."""
+def message_list(row: Mapping[str, Any], field: str, path: str = "", taught: bool = False) -> tuple[Message, ...]:
+    """Messages with ``role`` and ``content``, or with ShareGPT's ``from`` and ``value``. ``taught``: the row is a
+    demonstration, so that flags and weights say which of them are learned."""
     path = path or field
     value = json_value(row, field) if field in row else None
     if not isinstance(value, list) or not value:
         raise RowError(f"field '{path}': expected a list of messages, got {shown(value)}")
-    return tuple(_message(item, f"{path}[{i}]") for i, item in enumerate(value))
+    found = tuple(_message(item, f"{path}[{i}]", taught) for i, item in enumerate(value))
+    unknown = set[str]().union(*value) - _OF_A_MESSAGE
+    if unknown and isinstance(row, Fields):
+        row.pass_over(f"{path}[].{key}" for key in sorted(unknown) if any(item.get(key) is not None for item in value))
+    return found
 
 
-def _message(item: Any, path: str) -> Message:
+def _message(item: Any, path: str, taught: bool) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"field '{path}': expected a message with role and content, got {shown(item)}")
-    role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
-    role = ROLES.get(item[role_key]) if isinstance(item.get(role_key), str) else None
+    role_key = "from" if item.get("from") is not None else "role"
+    said = item.get(role_key)
+    role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
     if role is None:
-        raise RowError(
-            f"field '{path}.{role_key}': expected system, user or assistant, got {shown(item.get(role_key))}"
-        )
-    for key in UNSUPPORTED:  # they would change what is learned, so they are not passed over
-        if item.get(key):
-            raise RowError(f"field '{path}.{key}': expected messages of text alone, got {shown(item[key])}")
-    if item.get("weight") == 0:
-        raise RowError(
-            f"field '{path}.weight': a reply that must not be learned is not supported; remove it from the row"
-        )
-    return Message(role, text({path: item.get(content_key)}, path))
+        raise RowError(f"field '{path}.{role_key}': expected system, user or assistant, got {shown(said)}")
+    refuse(item, MESSAGE, f"{path}.")
+    content, value = item.get("content"), item.get("value")
+    if content is not None and value is not None and content != value:
+        raise RowError(f"field '{path}': content and value differ; keep one")
+    message = text({path: value if content is None else content}, path)
+    return Message(role, message, is_learned(item, role, path) if taught else True)
 
 
-def name(row: dict[str, Any], field: str) -> str:
+def earlier_rounds(row: Mapping[str, Any], taught: bool = False) -> tuple[Message, ...]:
+    """The rounds before the prompt: LLaMA-Factory's ``history`` [[question, answer], ...], or messages."""
+    if HISTORY not in row or says_nothing(row[HISTORY]):
+        return ()
+    turns = json_value(row, HISTORY)
+    if isinstance(turns, list) and isinstance(turns[0], dict):
+        return message_list(row, HISTORY, taught=taught)
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn) for turn in turns
+    ):
+        raise RowError(f"field '{HISTORY}': expected rounds [[question, answer], ...], got {shown(turns)}")
+    rounds = ((Message("user", question), Message("assistant", answer)) for question, answer in turns)
+    return tuple(message for round in rounds for message in round)
+
+
+def name(row: Mapping[str, Any], field: str) -> str:
     """An optional name ("" when absent); whole numbers are taken as names too."""
     value = row.get(field, "")
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -113,7 +164,7 @@ def name(row: dict[str, Any], field: str) -> str:
     return str(value)
 
 
-def flag(row: dict[str, Any], field: str, default: bool | None = None) -> bool:
+def flag(row: Mapping[str, Any], field: str, default: bool | None = None) -> bool:
     """true or false; 1 and 0 as well, and either of them written as a text."""
     value = row.get(field, "")
     if value == "" and default is not None:
@@ -126,7 +177,7 @@ def flag(row: dict[str, Any], field: str, default: bool | None = None) -> bool:
 
 
 def number(
-    row: dict[str, Any],
+    row: Mapping[str, Any],
     field: str,
     low: float,
     high: float = math.inf,
@@ -141,7 +192,7 @@ def number(
     try:
         refused = (isinstance(value, bool) and not truth) or not isinstance(value, bool | int | float | str)
         found = math.nan if refused else float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         found = math.nan
     if not low <= found <= high or not math.isfinite(found) or (whole and found != int(found)):
         bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

@@ -11,11 +11,12 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from keel.data import folders, hub
 from keel.types import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -41,34 +42,62 @@ class BadRows:
 
     source: str
     rows: int = 0
-    found: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (file, what is wrong) -> lines
+    found: list[tuple[str, str, str]] = field(default_factory=list)  # file, line, what is wrong
 
     def add(self, file: str, line: str, problem: str) -> None:
-        self.found.setdefault((file, problem), []).append(line)
+        self.found.append((file, line, printable(problem)))
 
     def raise_if_any(self) -> None:
-        """UserError with up to five bad rows; rows with the same fault share a line of the message."""
-        if not self.found:
-            return
-        count = sum(len(lines) for lines in self.found.values())
-        message = [f"{self.source}: {count} of {self.rows} rows cannot be read"]
-        for (file, problem), lines in list(self.found.items())[:SHOWN]:
-            others = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-            message.append(f"  {file}, {lines[0]}{others}: {problem}")
-        if len(self.found) > SHOWN:
-            message.append("  ...")
-        raise UserError("\n".join(message))
+        """UserError with up to five bad rows."""
+        if self.found:
+            raise UserError(f"{self.summary}\n" + "\n".join(f"  {line}" for line in self.first()))
+
+    @property
+    def summary(self) -> str:
+        return f"{self.source}: {len(self.found)} of {self.rows} rows cannot be read"
+
+    def first(self) -> list[str]:
+        """The first five, a line each; rows with the same fault share one."""
+        lines: dict[tuple[str, str], list[str]] = {}
+        for file, line, problem in self.found:
+            lines.setdefault((file, problem), []).append(line)
+        shown = []
+        for (file, problem), where in list(lines.items())[:SHOWN]:
+            others = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
+            shown.append(f"{file}, {where[0]}{others}: {problem}")
+        return [*shown, "..."] if len(lines) > SHOWN else shown
 
 
-def read_rows(source: str | Path, bad: BadRows) -> Iterator[Row]:
-    """The rows of a file, of a folder's files in the order of their names, or of ``hub:owner/name[:split]``.
+def _no_one(what: object) -> None:
+    """For who does not ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a source is read. ``on_bad_row``: whether a row that cannot be read is an error, or is left out and told to
+    ``skipped``. ``note`` is told in a sentence what was read otherwise than it stands there."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    note: Callable[[str], None] = _no_one
+    skipped: Callable[[BadRows], None] = _no_one
+
+    def settle(self, bad: BadRows) -> None:
+        """After the last row: UserError for bad rows, or (``skip``) their names, unless no row could be read."""
+        if self.on_bad_row == "error" or len(bad.found) == bad.rows:
+            bad.raise_if_any()
+        elif bad.found:
+            self.skipped(bad)
+
+
+def read_rows(source: str | Path, bad: BadRows, note: Callable[[str], None] = _no_one) -> Iterator[Row]:
+    """The rows of a file, of a folder's files in the order of their names, or of ``hub:owner/name[:config][:split]``.
 
     A row that is no object goes to ``bad``. Raises UserError when there is nothing to read or it cannot be read.
     """
-    if str(source).startswith("hub:"):
-        found = _read_hub(str(source), bad)
+    if str(source).startswith(hub.PREFIX):
+        found = _numbered(str(source), hub.load(str(source)), bad)
     else:
-        found = _read_local(Path(source).expanduser(), bad)
+        found = _read_local(Path(source).expanduser(), bad, note)
     for row in found:
         bad.rows += 1
         yield row
@@ -76,20 +105,21 @@ def read_rows(source: str | Path, bad: BadRows) -> Iterator[Row]:
         raise UserError(f"{source}: no rows; give a file with at least one")
 
 
-def _read_local(path: Path, bad: BadRows) -> Iterator[Row]:
-    if (path / "dataset_info.json").exists() and (path / "state.json").exists():
-        return _read_saved(path, bad)
-    return (row for file in _files(path) for row in _read_file(file, bad))
+def _read_local(path: Path, bad: BadRows, note: Callable[[str], None]) -> Iterator[Row]:
+    chosen = folders.chosen_split(path, note)
+    if folders.is_saved(chosen):
+        return _numbered(str(chosen), hub.load_saved(chosen), bad)
+    return (row for file in _files(path, note) for row in _read_file(file, bad))
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder; name a {', '.join(SUFFIXES[:4])} file, a folder of them, or "
-            "hub:owner/name[:split]"
+            "hub:owner/name[:config][:split]"
         )
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+        files = folders.data_files(path, SUFFIXES, note)
         if not files:
             raise UserError(f"{path}: the folder holds no data file; expected names ending in {', '.join(SUFFIXES)}")
         return files
@@ -126,7 +156,7 @@ def _text(path: Path) -> str:
 def _row(path: str | Path, line: str, values: Any, bad: BadRows) -> Iterator[Row]:
     """The row, or nothing and an entry among the bad ones."""
     if isinstance(values, dict):
-        yield Row(str(path), line, {key: value for key, value in values.items() if value is not None})
+        yield Row(str(path), line, {str(key): value for key, value in values.items() if value is not None})
     else:
         bad.rows += 1
         bad.add(str(path), line, f"expected an object of fields, got {shown(values)}")
@@ -176,12 +206,25 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[Row]:
                 bad.rows += 1
                 bad.add(str(path), f"line {start}", f"expected {len(columns)} cells, got {len(cells)}")
             elif cells:
-                yield from _row(path, f"line {start}", dict(zip(columns, cells, strict=True)), bad)
+                values = zip(columns, map(_cell, cells), strict=True)
+                yield from _row(path, f"line {start}", dict(values), bad)
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _cell(text: str) -> Any:
+    """A CSV's cell: its text, or the messages that are JSON in it; other lists are read by the fields that want one."""
+    if not text.startswith("[{"):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    messages = all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in found)
+    return found if messages else text
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
@@ -195,36 +238,12 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield from _row(path, f"row {number}", values, bad)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # such as times that Python cannot hold
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _read_saved(path: Path, bad: BadRows) -> Iterator[Row]:
-    """A folder that ``datasets`` wrote with ``save_to_disk``."""
-    from datasets import load_from_disk  # takes seconds to import
-
-    try:
-        table = load_from_disk(str(path))
-    except Exception as error:  # whatever the library raises
-        raise UserError(f"{path}: the data set cannot be loaded: {error}") from error
-    for number, values in enumerate(table, start=1):
-        yield from _row(path, f"row {number}", values, bad)
-
-
-def _read_hub(source: str, bad: BadRows) -> Iterator[Row]:
-    name, _, split = source.removeprefix("hub:").partition(":")
-    if not name:
-        raise UserError(f"{source}: expected hub:owner/name[:split]")
-    from datasets import load_dataset  # takes seconds to import, and needs no file here
-
-    try:
-        table = load_dataset(name, split=split or "train")
-    except Exception as error:  # network, access, unknown name or split: whatever the library raises
-        reason = str(error).strip().rstrip(".")
-        raise UserError(
-            f"{source}: the data set cannot be loaded: {reason}; check its name, split and network, or name a file"
-        ) from error
-    for number, values in enumerate(table, start=1):
+def _numbered(source: str, rows: Iterator[Any], bad: BadRows) -> Iterator[Row]:
+    for number, values in enumerate(rows, start=1):
         yield from _row(source, f"row {number}", values, bad)
 
 
@@ -234,5 +253,14 @@ def shown(value: Any) -> str:
     kind = kinds.get(type(value), "the number" if isinstance(value, int | float) else f"a {type(value).__name__}")
     if value is None:
         return kind
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{kind} {text if len(text) <= 60 else text[:57] + '...'}"
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # names that are no texts, circles, numbers without end
+        return kind
+    return f"{kind} {printable(text if len(text) <= 60 else text[:57] + '...')}"
+
+
+def printable(text: str) -> str:
+    """``text`` as a terminal takes it: half characters and the signs that steer a screen are spelled out."""
+    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return whole.translate({code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)})

@@ -1,25 +1,50 @@
 """Rows -> records. Which rows are accepted, with an example of each: docs/data.md.
 
-Every reader takes a ``source``: a JSONL, JSON, CSV or Parquet file, a folder of them, or ``hub:owner/name[:split]``.
-Rows that cannot be read are an error (``UserError`` with file, line, field, what was expected and what was found, up
-to five rows in one message); none is dropped. A record without an ``id`` gets a hash of its content, so the same row
-has the same id in every file. Rows may repeat; two different rows of one id are an error.
+Every reader takes a ``source`` (a JSONL, JSON, CSV or Parquet file, a folder of them, or
+``hub:owner/name[:config][:split]``) and a ``Reading``. Rows that cannot be read are an error (``UserError`` with file,
+line, field, what was expected and what was found, up to five rows in one message), or are left out and told; none is
+dropped without a word. A record without an ``id`` gets a hash of its content, so the same row has the same id in every
+file. Rows may repeat; two different rows of one id are an error.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keel.data.collate import messages_hash
-from keel.data.fields import flag, json_value, message_list, name, number, text, text_list
-from keel.data.rows import BadRows, Row, RowError, read_rows, shown
+from keel.data.columns import OWN, PAIRED, SHOWN, TAUGHT, Refused, refuse
+from keel.data.fields import (
+    Fields,
+    earlier_rounds,
+    flag,
+    json_value,
+    message_list,
+    name,
+    number,
+    text,
+    text_list,
+)
+from keel.data.parts import (
+    after_prompt,
+    ask,
+    ask_instruction,
+    conversation,
+    implicit_prompt,
+    prompt_of,
+    system_of,
+    the_reply,
+    waits,
+    with_system,
+)
+from keel.data.rows import BadRows, Reading, Row, RowError, printable, read_rows, shown
+from keel.data.values import plain
 from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, Settled, StepLabels
 
-Values = dict[str, Any]
+PLAIN_READING = Reading()
+NAMED = 12  # unused columns that a note lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +68,19 @@ R = TypeVar("R", bound=_Identified)
 # ------------------------------------------------------------------------------------------------------ the readers
 
 
-def read_demonstrations(source: str | Path) -> list[Demonstration]:
+def read_demonstrations(source: str | Path, reading: Reading = PLAIN_READING) -> list[Demonstration]:
     """Rows ``messages``, ``conversations``, ``prompt``+``completion``, ``instruction``+``output``, or ``text``."""
     forms = "messages | conversations | prompt+completion | instruction[+input]+output | text"
-    return _read(source, _demonstration, forms)
+    return _read(source, _demonstration, forms, reading, TAUGHT)
 
 
-def read_prompts(source: str | Path) -> list[Prompt]:
+def read_prompts(source: str | Path, reading: Reading = PLAIN_READING) -> list[Prompt]:
     """Rows ``prompt``, ``messages`` (that wait for the assistant), or ``instruction``; optional ``id``, ``kind``,
     ``meta``. Any other column is kept in the prompt's ``meta`` too, where a reward function finds it."""
-    return _read(source, _prompt_row, "prompt | messages | instruction[+input]")
+    return _read(source, _prompt_row, "prompt | messages | instruction[+input]", reading)
 
 
-def read_preferences(source: str | Path) -> list[Preference]:
+def read_preferences(source: str | Path, reading: Reading = PLAIN_READING) -> list[Preference]:
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
     ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
@@ -65,42 +90,52 @@ def read_preferences(source: str | Path) -> list[Preference]:
     Two equal replies are a tie, whatever the row says: neither can be better.
     """
     forms = "prompt+chosen+rejected | chosen+rejected | input+preferred_output+non_preferred_output"
-    return _read(source, _preference, forms)
+    return _read(source, _preference, forms, reading, PAIRED)
 
 
-def read_labelled(source: str | Path) -> list[LabelledCompletion]:
+def read_labelled(source: str | Path, reading: Reading = PLAIN_READING) -> list[LabelledCompletion]:
     """Rows ``prompt``+``completion``+``label`` (true or false), as KTO uses."""
-    return _read(source, _labelled, "prompt+completion+label")
+    return _read(source, _labelled, "prompt+completion+label", reading, PAIRED)
 
 
-def read_steps(source: str | Path) -> list[StepLabels]:
+def read_steps(source: str | Path, reading: Reading = PLAIN_READING) -> list[StepLabels]:
     """Rows ``prompt``+``completions``+``labels``: the steps of a reply and a label in [0, 1] (or true, false) each."""
-    return _read(source, _steps, "prompt+completions+labels")
+    return _read(source, _steps, "prompt+completions+labels", reading)
 
 
-def read_texts(source: str | Path) -> list[str]:
+def read_texts(source: str | Path, reading: Reading = PLAIN_READING) -> list[str]:
     """Rows ``text``: plain text, as a base model reads it."""
-    return [d.messages[0].content for d in _read(source, _plain_text, "text")]
+    return [d.messages[0].content for d in _read(source, _plain_text, "text", reading)]
 
 
-def read_facts(source: str | Path) -> list[Fact]:
+def read_facts(source: str | Path, reading: Reading = PLAIN_READING) -> list[Fact]:
     """Rows ``prompt``+``choices``+``answer``: the answer is a choice's index (from 0) or its text."""
-    return _read(source, _fact, "prompt+choices+answer")
+    return _read(source, _fact, "prompt+choices+answer", reading)
 
 
-def _read(source: str | Path, parse: Callable[[Values], R], forms: str) -> list[R]:
+def _read(
+    source: str | Path,
+    parse: Callable[[Fields], R],
+    forms: str,
+    reading: Reading,
+    refused: Mapping[str, Refused] = SHOWN,
+) -> list[R]:
     bad = BadRows(str(source))
     records: list[R] = []
     first: dict[str, tuple[R, Row]] = {}
     prompts: dict[str, tuple[Prompt, Row]] = {}
-    for row in read_rows(source, bad):
+    unused: dict[str, dict[str, None]] = {}  # file -> columns
+    for row in read_rows(source, bad, reading.note):
+        fields = Fields(row.values)
         try:
-            record = parse(row.values)
+            refuse(fields, refused)
+            record = _placed(parse(fields), row)
             _same_or_error(first, "id", record.id, record, row)
             prompt = getattr(record, "prompt", None)
             if isinstance(prompt, Prompt):
                 _same_or_error(prompts, "prompt_id", prompt.id, replace(prompt, kind="", meta={}), row)
             records.append(record)
+            unused.setdefault(row.file, {}).update(dict.fromkeys(fields.unused))
         except _LeftOut:
             continue
         except _UnknownForm:
@@ -108,8 +143,26 @@ def _read(source: str | Path, parse: Callable[[Values], R], forms: str) -> list[
             bad.add(row.file, row.line, f"columns are {there}; expected {forms}")
         except RowError as error:
             bad.add(row.file, row.line, str(error))
-    bad.raise_if_any()
+    reading.settle(bad)
+    for file, columns in unused.items():
+        _note_unused(file, [column for column in columns if column not in OWN], reading)
     return records
+
+
+def _placed(record: R, row: Row) -> R:
+    """The record with its place, where its kind has one."""
+    place = f"{row.file}, {row.line}"
+    if isinstance(record, Preference):
+        return replace(record, place=place, prompt=replace(record.prompt, place=place))
+    return replace(record, place=place) if isinstance(record, Demonstration | Prompt) else record
+
+
+def _note_unused(file: str, columns: Sequence[str], reading: Reading) -> None:
+    if columns:
+        more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
+        some = f"{', '.join(printable(column) for column in columns[:NAMED])}{more}"
+        one = len(columns) == 1
+        reading.note(f"{file}: {'column' if one else 'columns'} {some} {'is' if one else 'are'} not used")
 
 
 class _LeftOut(Exception):
@@ -136,68 +189,75 @@ def _same_or_error(seen: dict[str, tuple[T, Row]], column: str, key: str, record
 # -------------------------------------------------------------------------------------------------------- the forms
 
 
-def _demonstration(row: Values) -> Demonstration:
+def _demonstration(row: Fields) -> Demonstration:
     if "messages" in row:
-        messages = message_list(row, "messages")
+        messages = conversation(row, "messages", taught=True)
     elif "conversations" in row:
-        messages = _system(row) + message_list(row, "conversations")
+        messages = conversation(row, "conversations", taught=True)
     elif "prompt" in row and "completion" in row:
-        messages = _prompt_messages(row)
-        messages += _after_prompt(row, "completion", messages)
+        asked = ask(row, taught=True)
+        messages = asked + after_prompt(row, "completion", asked, taught=True)
     elif "instruction" in row and "output" in row:
-        messages = (*_instruction(row), Message("assistant", text(row, "output")))
+        messages = (*ask_instruction(row, taught=True), Message("assistant", text(row, "output")))
     else:
         return _plain_text(row)
-    if "completion" in row and "label" in row and row["label"] in (False, "false", "False"):
-        raise RowError("field 'label': false, so the reply is no demonstration; leave out rows with thumbs down")
     if messages[-1].role != "assistant":
         raise RowError(f"the conversation ends with a message of the {messages[-1].role}; expected the assistant's")
-    return Demonstration(_id(row) or messages_hash(messages), messages)
+    begins = next(message for message in messages if message.role != "system")
+    if begins.role == "assistant" and begins.learned:
+        raise RowError(
+            "the conversation begins with the assistant's message; put the user's before it, give it weight: 0, or "
+            "take it out (a text without a question is a row of text)"
+        )
+    if not any(message.learned for message in messages if message.role == "assistant"):
+        raise RowError("none of its replies is learned (each has a weight of 0); leave the row out")
+    return Demonstration(name(row, "id") or messages_hash(messages), messages)
 
 
-def _plain_text(row: Values) -> Demonstration:
+def _plain_text(row: Fields) -> Demonstration:
     if "text" not in row:
         raise _UnknownForm
+    if system_of(row) or earlier_rounds(row):
+        raise RowError("field 'text': it is learned whole, without the system message or history beside it; keep one")
     messages = (Message("assistant", text(row, "text", empty=False)),)
-    return Demonstration(_id(row) or messages_hash(messages, salt="text"), messages, plain=True)
+    return Demonstration(name(row, "id") or messages_hash(messages, salt="text"), messages, plain=True)
 
 
-def _prompt_row(row: Values) -> Prompt:
+def _prompt_row(row: Fields) -> Prompt:
     if "prompt" in row:
-        used = {"prompt", "system"}
-        messages = _prompt_messages(row)
+        messages = ask(row)
     elif "messages" in row:
-        used = {"messages"}
-        messages = _waits(message_list(row, "messages"), "messages")
+        messages = waits(conversation(row, "messages"), "messages")
     elif "instruction" in row:
-        used = {"instruction", "input", "system"}
-        messages = _instruction(row)
+        messages = ask_instruction(row)
     else:
         raise _UnknownForm
-    prompt = _prompt(row, messages, _id(row))
-    extra = {key: value for key, value in row.items() if key not in used | {"id", "kind", "meta"}}
+    prompt = prompt_of(row, messages, name(row, "id"))
+    extra = {plain(name, name): row[name] for name in row.untaken}
     twice = sorted(extra.keys() & prompt.meta.keys())
     if twice:
         raise RowError(f"field '{twice[0]}' stands both in meta and as a column; keep one")
     return replace(prompt, meta={**prompt.meta, **extra})
 
 
-def _preference(row: Values) -> Preference:
+def _preference(row: Fields) -> Preference:
     if "preferred_output" in row and "non_preferred_output" in row and isinstance(row.get("input"), dict):
-        if row["input"].get("tools"):
-            raise RowError("field 'input': tools are not supported; expected messages alone")
-        messages = _waits(message_list(row["input"], "messages", "input.messages"), "input.messages")
-        chosen, rejected = (_reply(row, field, messages) for field in ("preferred_output", "non_preferred_output"))
+        given = row["input"]
+        refuse(given, SHOWN, "input.")
+        asked = message_list(given, "messages", "input.messages")
+        messages = waits(with_system(row, asked), "input.messages")
+        chosen, rejected = (the_reply(row, field, messages) for field in ("preferred_output", "non_preferred_output"))
     elif "chosen" in row and "rejected" in row and "prompt" in row:
-        messages = _prompt_messages(row)
-        chosen, rejected = (_reply(row, field, messages) for field in ("chosen", "rejected"))
+        messages = ask(row)
+        chosen, rejected = (the_reply(row, field, messages) for field in ("chosen", "rejected"))
     elif "chosen" in row and "rejected" in row:
-        messages, chosen, rejected = _implicit_prompt(row)
+        asked, chosen, rejected = implicit_prompt(row)
+        messages = with_system(row, asked)
     else:
         raise _UnknownForm
     if row.get("gold"):
         raise _LeftOut
-    prompt = _prompt(row, messages, _id(row, "prompt_id"))
+    prompt = prompt_of(row, messages, name(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)
     annotator = name(row, "annotator")
@@ -207,10 +267,10 @@ def _preference(row: Values) -> Preference:
     settled = _settled(row)
     word = f" settled {settled}" if settled else ""
     content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}")
-    return Preference(_id(row) or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
+    return Preference(name(row, "id") or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
 
 
-def _settled(row: Values) -> Settled:
+def _settled(row: Fields) -> Settled:
     """A reviewer's last word on the pair; empty (an empty cell, too) where there is none."""
     value = row.get("settled", "")
     if value not in ("", "chosen", "rejected", "tie"):
@@ -219,30 +279,32 @@ def _settled(row: Values) -> Settled:
     return settled
 
 
-def _labelled(row: Values) -> LabelledCompletion:
+def _labelled(row: Fields) -> LabelledCompletion:
     if not {"prompt", "completion", "label"} <= row.keys():
         raise _UnknownForm
-    messages = _prompt_messages(row)
-    reply = _reply(row, "completion", messages)
+    messages = ask(row)
+    reply = the_reply(row, "completion", messages)
     label = flag(row, "label")
     content = messages_hash((*messages, Message("assistant", reply)), salt=f"label {label}")
-    return LabelledCompletion(_id(row) or content, _prompt(row, messages, _id(row, "prompt_id")), reply, label)
+    return LabelledCompletion(
+        name(row, "id") or content, prompt_of(row, messages, name(row, "prompt_id")), reply, label
+    )
 
 
-def _steps(row: Values) -> StepLabels:
+def _steps(row: Fields) -> StepLabels:
     if not {"prompt", "completions", "labels"} <= row.keys():
         raise _UnknownForm
-    messages = _prompt_messages(row)
+    messages = ask(row)
     steps = text_list(row, "completions")
     given = json_value(row, "labels")
     if not isinstance(given, list) or len(given) != len(steps):
         raise RowError(f"field 'labels': expected a list of {len(steps)} labels, one a completion, got {shown(given)}")
     labels = tuple(number({"labels": label}, "labels", low=0.0, high=1.0, truth=True) for label in given)
     content = messages_hash((*messages, *(Message("assistant", s) for s in steps)), salt=f"steps {labels}")
-    return StepLabels(_id(row) or content, _prompt(row, messages, _id(row, "prompt_id")), steps, labels)
+    return StepLabels(name(row, "id") or content, prompt_of(row, messages, name(row, "prompt_id")), steps, labels)
 
 
-def _fact(row: Values) -> Fact:
+def _fact(row: Fields) -> Fact:
     if not {"prompt", "choices", "answer"} <= row.keys():
         raise _UnknownForm
     prompt, choices = text(row, "prompt", empty=False), text_list(row, "choices")
@@ -254,98 +316,10 @@ def _fact(row: Values) -> Fact:
     else:
         index = int(number(row, "answer", low=0, high=len(choices) - 1, whole=True))
     content = messages_hash([Message("assistant", t) for t in (prompt, *choices)], salt=f"fact {index}")
-    return Fact(_id(row) or content, prompt, choices, index)
+    return Fact(name(row, "id") or content, prompt, choices, index)
 
 
 def as_prompt(value: Any) -> Prompt:
     """A prompt that another tool's row holds, as a text or as messages. RowError when it is neither."""
-    messages = _prompt_messages({"prompt": value})
+    messages = ask(Fields({"prompt": value}))
     return Prompt(messages_hash(messages), messages)
-
-
-# -------------------------------------------------------------------------------------------------- parts of a form
-
-
-def _id(row: Values, field: str = "id") -> str:
-    return name(row, field)
-
-
-def _prompt(row: Values, messages: tuple[Message, ...], id: str) -> Prompt:
-    meta = json_value(row, "meta") if row.get("meta") not in (None, "") else {}
-    if not isinstance(meta, dict):
-        raise RowError(f"field 'meta': expected an object, got {shown(meta)}")
-    return Prompt(id or messages_hash(messages), messages, name(row, "kind"), meta)
-
-
-def _system(row: Values) -> tuple[Message, ...]:
-    system = text(row, "system") if "system" in row else ""
-    return (Message("system", system),) if system else ()
-
-
-def _prompt_messages(row: Values) -> tuple[Message, ...]:
-    if isinstance(row["prompt"], list):
-        return _waits(message_list(row, "prompt"), "prompt")
-    return (*_system(row), Message("user", text(row, "prompt", empty=False)))
-
-
-def _instruction(row: Values) -> tuple[Message, ...]:
-    parts = [text(row, "instruction", empty=False), text(row, "input") if "input" in row else ""]
-    return (*_system(row), Message("user", "\n\n".join(part for part in parts if part)))
-
-
-def _waits(messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
-    if messages[-1].role != "user":
-        raise RowError(
-            f"field '{field}': expected messages that end with the user's, got the {messages[-1].role}'s last"
-        )
-    return messages
-
-
-def _after_prompt(row: Values, field: str, prompt: Sequence[Message]) -> tuple[Message, ...]:
-    """A reply as a text, or as messages: those after the prompt's, which may be repeated in front."""
-    if not isinstance(row[field], list):
-        return (Message("assistant", text(row, field)),)
-    messages = message_list(row, field)
-    return messages[len(prompt) :] if messages[: len(prompt)] == tuple(prompt) else messages
-
-
-def _reply(row: Values, field: str, prompt: Sequence[Message]) -> str:
-    return _only_reply(_after_prompt(row, field, prompt), field)
-
-
-def _only_reply(messages: Sequence[Message], field: str) -> str:
-    if [m.role for m in messages] != ["assistant"]:
-        roles = ", ".join(m.role for m in messages) or "none"
-        raise RowError(f"field '{field}': expected one message of the assistant after the prompt, got {roles}")
-    return messages[0].content
-
-
-def _implicit_prompt(row: Values) -> tuple[tuple[Message, ...], str, str]:
-    """(prompt, chosen, rejected) of two conversations: they share all messages but the last."""
-    chosen, rejected = (
-        message_list(row, field) if isinstance(row[field], list) else _transcript(row, field)
-        for field in ("chosen", "rejected")
-    )
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not shared:
-        raise RowError("fields 'chosen' and 'rejected' share no first message; expected the same prompt in both")
-    replies = _only_reply(chosen[shared:], "chosen"), _only_reply(rejected[shared:], "rejected")
-    return _waits(chosen[:shared], "chosen"), *replies
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-
-
-def _transcript(row: Values, field: str) -> tuple[Message, ...]:
-    """The written-out dialogues of Anthropic's HH data: turns that begin with "Human:" and "Assistant:"."""
-    parts = _TURN.split(text(row, field))
-    if len(parts) < 3 or parts[0].strip():
-        raise RowError(
-            f"field '{field}': expected messages, or turns that begin with Human: and Assistant:, because the row has "
-            f"no prompt; got {shown(row[field])}"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return tuple(Message(roles[speaker], said) for speaker, said in turns)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from keel.store.records import AnnotatorKind
-from keel.store.rows import checked_json, messages_json, response_key, storable
+from keel.store.rows import checked_json, checked_text, messages_json, response_key, storable
 from keel.store.tables import (
     annotators,
     event,
@@ -47,7 +47,10 @@ def add_prompts(connection: Connection, new: Sequence[Prompt], now: datetime) ->
     """See Store.add_prompts."""
     rows: dict[str, dict[str, Any]] = {}
     for prompt in new:
-        meta = checked_json(prompt.meta, f"meta of prompt {prompt.id!r}")
+        place = f"prompt {prompt.id!r}"
+        for text in (prompt.id, prompt.kind, *(message.content for message in prompt.messages)):
+            checked_text(text, place)
+        meta = checked_json(prompt.meta, f"meta of {place}")
         row = {"id": prompt.id, "messages": messages_json(prompt), "kind": prompt.kind, "meta": meta, "created": now}
         if rows.setdefault(prompt.id, row)["messages"] != row["messages"]:
             raise _other_messages(prompt.id)

@@ -22,6 +22,14 @@ def storable(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
+def checked_text(text: str, place: str) -> str:
+    """``text``, which is part of what is asked and so may not change; UserError when no database can hold it."""
+    if found := _UNSTORABLE.search(text):
+        what = "NUL" if found[0] == "\0" else "half a character (lone surrogate)"
+        raise UserError(f"{place} can't be stored: character {found.start() + 1} is {what}; take it out")
+    return text
+
+
 def messages_json(prompt: Prompt) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in prompt.messages]
 
@@ -29,8 +37,9 @@ def messages_json(prompt: Prompt) -> list[dict[str, str]]:
 def checked_json(value: Mapping[str, Any], place: str) -> dict[str, Any]:
     """``value`` as JSON reads it back (tuples become lists); UserError when JSON has no form for something in it."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+        plain: dict[str, Any] = json.loads(checked_text(text, place))
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{place} can't be stored as JSON ({error}); use strings, finite numbers, lists and dicts"
         ) from None

@@ -1,0 +1,130 @@
+"""What the forms of rows share: how a prompt is put together, and what of a row is the reply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from keel.data.collate import messages_hash
+from keel.data.columns import SYSTEM
+from keel.data.fields import Fields, earlier_rounds, json_value, message_list, name, text
+from keel.data.rows import RowError, shown
+from keel.types import Message, Prompt
+
+
+def prompt_of(row: Fields, messages: tuple[Message, ...], id: str) -> Prompt:
+    meta = json_value(row, "meta") if row.get("meta") not in (None, "") else {}
+    if not isinstance(meta, dict):
+        raise RowError(f"field 'meta': expected an object, got {shown(meta)}")
+    return Prompt(id or messages_hash(messages), messages, name(row, "kind"), meta)
+
+
+def system_of(row: Fields) -> tuple[Message, ...]:
+    """The system message that a column gives, under whichever of its names."""
+    given = {name: text(row, name) for name in SYSTEM if name in row}
+    said = {name: system for name, system in given.items() if system.strip()}
+    if len(set(said.values())) > 1:
+        raise RowError(f"fields {' and '.join(said)} give different system messages; keep one")
+    return tuple(Message("system", system) for system in list(said.values())[:1])
+
+
+def with_system(row: Fields, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages behind the system message of a column, which may stand among them already."""
+    if earlier_rounds(row):
+        raise RowError("field 'history': the row has messages already; put the earlier rounds among them")
+    system = system_of(row)
+    if not system or messages[0] == system[0]:
+        return messages
+    if any(message.role == "system" for message in messages):
+        name = next(name for name in SYSTEM if name in row)
+        raise RowError(f"field '{name}': the messages have another system message; keep one")
+    return system + messages
+
+
+def conversation(row: Fields, field: str, taught: bool = False) -> tuple[Message, ...]:
+    return with_system(row, message_list(row, field, taught=taught))
+
+
+def ask(row: Fields, taught: bool = False) -> tuple[Message, ...]:
+    """What is asked. In a demonstration (``taught``), replies in a list of messages were given before and are shown
+    only; those of a history are learned, as LLaMA-Factory does."""
+    if isinstance(row["prompt"], list):
+        messages = waits(conversation(row, "prompt"), "prompt")
+        return tuple(replace(m, learned=not taught or m.role != "assistant") for m in messages)
+    asked = Message("user", text(row, "prompt", empty=False))
+    return (*system_of(row), *earlier_rounds(row, taught), asked)
+
+
+def ask_instruction(row: Fields, taught: bool = False) -> tuple[Message, ...]:
+    parts = [text(row, "instruction", empty=False), text(row, "input") if "input" in row else ""]
+    asked = Message("user", "\n\n".join(part for part in parts if part))
+    return (*system_of(row), *earlier_rounds(row, taught), asked)
+
+
+def waits(messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
+    if messages[-1].role != "user":
+        raise RowError(
+            f"field '{field}': expected messages that end with the user's, got the {messages[-1].role}'s last"
+        )
+    return messages
+
+
+def after_prompt(row: Fields, field: str, prompt: Sequence[Message], taught: bool = False) -> tuple[Message, ...]:
+    """A reply as a text, or as messages: those after the prompt's, which may be repeated in front (without the system
+    message that a column gave)."""
+    if not isinstance(row[field], list):
+        return (Message("assistant", text(row, field)),)
+    messages = message_list(row, field, taught=taught)
+    said = [(m.role, m.content) for m in prompt]
+    for repeated in (said, said[1:] if said[0][0] == "system" else said):
+        if [(m.role, m.content) for m in messages[: len(repeated)]] == repeated:
+            return messages[len(repeated) :]
+    return messages
+
+
+def the_reply(row: Fields, field: str, prompt: Sequence[Message]) -> str:
+    return _only_reply(after_prompt(row, field, prompt), field)
+
+
+def _only_reply(messages: Sequence[Message], field: str) -> str:
+    if len(messages) > 1 and {m.role for m in messages} == {"assistant"}:
+        raise RowError(
+            f"field '{field}': {len(messages)} turns of the assistant in a row, and a reply is one; join them, or "
+            "leave such rows out with data.on_bad_row: skip"
+        )
+    if [m.role for m in messages] != ["assistant"]:
+        roles = ", ".join(m.role for m in messages) or "none"
+        raise RowError(f"field '{field}': expected one message of the assistant after the prompt, got {roles}")
+    return messages[0].content
+
+
+def implicit_prompt(row: Fields) -> tuple[tuple[Message, ...], str, str]:
+    """(prompt, chosen, rejected) of two conversations: they share all messages but the last."""
+    chosen, rejected = (
+        message_list(row, field) if isinstance(row[field], list) else _transcript(row, field)
+        for field in ("chosen", "rejected")
+    )
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise RowError("fields 'chosen' and 'rejected' share no first message; expected the same prompt in both")
+    replies = _only_reply(chosen[shared:], "chosen"), _only_reply(rejected[shared:], "rejected")
+    return waits(chosen[:shared], "chosen"), *replies
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+def _transcript(row: Fields, field: str) -> tuple[Message, ...]:
+    """The written-out dialogues of Anthropic's HH data: turns that begin with "Human:" and "Assistant:"."""
+    parts = _TURN.split(text(row, field))
+    if len(parts) < 3 or parts[0].strip():
+        raise RowError(
+            f"field '{field}': expected messages, or turns that begin with Human: and Assistant:, because the row has "
+            f"no prompt; got {shown(row[field])}"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return tuple(Message(roles[speaker], said) for speaker, said in turns)  # type: ignore[arg-type]
