@@ -49,8 +49,10 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
-    """Those of the inputs that the module's forward pass knows by name: not every architecture takes masks."""
-    return {name: value for name, value in inputs.items() if name in _parameters(type(module).forward)}
+    """Those of the inputs that the module's forward pass knows by name: not every architecture takes masks. All of
+    them, where it names none."""
+    known = _parameters(type(module).forward)
+    return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
 
 @contextlib.contextmanager
