@@ -67,7 +67,7 @@ class _Case:
     def gap(self, found: tuple[Tensor, ...]) -> float:
         """Over the tokens that both have, which are the last ones: a fork lacks its beginning."""
         pairs = [(own[-len(got) :], got[-len(own) :]) for own, got in zip(self.values, found, strict=True)]
-        return max(float((own - got).abs().max()) for own, got in pairs)
+        return float(torch.stack([(own - got).abs().max() for own, got in pairs]).max())  # NaN, where one is
 
     def differs(self, gap: float) -> bool:
         """By more than rounding."""
@@ -169,10 +169,15 @@ def _as_loaded(model: Any) -> str | None:
     attention = model.config._attn_implementation
     if attention == ATTENTION:
         attention = model.keel_attention
+    _set_attention(model, attention)
+    return attention  # type: ignore[no-any-return]
+
+
+def _set_attention(model: Any, attention: str | None) -> None:
+    """Everywhere: a classifier's decoder may be another role's, with a config of its own."""
     below: Any = backbone(model)
-    if below.config._attn_implementation != attention:
+    if attention is not None and {model.config._attn_implementation, below.config._attn_implementation} != {attention}:
         model.set_attn_implementation(attention)
-    return attention
 
 
 def _verdicts(
@@ -196,8 +201,7 @@ def _take(model: Any, verdict: Verdict) -> None:
     if verdict.road == "packed":
         enable_packing(model)
     else:
-        if verdict.attention is not None and model.config._attn_implementation != verdict.attention:
-            model.set_attn_implementation(verdict.attention)
+        _set_attention(model, verdict.attention)
         model.keel_road = verdict.road
 
 
