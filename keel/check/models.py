@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,13 +10,27 @@ import torch
 
 from keel.check.data import data_findings
 from keel.check.finding import Finding, broken
-from keel.config import DpoStage, OnlineBase, Recipe, RewardModelRef, RewardStage, SftStage, Stage, TrainBase
+from keel.config import (
+    DpoStage,
+    EvalStage,
+    OnlineBase,
+    PpoStage,
+    Recipe,
+    RewardModelRef,
+    RewardStage,
+    SampleStage,
+    SftStage,
+    Source,
+    Stage,
+    TrainBase,
+)
 from keel.data.chat import Chat, install_template
 from keel.data.collate import pack
 from keel.graph import sources
-from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
+from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, load_tokenizer, positions
 from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
+from keel.model.probe import slow_road
 from keel.run import RunDir, Silent, StageContext
 from keel.types import Message, UserError
 
@@ -89,6 +104,7 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     first = next((stage for stage in recipe.stages if isinstance(stage, TrainBase) and stage.model == "base"), None)
     if first is not None:
         found += tokenizer_findings(first, recipe.model.path, recipe)
+    found += own_numbers(recipe)
     found += data_findings(recipe, chat, context)
     for stage in recipe.stages:
         try:
@@ -98,6 +114,71 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
         except UserError as error:
             found.append(broken(error, stage.name))
     return found
+
+
+def own_numbers(recipe: Recipe) -> Iterator[Finding]:
+    """Whether each model that a stage starts from can be loaded, for all that is made of it, and is computed as by
+    itself; where its weights are on this machine."""
+    for path, roles in _starting_points(recipe).items():
+        source, place = recipe.model.source(path), f"model ({path})"
+        if not _weights_here(source):
+            continue
+        slower = ""
+        try:
+            if "policy" in roles:
+                slower = slow_road(load_policy(source)[0])
+            if "scalar" in roles:
+                loaded = load_scalar(source, new_head_seed=None if has_reward_head(source) else 0)
+                slower = slower or slow_road(loaded.model)
+        except UserError as error:
+            yield broken(error, place)
+        if slower:
+            yield Finding("warning", place, slower, "choose another architecture, or give it time")
+
+
+def _starting_points(recipe: Recipe) -> dict[str, set[str]]:
+    """Every checkpoint that is there before the run and that a stage starts from, with what is made of it or of a stage
+    that goes on from it: a policy, or a model with a scalar head (a reward model, PPO's critic)."""
+    stages = {stage.name: stage for stage in recipe.stages}
+
+    def root(name: str) -> str:
+        for _ in recipe.stages:  # a stage that names itself is another finding
+            stage = stages.get(name)
+            if not isinstance(stage, TrainBase | SampleStage):
+                break
+            name = stage.model
+        return name if name not in stages and name != "base" else recipe.model.path
+
+    points: dict[str, set[str]] = {recipe.model.path: set()}
+    for stage in recipe.stages:
+        if isinstance(stage, TrainBase | SampleStage):
+            made = points.setdefault(root(stage.model), set())
+            made.add("scalar" if isinstance(stage, RewardStage) else "policy")
+            if isinstance(stage, PpoStage):
+                made.add("scalar")
+        elif isinstance(stage, EvalStage):
+            for name in (*stage.models, stage.baseline):
+                points.setdefault(root(name), set()).add("policy")
+    return points
+
+
+def _weights_here(source: Source) -> bool:
+    """Whether the weights lie in a folder or the hub's cache: a check downloads nothing so large."""
+    if Path(source.path).is_dir():
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return False
+    named: set[str] = set()
+    for index in folder.glob("*.index.json"):
+        named |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+    return all((folder / name).exists() for name in named) and any(
+        file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
+    )
 
 
 def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterator[Finding]:

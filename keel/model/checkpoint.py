@@ -21,7 +21,8 @@ from keel.model import marks
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
 from keel.model.loading import Note, classifies, quiet, read_config, read_model, read_tokenizer
-from keel.model.packed import enable_packing, inner_model
+from keel.model.packed import inner_model
+from keel.model.probe import probe
 from keel.types import UserError
 
 Place = str | Path | Source  # a path alone: no revision, no code of its own
@@ -146,10 +147,11 @@ def prepared(
     trained_whole: list[str],
     trained_rows: Sequence[int] = (),
 ) -> nn.Module:
-    """Dropout off, packed attention on, in training mode, with new adapters when ``lora`` says so, beside which
-    ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained."""
+    """Dropout off, on the fastest road that gives the model's own numbers, in training mode, with new adapters when
+    ``lora`` says so, beside which ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained."""
     turn_off(model)
-    enable_packing(model)
+    model = model.to(device)
+    probe(model)
     wrapped: nn.Module = model
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
