@@ -2,17 +2,20 @@
 
 One construction serves training and inference. A conversation is cut into *segments*: what the template writes up to
 the point where the assistant starts, the assistant's reply, its end token, what the template writes next, and so on.
-Each segment is tokenized by itself, so the tokens before a reply are the same whether the reply is going to be
+The tokens before a reply are the same whether the reply is going to be
 sampled (``encode_prompt``), scored (``encode_reply``) or learned among others (``encode_conversation``).
+:mod:`keel.data.tokens` makes ids of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from keel.data.tokens import Segment, Tokens
 from keel.types import Demonstration, Encoded, Message, UserError
 
 if TYPE_CHECKING:
@@ -28,13 +31,6 @@ _REMEDY = "set model.chat_template to keel, chatml or a Jinja file"
 _PROBE = "kEEL-rEPLY-pROBE"  # stands for a reply where the template's habits are found out; no template knows it
 
 
-class Segment(NamedTuple):
-    """A piece of a conversation that is tokenized by itself; ``learned``: the assistant wrote it."""
-
-    text: str
-    learned: bool
-
-
 class Chat:
     """A tokenizer with its chat template.
 
@@ -42,7 +38,8 @@ class Chat:
     *plain*, the way one asks a base model: the prompt is the last user message and a newline, a reply ends with eos.
 
     ``end_ids``  ends an assistant turn: the stop token that the template writes after a reply, else eos; () if neither.
-    ``stop_ids`` tokens at which sampling stops: those and eos.
+    ``stop_ids`` tokens at which sampling stops: those, eos, and what the checkpoint's generation config names as ends
+    (``tokenizer.keel_ends``, which ``keel.model.loading`` sets: Llama 3's two, GLM's marks of the next speaker).
 
     BOS comes from the template alone, or in plain mode and plain text from the tokenizer: never from both.
     """
@@ -65,13 +62,16 @@ class Chat:
         self._bos_text = _bos_that_tokenizer_adds(tokenizer)
         self._eos_text: str = tokenizer.eos_token or ""
         self._trims = False
+        self._before_reply = self._after_reply = ""  # white space that the template writes around one
+        self._ends: tuple[int, ...] = tuple(getattr(tokenizer, "keel_ends", ()))
         self._end_text = self._eos_text
         self._end_from_template = False
         if self.template is not None:
             self._learn_template()
         self.end_ids: tuple[int, ...] = tuple(self._tokenize([self._end_text])[0])
         eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos + self._ends))
+        self._tokens = Tokens(tokenizer, self._samples())
 
     @property
     def plain(self) -> bool:
@@ -86,9 +86,13 @@ class Chat:
         """
         return self.encode_prompts([messages])[0]
 
-    def encode_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """``encode_prompt`` of many, in one call of the tokenizer."""
-        return [list(e.ids) for e in self._assemble([self._prompt_segments(messages) for messages in prompts])]
+    def encode_prompts(self, prompts: Sequence[Sequence[Message]], places: Sequence[str] = ()) -> list[list[int]]:
+        """``encode_prompt`` of many, in one call of the tokenizer. ``places``: where each comes from, for errors."""
+        rows = []
+        for i, messages in enumerate(prompts):
+            with _at(places[i] if places else ""):
+                rows.append(self._prompt_segments(messages))
+        return [list(encoded.ids) for encoded in self._tokens.encode(rows, strict=False)]
 
     def encode_reply(self, messages: Sequence[Message], reply: str, finished: bool = True) -> Encoded:
         """``encode_prompt(messages)``, then the reply and its end token, both in the mask.
@@ -97,16 +101,34 @@ class Chat:
         """
         return self.encode_replies([(messages, reply, finished)])[0]
 
-    def encode_replies(self, replies: Sequence[tuple[Sequence[Message], str, bool]]) -> list[Encoded]:
-        """``encode_reply`` of many (messages, reply, finished); a prompt that several share is rendered once."""
+    def encode_replies(
+        self, replies: Sequence[tuple[Sequence[Message], str, bool]], places: Sequence[str] = ()
+    ) -> list[Encoded]:
+        """``encode_reply`` of many (messages, reply, finished); a prompt that several share is rendered once.
+        ``places``: where each comes from, for errors."""
         prompts: dict[tuple[Message, ...], list[Segment]] = {}
         rows = []
-        for messages, reply, finished in replies:
+        for i, (messages, reply, finished) in enumerate(replies):
             key = tuple(messages)
             if key not in prompts:
-                prompts[key] = self._prompt_segments(key)
+                with _at(places[i] if places else ""):
+                    prompts[key] = self._prompt_segments(key)
             rows.append(prompts[key] + self._reply_segments(reply, finished))
-        return self._assemble(rows)
+        return self._tokens.encode(rows, strict=False)
+
+    def encode_rendered(self, replies: Sequence[tuple[Sequence[Message], str, bool]]) -> list[Encoded]:
+        """As ``encode_replies``, but with everything that the template writes behind a finished reply (ChatML's
+        newline): how tools that render whole conversations show them to a reward model."""
+        rows = []
+        for messages, reply, finished in replies:
+            row = self._prompt_segments(messages)
+            if finished and not self.plain:
+                done, whole = "".join(s.text for s in row), self._render([*messages, Message("assistant", reply)])
+                row = [*row, Segment(whole[len(done) :], True)] if whole.startswith(done) else [Segment(whole, True)]
+            else:
+                row = row + self._reply_segments(reply, finished)
+            rows.append(row)
+        return self._tokens.encode(rows, strict=False)
 
     def encode_conversation(self, messages: Sequence[Message]) -> Encoded:
         """A whole conversation with every assistant turn, its end token included, in the mask.
@@ -114,30 +136,39 @@ class Chat:
         What precedes a reply is ``encode_prompt`` of the messages before it, token for token. Raises UserError
         where the template makes that impossible, because it writes an earlier turn differently later on.
         """
-        return self._assemble([self._conversation_segments(messages)])[0]
+        return self._tokens.encode([self._conversation_segments(messages)], strict=True)[0]
 
     def encode_text(self, text: str, finished: bool = True) -> Encoded:
         """Plain text, every token in the mask but the tokenizer's BOS; eos at its end when ``finished``."""
-        return self._assemble([self._text_segments(text, finished)])[0]
+        return self._tokens.encode([self._text_segments(text, finished)], strict=True)[0]
 
     def encode_demonstrations(self, demonstrations: Sequence[Demonstration]) -> list[Encoded]:
         """``encode_conversation``, or ``encode_text`` of the plain ones, of many in one call of the tokenizer."""
         rows = []
         for demonstration in demonstrations:
-            try:
+            with _at(_place(demonstration)):
                 if demonstration.plain:
                     rows.append(self._text_segments(demonstration.messages[0].content, finished=True))
                 else:
                     rows.append(self._conversation_segments(demonstration.messages))
-            except UserError as error:
-                raise UserError(f"demonstration {demonstration.id}: {error}") from error
-        return self._assemble(rows)
+        try:
+            return self._tokens.encode(rows, strict=True)
+        except UserError:
+            for demonstration, row in zip(demonstrations, rows, strict=True):  # which one it is
+                with _at(_place(demonstration)):
+                    self._tokens.encode([row], strict=True)
+            raise
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a reply's ids, without special tokens."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a reply's ids with every mark that the model wrote (thinking, tools, roles): what judges it must
+        see them. Left out are the token that ended it, padding, and the white space that the template puts around."""
+        tokenizer, own = self.tokenizer, list(ids)
+        if own and own[-1] in self.stop_ids:
+            own.pop()
+        kept = [i for i in own if i != tokenizer.pad_token_id or i in self.stop_ids]
+        text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        return text
+        return text.removeprefix(self._before_reply).removesuffix(self._after_reply)
 
     # ------------------------------------------------------------------------------------------------- segments
 
@@ -146,35 +177,35 @@ class Chat:
             last = "is empty" if not messages else "ends with an assistant message"
             raise UserError(f"a prompt must wait for the assistant, and this one {last}")
         rendered = self._render_prompt(messages)
+        if self.plain:
+            bos = [Segment(self._bos_text, False, mark=True)] if self._bos_text else []
+            return [*bos, Segment(rendered.removeprefix(self._bos_text), False)]
         segments: list[Segment] = []
-        if not self.plain:
-            done = ""
-            for i, message in enumerate(messages):
-                if message.role != "assistant":
-                    continue
-                before = self._render_prompt(messages[:i])
-                turn = self._reply_segments(message.content, finished=True)
-                after = before + "".join(s.text for s in turn)
-                if not before.startswith(done) or not rendered.startswith(after):
-                    # The template rewrites its history (strips thinking, ...). It is what the model is given, so it is
-                    # taken as it is; only a conversation cannot be learned in one piece then.
-                    return [Segment(rendered, False)]
-                segments += [Segment(before[len(done) :], False), *(Segment(s.text, False) for s in turn)]
-                done = after
-            rendered = rendered[len(done) :]
-        segments.append(Segment(rendered, False))
-        return segments
+        done = ""
+        for i, message in enumerate(messages):
+            if message.role != "assistant" or i == 0:
+                continue
+            before = self._render_prompt(messages[:i])
+            turn = self._reply_segments(message.content, finished=True)
+            after = before + "".join(s.text for s in turn)
+            if not before.startswith(done) or not rendered.startswith(after) or turn[0].text[:1].isspace():
+                # The template rewrites its history (strips thinking, ...), or the tokenizer may merge it. The model is
+                # given the rendering, so that is taken whole; only a conversation may not be learnable in one piece.
+                return [Segment(rendered, False)]
+            segments += [Segment(before[len(done) :], False), *(Segment(s.text, False) for s in turn)]
+            done = after
+        return [*segments, Segment(rendered[len(done) :], False)]
 
     def _reply_segments(self, reply: str, finished: bool) -> list[Segment]:
-        segments = [Segment(reply.strip() if self._trims else reply, True)]
-        if finished and self._end_text:
-            segments.append(Segment(self._end_text, True))
-        return segments
+        text = self._before_reply + (reply.strip() if self._trims else reply)
+        if not finished or not self._end_text:
+            return [Segment(text, True)]
+        return [Segment(text + self._after_reply, True), Segment(self._end_text, True, mark=self.plain)]
 
     def _text_segments(self, text: str, finished: bool) -> list[Segment]:
-        segments = [Segment(self._bos_text, False), Segment(text, True)]
+        segments = [Segment(self._bos_text, False, mark=True), Segment(text, True)]
         if finished and self._eos_text and not text.endswith(self._eos_text):
-            segments.append(Segment(self._eos_text, True))
+            segments.append(Segment(self._eos_text, True, mark=True))
         return segments
 
     def _conversation_segments(self, messages: Sequence[Message]) -> list[Segment]:
@@ -185,10 +216,12 @@ class Chat:
                 "the tokenizer has no chat template, and without one only a user message and one reply can be learned; "
                 + _REMEDY
             )
+        if self.plain:
+            return self._prompt_segments(messages[:-1]) + self._reply_segments(messages[-1].content, finished=True)
         segments: list[Segment] = []
         done = ""
         for i, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or not message.learned:
                 continue
             prompt = self._render_prompt(messages[:i])
             if not prompt.startswith(done):
@@ -200,8 +233,9 @@ class Chat:
             turn = self._reply_segments(message.content, finished=True)
             segments += [Segment(prompt[len(done) :], False), *turn]
             done = prompt + "".join(s.text for s in turn)
-        if not self.plain:
-            self._verify(messages, prompt)
+        if not segments:
+            raise UserError("nothing of this conversation is learned: every reply has a weight of 0; leave it out")
+        self._verify(messages, prompt)
         return segments
 
     def _verify(self, messages: Sequence[Message], prompt: str) -> None:
@@ -213,18 +247,16 @@ class Chat:
                 f"({_first_difference(prompt, full)}); mend the template, or {_REMEDY}"
             )
 
-    def _assemble(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
-        ids_of = dict(zip(texts, self._tokenize(texts), strict=True))
-        encoded = []
-        for row in rows:
-            ids: list[int] = []
-            mask: list[bool] = []
-            for text, learned in row:
-                ids += ids_of[text]
-                mask += [learned] * len(ids_of[text])
-            encoded.append(Encoded(tuple(ids), tuple(mask)))
-        return encoded
+    def _samples(self) -> list[list[Segment]]:
+        """Conversations whose replies begin and end with what tokenizers like to merge with their neighbours."""
+        ask, rows = Message("user", "Hello"), []
+        for reply in ("Hi", " Hi", "\nHi", "\n\nHi", "hi\n", "hi ", "1", ".", ""):
+            said = (ask, Message("assistant", reply))
+            try:
+                rows.append(self._conversation_segments(said if self.plain else (*said, *said)))
+            except UserError:  # a template that rewrites earlier turns
+                rows.append(self._prompt_segments([ask]) + self._reply_segments(reply, finished=True))
+        return [[segment for segment in row if not segment.mark] for row in rows]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -266,12 +298,25 @@ class Chat:
         _, found, tail = self._render([question, Message("assistant", _PROBE)]).partition(_PROBE)
         if not found:
             raise UserError(f"the chat template does not write the assistant's messages; mend it, or {_REMEDY}")
-        tail_ids = self._tokenize([tail])[0]
-        if tail_ids and tail_ids[0] in _stop_tokens(self.tokenizer):
-            end = self.tokenizer.convert_ids_to_tokens(tail_ids[0])
-            assert isinstance(end, str)
-            assert tail.startswith(end)
-            self._end_text, self._end_from_template = end, True
+        white, end = self._first_mark(tail, _stop_tokens(self.tokenizer))
+        if not end:  # the next speaker's mark may end it (GLM), where the checkpoint says so
+            later = self._render([question, Message("assistant", _PROBE), question])
+            white, end = self._first_mark(later.partition(_PROBE)[2], set(self._ends))
+        if end:
+            self._end_text, self._end_from_template, self._after_reply = end, True, white
+        prompt, whole = self._render_prompt([question]), self._render([question, Message("assistant", _PROBE)])
+        between = whole[len(prompt) :].partition(_PROBE)[0] if whole.startswith(prompt) else ""
+        self._before_reply = between if between.isspace() else ""
+
+    def _first_mark(self, text: str, marks: set[int]) -> tuple[str, str]:
+        """(white space, the one of ``marks`` behind it) that a text begins with; ("", "") where it does not."""
+        after = text.lstrip()
+        ids = self._tokenize([after])[0]
+        if not ids or ids[0] not in marks:
+            return "", ""
+        mark = self.tokenizer.convert_ids_to_tokens(ids[0])
+        assert isinstance(mark, str)
+        return (text[: len(text) - len(after)], mark) if after.startswith(mark) else ("", "")
 
     # ---------------------------------------------------------------------------------------------------- check
 
@@ -320,12 +365,13 @@ class Chat:
             return [f"the prompt is not how the full rendering starts ({_first_difference(prompt, full)})"]
         problems = []
         between = full[len(prompt) : full.index(_PROBE)]
-        if between:
+        if between.strip():
             problems.append(
                 f"the template puts {between!r} between a prompt and the last reply; Keel learns and samples without it"
             )
         thought = Message("assistant", f"<think>\n{_PROBE}\n</think>\n\nHi")
         done = prompt + "".join(s.text for s in self._reply_segments("Hi", finished=True))
+        self.encode_conversation([ask, Message("assistant", "Hi")])
         try:
             later = self._render_prompt([ask, Message("assistant", "Hi"), again])
             later_thought = self._render_prompt([ask, thought, again])
@@ -342,6 +388,19 @@ class Chat:
                 "the last cannot be learned"
             )
         return problems
+
+
+@contextlib.contextmanager
+def _at(place: str) -> Iterator[None]:
+    """What goes wrong within it is said with the place of the record that it came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if place else str(error)) from error
+
+
+def _place(demonstration: Demonstration) -> str:
+    return demonstration.place or f"demonstration {demonstration.id}"
 
 
 def install_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> int:

@@ -72,7 +72,7 @@ def _best_first(
 
 
 def with_decoded_text(chat: Chat, completion: Completion) -> Completion:
-    """The same completion with its text, the stop token left out."""
+    """The same completion with its text, the stop token left out (one of the recipe's own, too)."""
     ids = completion.ids[:-1] if completion.finished else completion.ids
     return replace(completion, text=chat.decode(ids))
 
