@@ -239,9 +239,9 @@ def test_what_a_model_does_not_need_is_a_note(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "gpt_neox", "codegen", "openai-gpt"])
 def test_masks_that_older_versions_saved_are_passed_over(kind: str, tmp_path: Path) -> None:
     """Published checkpoints of these have them."""
-    sizes = {"n_ctx": 64, "rotary_dim": 4, "attention_types": [[["global"], 2]]}
+    sizes = {"n_head": 4, "num_attention_heads": 4, "n_ctx": 64, "rotary_dim": 4, "attention_types": [[["global"], 2]]}
     default = CONFIG_MAPPING[kind]()
-    config = CONFIG_MAPPING[kind](**{n: v for n, v in (SIZES | sizes | {"n_head": 4}).items() if hasattr(default, n)})
+    config = CONFIG_MAPPING[kind](**{n: v for n, v in (SIZES | sizes).items() if hasattr(default, n)})
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
