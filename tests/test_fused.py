@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from keel.data.collate import pack, pack_shared
-from keel.model import packed
+from keel.model import layout
 from keel.model.fused import is_fusable
 from keel.model.logprobs import predicting, token_logprobs
 from keel.model.packed import backbone, enable_packing, hidden_states, padded_hidden_states
@@ -166,10 +166,10 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing() -> None:
 
 
 def test_rows_are_cut_where_that_saves_work() -> None:
-    assert packed._buckets([16] * 8) == [range(8)]
-    assert packed._buckets([16] * 4 + [128] * 4) == [range(4), range(4, 8)]
-    assert packed._buckets([112] * 4 + [128] * 4) == [range(8)]
-    assert packed._buckets([128]) == [range(1)]
+    assert layout._buckets([16] * 8) == [range(8)]
+    assert layout._buckets([16] * 4 + [128] * 4) == [range(4), range(4, 8)]
+    assert layout._buckets([112] * 4 + [128] * 4) == [range(8)]
+    assert layout._buckets([128]) == [range(1)]
 
 
 def test_what_is_not_a_plain_llama_goes_the_other_way() -> None:

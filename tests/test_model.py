@@ -32,6 +32,7 @@ from keel.data.collate import pack, pack_shared
 from keel.model import logprobs as logprobs_module
 from keel.model import packed as packed_module
 from keel.model.checkpoint import load_policy, load_scalar, save
+from keel.model.logits import LogitForm
 from keel.model.logprobs import head_logprobs, masked_offsets, sequence_sums, token_logprobs
 from keel.model.packed import enable_packing, hidden_states, padded_hidden_states
 from keel.types import Encoded, PackedBatch, UserError
@@ -215,8 +216,8 @@ def test_head_gradients_equal_autograd_whatever_the_chunk(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", 1)  # chunks of 16 tokens
-    monkeypatch.setattr(logprobs_module, "_logit_transform", lambda _: (1.3, softcap))
     model = tiny_llama()
+    model.keel_logits = LogitForm(1.3, softcap)  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(37, 32, generator=generator, requires_grad=True)
     ids = torch.randint(0, 300, (37,), generator=generator)

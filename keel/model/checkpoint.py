@@ -25,7 +25,8 @@ from transformers.utils import logging as hf_logging
 from keel.config import LoraConfig
 from keel.data.chat import install_template
 from keel.model.heads import ScalarModel
-from keel.model.packed import enable_packing, inner_model
+from keel.model.packed import inner_model
+from keel.model.probe import probe
 from keel.types import UserError
 
 
@@ -185,11 +186,13 @@ def prepared(
     task: str,
     trained_whole: list[str],
 ) -> nn.Module:
-    """Dropout off, packed attention on, in training mode, with new adapters when ``lora`` says so."""
+    """Dropout off, on the fastest road that gives the model's own numbers, in training mode, with new adapters when
+    ``lora`` says so."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # policy ratios and KL are defined for the model, not for a random thinning of it
-    enable_packing(model)
+    model = model.to(device)
+    probe(model)
     model.train()
     wrapped: nn.Module = model
     if gradient_checkpointing:

@@ -32,6 +32,17 @@ from keel.model.passes import Grid, Rotary, passes
 from keel.model.passes import inverse_rms as inverse_rms  # the sampler's too
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+WINDOWS: dict[str, Callable[[Any], int | None]] = {  # where each takes its window from, whatever else its config says
+    "LlamaAttention": lambda block: None,
+    "MistralAttention": lambda block: block.config.sliding_window,
+    "Qwen2Attention": lambda block: block.sliding_window,
+    "Qwen3Attention": lambda block: block.sliding_window,
+}
+
+
+def window(block: Any) -> int | None:
+    """How many tokens a query of transformers' attention module sees, its own the last of them; None: all."""
+    return WINDOWS[type(block).__name__](block)
 
 
 def is_fusable(decoder: nn.Module) -> bool:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from keel.model.packed import hidden_states, inner_model
+from keel.model.logits import logit_form
+from keel.model.merged import head_weight
+from keel.model.modules import head_of, inner_model
+from keel.model.packed import hidden_states
 from keel.model.passes import passes, products_of
 from keel.types import PackedBatch
 
@@ -43,8 +46,9 @@ def predicting(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 def token_logprobs(model: nn.Module, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
     """Log-probabilities of the tokens where ``batch.mask_T`` is True, under ``softmax(logits / temperature)``."""
     source_C, ids_C = predicting(batch)
-    weight = inner_model(model).get_output_embeddings().weight
-    if torch.is_grad_enabled() and weight is inner_model(model).get_input_embeddings().weight:
+    inner = inner_model(model)
+    weight, _ = head_weight(head_of(inner))
+    if torch.is_grad_enabled() and weight is getattr(inner.get_input_embeddings(), "weight", None):
         rows, weight = _BothEnds.apply(weight)
         hidden_CH = hidden_states(model, batch, source_C, rows)
     else:
@@ -80,13 +84,14 @@ def head_logprobs(
     """The head's part of :func:`token_logprobs`, for hidden states [C, H] that are there already; ``weight``: the
     head's, if not as the model has it."""
     inner = inner_model(model)
-    head = inner.get_output_embeddings()
-    scale, softcap = _logit_transform(inner)
+    own, bias = head_weight(head_of(inner))
+    form = logit_form(model)
+    scale, softcap = form.scale, form.softcap
     # Logits are float32 whatever the precision: rounded to bfloat16, those of size 10 would move a log-probability by
     # 0.04 nats, more than many a policy update does. What is multiplied is rounded, which on the harbor's base model
     # moves one by 0.0004 in the mean, a third of what layers in bfloat16 do.
-    weight = (head.weight if weight is None else weight).float()
-    bias = head.bias.float() if getattr(head, "bias", None) is not None else None
+    weight = (own if weight is None else weight).float()
+    bias = None if bias is None else bias.float()
     device = hidden_CH.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     with torch.autocast(device, enabled=False):
@@ -101,17 +106,6 @@ def head_logprobs(
             low,
         )
     return LogProbs(logp, ent if entropy else None)
-
-
-def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
-    """(factor, soft cap) that some architectures put on their logits (Granite, Cohere; Gemma 2)."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = config.logit_scale
-    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 class _HeadLogProbs(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel.model.packed import inner_model
+from keel.model.modules import inner_model
 from keel.types import UserError
 
 WRAPPERS = ("base_layer", "modules_to_save", "original_module")  # what peft puts between a module and its weights
@@ -29,6 +29,19 @@ def is_plain_lora(layer: Any) -> bool:
     """Whether adapters only add a low-rank product to a linear layer's weight (no DoRA or other variant, no bias)."""
     linear = hasattr(layer, "get_delta_weight") and type(getattr(layer, "base_layer", None)) is nn.Linear
     return linear and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) that an output layer computes with, adapters added in so that they get their gradients; dropout
+    inside them is left out. UserError for adapters other than plain LoRA, trained rows and layers trained whole."""
+    base = getattr(head, "base_layer", head)
+    if base is not head and not hasattr(head, "get_merged_weights") and not is_plain_lora(head):
+        raise UserError(
+            f"model.lora.targets: Keel cannot train {type(head).__name__} adapters on the output layer; "
+            "use plain LoRA, or leave the output layer out"
+        )
+    weight = merged_weight(head) if base is not head and is_plain_lora(head) else head.weight
+    return weight, getattr(base, "bias", None)
 
 
 @torch.no_grad()

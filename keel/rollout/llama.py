@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
+from keel.model.fused import window
 from keel.model.merged import is_plain_lora, merged_weight
 from keel.model.packed import inner_model
 from keel.model.passes import products_of
@@ -42,9 +43,9 @@ def why_unsupported(model: nn.Module) -> str:
     if type(inner).__name__ not in ARCHITECTURES:
         return f"{type(inner).__name__} is not one of {', '.join(ARCHITECTURES)}"
     config = inner.config
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        return f"its sliding window of {window} is shorter than its context"
+    windows = [found for layer in inner.model.layers if (found := window(layer.self_attn)) is not None]
+    if windows and min(windows) < config.max_position_embeddings:
+        return f"its sliding window of {min(windows)} is shorter than its context"
     if config.rope_parameters["rope_type"] not in FIXED_ROPE:
         return f"its rotary embedding is of the type {config.rope_parameters['rope_type']}"
     if config.hidden_act not in ("silu", "swish"):

@@ -1,0 +1,121 @@
+"""A transformers model taken apart: what is inside peft's wrappers, the decoder below the heads, what a head reads."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from keel.types import PackedBatch, UserError
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value, operator]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The decoder below the heads."""
+    inner = inner_model(model)
+    return inner.base_model if inner.base_model is not inner else inner
+
+
+def head_of(inner: Any) -> nn.Module:
+    """What makes logits, or a classifier's scores, of hidden states. UserError when the model has no such layer."""
+    head = getattr(inner, "score", None) or inner.get_output_embeddings()
+    if head is None:
+        raise UserError(
+            f"model.path: {type(inner).__name__} has no linear head that Keel can find; use another architecture"
+        )
+    return head  # type: ignore[no-any-return]
+
+
+def unwrapped(module: Any) -> nn.Module:
+    """A layer without what peft put around it."""
+    for inside in ("original_module", "base_layer"):
+        module = getattr(module, inside, module)
+    return module  # type: ignore[no-any-return]
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
+    """Those of the inputs that the module's forward pass knows by name: not every architecture takes masks."""
+    return {name: value for name, value in inputs.items() if name in _parameters(type(module).forward)}
+
+
+@contextlib.contextmanager
+def own_attention(inner: Any) -> Iterator[None]:
+    """The model with the attention that it was loaded with, for a forward pass of its own."""
+    implementation, own = inner.config._attn_implementation, getattr(inner, "keel_attention", None)
+    if own is None or own == implementation:
+        yield
+        return
+    inner.set_attn_implementation(own)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(implementation)
+
+
+class _AtTheHead(Exception):
+    """Ends a forward pass where the head begins."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def before_head(model: nn.Module, inputs: dict[str, Any], extra: dict[str, Any] | None = None) -> Tensor:
+    """What the model's head reads, of every token: the decoder's last hidden states, and where layers lie between the
+    two (``keel_between``: BERT's family, ModernBERT's decoder), what those make of them. ``extra``: inputs that the
+    forward pass must take, known by name or not."""
+    inner = inner_model(model)
+    if not getattr(inner, "keel_between", False):
+        decoder = backbone(model)
+        out = decoder(**accepted(decoder, **inputs, use_cache=False), **(extra or {}))
+        return out.last_hidden_state  # type: ignore[no-any-return]
+    with _stopping(head_of(inner)):
+        try:
+            inner(**accepted(inner, **inputs, use_cache=False), **(extra or {}))
+        except _AtTheHead as reached:
+            return reached.hidden
+    raise AssertionError("a forward pass reaches its head")
+
+
+@contextlib.contextmanager
+def _stopping(head: nn.Module) -> Iterator[None]:
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _AtTheHead(inputs[0])
+
+    hook = head.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_reach(model: nn.Module, batch: PackedBatch) -> None:
+    """UserError for a token that the model has no embedding for, and for a text longer than its positions."""
+    inner: Any = inner_model(model)
+    token, position = torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
+    rows = getattr(unwrapped(inner.get_input_embeddings()), "num_embeddings", None)
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if rows is not None and token >= rows:
+        raise UserError(
+            f"model.path: {type(inner).__name__} has embeddings for {rows} tokens, and the text has token {token}; "
+            "use a model and a reference that share one tokenizer, and no tokens that were added to only one of them"
+        )
+    if isinstance(limit, int) and 0 < limit <= position:
+        raise UserError(
+            f"model.path: a text of {position + 1} tokens is longer than the {limit} positions of "
+            f"{type(inner).__name__}; lower data.max_length"
+        )
