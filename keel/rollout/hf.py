@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from keel.config import SamplingConfig
-from keel.model.packed import ATTENTION, inner_model
+from keel.model.modules import accepted, inner_model
+from keel.model.packed import ATTENTION
 from keel.model.precision import autocast
 from keel.rollout.roads import Road, passable, stretched_beyond
 from keel.rollout.sampler import Precision, choose, context_length, finite, room, stream_key, uniforms
@@ -63,7 +64,7 @@ class TransformersSampler:
                 batch = self._padded([prompts[i] for i in part])
                 limit = torch.tensor([limits[i] for i in part], device=batch[0].device)
                 noise = uniforms([stream_key(seed, i) for i in part], int(limit.max())).to(batch[0].device)
-                decode = self._loop if road.loop else self._generate
+                decode = self._generate if road.way == "generate" else self._loop
                 completions = decode(*batch, limit, noise, sampling, road)
                 done.update(zip(part, completions, strict=True))
         return [done[i] for i in range(len(prompts))]
@@ -82,22 +83,34 @@ class TransformersSampler:
     ) -> list[Completion]:
         stops = torch.tensor(self.stop_ids, dtype=torch.int64, device=ids.device)
         rows = torch.arange(len(ids), device=ids.device)  # the prompts that the batch still holds
+        plain = road.way == "plain"
         cache: Any = None
         drawn = Drawn(len(ids))
         for count in range(noise.shape[1]):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            logits, cache = self._forward(ids, mask, positions, cache)
+            if plain:
+                logits = self._plain(ids)
+            else:
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                logits, cache = self._forward(ids, mask, positions, cache)
             tokens, logprobs = choose(logits, noise[rows, count], sampling)
             going = ~torch.isin(tokens, stops) & (limit[rows] > count + 1)
             drawn.add(rows, tokens, logprobs)
-            ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            ids = torch.cat([ids, tokens[:, None]], 1) if plain else tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             keep = going.nonzero().squeeze(1)
             if len(keep) < len(rows):
                 if not len(keep):
                     break
-                cache.batch_select_indices(keep)
+                if cache is not None:
+                    cache.batch_select_indices(keep)
                 rows, ids, mask = rows[keep], ids[keep], mask[keep]
         return drawn.completions(self.stop_ids)
+
+    def _plain(self, ids: Tensor) -> Tensor:
+        """Logits [S, V] after sequences of one length, which come without padding."""
+        inner: Any = inner_model(self.model)
+        with autocast(ids.device.type, self.precision):
+            return inner(**accepted(inner, input_ids=ids, use_cache=False)).logits[:, -1]  # type: ignore[no-any-return]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """-> (logits [S, V] of the last position, the cache)."""
@@ -117,9 +130,7 @@ class TransformersSampler:
         """By transformers' ``generate``, greedy over what :class:`_Chosen` leaves of the logits."""
         inner: Any = inner_model(self.model)
         chosen = _Chosen(limit, noise, sampling, torch.tensor(self.stop_ids, dtype=torch.int64, device=ids.device))
-        settings = GenerationConfig(
-            max_new_tokens=noise.shape[1], do_sample=False, use_cache=road.cache, pad_token_id=int(ids[0, 0])
-        )
+        settings = GenerationConfig(max_new_tokens=noise.shape[1], do_sample=False, pad_token_id=int(ids[0, 0]))
         with autocast(ids.device.type, self.precision):
             if stretched_beyond(inner.config.get_text_config()) is not None:
                 inner(input_ids=ids[:1, -1:])  # a short text: its frequencies go back to where they begin
@@ -183,7 +194,8 @@ def _ready(model: nn.Module) -> Iterator[None]:
     model.eval()
     inner.generation_config = GenerationConfig()
     if packed:
-        inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+        loaded = getattr(inner, "keel_attention", None)
+        inner.set_attn_implementation(loaded or ("sdpa" if inner._supports_sdpa else "eager"))
     try:
         yield
     finally:
