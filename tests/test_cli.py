@@ -18,6 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import BertConfig, BertLMHeadModel, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from keel.check import preflight
 from keel.cli import main
@@ -284,6 +285,25 @@ def test_check_sees_a_reference_that_is_not_the_model(
     assert "policy and reference differ by" in capsys.readouterr().out
     main(["check", str(tmp_path / "r.yaml"), f"dpo.reference={folder / 'model'}"])
     assert "policy and reference differ by" not in capsys.readouterr().out
+
+
+def test_check_says_on_which_road_the_model_is_computed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Short convolutions run padded, which is a warning; an encoder is an error."""
+
+    def checked(model: PreTrainedModel, name: str) -> tuple[int, str]:
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        status = main(["check", str(folder / "recipe.yaml"), f"model.path={tmp_path / name}"])
+        return status, " ".join(capsys.readouterr().out.split())
+
+    shape = {"vocab_size": len(tiny_tokenizer()), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    small = {**shape, "num_hidden_layers": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    status, text = checked(Lfm2ForCausalLM(Lfm2Config(**small)), "lfm2")
+    assert (status, "it runs with padding, which is slower" in text) == (0, True)
+    status, text = checked(BertLMHeadModel(BertConfig(**shape, num_hidden_layers=1)), "bert")
+    assert (status, "BertLMHeadModel is not causal" in text) == (2, True)
 
 
 # ------------------------------------------------------------------------------------------------------ display

@@ -127,6 +127,16 @@ def test_the_assistant_recipe_on_every_architecture(architecture: str, tmp_path:
     assert done.stage("ppo").summary()["kl_at_start"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_baseline_without_the_templates_tokens_has_no_kl(tmp_path: Path) -> None:
+    """The template that SFT brings has tokens of its own, which the base has no embedding for."""
+    recipe = assistant(tmp_path, "llama")
+    recipe["model"]["chat_template"] = "chatml"
+    kept = [stage for stage in recipe["stages"] if stage["name"] in ("sft", "reward", "eval")]
+    recipe["stages"] = [*kept[:2], kept[2] | {"models": ["sft"], "baseline": "base"}]
+    figures = run(recipe, tmp_path / "run").summary()["stages"]
+    assert figures["sft"]["kl_to_base"] is None
+
+
 def test_a_second_run_does_nothing_and_a_change_redoes_what_rests_on_it(tmp_path: Path) -> None:
     recipe = assistant(tmp_path, "llama")
     first = run(recipe, tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from keel.data.collate import pack
 from keel.graph import sources
 from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
 from keel.model.logprobs import token_logprobs
+from keel.model.probe import slow_road
 from keel.run import RunDir, Silent, StageContext
 from keel.types import Message, UserError
 
@@ -89,6 +91,7 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     first = next((stage for stage in recipe.stages if isinstance(stage, TrainBase) and stage.model == "base"), None)
     if first is not None:
         found += tokenizer_findings(first, recipe.model.path, recipe)
+    found += own_numbers(recipe)
     found += data_findings(recipe, chat, context)
     for stage in recipe.stages:
         try:
@@ -97,6 +100,39 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
         except UserError as error:
             found.append(broken(error, stage.name))
     return found
+
+
+def own_numbers(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the model that the recipe starts from is computed as by itself, where its weights are on this machine."""
+    model = recipe.model
+    if not _weights_here(model.path, model.revision):
+        return
+    try:
+        loaded, _ = load_policy(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except UserError as error:
+        yield broken(error, f"model.path ({model.path})")
+        return
+    if slower := slow_road(loaded):
+        yield Finding("warning", f"model.path ({model.path})", slower, "choose another architecture, or give it time")
+
+
+def _weights_here(path: str, revision: str | None) -> bool:
+    """Whether all files of the weights lie in a folder or the hub's cache: a check downloads nothing so large."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return False
+    named: set[str] = set()
+    for index in folder.glob("*.index.json"):
+        named |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+    return all((folder / name).exists() for name in named) and any(
+        file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
+    )
 
 
 def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterator[Finding]:

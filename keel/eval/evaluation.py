@@ -21,6 +21,7 @@ from keel.eval.evaluate import ModelEvaluation, compare, evaluate_model, kl_from
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import frozen, load_policy
 from keel.model.logprobs import masked_offsets, token_logprobs
+from keel.model.modules import embedding_rows
 from keel.model.precision import Precision, autocast
 from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids, with_decoded_text
@@ -116,10 +117,12 @@ def _one_model(
     if not chat.plain:  # a model that is asked in another form has no KL to one that is asked through a template
         at_one = inputs.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
         drawn = replies if at_one == inputs.sampling else sampler.generate(prompt_ids, at_one, inputs.seed)
-        kl = _kl(model, baseline, prompt_ids, drawn, inputs)
-        figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean
-        figures[f"kl_to_{inputs.baseline}_se"] = kl.k1.se
-        figures[f"kl_to_{inputs.baseline}_k3"] = kl.k3.mean
+        said = max(max(*ids, *reply.ids) for ids, reply in zip(prompt_ids, drawn, strict=True))
+        if said < (embedding_rows(baseline) or said + 1):  # nor to one that lacks the template's tokens
+            kl = _kl(model, baseline, prompt_ids, drawn, inputs)
+            figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean
+            figures[f"kl_to_{inputs.baseline}_se"] = kl.k1.se
+            figures[f"kl_to_{inputs.baseline}_k3"] = kl.k3.mean
     with autocast(inputs.device, inputs.precision):
         if inputs.texts:
             loss = text_loss(model, [chat.encode_text(text) for text in inputs.texts], TOKENS)

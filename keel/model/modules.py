@@ -49,8 +49,10 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
-    """Those of the inputs that the module's forward pass knows by name: not every architecture takes masks."""
-    return {name: value for name, value in inputs.items() if name in _parameters(type(module).forward)}
+    """Those of the inputs that the module's forward pass knows by name: not every architecture takes masks. All of
+    them, where it names none."""
+    known = _parameters(type(module).forward)
+    return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
 
 @contextlib.contextmanager
@@ -103,11 +105,17 @@ def _stopping(head: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
+def embedding_rows(model: nn.Module) -> int | None:
+    """How many tokens the model has embeddings for; None where it does not say."""
+    inner: Any = inner_model(model)
+    return getattr(unwrapped(inner.get_input_embeddings()), "num_embeddings", None)
+
+
 def check_reach(model: nn.Module, batch: PackedBatch) -> None:
     """UserError for a token that the model has no embedding for, and for a text longer than its positions."""
     inner: Any = inner_model(model)
     token, position = torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
-    rows = getattr(unwrapped(inner.get_input_embeddings()), "num_embeddings", None)
+    rows = embedding_rows(model)
     limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     if rows is not None and token >= rows:
         raise UserError(

@@ -31,7 +31,10 @@ from keel.model.modules import accepted, backbone, head_of
 from keel.model.packed import ATTENTION, Road, enable_packing, hidden_states, road
 from keel.types import Encoded, PackedBatch, UserError
 
-SHARED, LENGTHS = 17, (45, 33, 26)  # tokens: of the beginning, and of the three sequences
+SHARED = 17  # tokens with which the third sequence begins as the first does
+LENGTHS = (45, 33, 26)  # tokens of the three
+MORE = (31, 64, 22)  # of three others, for the padded road, of
+FEW = 12  # tokens that come again and again, as in texts: what chooses among keys minds padding where two are alike
 # In float32 a model's numbers, computed in another order, differ by some 1e-6 of their spread over the vocabulary, by
 # 3e-5 at most among all types that transformers can make; what leaks from a neighbour moves them by its size.
 TOLERANCE = 3e-4  # of that spread
@@ -53,10 +56,11 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Own:
-    """The model's own numbers: of each sequence, at every token. ``values``: log-probabilities of the next token and
-    the entropy [L - 1, 2], or scores [L, 1]."""
+class _Case:
+    """Three sequences and the model's own numbers, at every token: ``values`` are log-probabilities of the next token
+    and entropies [L - 1, 2], or scores [L, 1]; ``spread`` is theirs over the vocabulary, or over the tokens."""
 
+    sequences: list[Encoded]
     values: tuple[Tensor, ...]
     spread: float
 
@@ -118,21 +122,23 @@ def _exact(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _find(model: PreTrainedModel) -> Verdict:
-    sequences = _sequences(model)
     scores = getattr(model, "score", None) is not None
-    own_of, ours_of = (_own_scores, _our_scores) if scores else (_own_logps, _our_logps)
+    measure: _Measure = _own_scores if scores else _own_logps
+    ours = _our_scores if scores else _our_logps
     attention = _as_loaded(model)
-    own = _own(model, sequences, own_of)
-    _check_causal(model, own, sequences[2].mask.index(True) - (0 if scores else 1))
-    _check_training(model, sequences[1], own, own_of)
-    between = not _reads_the_decoder(model, sequences[1])
+    case = _case(model, LENGTHS, measure)
+    _check_causal(model, case, 0 if scores else 1)
+    _check_training(model, case, measure)
+    between = not _reads_the_decoder(model, case.sequences[1])
     form = None if scores else logit_form(model)
-    batch = pack_shared([[sequences[0], sequences[2]], [sequences[1]]], next(model.parameters()).device)
     failures: list[str] = []
     for verdict in _verdicts(model, between, attention, form):
-        failure = _failure(model, verdict, own, lambda: ours_of(model, batch))
-        if verdict.fused and not failure:
-            failure = _failure(model, replace(verdict, fused=False), own, lambda: ours_of(model, batch))
+        cases = [case]
+        if verdict.road == "padded":
+            _as_loaded(model)
+            cases.append(_case(model, MORE, measure))
+        ways = [verdict, replace(verdict, fused=False)] if verdict.fused else [verdict]
+        failure = next((found for way in ways for case in cases if (found := _failure(model, way, case, ours))), "")
         if not failure:
             return replace(verdict, why=failures[0] if failures else "")
         failures.append(failure)
@@ -142,16 +148,20 @@ def _find(model: PreTrainedModel) -> Verdict:
     )
 
 
-def _failure(model: PreTrainedModel, verdict: Verdict, own: _Own, ours: Callable[[], tuple[Tensor, ...]]) -> str:
+def _failure(
+    model: PreTrainedModel, verdict: Verdict, case: _Case, ours: Callable[[Any, PackedBatch], tuple[Tensor, ...]]
+) -> str:
     """Why the model's numbers are not its own on this road; empty where they are."""
     _take(model, verdict)
+    first, second, third = case.sequences
     try:
-        gap = own.gap(ours())
+        batch = pack_shared([[first, third], [second]], next(model.parameters()).device)
+        gap = case.gap(ours(model, batch))
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever an architecture says to inputs that it was not made for
         return f"{type(error).__name__}: {_first_line(error)}"
-    return f"its numbers differ by {gap:.2g}" if own.differs(gap) else ""
+    return f"its numbers differ by {gap:.2g}" if case.differs(gap) else ""
 
 
 def _as_loaded(model: Any) -> str | None:
@@ -170,7 +180,9 @@ def _verdicts(
 ) -> Iterator[Verdict]:
     """The roads, the fastest first. Fused layers (plain weights) and transformers' own (adapters) share one."""
     found = Verdict("packed", False, between, attention, form)
-    if getattr(model, "_supports_attention_backend", False):
+    # Llama 4 scales queries by their place in the row, in steps far beyond what is probed.
+    by_place = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
+    if getattr(model, "_supports_attention_backend", False) and not by_place:
         if fused.is_fusable(backbone(model)) and not between:
             yield replace(found, fused=True)
         yield found
@@ -192,20 +204,22 @@ def _take(model: Any, verdict: Verdict) -> None:
 # ------------------------------------------------------------------------------------------------- the sequences
 
 
-def _sequences(model: PreTrainedModel) -> list[Encoded]:
-    """Three, of ordinary tokens, no two alike; the third begins as the first does."""
+def _sequences(model: PreTrainedModel, lengths: tuple[int, int, int]) -> list[Encoded]:
+    """Three, of ordinary tokens; the third begins as the first does."""
     config: Any = model.config.get_text_config()
     rows = getattr(model.get_input_embeddings(), "num_embeddings", config.vocab_size)
     if (head := model.get_output_embeddings()) is not None:
         rows = min(rows, getattr(head, "out_features", rows))
     special = set(_marks(model.config.to_dict()))
     ordinary = [token for token in range(rows) if token not in special][: 1 << 16] or list(range(rows))
+    if lengths == MORE:
+        ordinary = ordinary[:: max(1, len(ordinary) // FEW)]
     limit = getattr(config, "max_position_embeddings", None)
-    shrink = min(1.0, limit / (LENGTHS[0] + 4)) if isinstance(limit, int) and limit > 0 else 1.0
-    first, second, third = (max(3, int(length * shrink)) for length in LENGTHS)
+    shrink = min(1.0, limit / (max(MORE) + 4)) if isinstance(limit, int) and limit > 0 else 1.0
+    first, second, third = (max(3, int(length * shrink)) for length in lengths)
     shared = max(1, int(SHARED * shrink))
     step = next(prime for prime in (7919, 104729, 3, 1) if len(ordinary) % prime or prime == 1)
-    drawn = [ordinary[(i * step + 11) % len(ordinary)] for i in range(first + second + third)]
+    drawn = [ordinary[(i * step + i * i // 7 + 11) % len(ordinary)] for i in range(first + second + third)]
     ids = drawn[:first], drawn[first : first + second], drawn[:shared] + drawn[first + second + shared :]
     prompt = [False] * shared
     return [Encoded(tuple(row), tuple(prompt + [True] * (len(row) - shared))) for row in ids]
@@ -223,10 +237,12 @@ def _marks(config: dict[str, Any]) -> Iterator[int]:
 # ------------------------------------------------------------------------------------------------- the model's own
 
 
-def _own(
-    model: PreTrainedModel, sequences: list[Encoded], measure: Callable[[Any, Tensor], tuple[Tensor, float]]
-) -> _Own:
+_Measure = Callable[[Any, Tensor], tuple[Tensor, float]]
+
+
+def _case(model: PreTrainedModel, lengths: tuple[int, int, int], measure: _Measure) -> _Case:
     model.eval()
+    sequences = _sequences(model, lengths)
     device = next(model.parameters()).device
     try:
         found = [measure(model, torch.tensor([s.ids], device=device)) for s in sequences]
@@ -243,7 +259,7 @@ def _own(
             f"model.path: {type(model).__name__} computes numbers that are not finite (NaN or infinite weights); "
             "use another checkpoint"
         )
-    return _Own(values, sum(spreads) / len(spreads))
+    return _Case(sequences, values, sum(spreads) / len(spreads))
 
 
 def _own_logps(model: Any, ids: Tensor) -> tuple[Tensor, float]:
@@ -270,29 +286,26 @@ def _own_scores(model: Any, ids: Tensor) -> tuple[Tensor, float]:
     return scores, float(scores.std()) if len(scores) > 1 else float(scores.abs().max())
 
 
-def _check_causal(model: PreTrainedModel, own: _Own, alike: int) -> None:
-    """What the first and the third sequence share must not know how they go on: their first ``alike`` numbers."""
-    first, third = own.values[0], own.values[2]
-    gap = float((first[:alike] - third[:alike]).abs().max()) if alike and len(third) >= alike else 0.0
-    if own.differs(gap):
+def _check_causal(model: PreTrainedModel, case: _Case, ahead: int) -> None:
+    """What the first and the third sequence share must not know how they go on. A number is of the token so far
+    ``ahead``."""
+    alike = case.sequences[2].mask.index(True) - ahead
+    first, _, third = case.values
+    gap = float((first[:alike] - third[:alike]).abs().max()) if 0 < alike <= len(third) else 0.0
+    if case.differs(gap):
         raise UserError(
             f"model.path: {type(model).__name__} is not causal: what it predicts changes by {gap:.2g} nats with the "
             "tokens behind; use a decoder (BERT's family needs is_decoder: true in its config)"
         )
 
 
-def _check_training(
-    model: PreTrainedModel,
-    sequence: Encoded,
-    own: _Own,
-    measure: Callable[[Any, Tensor], tuple[Tensor, float]],
-) -> None:
+def _check_training(model: PreTrainedModel, case: _Case, measure: _Measure) -> None:
     """A policy is measured and trained in training mode: that must not draw anything at random."""
     model.train()
-    found, _ = measure(model, torch.tensor([sequence.ids], device=next(model.parameters()).device))
+    found, _ = measure(model, torch.tensor([case.sequences[1].ids], device=next(model.parameters()).device))
     model.eval()
-    gap = float((found - own.values[1]).abs().max())
-    if own.differs(gap):
+    gap = float((found - case.values[1]).abs().max())
+    if case.differs(gap):
         raise UserError(
             f"model.path: {type(model).__name__} computes other numbers in training than in evaluation (by {gap:.2g}), "
             "by dropout or another draw that Keel cannot switch off; set it to 0 in the checkpoint's config.json"
