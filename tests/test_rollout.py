@@ -268,7 +268,7 @@ def test_a_model_that_has_diverged_is_an_error() -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match="not numbers"):
+        with pytest.raises(UserError, match="not finite at token 0 of the reply to prompt"):
             EmbeddedSampler(model, []).generate(PROMPTS, SamplingConfig(temperature=temperature), seed=0)
 
 

@@ -37,6 +37,7 @@ SIZES: tuple[tuple[str, int], ...] = (
      r"|seq_length|max_position_embeddings|original_max_position_embeddings", POSITIONS),
     (r"num_(key_value|kv|query)_(heads|groups)|swa_num_key_value_heads|attention_heads_kv", 2),
     (r".*num_key_heads", 2),
+    (r"index(er)?_n_heads", 16),  # fewer, cut at 0, tie at 0
     (r"(.*_)?(num_)?(attention_|value_|mamba_)?n?_?heads|n_head|.*num_heads|.*n_heads|num_attention_heads.*", 4),
     (r"(qk_)?(nope|rope)_head_dim|qk_nope_head_dim|qk_rope_head_dim|v_head_dim|rotary_dim", 8),
     (r".*head_(dim|size)|d_kv|d_head|dim_head|kv_channels|query_pre_attn_scalar|attention_head_dim", 8),

@@ -7,6 +7,7 @@ step, so that there is one place alone where logits are made and tokens are chos
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
+from keel.model.packed import inner_model
 from keel.rollout.llama import ROWS, Decoder, Weights, round_up
-from keel.rollout.sampler import Precision, context_length, room, stream_key, uniforms
+from keel.rollout.sampler import Precision, context_length, finite, not_finite, room, stream_key, uniforms
 from keel.rollout.slots import Slots
 from keel.types import Completion
 
@@ -54,6 +56,8 @@ class EmbeddedSampler:
             return []
         requests = [Request(i, tuple(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
         weights = Weights.of(self.model, self.dtype)
+        if weights.packed and not _finite_head(self.model):
+            raise not_finite("prompt 0")
         parts = divided(requests, self._workers(weights, min(sampling.batch_size, len(requests))))
         slots = -(-sampling.batch_size // len(parts))
         done: list[Completion | None] = [None] * len(requests)
@@ -63,7 +67,7 @@ class EmbeddedSampler:
             runs[0].run()
         else:
             side_by_side(runs)
-        return [completion for completion in done if completion is not None]
+        return finite([completion for completion in done if completion is not None])
 
     def _workers(self, weights: Weights, slots: int) -> int:
         """The slots of a small model are divided among threads that decode by themselves: but for the large products
@@ -72,6 +76,13 @@ class EmbeddedSampler:
         if weights.embedding_VH.device.type != "cpu" or not small:
             return 1
         return max(1, min(torch.get_num_threads(), slots // ALONE_SLOTS))
+
+
+def _finite_head(model: nn.Module) -> bool:
+    """Compiled code takes a single token's logit that is no number for a small one, so its weights are looked at; what
+    is wrong below the head spreads to all tokens, which it sees."""
+    head = inner_model(model).get_output_embeddings()
+    return all(math.isfinite(float(p.detach().sum(dtype=torch.float32))) for p in head.parameters())
 
 
 def divided(requests: Sequence[Request], parts: int) -> list[list[Request]]:
@@ -147,7 +158,14 @@ class _Run:
             self._shrink()
             if not any(self.running):
                 return
-            finished = self.decoder.advance(self.state, self.stops, self.sampling).nonzero().squeeze(1)
+            try:
+                finished = self.decoder.advance(self.state, self.stops, self.sampling).nonzero().squeeze(1)
+            except ValueError as error:  # from compiled code, which does not say in which slot
+                slot = next(slot for slot, request in enumerate(self.running) if request is not None)
+                request = self.running[slot]
+                assert request is not None
+                where = f"prompt {request.index}" + (" or one beside it" if sum(map(bool, self.running)) > 1 else "")
+                raise not_finite(where, int(self.state.sampled[slot])) from error
             if finished.numel():
                 self._collect(finished)
 

@@ -7,6 +7,7 @@ of the cache that a step reads.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -71,10 +72,14 @@ def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> t
     if sampling.temperature == 0:
         ids_S1 = probs_SV.argmax(-1, keepdim=True)
     else:
-        cumulative_SV = filtered_weights(probs_SV, sampling).cumsum(-1)
+        weights_SV = filtered_weights(probs_SV, sampling)
+        cumulative_SV = weights_SV.cumsum(-1)
         # The first token whose cumulative weight reaches u * total. As u > 0 its own weight is positive; as the total
         # is the last of the sums themselves, u = 1 stays in range whatever the rounding.
         ids_S1 = torch.searchsorted(cumulative_SV, uniforms_S[:, None] * cumulative_SV[:, -1:])
+        ids_S1.clamp_(max=probs_SV.shape[1] - 1)  # where the sums are no numbers; the log-probability then says so
+        if weights_SV.is_cuda:  # whose sums, made in parts, may rise where nothing is added
+            ids_S1 = torch.where(weights_SV.gather(1, ids_S1) > 0, ids_S1, weights_SV.argmax(-1, keepdim=True))
     return ids_S1.squeeze(1), probs_SV.gather(1, ids_S1).log_().squeeze(1)
 
 
@@ -112,6 +117,22 @@ def _nucleus_edge(weights_SV: Tensor, top_p: float) -> Tensor:
             break
     inside = (cumulative < need_S1).sum(-1, keepdim=True).clamp(max=width - 1)
     return likeliest.gather(1, inside)
+
+
+def finite(completions: Sequence[Completion]) -> list[Completion]:
+    """The completions; UserError where a log-probability is not a number, as those are of logits that are none."""
+    for index, completion in enumerate(completions):
+        if not math.isfinite(sum(completion.logprobs)):
+            token = next(n for n, logprob in enumerate(completion.logprobs) if not math.isfinite(logprob))
+            raise not_finite(f"prompt {index}", token)
+    return list(completions)
+
+
+def not_finite(prompt: str, token: int = 0) -> UserError:
+    return UserError(
+        f"the model's logits are not finite at token {token} of the reply to {prompt}: its parameters have diverged, "
+        "or overflow; start from another checkpoint, lower optim.lr, or use precision: fp32"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- random numbers

@@ -25,7 +25,7 @@ from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
 from keel.model.precision import autocast
-from keel.rollout.sampler import Precision, context_length, room, stream_key
+from keel.rollout.sampler import Precision, context_length, finite, room, stream_key
 from keel.run import restore_rng, rng_state
 from keel.types import Completion, Encoded, UserError
 
@@ -77,7 +77,7 @@ class VllmSampler:
             return []
         random = rng_state()  # vLLM seeds the global generators when it starts, and draws from them when it samples
         try:
-            return self._generate(prompts, limits, sampling, seed)
+            return finite(self._generate(prompts, limits, sampling, seed))
         finally:
             restore_rng(random)
 
