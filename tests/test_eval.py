@@ -401,6 +401,7 @@ def _healthy(n: int = 12) -> list[dict[str, float]]:
     return [
         {
             "step": i, "objective/kl": 0.5 * i, "objective/scores": 0.1 * i, "eval/gold": min(0.1 * i, 0.8),
+            "eval/gold_se": 0.05,
             "policy/entropy_avg": 1.5 - 0.05 * i, "completions/mean_length": 20 + i, "completions/clipped_ratio": 0.01,
             "completions/repetition": 0.02, "policy/clipfrac_avg": 0.1, "val/ratio": 1.0 + 0.005 * (-1) ** i,
         }
@@ -425,7 +426,7 @@ def test_a_healthy_run_raises_no_alarm() -> None:
         ("ratio", "val/ratio", {4: 1.2}, 4),
         ("ratio", "val/ratio", {4: 0.8}, 4),
         ("repetition", "completions/repetition", {9: 0.5}, 9),
-        ("over_optimisation", "eval/gold", {9: 0.3, 10: 0.2, 11: 0.1}, 10),
+        ("reward_clipped", "objective/reward_clipped", {3: 0.2, 4: 0.2, 5: 0.2}, 5),
     ],
 )
 def test_each_rule_fires_where_its_bound_breaks(name: str, key: str, values: dict[int, float], step: int) -> None:
@@ -436,10 +437,15 @@ def test_each_rule_fires_where_its_bound_breaks(name: str, key: str, values: dic
 
 
 def test_noise_does_not_ring_the_over_optimisation_alarm() -> None:
-    """A fall within two standard errors is no fall; a single low measurement is none either."""
-    rows = [row | {"eval/gold_se": 0.5} for row in _healthy()]
-    rows[9]["eval/gold"], rows[10]["eval/gold"] = 0.3, 0.2
-    assert find_alarms("ppo", rows) == []
+    """A fall within the noise is none; a single low measurement is none either, nor one that the judge alone saw."""
+    fallen = [row | ({"eval/gold": 1.1 - 0.1 * i} if i > 7 else {}) for i, row in enumerate(_healthy())]
+    (alarm,) = find_alarms("ppo", fallen)
+    assert (alarm.name, alarm.step, alarm.value) == ("over_optimisation", 10, pytest.approx((0.1 + 0.0) / 2))
+    assert alarm.value < alarm.bound
+    assert alarm.remedy.endswith(".")
+    assert find_alarms("ppo", [row | {"eval/gold_se": 0.5} for row in fallen]) == []
+    assert find_alarms("ppo", [row | {"objective/scores": 1.0} for row in fallen]) == []
+    assert find_alarms("ppo", [{k: v for k, v in row.items() if k != "eval/gold_se"} for row in fallen]) == []
     once = _healthy()
     once[9]["eval/gold"] = 0.0
     assert find_alarms("ppo", once) == []
