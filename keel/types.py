@@ -156,6 +156,11 @@ class Encoded:
         """What comes before the first learned token."""
         return self.ids[: self.mask.index(True)] if True in self.mask else self.ids
 
+    @property
+    def predicted(self) -> int:
+        """How many tokens a model predicts of it: the learned ones, but for a first one, which nothing precedes."""
+        return sum(self.mask[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:

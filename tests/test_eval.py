@@ -315,7 +315,15 @@ def test_choice_that_melts_into_the_prompt_is_scored_from_where_it_differs(
 
 
 @pytest.mark.parametrize(
-    "row", [Row("a", ("b",), 0), Row("a", ("b", "c"), 2), Row("", ("b", "c"), 0)], ids=["one", "range", "no prompt"]
+    "row",
+    [
+        Row("a", ("b",), 0),
+        Row("a", ("b", "c"), 2),
+        Row("", ("b", "c"), 0),
+        Row("a", ("", "c"), 0),
+        Row("a", (" ", "c"), 1),
+    ],
+    ids=["one", "range", "no prompt", "empty", "no token"],
 )
 def test_broken_choice_rows_are_named(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, row: Row) -> None:
     with pytest.raises(UserError, match=r"data\.facts row 2"):

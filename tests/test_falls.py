@@ -45,7 +45,7 @@ def _share(means: np.ndarray, errors: np.ndarray) -> float:
     return float(np.mean([largest_fall(m, e, proxy, 0.015) is not None for m, e in zip(means, errors, strict=True)]))
 
 
-@pytest.mark.parametrize("tail,prompts,wobble", [
+@pytest.mark.parametrize(("tail", "prompts", "wobble"), [
     ("normal", 32, (0.0, 0.0)), ("heavy", 16, (0.0, 0.0)), ("left", 8, (0.0, 0.0)),
     ("normal", 32, (0.5, 0.5)), ("normal", 32, (0.5, 0.7)), ("heavy", 16, (0.7, 0.5)),
 ])  # fmt: skip

@@ -191,7 +191,7 @@ def _reward_clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
 
 
 def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
-    """Gold ended below what it had been while the proxy ended above: one test of the whole run (``keel.eval.falls``)."""
+    """Gold ended below what it had been while the proxy ended above: one test of the whole run (keel.eval.falls)."""
     names = (GOLD, f"{GOLD}_se", PROXY)
     measured = [row for row in rows if all(finite(row.get(name)) is not None for name in names)]
     gold, error, proxy = ([float(row[name]) for row in measured] for name in names)

@@ -33,11 +33,11 @@ def text_loss(model: nn.Module, texts: Sequence[Encoded], batch_tokens: int = 81
     The standard error is that of a ratio of sums over texts (tokens of one text are not independent). ``count`` is the
     number of texts. Raises UserError when no text has a token to predict.
     """
-    kept = [text for text in texts if any(text.mask[1:])]
+    kept = [text for text in texts if text.predicted]
     if not kept:
         raise UserError("data.base_text has no text of two tokens or more; give longer rows or leave it out")
     losses_N = -_summed_logprobs(model, kept, batch_tokens)
-    tokens_N = torch.tensor([sum(text.mask[1:]) for text in kept], dtype=torch.float64)
+    tokens_N = torch.tensor([text.predicted for text in kept], dtype=torch.float64)
     loss = float(losses_N.sum() / tokens_N.sum())
     n = len(kept)
     if n < 2:
@@ -56,8 +56,8 @@ def choice_accuracy(
     not common to all of a row's choices and its prompt: a tokenizer may merge the prompt's end with the choice's
     beginning, and what all share cancels out. No normalisation by length. Equal scores: the first choice.
 
-    Raises UserError naming the row when it has fewer than two choices, an answer out of range, or no text before the
-    point where the choices part.
+    Raises UserError naming the row when it has fewer than two choices, an answer out of range, no text before the
+    point where the choices part, or a choice that adds no token to the prompt.
     """
     if not rows:
         raise UserError("data.facts has no rows; give some or leave it out")
@@ -78,6 +78,12 @@ def _encode_choices(tokenizer: Any, row: MultipleChoice, number: int) -> list[En
     start = _common_prefix([_encode(tokenizer, row.prompt), *whole])
     if start == 0:
         raise UserError(f"data.facts row {number}: no text comes before the choices; give the row a prompt")
+    for choice, ids in zip(row.choices, whole, strict=True):
+        if len(ids) == start:
+            raise UserError(
+                f"data.facts row {number}: the choice {choice!r} adds no token to the prompt, and nothing is always "
+                "the likeliest to follow; give it a text"
+            )
     return [Encoded(tuple(ids), tuple(place >= start for place in range(len(ids)))) for ids in whole]
 
 

@@ -27,10 +27,12 @@ from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts, repetition, rollout
 from keel.rollout.sampler import Sampler, make_sampler
+from keel.run import Silent
+from keel.stats import clustered_error
 from keel.train.context import TrainContext
 from keel.train.loop import Stats
 from keel.train.offline import Schedule
-from keel.types import Encoded, Judge, PackedBatch, Prompt, Scorer, Trajectory, UserError
+from keel.types import Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, ratios mean nothing
@@ -39,6 +41,7 @@ MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, rati
 SAMPLER_BOUND = 2e-3
 # One episode in so many is measured by the trainer even where the sampler's log-probabilities are taken.
 PROBE_EVERY = 8
+CLIPPED_BOUND = 0.1  # share of the scores that `reward_clip` may cut before a line says so
 
 Values = Callable[[PackedBatch], Tensor]
 """A critic: packed batch -> values of its masked tokens [C]."""
@@ -47,7 +50,8 @@ Values = Callable[[PackedBatch], Tensor]
 @dataclass(frozen=True)
 class Episodes:
     """One rollout, measured. Episode n owns ``x_C[offsets[n]:offsets[n + 1]]`` of the tensors over completion tokens;
-    all of them are on the CPU. ``shaped_N``: the scores as they are learned from, cut completions penalised."""
+    all of them are on the CPU. ``shaped_N``: the scores as they are learned from, clipped where the recipe says so, cut
+    completions penalised."""
 
     rows: list[Encoded]
     offsets: Tensor
@@ -95,12 +99,14 @@ class Rollouts:
         seed: int,
         watch: Judge | None = None,
         same_start: bool = True,
+        reporter: Reporter | None = None,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.scorer, self.sampler, self.chat, self.watch = scorer, sampler, chat, watch
         self.prompts, self.prompt_ids = prompts, prompt_ids
         self.config, self.device, self.precision, self.seed = config, device, precision, seed
-        self.same_start = same_start
+        self.same_start, self.reporter = same_start, reporter or Silent()
+        self.said_clipped = False
         # What is trained is the distribution that is sampled from: softmax(logits / temperature), of policy and
         # reference alike, so that ratios and KL are exact at any temperature.
         self.temperature = config.sampling.temperature
@@ -227,14 +233,29 @@ class Rollouts:
             "rollout/logprob_diff": mismatch,
             "rollout/measured": len(probe) / n,
         }
+        if self.config.reward_clip is not None:
+            figures["objective/reward_clipped"] = self._clipped(scores_N, self.config.reward_clip)
         if isinstance(self.scorer, MixedScorer):
             figures |= {f"objective/scores/{name}": float(x.mean()) for name, x in self.scorer.last_parts.items()}
         if self.watch is not None:
-            grades = self.watch.grade([e.prompt for e in episodes], completions)
-            gold_N = torch.tensor([grade.score for grade in grades])
-            figures["eval/gold"] = float(gold_N.mean())
-            figures["eval/gold_se"] = float(gold_N.std(correction=0)) / n**0.5
+            prompts = [e.prompt for e in episodes]
+            gold = [grade.score for grade in self.watch.grade(prompts, completions)]
+            figures["eval/gold"] = math.fsum(gold) / n
+            error = clustered_error(gold, [prompt.id for prompt in prompts])
+            if error is not None:
+                figures["eval/gold_se"] = error
         return figures
+
+    def _clipped(self, scores_N: Tensor, bound: float) -> float:
+        """The share of the scores beyond the clip; said once when it is large."""
+        share = float((scores_N.abs() > bound).float().mean())
+        if share > CLIPPED_BOUND and not self.said_clipped:
+            self.said_clipped = True
+            self.reporter.note(
+                f"{self.config.name}: reward_clip = {bound:g} cuts {share:.0%} of the scores, which makes them all the "
+                "same; raise it, leave it out, or give the reward a smaller weight"
+            )
+        return share
 
     def _kl(self, iteration: int, probe: Sequence[_Measured]) -> dict[str, float]:
         """KL from the reference, nats a sequence; UserError when it is not 0 before the first step."""
@@ -320,6 +341,7 @@ def make_rollouts(
         context.seed,
         watch,
         same_start=reference_path == context.model_path,
+        reporter=context.reporter,
     )
 
 
