@@ -365,7 +365,7 @@ def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) ->
     if isinstance(ref, PythonRef):
         return JudgeFromPython(load_python(ref.ref))
     if isinstance(ref, EndpointRef):
-        return EndpointJudge(ref)
+        return EndpointJudge(ref, reporter=context.reporter, kept=context.stage_dir.path / "grades.jsonl")
     if isinstance(ref, MixedRef):
         return JudgeFromScorer(_mixed(ref.rewards, context, precision))
     name = ref.model if isinstance(ref, RewardModelRef) else _default_reward(context)

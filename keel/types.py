@@ -223,9 +223,10 @@ class Grade:
 
 
 class Judge(Protocol):
-    """Grades replies. A Python function ``(prompt, text) -> Grade | float`` is adapted to this by ``reward``."""
+    """Grades replies; None where a grade could not be had. A Python function ``(prompt, text) -> Grade | float`` is
+    adapted to this by ``reward``."""
 
-    def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]: ...
+    def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sequence[Grade | None]: ...
 
 
 class Scorer(Protocol):

@@ -178,6 +178,27 @@ def test_comparison_table() -> None:
         compare([sft, ppo], "dpo")
 
 
+def test_a_missing_grade_is_left_out_on_both_sides() -> None:
+    """Three prompts: one where the model has no grade, one where the baseline has none, one where both have."""
+
+    class Forgetful(TableJudge):
+        def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade | None]:  # type: ignore[override]
+            return [self.table.get(c.text) for c in completions]
+
+    judge = Forgetful(TABLE)
+    a = evaluate_model("a", PROMPTS, [[_reply("?")], [_reply("good")], [_reply("unknown")]], judge)
+    b = evaluate_model("b", PROMPTS, [[_reply("good")], [_reply("?")], [_reply("made up")]], judge)
+    assert a.figures.score is not None
+    assert (a.figures.score.mean, a.figures.score.count) == (pytest.approx((1.0 + 0.8) / 2), 2)
+    assert a.figures.graded == pytest.approx(2 / 3)
+    table = compare([a, b], "b")
+    assert (table["a"]["wins"], table["a"]["losses"], table["a"]["ties"]) == (1, 0, 0)
+    assert (table["a"]["prompts"], table["a"]["graded"]) == (3, pytest.approx(2 / 3))
+    assert side_by_side([a], 1)[0]["replies"]["a"]["score"] is None
+    nothing = evaluate_model("c", PROMPTS[:1], [[_reply("?")]], judge)
+    assert compare([nothing], "c")["c"]["gold_reward"] is None
+
+
 def test_side_by_side_lets_the_kinds_take_turns() -> None:
     prompts = [_prompt(0, "a"), _prompt(1, "a"), _prompt(2, "a"), _prompt(3, "b")]
     one = evaluate_model("one", prompts, [[_reply("good")]] * 4, TableJudge(TABLE))

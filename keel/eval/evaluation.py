@@ -71,7 +71,8 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
         evaluation, figures = _one_model(name, path, baseline, inputs)
         evaluations.append(evaluation)
         extra[name] = figures
-        reporter.advance(1, **{"judge score": evaluation.figures.score.mean})
+        score = evaluation.figures.score
+        reporter.advance(1, **({"judge score": score.mean} if score else {}))
     table = compare(evaluations, inputs.baseline, inputs.bootstrap, inputs.seed)
     summary: dict[str, Any] = {
         "stages": {name: figures | extra[name] for name, figures in table.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -128,8 +129,8 @@ def gold_accuracy(
         for p in different.values()
         for text, finished in ((p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished))
     ]
-    gold = [grade.score for grade in judge.grade(prompts, replies)] if prompts else []
-    told = [i for i in range(0, len(gold), 2) if abs(gold[i] - gold[i + 1]) > TIE_WIDTH]
+    gold = [math.nan if grade is None else grade.score for grade in judge.grade(prompts, replies)] if prompts else []
+    told = [i for i in range(0, len(gold), 2) if abs(gold[i] - gold[i + 1]) > TIE_WIDTH]  # a missing one tells nothing
     better = [i if gold[i] > gold[i + 1] else i + 1 for i in told]
     worse = [2 * i + 1 - b for i, b in zip(told, better, strict=True)]
     groups = [prompts[i].id for i in told]

@@ -32,7 +32,7 @@ from keel.stats import clustered_error
 from keel.train.context import TrainContext
 from keel.train.loop import Stats
 from keel.train.offline import Schedule
-from keel.types import Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
+from keel.types import Completion, Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, ratios mean nothing
@@ -238,12 +238,7 @@ class Rollouts:
         if isinstance(self.scorer, MixedScorer):
             figures |= {f"objective/scores/{name}": float(x.mean()) for name, x in self.scorer.last_parts.items()}
         if self.watch is not None:
-            prompts = [e.prompt for e in episodes]
-            gold = [grade.score for grade in self.watch.grade(prompts, completions)]
-            figures["eval/gold"] = math.fsum(gold) / n
-            error = clustered_error(gold, [prompt.id for prompt in prompts])
-            if error is not None:
-                figures["eval/gold_se"] = error
+            figures |= _gold([e.prompt for e in episodes], completions, self.watch)
         return figures
 
     def _clipped(self, scores_N: Tensor, bound: float) -> float:
@@ -267,6 +262,17 @@ class Rollouts:
                 "model and reference must be the same checkpoint, or name the reference on purpose"
             )
         return {"objective/kl": kl, "objective/kl_k3": float(k3(logp, ref_logp).double().sum()) / len(probe)}
+
+
+def _gold(prompts: Sequence[Prompt], completions: Sequence[Completion], watch: Judge) -> dict[str, float]:
+    """The watching judge's mean score, with its standard error over prompts where there are two or more."""
+    grades = watch.grade(prompts, completions)
+    graded = [(prompt.id, grade.score) for prompt, grade in zip(prompts, grades, strict=True) if grade is not None]
+    scores = [score for _, score in graded]
+    if not scores:
+        return {}
+    error = clustered_error(scores, [identity for identity, _ in graded])
+    return {"eval/gold": math.fsum(scores) / len(scores)} | ({"eval/gold_se": error} if error is not None else {})
 
 
 def _joined(columns: Sequence[Tensor | None]) -> Tensor | None:
