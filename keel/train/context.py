@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from keel.config import DataConfig, ModelConfig
+from keel.model.checkpoint import frozen, load_policy
 from keel.model.precision import Precision
 from keel.model.trunk import Trunk
+from keel.model.vocabulary import unreadable
 from keel.run import StageDir, write_json
 from keel.types import Encoded, Reporter, UserError
 
@@ -35,6 +40,20 @@ class TrainContext:
     trunk: Trunk | None = None
     texts: Sequence[str] = ()
     positions: int | None = None
+
+
+def load_reference(
+    path: Path, policy_tokenizer: PreTrainedTokenizerBase, stage: str, context: TrainContext
+) -> nn.Module:
+    """A frozen reference. UserError when it does not know the policy's tokens: there is then no KL from it."""
+    model, tokenizer = load_policy(path, device=context.device)
+    problem = unreadable(model, tokenizer, policy_tokenizer)
+    if problem is not None:
+        raise UserError(
+            f"{stage}.reference ({path}): it cannot read what the policy writes: {problem}; leave reference out, or "
+            "name a model with the policy's tokens"
+        )
+    return frozen(model)
 
 
 def record_lineage(

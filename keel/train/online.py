@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from keel.config import OnlineBase
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prompt
-from keel.model.checkpoint import frozen, load_policy, save
+from keel.model.checkpoint import load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.packed import compute_alike
 from keel.model.precision import Precision, autocast
@@ -29,7 +29,7 @@ from keel.rollout.episodes import encode_prompts, repetition, rollout
 from keel.rollout.sampler import Sampler, make_sampler
 from keel.run import Silent
 from keel.stats import clustered_error
-from keel.train.context import TrainContext
+from keel.train.context import TrainContext, load_reference
 from keel.train.loop import Stats
 from keel.train.offline import Schedule
 from keel.types import Completion, Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
@@ -365,7 +365,7 @@ def _policy_and_reference(
             lora=context.base_model.lora,
             gradient_checkpointing=checkpointing,
         )
-        reference = frozen(load_policy(reference_path, device=context.device)[0]) if reference_path else None
+        reference = load_reference(reference_path, tokenizer, config.name, context) if reference_path else None
     if reference is not None:
         compute_alike(reference, policy)
     return policy, reference, tokenizer

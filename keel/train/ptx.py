@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keel.config import PolicyBase
 from keel.data.chat import Chat
-from keel.data.collate import micro_batches, pack
+from keel.data.collate import micro_batches, pack, pieces
 from keel.model.logprobs import token_logprobs
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats
@@ -45,9 +45,7 @@ class Ptx:
         return [self._micro([rows[i] for i in group], weight) for group in groups]
 
     def _pieces(self, text: str) -> list[Encoded]:
-        row, size = self.chat.encode_text(text), self.context.data.max_length
-        pieces = [Encoded(row.ids[i : i + size], row.mask[i : i + size]) for i in range(0, len(row.ids), size)]
-        return [piece for piece in pieces if piece.predicted]
+        return pieces(self.chat.encode_text(text), self.context.data.max_length)
 
     def _micro(self, rows: Sequence[Encoded], weight: float) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
