@@ -11,9 +11,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from keel.eval.alarms import Limits
 from keel.eval.falls import largest_fall
 
 RUNS = 300
+LEVEL = Limits().gold_false_alarms
 NO_FALL = {
     "flat": lambda x: 0 * x,
     "rising": lambda x: x,
@@ -42,7 +44,7 @@ def _looks(
 
 def _share(means: np.ndarray, errors: np.ndarray) -> float:
     proxy = np.arange(means.shape[1])
-    return float(np.mean([largest_fall(m, e, proxy, 0.015) is not None for m, e in zip(means, errors, strict=True)]))
+    return float(np.mean([largest_fall(m, e, proxy, LEVEL) is not None for m, e in zip(means, errors, strict=True)]))
 
 
 @pytest.mark.parametrize(("tail", "prompts", "wobble"), [
@@ -77,7 +79,7 @@ def test_a_fall_is_seen(n: int, fall: float, peak: float, error: float, seen: fl
 
 def test_where_and_how_far_it_fell() -> None:
     gold = [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
-    found = largest_fall(gold, [0.05] * 8, range(8), 0.015)
+    found = largest_fall(gold, [0.05] * 8, range(8), LEVEL)
     assert found is not None
     assert (found.begin, found.end, found.last) == (2, 6, 6)
     assert (found.before, found.after) == (1.0, 0.25)
@@ -86,19 +88,19 @@ def test_where_and_how_far_it_fell() -> None:
 
 def test_what_is_no_over_optimisation() -> None:
     fallen = [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
-    assert largest_fall(fallen, [0.05] * 8, [0.0] * 8, 0.015) is None  # the proxy did not rise: no exploit
-    assert largest_fall(fallen, [2.0] * 8, range(8), 0.015) is None  # within the noise
-    assert largest_fall(fallen[3:], [0.01] * 5, range(5), 0.015) is None  # too few looks
-    assert largest_fall([1.0] * 9, [0.0] * 9, range(9), 0.015) is None  # a judge without spread
-    assert largest_fall(fallen, [0.0] * 8, range(8), 0.015) is not None
+    assert largest_fall(fallen, [0.05] * 8, [0.0] * 8, LEVEL) is None  # the proxy did not rise: no exploit
+    assert largest_fall(fallen, [2.0] * 8, range(8), LEVEL) is None  # within the noise
+    assert largest_fall(fallen[3:], [0.01] * 5, range(5), LEVEL) is None  # too few looks
+    assert largest_fall([1.0] * 9, [0.0] * 9, range(9), LEVEL) is None  # a judge without spread
+    assert largest_fall(fallen, [0.0] * 8, range(8), LEVEL) is not None
 
 
 def test_many_looks_are_taken_together() -> None:
     """A fall at look 900 of 1000 is found there; noise of as many looks is not."""
     rng = np.random.default_rng(0)
     truth = np.where(np.arange(1000) < 900, 1.0, 0.0)
-    found = largest_fall(truth + 0.3 * rng.standard_normal(1000), [0.3] * 1000, range(1000), 0.015)
+    found = largest_fall(truth + 0.3 * rng.standard_normal(1000), [0.3] * 1000, range(1000), LEVEL)
     assert found is not None
     assert found.last >= 850
     assert found.end <= 910
-    assert largest_fall(0.3 * rng.standard_normal(1000), [0.3] * 1000, range(1000), 0.015) is None
+    assert largest_fall(0.3 * rng.standard_normal(1000), [0.3] * 1000, range(1000), LEVEL) is None

@@ -39,7 +39,7 @@ class Limits:
     repetition: float = 0.3
     cut: float = 0.2
     reward_clipped: float = 0.1
-    gold_false_alarms: float = 0.015
+    gold_false_alarms: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)

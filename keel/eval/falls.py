@@ -42,7 +42,7 @@ def largest_fall(means: Sequence[float], errors: Sequence[float], proxy: Sequenc
     errors: the standard error of each mean. They say nothing of how the truth wobbles from look to look (a policy's
     steps are noisy, and what one look saw, the next shares), so they are scaled up by what a smooth curve through the
     means leaves over, and by how alike neighbours are in it. ``level``: the chance of a false alarm over the whole run
-    when looks are independent. Where half of a look's noise lasts to the next, it is three times as large.
+    when looks are independent; what it comes to when they are not, docs/statistics.md says.
     """
     assert len(means) == len(errors) == len(proxy), "one error and one proxy a mean"
     if len(means) < FEWEST:
