@@ -392,7 +392,12 @@ class OnlineBase(PolicyBase):
         "needs model.lora, and reward models trained with it from the same checkpoint",
     )
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted from the score of a cut completion")
-    reward_clip: float = Field(10.0, gt=0)
+    reward_clip: float | None = Field(
+        None,
+        gt=0,
+        description="scores are held within this of 0 (after the terms' weights); default: not at all, whatever the "
+        "source's unit is",
+    )
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "trainer",
         description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's",
@@ -442,7 +447,21 @@ class PpoStage(OnlineBase):
     lam: float = Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
     critic_lr: float | None = Field(None, gt=0, description="default: optim.lr")
-    critic_warmup: int = Field(0, ge=0, description="rollouts in which only the critic learns")
+    critic_warmup: int = Field(
+        0,
+        ge=0,
+        description="rollouts in which only the critic learns; the policy's schedule and kl.target begin after them",
+    )
+
+    @model_validator(mode="after")
+    def _policy_learns(self) -> PpoStage:
+        rollouts = -(-self.episodes // self.rollout_batch)
+        if self.critic_warmup >= rollouts:
+            raise ValueError(
+                f"episodes make {rollouts} rollouts and critic_warmup = {self.critic_warmup} takes them all, so the "
+                "policy would never learn; lower critic_warmup or raise episodes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steers_by_every_episode(self) -> PpoStage:

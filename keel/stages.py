@@ -32,6 +32,7 @@ from keel.config import (
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash, split_by_prompt
 from keel.data.sources import read_facts, read_texts
+from keel.eval.capability import encode_facts
 from keel.eval.evaluation import EvaluationInputs, OnlineRun, evaluate_models
 from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
@@ -252,14 +253,18 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     precision = pick_precision("auto", context.device)
     models = {name: context.source(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
     prompts = heldout_prompts(stage.prompts, context)
+    facts = read_facts(recipe.data.facts, reading(context)) if recipe.data.facts else []
     for source in models.values():  # each may have a tokenizer of its own, and all are asked the same
-        prompts, _ = encode_prompts(Chat(load_tokenizer(source)), prompts, recipe.data, context.reporter)
+        tokenizer = load_tokenizer(source)
+        prompts, _ = encode_prompts(Chat(tokenizer), prompts, recipe.data, context.reporter)
+        if recipe.data.facts:
+            encode_facts(tokenizer, facts, positions(source))  # what is wrong with them is said before anything is paid
     inputs = EvaluationInputs(
         models=models,
         baseline=stage.baseline,
         prompts=prompts,
         texts=read_texts(recipe.data.base_text, reading(context)) if recipe.data.base_text else [],
-        facts=read_facts(recipe.data.facts, reading(context)) if recipe.data.facts else [],
+        facts=facts,
         judge=_judge(stage.judge, context, precision),
         scorer=_proxy(stage, context, precision),
         sampling=stage.sampling,
@@ -378,7 +383,7 @@ def _judge(ref: JudgeRef | None, context: StageContext, precision: Precision) ->
     if isinstance(ref, PythonRef):
         return JudgeFromPython(load_python(ref.ref))
     if isinstance(ref, EndpointRef):
-        return EndpointJudge(ref)
+        return EndpointJudge(ref, reporter=context.reporter, kept=context.stage_dir.path / "grades.jsonl")
     if isinstance(ref, MixedRef):
         return JudgeFromScorer(_mixed(ref.rewards, context, precision))
     name = ref.model if isinstance(ref, RewardModelRef) else _default_reward(context)

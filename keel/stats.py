@@ -12,7 +12,7 @@ Both take a vote's annotator to be drawn at random for each vote, so they hold f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -31,16 +31,36 @@ class Proportion:
     count: int
 
 
-def proportion(hits: Sequence[bool], level: float = 0.95) -> Proportion:
+def clustered_error(values: Sequence[float], groups: Sequence[Hashable]) -> float | None:
+    """Standard error of the mean of ``values`` [N] where those of one group (replies to one prompt, say) belong
+    together and groups are independent: from the groups' sums of distances from the mean (Liang & Zeger 1986), times
+    G / (G - 1) for G groups. With one value a group it is the usual one. None below two groups."""
+    middle = math.fsum(values) / len(values)
+    sums: dict[Hashable, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - middle
+    if len(sums) < 2:
+        return None
+    return math.sqrt(math.fsum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
+
+
+def proportion(hits: Sequence[bool], groups: Sequence[Hashable] | None = None, level: float = 0.95) -> Proportion:
     """The share that is true, with Wilson's interval (1927), which unlike the normal one stays inside [0, 1] and holds
-    for few trials. It takes the trials as independent."""
-    n = len(hits)
+    for few trials.
+
+    Trials are independent, or those of different ``groups`` are: then the interval is that of as many independent
+    trials as would have the same standard error (Kish 1965, the effective sample size), never more than there are; of
+    as many trials as groups where all are alike, since nothing then says how far they hang together."""
+    n: float = len(hits)
     assert n > 0, "a share needs a trial"
     point = sum(map(bool, hits)) / n
+    if groups is not None:
+        error = clustered_error([float(hit) for hit in hits], groups)
+        n = min(n, point * (1 - point) / error**2) if error and 0 < point < 1 else min(n, len(set(groups)))
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     middle = (point + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (point * (1 - point) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Proportion(point, max(middle - half, 0.0), min(middle + half, 1.0), n)
+    return Proportion(point, max(middle - half, 0.0), min(middle + half, 1.0), len(hits))
 
 
 def bootstrap_interval(

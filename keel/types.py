@@ -159,6 +159,11 @@ class Encoded:
         """What comes before the first learned token."""
         return self.ids[: self.mask.index(True)] if True in self.mask else self.ids
 
+    @property
+    def predicted(self) -> int:
+        """How many tokens a model predicts of it: the learned ones, but for a first one, which nothing precedes."""
+        return sum(self.mask[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
@@ -221,9 +226,10 @@ class Grade:
 
 
 class Judge(Protocol):
-    """Grades replies. A Python function ``(prompt, text) -> Grade | float`` is adapted to this by ``reward``."""
+    """Grades replies; None where a grade could not be had. A Python function ``(prompt, text) -> Grade | float`` is
+    adapted to this by ``reward``."""
 
-    def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]: ...
+    def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sequence[Grade | None]: ...
 
 
 class Scorer(Protocol):

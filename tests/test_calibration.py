@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import stdev
 
 import pytest
 
 from keel.eval.calibration import Bin, both_ways, ece, reliability, temperature
+from keel.eval.reward_quality import reward_quality
 from keel.eval.winrate import win_rate
-from keel.stats import ceiling_bounds, noise_ceiling, proportion, sigmoid
+from keel.stats import ceiling_bounds, clustered_error, noise_ceiling, proportion, sigmoid
+from keel.types import Message, Preference, Prompt
 
 
 def test_reliability_by_hand() -> None:
@@ -108,6 +111,53 @@ def test_a_proportions_interval_covers_the_truth() -> None:
         found = proportion([rng.random() < 0.9 for _ in range(30)])
         covered += found.low <= 0.9 <= found.high
     assert 0.92 <= covered / 1000 <= 0.98
+
+
+def test_a_clustered_error_by_hand_and_against_the_truth() -> None:
+    # Two groups with sums of distances from the mean 1/2 of 1 and -1: sqrt(2 * 2 / 1) / 4.
+    assert clustered_error([1, 1, 0, 0], "aabb") == pytest.approx(math.sqrt(2 * 2) / 4)
+    values = [0.3, 1.1, -0.4, 2.0]
+    assert clustered_error(values, range(4)) == pytest.approx(stdev(values) / 2)
+    assert clustered_error([1.0, 2.0], "aa") is None
+    # 25 prompts of 8 replies: the spread of many such means, and what one of them says of it.
+    rng, means, errors = random.Random(4), [], []
+    for _ in range(400):
+        drawn = [prompt + rng.gauss(0, 1) for prompt in [rng.gauss(0, 1) for _ in range(25)] for _ in range(8)]
+        means.append(sum(drawn) / 200)
+        errors.append(clustered_error(drawn, [i // 8 for i in range(200)]))
+    assert stdev(means) == pytest.approx(math.sqrt((1 + 1 / 8) / 25), rel=0.1)
+    assert sum(errors) / 400 == pytest.approx(math.sqrt((1 + 1 / 8) / 25), rel=0.05)
+
+
+def test_a_share_over_groups_knows_as_much_as_they_do() -> None:
+    """Trials that are copies of each other are one."""
+    right = [True] * 15 + [False] * 5
+    once, copied = proportion(right), proportion([hit for hit in right for _ in range(6)], [i // 6 for i in range(120)])
+    assert (copied.point, copied.count) == (0.75, 120)
+    # The clustered variance has G / (G - 1) in it: 19 trials' worth, a little wider than 20.
+    assert copied.low == pytest.approx(once.low, abs=0.01)
+    assert copied.high == pytest.approx(once.high, abs=0.01)
+    assert proportion([True] * 120, [i // 6 for i in range(120)]).low == proportion([True] * 20).low
+    assert proportion(right, range(20)).low == pytest.approx(once.low, abs=0.01)
+
+
+def test_a_reward_models_figures_over_votes_of_few_prompts() -> None:
+    """Two prompts of three votes each, one right and one wrong throughout, and a pair that the model cannot tell."""
+
+    def vote(n: int, asked: str) -> Preference:
+        return Preference(f"v{n}", Prompt(asked, (Message("user", asked),)), "yes", "no", annotator="ann")
+
+    rows = [(vote(n, "a"), 1.0, 9, 3) for n in range(3)] + [(vote(n, "b"), -1.0, 3, 9) for n in range(3, 6)]
+    found = reward_quality(rows, {}, None, 0)
+    assert found["accuracy"] == 0.5
+    assert found["accuracy_se"] == pytest.approx(0.5)  # of two prompts, not sqrt(1/4 / 6) = 0.2 of six votes
+    (ann,) = found["annotators"]
+    assert (ann["low"], ann["high"]) == (pytest.approx(proportion([True, False]).low, abs=0.1), pytest.approx(
+        proportion([True, False]).high, abs=0.1))  # fmt: skip
+    assert found["prefers_longer"] == 1.0
+    tied = reward_quality([(vote(0, "a"), 0.0, 9, 3)], {"v0": 0.9}, None, 0)
+    halves = ("accuracy", "prefers_longer", "accuracy_on_truth", "expected_accuracy")
+    assert [tied[name] for name in halves] == [0.5] * 4  # a toss of a coin, whatever the side
 
 
 def test_win_rate_is_the_same_accuracy() -> None:

@@ -341,6 +341,7 @@ def fails(read: Callable[[Path], Any], path: Path) -> str:
          "field 'completions': expected a list of texts, got"),
         (read_facts, {"prompt": "hi", "choices": ["a"], "answer": 0},
          "field 'choices': expected two different texts or more"),
+        (read_facts, {"prompt": "hi", "choices": ["a", ""], "answer": 0}, "'choices': an empty text is one of them"),
         (read_facts, {"prompt": "hi", "choices": ["a", "b"], "answer": 2},
          "expected a whole number from 0 to 1, got the number 2"),
         (read_facts, {"prompt": "hi", "choices": ["a", "b"], "answer": 0.5}, "expected a whole number from 0 to 1"),

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,3 +253,87 @@ def test_endpoint_address_must_be_http(url: str) -> None:
 def test_the_key_is_not_in_the_judges_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_JUDGE_KEY", "sk-very-secret")
     assert "sk-very" not in repr(judge("http://localhost/v1"))
+
+
+# ------------------------------------------------------------------------------- grades that are missing, and kept ones
+
+
+def test_a_model_that_takes_no_temperature_is_asked_without(serve: Callable[..., Server]) -> None:
+    says = '{"error": {"message": "Unsupported value: \'temperature\' does not support 0 with this model."}}'
+    server = serve(lambda body, _: (400, {}, says) if "temperature" in body else chat_reply('{"score": 5}'))
+    one = judge(server.url, concurrency=1)
+    assert one.grade(PROMPTS, REPLIES) == [Grade(5.0)] * 7
+    assert one.grade(PROMPTS[:1], [Completion("another")]) == [Grade(5.0)]
+    assert ["temperature" in body for body in server.requests] == [True] + [False] * 8  # refused once
+
+
+def test_an_unreadable_grade_costs_that_grade(serve: Callable[..., Server]) -> None:
+    """Of ten replies one is refused by the server and one never graded readably: eight grades, two missing."""
+
+    def answer(body: dict[str, Any], _: int) -> Reply:
+        reply = material(body)["reply"]
+        if reply == "r3":
+            return 400, {}, '{"error": {"code": "content_filter"}}'
+        return chat_reply("I would rather not." if reply == "r7" else '{"score": 6}')
+
+    server = serve(answer)
+    told: list[str] = []
+    reporter = Counting()
+    reporter.note = told.append  # type: ignore[method-assign]
+    prompts, replies = [prompt(n) for n in range(10)], [Completion(f"r{n}") for n in range(10)]
+    grades = judge(server.url, reporter=reporter).grade(prompts, replies)
+    assert grades == [None if n in (3, 7) else Grade(6.0) for n in range(10)]
+    assert len(told) == 1
+    assert told[0].startswith("2 of 10 replies have no grade: the judge could not grade prompt 'p3': status 400")
+    with pytest.raises(UserError, match=r"could not grade prompt 'p3'.*\(2 of 9 replies have no grade, and 20% may"):
+        judge(server.url, concurrency=1).grade(prompts[:9], replies[:9])
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "score"),
+    [
+        ('<think>perhaps {"score": 2}, no</think>\n{"score": 8}', "stop", 8.0),
+        ('<think>perhaps {"score": 2}</think> I cannot say', "stop", None),
+        ('<think>perhaps {"score": 2} or', "length", None),
+        ('{"score": 9}', "length", 9.0),
+        ('{"sco', "length", None),
+    ],
+)
+def test_thoughts_are_no_grade(serve: Callable[..., Server], text: str, end: str, score: float | None) -> None:
+    body = {"choices": [{"message": {"content": text}, "finish_reason": end}]}
+    server = serve(lambda *_: (200, {}, json.dumps(body)))
+    if score is not None:
+        assert judge(server.url).grade(PROMPTS[:1], REPLIES[:1]) == [Grade(score)]
+        return
+    says = "cut at its length limit" if end == "length" else "instead of"
+    with pytest.raises(UserError, match=says):
+        judge(server.url, retries=0).grade(PROMPTS[:1], REPLIES[:1])
+
+
+def test_grades_so_far_are_kept(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """A server that dies after four grades; half a line of a killed process; a second run asks what is missing."""
+    file = tmp_path / "grades.jsonl"
+    dying = serve(lambda _, number: chat_reply('{"score": 4}') if number <= 4 else (503, {}, "gone"))
+    with pytest.raises(UserError, match="status 503"):
+        judge(dying.url, concurrency=1, retries=0, kept=file).grade(PROMPTS, REPLIES)
+    assert len(file.read_text().splitlines()) == 4
+    with file.open("a") as half:
+        half.write('{"key": "abc", "sco')
+    dying.requests.clear()
+    again = judge(dying.url, concurrency=1, kept=file)
+    assert again.grade(PROMPTS[:4], REPLIES[:4]) == [Grade(4.0)] * 4
+    assert again.grade([PROMPTS[1]] * 2, [REPLIES[1]] * 2) == [Grade(4.0)] * 2
+    assert not dying.requests
+    well = serve(lambda *_: chat_reply('{"score": 7}'))
+    assert judge(well.url, kept=file).grade(PROMPTS[:1], REPLIES[:1]) == [Grade(7.0)]  # another server's own grade
+    assert judge(well.url, kept=file, instructions="Be strict.").grade(PROMPTS[:1], REPLIES[:1]) == [Grade(7.0)]
+    assert len(well.requests) == 2
+    assert sum("score" in json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")) == 6
+
+
+def test_the_same_reply_is_asked_for_once(serve: Callable[..., Server]) -> None:
+    server = serve(lambda _, number: chat_reply(json.dumps({"score": number})))
+    one = judge(server.url)
+    assert one.grade([PROMPTS[0]] * 3, [REPLIES[1]] * 3) == [Grade(1.0)] * 3
+    assert one.grade(PROMPTS[:1], REPLIES[1:2]) == [Grade(1.0)]
+    assert len(server.requests) == 1

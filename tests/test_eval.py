@@ -178,6 +178,27 @@ def test_comparison_table() -> None:
         compare([sft, ppo], "dpo")
 
 
+def test_a_missing_grade_is_left_out_on_both_sides() -> None:
+    """Three prompts: one where the model has no grade, one where the baseline has none, one where both have."""
+
+    class Forgetful(TableJudge):
+        def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade | None]:  # type: ignore[override]
+            return [self.table.get(c.text) for c in completions]
+
+    judge = Forgetful(TABLE)
+    a = evaluate_model("a", PROMPTS, [[_reply("?")], [_reply("good")], [_reply("unknown")]], judge)
+    b = evaluate_model("b", PROMPTS, [[_reply("good")], [_reply("?")], [_reply("made up")]], judge)
+    assert a.figures.score is not None
+    assert (a.figures.score.mean, a.figures.score.count) == (pytest.approx((1.0 + 0.8) / 2), 2)
+    assert a.figures.graded == pytest.approx(2 / 3)
+    table = compare([a, b], "b")
+    assert (table["a"]["wins"], table["a"]["losses"], table["a"]["ties"]) == (1, 0, 0)
+    assert (table["a"]["prompts"], table["a"]["graded"]) == (3, pytest.approx(2 / 3))
+    assert side_by_side([a], 1)[0]["replies"]["a"]["score"] is None
+    nothing = evaluate_model("c", PROMPTS[:1], [[_reply("?")]], judge)
+    assert compare([nothing], "c")["c"]["gold_reward"] is None
+
+
 def test_side_by_side_lets_the_kinds_take_turns() -> None:
     prompts = [_prompt(0, "a"), _prompt(1, "a"), _prompt(2, "a"), _prompt(3, "b")]
     one = evaluate_model("one", prompts, [[_reply("good")]] * 4, TableJudge(TABLE))
@@ -315,7 +336,15 @@ def test_choice_that_melts_into_the_prompt_is_scored_from_where_it_differs(
 
 
 @pytest.mark.parametrize(
-    "row", [Row("a", ("b",), 0), Row("a", ("b", "c"), 2), Row("", ("b", "c"), 0)], ids=["one", "range", "no prompt"]
+    "row",
+    [
+        Row("a", ("b",), 0),
+        Row("a", ("b", "c"), 2),
+        Row("", ("b", "c"), 0),
+        Row("a", ("", "c"), 0),
+        Row("a", (" ", "c"), 1),
+    ],
+    ids=["one", "range", "no prompt", "empty", "no token"],
 )
 def test_broken_choice_rows_are_named(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, row: Row) -> None:
     with pytest.raises(UserError, match=r"data\.facts row 2"):
@@ -401,6 +430,7 @@ def _healthy(n: int = 12) -> list[dict[str, float]]:
     return [
         {
             "step": i, "objective/kl": 0.5 * i, "objective/scores": 0.1 * i, "eval/gold": min(0.1 * i, 0.8),
+            "eval/gold_se": 0.05,
             "policy/entropy_avg": 1.5 - 0.05 * i, "completions/mean_length": 20 + i, "completions/clipped_ratio": 0.01,
             "completions/repetition": 0.02, "policy/clipfrac_avg": 0.1, "val/ratio": 1.0 + 0.005 * (-1) ** i,
         }
@@ -425,7 +455,7 @@ def test_a_healthy_run_raises_no_alarm() -> None:
         ("ratio", "val/ratio", {4: 1.2}, 4),
         ("ratio", "val/ratio", {4: 0.8}, 4),
         ("repetition", "completions/repetition", {9: 0.5}, 9),
-        ("over_optimisation", "eval/gold", {9: 0.3, 10: 0.2, 11: 0.1}, 10),
+        ("reward_clipped", "objective/reward_clipped", {3: 0.2, 4: 0.2, 5: 0.2}, 5),
     ],
 )
 def test_each_rule_fires_where_its_bound_breaks(name: str, key: str, values: dict[int, float], step: int) -> None:
@@ -436,10 +466,15 @@ def test_each_rule_fires_where_its_bound_breaks(name: str, key: str, values: dic
 
 
 def test_noise_does_not_ring_the_over_optimisation_alarm() -> None:
-    """A fall within two standard errors is no fall; a single low measurement is none either."""
-    rows = [row | {"eval/gold_se": 0.5} for row in _healthy()]
-    rows[9]["eval/gold"], rows[10]["eval/gold"] = 0.3, 0.2
-    assert find_alarms("ppo", rows) == []
+    """A fall within the noise is none; a single low measurement is none either, nor one that the judge alone saw."""
+    fallen = [row | ({"eval/gold": 1.1 - 0.1 * i} if i > 7 else {}) for i, row in enumerate(_healthy())]
+    (alarm,) = find_alarms("ppo", fallen)
+    assert (alarm.name, alarm.step, alarm.value) == ("over_optimisation", 10, pytest.approx((0.1 + 0.0) / 2))
+    assert alarm.value < alarm.bound
+    assert alarm.remedy.endswith(".")
+    assert find_alarms("ppo", [row | {"eval/gold_se": 0.5} for row in fallen]) == []
+    assert find_alarms("ppo", [row | {"objective/scores": 1.0} for row in fallen]) == []
+    assert find_alarms("ppo", [{k: v for k, v in row.items() if k != "eval/gold_se"} for row in fallen]) == []
     once = _healthy()
     once[9]["eval/gold"] = 0.0
     assert find_alarms("ppo", once) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from keel.pipeline import plan
 from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
 from keel.train.grpo import train_grpo
-from keel.train.ppo import train_ppo
+from keel.train.ppo import Ppo, train_ppo
 from keel.train.ptx import Ptx
 from keel.train.sft import train_sft
 from keel.types import Completion, Prompt
@@ -127,10 +128,18 @@ def test_what_training_would_forget_is_kept(kind: str, model: Path, tmp_path: Pa
     assert after["with"] < before + 0.1
 
 
-def test_only_the_critic_learns_in_its_warm_up(model: Path, tmp_path: Path) -> None:
-    c = replace(context(tmp_path, "ppo", model), texts=TEXTS)
-    _train("ppo", c, MIX, warmup=4)  # all of the rollouts
-    torch.testing.assert_close(weights(c.stage.path), weights(model), atol=0, rtol=0)
+def test_only_the_critic_learns_in_its_warm_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after: list[torch.Tensor] = []
+
+    def watching(self: Ppo, iteration: int) -> Any:
+        after.append(torch.cat([p.detach().flatten().clone() for p in self.modules["policy"].parameters()]))
+        return {}, False
+
+    monkeypatch.setattr(Ppo, "after", watching)
+    _train("ppo", replace(context(tmp_path, "ppo", model), texts=TEXTS), MIX, warmup=3)
+    assert len(after) == 4
+    torch.testing.assert_close(after[2], weights(model), atol=0, rtol=0)
+    assert float((after[3] - after[2]).abs().max()) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- recipes and runs

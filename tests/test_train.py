@@ -160,6 +160,25 @@ def test_sft_learns_the_demonstrations_and_to_stop(tmp_path: Path) -> None:
     assert chat.decode(reply.ids) == "good day captain"
 
 
+def test_the_loss_of_plain_text_is_over_what_is_predicted(tmp_path: Path) -> None:
+    """Nothing comes before a text's first token, which the tokenizer's missing BOS leaves unpredicted: of a text of two
+    tokens one is predicted."""
+    model, tokenizer = load_policy(save_tiny(tmp_path / "base"))
+    rows = [Chat(tokenizer).encode_text(text) for text in ("a ship", "salt", "the captain sails from port to port")]
+    rows = [row for row in rows if len(row.ids) > 1]
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            logp = tiny_llama().eval()(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        losses += [-float(logp[i - 1, row.ids[i]]) for i in range(1, len(row.ids))]
+    algorithm = Sft(model, rows, [], SftStage(name="x", batch_size=len(rows)), "cpu", "fp32", 0)
+    (micros,) = algorithm.updates(0)
+    optimizer = make_optimizer(algorithm.modules, algorithm.config.optim, {})
+    figures = _update(algorithm, optimizer, micros, algorithm.config, "cpu", "fp32", 0)
+    assert figures["loss"][0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert sum(row.predicted for row in rows) == len(losses)
+
+
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     """Random replies cannot be learned, so the held-out loss soon rises."""
     generator = torch.Generator().manual_seed(0)

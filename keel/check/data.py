@@ -150,7 +150,7 @@ def _lengths(
     if beyond:
         sentence = f"{beyond} of {len(rows)} records are longer than the model's {context} positions"
         yield Finding("error", place, sentence, f"lower {setting} to {context} and set data.over_length: skip")
-    empty = sum(not any(row.mask) for row in rows) if setting == "data.max_length" else 0
+    empty = sum(not row.predicted for row in rows) if setting == "data.max_length" else 0
     if empty:
         yield Finding("error", place, f"{empty} records have nothing to learn", "take out the empty replies")
 

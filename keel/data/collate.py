@@ -52,6 +52,12 @@ def pack(sequences: Sequence[Encoded], device: torch.device | str = "cpu") -> Pa
     return PackedBatch(ids_T=ids_T, positions_T=positions_T, cu_seqlens=cu_seqlens, mask_T=mask_T).to(device)
 
 
+def pieces(row: Encoded, longest: int) -> list[Encoded]:
+    """A text cut every ``longest`` tokens, as in pretraining; a piece of which nothing is predicted is left out."""
+    cut = [Encoded(row.ids[i : i + longest], row.mask[i : i + longest]) for i in range(0, len(row.ids), longest)]
+    return [piece for piece in cut if piece.predicted]
+
+
 SHARED_ROW_UP_TO = 256  # tokens of a prompt and the completions behind it; attention's work grows with its square
 
 

@@ -311,6 +311,8 @@ def _fact(row: Fields) -> Fact:
     answer = row["answer"]
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise RowError(f"field 'choices': expected two different texts or more, got {shown(list(choices))}")
+    if not all(choices):
+        raise RowError("field 'choices': an empty text is one of them, and nothing is always the likeliest to follow")
     if answer in choices:
         index = choices.index(answer)
     else:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
+from keel.eval.falls import largest_fall
 from keel.eval.overoptimisation import GOLD, KL, PROXY, finite
 
 Rows = Sequence[Mapping[str, Any]]
 
 ENTROPY, LENGTH, CUT = "policy/entropy_avg", "completions/mean_length", "completions/clipped_ratio"
 CLIPPED, RATIO, REPETITION = "policy/clipfrac_avg", "val/ratio", "completions/repetition"
+REWARD_CLIPPED = "objective/reward_clipped"
 START_ROWS = 3  # "at the start" is the median of this many rows
 
 
@@ -24,9 +26,9 @@ START_ROWS = 3  # "at the start" is the median of this many rows
 class Limits:
     """kl: nats per sequence; entropy_share, length_factor: against the start of the run; clipped: share of tokens whose
     ratio was clipped; in_a_row: rows for which a noisy figure must stay out; ratio: distance of the mean ratio from 1;
-    repetition: share of repeated 4-grams; cut: rise of the share of completions cut at the length limit; gold_drop:
-    fall below the best gold, in standard errors of the difference where the rows have ``eval/gold_se``, else as a share
-    of the range of gold so far."""
+    repetition: share of repeated 4-grams; cut: rise of the share of completions cut at the length limit;
+    reward_clipped: share of scores that ``reward_clip`` cut; gold_false_alarms: the chance that a run whose gold never
+    falls is said to have over-optimised (``keel.eval.falls.largest_fall``)."""
 
     kl: float = 30.0
     entropy_share: float = 0.25
@@ -36,8 +38,8 @@ class Limits:
     ratio: float = 0.1
     repetition: float = 0.3
     cut: float = 0.2
-    gold_drop_se: float = 2.0
-    gold_drop_share: float = 0.2
+    reward_clipped: float = 0.1
+    gold_false_alarms: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,29 +179,35 @@ def _repetition(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     )  # fmt: skip
 
 
+def _reward_clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    point = _first(_series(rows, REWARD_CLIPPED), lambda share: share > limits.reward_clipped, limits.in_a_row)
+    if point is None:
+        return None
+    return Alarm(
+        stage, "reward_clipped", point.step, point.value, limits.reward_clipped,
+        f"reward_clip cut {point.value:.0%} of the scores: beyond it all replies are worth the same.",
+        "Raise reward_clip, leave it out, or give the reward a smaller weight.",
+    )  # fmt: skip
+
+
 def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
-    """Twice in succession gold lies clearly below its best so far while the proxy lies above its value at that best."""
-    measured = [row for row in rows if finite(row.get(GOLD)) is not None and finite(row.get(PROXY)) is not None]
-    held = 0
-    for number, row in enumerate(measured[1:], start=1):
-        best = max(measured[:number], key=lambda earlier: earlier[GOLD])
-        golds = [earlier[GOLD] for earlier in measured[: number + 1]]
-        errors = [finite(r.get(f"{GOLD}_se")) for r in (best, row)]
-        if errors[0] is not None and errors[1] is not None:
-            allowed = limits.gold_drop_se * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
-        else:
-            allowed = limits.gold_drop_share * (max(golds) - min(golds))
-        falling = best[GOLD] - row[GOLD] > allowed and row[PROXY] > best[PROXY]
-        held = held + 1 if falling else 0
-        if held == 2:
-            return Alarm(
-                stage, "over_optimisation", int(row["step"]), float(row[GOLD]), float(best[GOLD] - allowed),
-                f"The proxy rose from {best[PROXY]:.2f} to {row[PROXY]:.2f} while the judge's score fell from "
-                f"{best[GOLD]:.2f} (step {best['step']}) to {row[GOLD]:.2f}.",
-                "Go back to the checkpoint with the best judge's score, raise kl.coef (GRPO: beta), and have such "
-                "replies judged.",
-            )  # fmt: skip
-    return None
+    """Gold ended below what it had been while the proxy ended above: one test of the whole run (keel.eval.falls)."""
+    names = (GOLD, f"{GOLD}_se", PROXY)
+    measured = [row for row in rows if all(finite(row.get(name)) is not None for name in names)]
+    gold, error, proxy = ([float(row[name]) for row in measured] for name in names)
+    fall = largest_fall(gold, error, proxy, limits.gold_false_alarms)
+    if fall is None:
+        return None
+    early, late = slice(fall.begin, fall.end), slice(fall.last, None)
+    steps = [int(row["step"]) for row in measured]
+    return Alarm(
+        stage, "over_optimisation", steps[fall.last], fall.after, fall.bound,
+        f"The judge's score fell from {fall.before:.2f} (mean of steps {steps[early][0]} to {steps[early][-1]}) to "
+        f"{fall.after:.2f} (steps {steps[late][0]} to {steps[late][-1]}), {fall.errors:.1f} standard errors, while the "
+        f"proxy rose from {mean(proxy[early]):.2f} to {mean(proxy[late]):.2f}.",
+        "Go back to the checkpoint with the best judge's score, raise kl.coef (GRPO: beta), and have such "
+        "replies judged.",
+    )  # fmt: skip
 
 
 RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
@@ -210,5 +218,6 @@ RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
     _clipped,
     _ratio,
     _repetition,
+    _reward_clipped,
     _overoptimised,
 )

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from keel.data.collate import micro_batches, micro_batches_by_prompt, pack, pack_by_prompt
+from keel.data.collate import micro_batches, micro_batches_by_prompt, pack, pack_by_prompt, pieces
 from keel.eval.evaluate import Estimate
 from keel.model.logprobs import sequence_sums, token_logprobs
 from keel.types import Encoded, UserError
@@ -27,17 +27,22 @@ class MultipleChoice(Protocol):
     def answer(self) -> int: ...
 
 
-def text_loss(model: nn.Module, texts: Sequence[Encoded], batch_tokens: int = 8192) -> Estimate:
-    """Nats per predicted token over plain texts (every token of all texts weighs the same).
+def text_loss(
+    model: nn.Module, texts: Sequence[Encoded], batch_tokens: int = 8192, longest: int | None = None
+) -> Estimate:
+    """Nats per predicted token over plain texts (every token of all texts weighs the same). A text beyond ``longest``,
+    the model's positions, is measured in pieces.
 
     The standard error is that of a ratio of sums over texts (tokens of one text are not independent). ``count`` is the
     number of texts. Raises UserError when no text has a token to predict.
     """
-    kept = [text for text in texts if any(text.mask[1:])]
+    cut = [pieces(text, longest or max(1, len(text.ids))) for text in texts]
+    kept = [parts for parts in cut if parts]
     if not kept:
         raise UserError("data.base_text has no text of two tokens or more; give longer rows or leave it out")
-    losses_N = -_summed_logprobs(model, kept, batch_tokens)
-    tokens_N = torch.tensor([sum(text.mask[1:]) for text in kept], dtype=torch.float64)
+    sums = _summed_logprobs(model, [piece for parts in kept for piece in parts], batch_tokens)
+    losses_N = torch.stack([-part.sum() for part in sums.split([len(parts) for parts in kept])])
+    tokens_N = torch.tensor([sum(piece.predicted for piece in parts) for parts in kept], dtype=torch.float64)
     loss = float(losses_N.sum() / tokens_N.sum())
     n = len(kept)
     if n < 2:
@@ -56,17 +61,30 @@ def choice_accuracy(
     not common to all of a row's choices and its prompt: a tokenizer may merge the prompt's end with the choice's
     beginning, and what all share cancels out. No normalisation by length. Equal scores: the first choice.
 
-    Raises UserError naming the row when it has fewer than two choices, an answer out of range, or no text before the
-    point where the choices part.
+    Raises UserError naming the row when it has fewer than two choices, an answer out of range, no text before the
+    point where the choices part, or a choice that adds no token to the prompt.
     """
+    encoded = encode_facts(tokenizer, rows)
+    scores = _summed_logprobs(model, encoded, batch_tokens).split([len(row.choices) for row in rows])
+    right = [float(int(score.argmax()) == row.answer) for score, row in zip(scores, rows, strict=True)]
+    return Estimate.of(right)
+
+
+def encode_facts(tokenizer: Any, rows: Sequence[MultipleChoice], longest: int | None = None) -> list[Encoded]:
+    """Every choice of every row after its prompt. Raises UserError as :func:`choice_accuracy` does, and for a row
+    beyond ``longest``, the model's positions."""
     if not rows:
         raise UserError("data.facts has no rows; give some or leave it out")
     encoded: list[Encoded] = []
     for number, row in enumerate(rows, start=1):
-        encoded.extend(_encode_choices(tokenizer, row, number))
-    scores = _summed_logprobs(model, encoded, batch_tokens).split([len(row.choices) for row in rows])
-    right = [float(int(score.argmax()) == row.answer) for score, row in zip(scores, rows, strict=True)]
-    return Estimate.of(right)
+        choices = _encode_choices(tokenizer, row, number)
+        most = max(len(choice.ids) for choice in choices)
+        if longest is not None and most > longest:
+            raise UserError(
+                f"data.facts row {number}: it has {most} tokens with a choice and the model takes {longest}; shorten it"
+            )
+        encoded += choices
+    return encoded
 
 
 def _encode_choices(tokenizer: Any, row: MultipleChoice, number: int) -> list[Encoded]:
@@ -78,6 +96,12 @@ def _encode_choices(tokenizer: Any, row: MultipleChoice, number: int) -> list[En
     start = _common_prefix([_encode(tokenizer, row.prompt), *whole])
     if start == 0:
         raise UserError(f"data.facts row {number}: no text comes before the choices; give the row a prompt")
+    for choice, ids in zip(row.choices, whole, strict=True):
+        if len(ids) == start:
+            raise UserError(
+                f"data.facts row {number}: the choice {choice!r} adds no token to the prompt, and nothing is always "
+                "the likeliest to follow; give it a text"
+            )
     return [Encoded(tuple(ids), tuple(place >= start for place in range(len(ids)))) for ids in whole]
 
 

@@ -44,7 +44,7 @@ class Estimate:
 class GradedReply:
     prompt: Prompt
     completion: Completion
-    grade: Grade
+    grade: Grade | None
     reward: float | None = None
 
 
@@ -52,12 +52,14 @@ class GradedReply:
 class Figures:
     """Means over prompts (a prompt's own value is the mean over its replies).
 
-    score: the judge's; reward: the learned model's, None without one; flags: by the judge's flag name, over the prompts
-    where the question applies (their number is in ``count``); length: tokens of a reply, its end token included;
+    score: the judge's, over the replies that it graded, None where it graded none; graded: their share; reward: the
+    learned model's, None without one; flags: by the judge's flag name, over the prompts where the question applies
+    (their number is in ``count``); length: tokens of a reply, its end token included;
     finished: share of replies that ended by themselves; repetition: see ``repetition``.
     """
 
-    score: Estimate
+    score: Estimate | None
+    graded: float
     reward: Estimate | None
     flags: Mapping[str, Estimate]
     length: Estimate
@@ -85,7 +87,8 @@ def evaluate_model(
     """Grades every reply, once by the judge and once by the scorer when there is one.
 
     replies: for each prompt at least one completion. Raises UserError without prompts, or when the judge returns
-    another number of grades than replies or a score that is not finite.
+    another number of grades than replies or a score that is not finite. A reply without a grade (None) is left out of
+    the judge's figures.
     """
     if not prompts:
         raise UserError(f"model {name!r} has no prompts to be evaluated on; give data.heldout_prompts")
@@ -96,7 +99,7 @@ def evaluate_model(
     if len(grades) != len(given):
         raise UserError(f"the judge returned {len(grades)} grades for {len(given)} replies of model {name!r}")
     for prompt, grade in zip(asked, grades, strict=True):
-        if not math.isfinite(grade.score):
+        if grade is not None and not math.isfinite(grade.score):
             raise UserError(f"the judge's score of model {name!r} on prompt {prompt.id!r} is {grade.score}")
     rewards: list[float | None] = [None] * len(given)
     if scorer is not None:
@@ -114,13 +117,16 @@ def evaluate_model(
 def _figures(rows: Sequence[Sequence[GradedReply]]) -> Figures:
     flags: dict[str, list[float]] = {}
     for row in rows:
-        for name in dict.fromkeys(chain.from_iterable(reply.grade.flags for reply in row)):
-            answers = [a for reply in row if (a := reply.grade.flags.get(name)) is not None]
+        grades = [reply.grade for reply in row if reply.grade is not None]
+        for name in dict.fromkeys(chain.from_iterable(grade.flags for grade in grades)):
+            answers = [a for grade in grades if (a := grade.flags.get(name)) is not None]
             if answers:
                 flags.setdefault(name, []).append(_mean(answers))
     rewards = [[reply.reward for reply in row if reply.reward is not None] for row in rows]
+    scores = [[reply.grade.score for reply in row if reply.grade is not None] for row in rows]
     return Figures(
-        score=Estimate.of([_mean([r.grade.score for r in row]) for row in rows]),
+        score=Estimate.of([_mean(row) for row in scores if row]) if any(scores) else None,
+        graded=sum(map(len, scores)) / sum(map(len, rows)),
         reward=Estimate.of([_mean(row) for row in rewards]) if all(rewards) else None,
         flags={name: Estimate.of(values) for name, values in flags.items()},
         length=Estimate.of([_mean([len(r.completion.ids) for r in row]) for row in rows]),
@@ -180,10 +186,10 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """The table of summary.json: for each model its figures, and its win rate against ``baseline``.
 
-    Keys: gold_reward (+ _se), <flag>_rate with ``counts``, reward, mean_length, finished_rate, repetition,
+    Keys: gold_reward (+ _se), graded, <flag>_rate with ``counts``, reward, mean_length, finished_rate, repetition,
     win_rate_vs_BASELINE ([point, low, high], None where undefined, as for the baseline itself),
     wins / losses / ties, and ``kinds`` with gold_reward, rates and win rate of each kind of prompt.
-    The i-th reply of a model meets the i-th reply of the baseline to the same prompt.
+    The i-th reply of a model meets the i-th reply of the baseline to the same prompt, where both have a grade.
 
     Raises UserError when the baseline is not among the models or the models answered different prompts.
     """
@@ -214,6 +220,7 @@ def versus(
         for number, (row_a, row_b) in enumerate(zip(model.replies, baseline.replies, strict=True))
         if kind is None or row_a[0].prompt.kind == kind
         for a, b in zip(row_a, row_b, strict=False)  # one model may have kept fewer distinct replies
+        if a.grade is not None and b.grade is not None
     ]
     return win_rate([p[0] for p in pairs], [p[1] for p in pairs], [p[2] for p in pairs], n_boot, seed)
 
@@ -234,14 +241,15 @@ def _win_figures(
 
 def _as_dict(figures: Figures) -> dict[str, Any]:
     return {
-        "gold_reward": figures.score.mean,
-        "gold_reward_se": figures.score.se,
+        "gold_reward": figures.score.mean if figures.score else None,
+        "gold_reward_se": figures.score.se if figures.score else None,
+        "graded": figures.graded,
         **{rate_name(flag): estimate.mean for flag, estimate in figures.flags.items()},
         "reward": figures.reward.mean if figures.reward else None,
         "mean_length": figures.length.mean,
         "finished_rate": figures.finished.mean,
         "repetition": figures.repetition.mean,
-        "prompts": figures.score.count,
+        "prompts": figures.length.count,
         "counts": {rate_name(flag): estimate.count for flag, estimate in figures.flags.items()},
     }
 
@@ -272,9 +280,9 @@ def _reply_dict(reply: GradedReply) -> dict[str, Any]:
     return {
         "text": reply.completion.text,
         "finished": reply.completion.finished,
-        "score": reply.grade.score,
+        "score": reply.grade.score if reply.grade else None,
         "reward": reply.reward,
-        "flags": dict(reply.grade.flags),
+        "flags": dict(reply.grade.flags) if reply.grade else {},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from keel.config import SamplingConfig
 from keel.data.chat import Chat
@@ -20,11 +21,11 @@ from keel.eval.evaluate import ModelEvaluation, compare, evaluate_model, kl_from
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.logprobs import masked_offsets, token_logprobs
-from keel.model.modules import embedding_rows
 from keel.model.precision import Precision, autocast
+from keel.model.vocabulary import unreadable
 from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids, with_decoded_text
-from keel.rollout.sampler import make_sampler
+from keel.rollout.sampler import context_length, make_sampler
 from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer
 
 TOKENS = 8192  # tokens in one forward pass
@@ -63,15 +64,16 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
     """The run's ``summary.json`` but for times and lineage: a table of models x figures, samples side by side, the
     guardrail and alarms."""
     reporter.start("eval", len(inputs.models))
-    baseline, _ = load_policy(inputs.models[inputs.baseline], device=inputs.device)
+    baseline, reads = load_policy(inputs.models[inputs.baseline], device=inputs.device)
     frozen(baseline)
     evaluations: list[ModelEvaluation] = []
     extra: dict[str, dict[str, Any]] = {}
     for name, place in inputs.models.items():
-        evaluation, figures = _one_model(name, place, baseline, inputs)
+        evaluation, figures = _one_model(name, place, (baseline, reads), inputs)
         evaluations.append(evaluation)
         extra[name] = figures
-        reporter.advance(1, **{"judge score": evaluation.figures.score.mean})
+        score = evaluation.figures.score
+        reporter.advance(1, **({"judge score": score.mean} if score else {}))
     table = compare(evaluations, inputs.baseline, inputs.bootstrap, inputs.seed)
     summary: dict[str, Any] = {
         "stages": {name: figures | extra[name] for name, figures in table.items()},
@@ -100,7 +102,7 @@ def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
 
 
 def _one_model(
-    name: str, place: Place, baseline: nn.Module, inputs: EvaluationInputs
+    name: str, place: Place, baseline: tuple[nn.Module, PreTrainedTokenizerBase], inputs: EvaluationInputs
 ) -> tuple[ModelEvaluation, dict[str, Any]]:
     model, tokenizer = load_policy(place, device=inputs.device)
     frozen(model)
@@ -113,18 +115,18 @@ def _one_model(
     figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}
     if isinstance(inputs.scorer, MixedScorer):
         figures |= {f"reward/{part}": float(scores.mean()) for part, scores in inputs.scorer.last_parts.items()}
-    if not chat.plain:  # a model that is asked in another form has no KL to one that is asked through a template
+    # A model that is asked in another form, or in other tokens, has no KL to one that is asked through a template.
+    asked_alike = not chat.plain and not Chat(baseline[1]).plain
+    if asked_alike and unreadable(*baseline, tokenizer) is None:
         at_one = inputs.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
         drawn = replies if at_one == inputs.sampling else sampler.generate(prompt_ids, at_one, inputs.seed)
-        said = max(max(*ids, *reply.ids) for ids, reply in zip(prompt_ids, drawn, strict=True))
-        if said < (embedding_rows(baseline) or said + 1):  # nor to one that lacks the template's tokens
-            kl = _kl(model, baseline, prompt_ids, drawn, inputs)
-            figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean
-            figures[f"kl_to_{inputs.baseline}_se"] = kl.k1.se
-            figures[f"kl_to_{inputs.baseline}_k3"] = kl.k3.mean
+        kl = _kl(model, baseline[0], prompt_ids, drawn, inputs)
+        figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean
+        figures[f"kl_to_{inputs.baseline}_se"] = kl.k1.se
+        figures[f"kl_to_{inputs.baseline}_k3"] = kl.k3.mean
     with autocast(inputs.device, inputs.precision):
         if inputs.texts:
-            loss = text_loss(model, [chat.encode_text(text) for text in inputs.texts], TOKENS)
+            loss = text_loss(model, [chat.encode_text(text) for text in inputs.texts], TOKENS, context_length(model))
             figures |= {"base_text_loss": loss.mean, "base_text_loss_se": loss.se}
         if inputs.facts:
             facts = choice_accuracy(model, tokenizer, inputs.facts, TOKENS)

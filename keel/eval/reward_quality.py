@@ -12,7 +12,7 @@ import numpy as np
 from keel.data.collate import messages_hash
 from keel.eval.calibration import both_ways, ece, reliability, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
-from keel.stats import bootstrap_interval, ceiling_bounds, noise_ceiling, proportion, sigmoid
+from keel.stats import bootstrap_interval, ceiling_bounds, clustered_error, noise_ceiling, proportion, sigmoid
 from keel.types import Completion, Judge, Preference, Scorer
 
 
@@ -36,6 +36,7 @@ def reward_quality(
     if not decided:
         return {"accuracy": None, "ceiling": None, "ece": None, "annotator_agreement": agreement, "annotators": []}
     right = [_hit(lead) for _, lead, _, _ in decided]
+    prompts = [messages_hash(record.prompt.messages) for record, _, _, _ in decided]
     n = len(right)
     accuracy = sum(right) / n
     leads = [lead for _, lead, _, _ in decided]
@@ -45,15 +46,17 @@ def reward_quality(
     ceiling = noise_ceiling([q for q, _ in known])
     if ceiling is None and agreement is not None:
         ceiling = ceiling_bounds(agreement)[1]
-    longer = [(lead > 0) == (a > b) for _, lead, a, b in decided if a != b]
+    longer = [_hit(lead if a > b else -lead) for _, lead, a, b in decided if a != b]
     return {
         "accuracy": accuracy,
-        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / n),
+        "accuracy_se": clustered_error(right, prompts),
         "ceiling": ceiling,
         "ceiling_from": "truth" if known else "agreement" if agreement is not None else None,
-        "accuracy_on_truth": sum((q > 0.5) == (lead > 0) for q, lead in known) / len(known) if known else None,
+        "accuracy_on_truth": sum(_hit((q - 0.5) * lead) for q, lead in known) / len(known) if known else None,
         **_share_of_ceiling([row for row in decided if row[0].id in truth], truth, seed),
-        "expected_accuracy": sum(q if lead > 0 else 1 - q for q, lead in known) / len(known) if known else None,
+        "expected_accuracy": sum(0.5 + (q - 0.5) * (2 * _hit(lead) - 1) for q, lead in known) / len(known)
+        if known
+        else None,
         "ece": ece(probs, outcomes),
         "ece_raw": ece(raw_probs, outcomes),
         "temperature": temperature(leads),
@@ -61,7 +64,12 @@ def reward_quality(
         "decided_pairs": n,
         "annotator_agreement": agreement,
         "prefers_longer": sum(longer) / len(longer) if longer else None,
-        "annotators": accuracy_by_annotator([(record.annotator, lead > 0) for record, lead, _, _ in decided]),
+        "annotators": accuracy_by_annotator(
+            [
+                (record.annotator, lead > 0, prompt)
+                for (record, lead, _, _), prompt in zip(decided, prompts, strict=True)
+            ]
+        ),
     }
 
 
@@ -88,17 +96,17 @@ def _hit(lead: float) -> float:
     return 1.0 if lead > 0 else 0.5 if lead == 0 else 0.0
 
 
-def accuracy_by_annotator(votes: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+def accuracy_by_annotator(votes: Sequence[tuple[str, bool, str]]) -> list[dict[str, Any]]:
     """With which share of each annotator's held-out decided votes the model agrees, those with the most votes first.
-    ``votes``: (annotator, whether the model scores the chosen reply higher); an empty name is nobody's. ``low`` and
-    ``high``: Wilson's 95% interval."""
-    by_name: dict[str, list[bool]] = {}
-    for name, agrees in votes:
+    ``votes``: (annotator, whether the model scores the chosen reply higher, the prompt); an empty name is nobody's.
+    ``low`` and ``high``: Wilson's 95% interval, over prompts."""
+    by_name: dict[str, list[tuple[bool, str]]] = {}
+    for name, agrees, prompt in votes:
         if name:
-            by_name.setdefault(name, []).append(agrees)
+            by_name.setdefault(name, []).append((agrees, prompt))
     rows = []
-    for name, hits in sorted(by_name.items(), key=lambda one: (-len(one[1]), one[0])):
-        share = proportion(hits)
+    for name, own in sorted(by_name.items(), key=lambda one: (-len(one[1]), one[0])):
+        share = proportion([agrees for agrees, _ in own], [prompt for _, prompt in own])
         rows.append(
             {"annotator": name, "accuracy": share.point, "low": share.low, "high": share.high, "votes": share.count}
         )
@@ -121,8 +129,8 @@ def gold_accuracy(
         for p in different.values()
         for text, finished in ((p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished))
     ]
-    gold = [grade.score for grade in judge.grade(prompts, replies)] if prompts else []
-    told = [i for i in range(0, len(gold), 2) if abs(gold[i] - gold[i + 1]) > TIE_WIDTH]
+    gold = [math.nan if grade is None else grade.score for grade in judge.grade(prompts, replies)] if prompts else []
+    told = [i for i in range(0, len(gold), 2) if abs(gold[i] - gold[i + 1]) > TIE_WIDTH]  # a missing one tells nothing
     better = [i if gold[i] > gold[i + 1] else i + 1 for i in told]
     worse = [2 * i + 1 - b for i, b in zip(told, better, strict=True)]
     groups = [prompts[i].id for i in told]

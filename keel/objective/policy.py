@@ -33,6 +33,14 @@ def token_rewards(kl_C: Tensor, score_N: Tensor, offsets: Tensor, kl_coef: float
     return (-kl_coef * kl_C).index_add(0, offsets[1:] - 1, score_N.to(kl_C.dtype))
 
 
+def discounted_reward(rewards_C: Tensor, offsets: Tensor, gamma: float) -> float:
+    """What PPO maximises: the mean over completions of their tokens' rewards, that of token t (from 0) times gamma^t.
+    (:func:`token_rewards`: score less kl_coef * KL where gamma is 1.)"""
+    _check(offsets, rewards_C)
+    place_C = torch.arange(rewards_C.numel(), device=rewards_C.device) - offsets[:-1].repeat_interleave(offsets.diff())
+    return float((rewards_C.double() * gamma ** place_C.double()).sum()) / (offsets.numel() - 1)
+
+
 def gae(rewards_C: Tensor, values_C: Tensor, offsets: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), within each completion. -> (advantages_C,
     returns_C), without gradient.

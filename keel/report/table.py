@@ -66,6 +66,7 @@ def table(run: RunFiles) -> list[TableGroup]:
         "Outcome": [
             Column(vs, f"Win rate against {title(run.baseline)}", percent, 1),
             Column("gold_reward", "Judge's score", two_places, 1),
+            *([Column("graded", "Replies that it graded", percent, 0)] if _some_ungraded(run) else []),
             Column("reward", "Learned reward", two_places, 0),
             *(
                 Column(key, f"of it {key.rpartition('/')[2]}", two_places, 0)
@@ -97,6 +98,10 @@ def table(run: RunFiles) -> list[TableGroup]:
         TableGroup(h, tuple(r for c in columns if (r := _row(run, c)) is not None)) for h, columns in groups.items()
     ]
     return [group for group in found if group.rows]
+
+
+def _some_ungraded(run: RunFiles) -> bool:
+    return any(figures.get("graded", 1) < 1 for figures in run.models.values())
 
 
 def _row(run: RunFiles, column: Column) -> TableRow | None:

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from keel.config import DataConfig, LoraConfig, ModelConfig, Source
+from keel.model.checkpoint import frozen, load_policy
 from keel.model.precision import Precision
 from keel.model.trunk import Trunk
+from keel.model.vocabulary import unreadable
 from keel.run import StageDir, write_json
 from keel.types import Encoded, Reporter, UserError
 
@@ -44,6 +49,20 @@ class TrainContext:
     def whole_lora(self) -> LoraConfig | None:
         """The recipe's adapters for stages that compare log-probabilities of models."""
         return self.base_model.lora and self.base_model.lora.whole()
+
+
+def load_reference(
+    path: Path, policy_tokenizer: PreTrainedTokenizerBase, stage: str, context: TrainContext
+) -> nn.Module:
+    """A frozen reference. UserError when it does not know the policy's tokens: there is then no KL from it."""
+    model, tokenizer = load_policy(context.source(path), device=context.device)
+    problem = unreadable(model, tokenizer, policy_tokenizer)
+    if problem is not None:
+        raise UserError(
+            f"{stage}.reference ({path}): it cannot read what the policy writes: {problem}; leave reference out, or "
+            "name a model with the policy's tokens"
+        )
+    return frozen(model)
 
 
 def record_lineage(

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from keel.config import DpoStage
 from keel.data.chat import Chat
-from keel.model.checkpoint import frozen, load_policy, save
+from keel.model.checkpoint import load_policy, save
 from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
 from keel.model.packed import compute_alike
 from keel.model.precision import autocast
 from keel.objective.preference import dpo_sigmoid, implicit_reward, ipo, per_token
 from keel.run import atomic_write
-from keel.train.context import TrainContext
+from keel.train.context import TrainContext, load_reference
 from keel.train.loop import Micro, Stats, train
 from keel.train.offline import Schedule
 from keel.train.pairs import (
@@ -147,7 +147,7 @@ def train_dpo(
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
         logps = load_file(str(cache))["logps"]
     else:
-        reference = frozen(load_policy(context.source(reference_path), device=context.device)[0])
+        reference = load_reference(reference_path, tokenizer, config.name, context)
         compute_alike(reference, model)
         logps = reference_logps(reference, pairs, config.batch_tokens, context.device, context.precision)
         del reference

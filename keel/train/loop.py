@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +79,11 @@ def train(
     device: str,
     precision: str,
     extra: Extra = lambda step: [],
+    begins: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
     """Runs (or resumes) ``algorithm`` to its end; returns the number of optimizer steps taken in all.
+
+    ``begins``: modules that learn from a later optimizer step on; their learning-rate schedule begins there.
 
     State (weights, optimizer, RNG, cursor) is written every ``config.save_every_seconds``, between iterations, so a
     killed run repeats at most that much and ends with the same weights, bit for bit on a CPU.
@@ -101,7 +105,13 @@ def train(
         totals = Totals()
         lr = 0.0
         for micros in algorithm.updates(iteration):
-            lr = set_lr(optimizer, lr_factor(step, total_updates, config.optim))
+            lr = set_lr(
+                optimizer,
+                {
+                    name: lr_factor(step - begins.get(name, 0), total_updates - begins.get(name, 0), config.optim)
+                    for name in algorithm.modules
+                },
+            )
             with adapters_thinned(algorithm.modules.values()):
                 totals.add(_update(algorithm, optimizer, micros + extra(step), config, device, precision, step))
             step += 1

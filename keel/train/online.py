@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from keel.config import OnlineBase
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prompt
-from keel.model.checkpoint import frozen, load_policy, save
+from keel.model.checkpoint import load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.packed import compute_alike
 from keel.model.precision import Precision, autocast
@@ -27,10 +27,12 @@ from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts, repetition, rollout
 from keel.rollout.sampler import Sampler, make_sampler
-from keel.train.context import TrainContext
+from keel.run import Silent
+from keel.stats import clustered_error
+from keel.train.context import TrainContext, load_reference
 from keel.train.loop import Stats
 from keel.train.offline import Schedule
-from keel.types import Encoded, Judge, PackedBatch, Prompt, Scorer, Trajectory, UserError
+from keel.types import Completion, Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, ratios mean nothing
@@ -39,6 +41,7 @@ MISMATCH_BOUND = 0.5  # nats a token between sampler and trainer: above it, rati
 SAMPLER_BOUND = 2e-3
 # One episode in so many is measured by the trainer even where the sampler's log-probabilities are taken.
 PROBE_EVERY = 8
+CLIPPED_BOUND = 0.1  # share of the scores that `reward_clip` may cut before a line says so
 
 Values = Callable[[PackedBatch], Tensor]
 """A critic: packed batch -> values of its masked tokens [C]."""
@@ -47,7 +50,8 @@ Values = Callable[[PackedBatch], Tensor]
 @dataclass(frozen=True)
 class Episodes:
     """One rollout, measured. Episode n owns ``x_C[offsets[n]:offsets[n + 1]]`` of the tensors over completion tokens;
-    all of them are on the CPU. ``shaped_N``: the scores as they are learned from, cut completions penalised."""
+    all of them are on the CPU. ``shaped_N``: the scores as they are learned from, clipped where the recipe says so, cut
+    completions penalised."""
 
     rows: list[Encoded]
     offsets: Tensor
@@ -95,12 +99,14 @@ class Rollouts:
         seed: int,
         watch: Judge | None = None,
         same_start: bool = True,
+        reporter: Reporter | None = None,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.scorer, self.sampler, self.chat, self.watch = scorer, sampler, chat, watch
         self.prompts, self.prompt_ids = prompts, prompt_ids
         self.config, self.device, self.precision, self.seed = config, device, precision, seed
-        self.same_start = same_start
+        self.same_start, self.reporter = same_start, reporter or Silent()
+        self.said_clipped = False
         # What is trained is the distribution that is sampled from: softmax(logits / temperature), of policy and
         # reference alike, so that ratios and KL are exact at any temperature.
         self.temperature = config.sampling.temperature
@@ -227,14 +233,24 @@ class Rollouts:
             "rollout/logprob_diff": mismatch,
             "rollout/measured": len(probe) / n,
         }
+        if self.config.reward_clip is not None:
+            figures["objective/reward_clipped"] = self._clipped(scores_N, self.config.reward_clip)
         if isinstance(self.scorer, MixedScorer):
             figures |= {f"objective/scores/{name}": float(x.mean()) for name, x in self.scorer.last_parts.items()}
         if self.watch is not None:
-            grades = self.watch.grade([e.prompt for e in episodes], completions)
-            gold_N = torch.tensor([grade.score for grade in grades])
-            figures["eval/gold"] = float(gold_N.mean())
-            figures["eval/gold_se"] = float(gold_N.std(correction=0)) / n**0.5
+            figures |= _gold([e.prompt for e in episodes], completions, self.watch)
         return figures
+
+    def _clipped(self, scores_N: Tensor, bound: float) -> float:
+        """The share of the scores beyond the clip; said once when it is large."""
+        share = float((scores_N.abs() > bound).float().mean())
+        if share > CLIPPED_BOUND and not self.said_clipped:
+            self.said_clipped = True
+            self.reporter.note(
+                f"{self.config.name}: reward_clip = {bound:g} cuts {share:.0%} of the scores, which makes them all the "
+                "same; raise it, leave it out, or give the reward a smaller weight"
+            )
+        return share
 
     def _kl(self, iteration: int, probe: Sequence[_Measured]) -> dict[str, float]:
         """KL from the reference, nats a sequence; UserError when it is not 0 before the first step."""
@@ -246,6 +262,17 @@ class Rollouts:
                 "model and reference must be the same checkpoint, or name the reference on purpose"
             )
         return {"objective/kl": kl, "objective/kl_k3": float(k3(logp, ref_logp).double().sum()) / len(probe)}
+
+
+def _gold(prompts: Sequence[Prompt], completions: Sequence[Completion], watch: Judge) -> dict[str, float]:
+    """The watching judge's mean score, with its standard error over prompts where there are two or more."""
+    grades = watch.grade(prompts, completions)
+    graded = [(prompt.id, grade.score) for prompt, grade in zip(prompts, grades, strict=True) if grade is not None]
+    scores = [score for _, score in graded]
+    if not scores:
+        return {}
+    error = clustered_error(scores, [identity for identity, _ in graded])
+    return {"eval/gold": math.fsum(scores) / len(scores)} | ({"eval/gold_se": error} if error is not None else {})
 
 
 def _joined(columns: Sequence[Tensor | None]) -> Tensor | None:
@@ -320,6 +347,7 @@ def make_rollouts(
         context.seed,
         watch,
         same_start=reference_path == context.model_path,
+        reporter=context.reporter,
     )
 
 
@@ -338,8 +366,7 @@ def _policy_and_reference(
             gradient_checkpointing=checkpointing,
             note=context.reporter.note,
         )
-        there = reference_path is not None
-        reference = frozen(load_policy(context.source(reference_path), device=context.device)[0]) if there else None
+        reference = load_reference(reference_path, tokenizer, config.name, context) if reference_path else None
     if reference is not None:
         compute_alike(reference, policy)
     return policy, reference, tokenizer

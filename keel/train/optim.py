@@ -37,7 +37,9 @@ def make_optimizer(
 
 def lr_factor(update: int, total: int, config: OptimConfig) -> float:
     """Share of the base rate at optimizer step ``update`` (from 0) of ``total``: linear warm-up, then the schedule down
-    to ``final_lr``."""
+    to ``final_lr``. 0 before the first step: the module does not learn yet."""
+    if update < 0:
+        return 0.0
     warmup = config.warmup * total if config.warmup < 1 else config.warmup
     if update < warmup:
         return (update + 1) / (warmup + 1)
@@ -48,8 +50,8 @@ def lr_factor(update: int, total: int, config: OptimConfig) -> float:
     return config.final_lr + (1 - config.final_lr) * shape
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Sets every group's rate; returns the first group's, which the metrics show."""
+def set_lr(optimizer: torch.optim.Optimizer, factors: Mapping[str, float]) -> float:
+    """Sets every group's rate by its module's factor; returns the first group's, which the metrics show."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = group["base_lr"] * factors[group["module"]]
     return float(optimizer.param_groups[0]["lr"])

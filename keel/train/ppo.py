@@ -21,6 +21,7 @@ from keel.objective.masked import whiten
 from keel.objective.policy import (
     clipped_policy_loss,
     clipped_value_loss,
+    discounted_reward,
     entropy_bonus,
     explained_variance,
     gae,
@@ -79,11 +80,11 @@ class Ppo:
         assert value_C is not None, "PPO has a critic"
         rewards_C = token_rewards(k1(old_logp_C, episodes.ref_logp_C), episodes.shaped_N, episodes.offsets, coef)
         advantage_C, return_C = gae(rewards_C, value_C, episodes.offsets, config.gamma, config.lam)
-        kl, score = episodes.figures["objective/kl"], episodes.figures["objective/scores"]
+        n = len(episodes.rows)
         self.figures = episodes.figures | {
             "objective/kl_coef": coef,
-            "objective/non_score_reward": -coef * kl,
-            "objective/rlhf_reward": score - coef * kl,
+            "objective/non_score_reward": float(rewards_C.double().sum() - episodes.shaped_N.double().sum()) / n,
+            "objective/rlhf_reward": discounted_reward(rewards_C, episodes.offsets, config.gamma),
             "val/explained_variance": float(explained_variance(value_C, return_C)),
         }
         if config.whiten_advantages:
@@ -126,7 +127,8 @@ class Ppo:
         return [torch.cat([column[i] for i in part]).to(self.rollouts.device) for column in columns]
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        self.kl.update(self.figures["objective/kl"], self.config.rollout_batch)
+        if iteration >= self.config.critic_warmup:  # a policy that stands still has nothing to steer
+            self.kl.update(self.figures["objective/kl"], self.config.rollout_batch)
         return self.figures, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +157,9 @@ def train_ppo(
     algorithm = Ppo(rollouts, critic, config)
     begin = config.critic_warmup * algorithm.updates_per_iteration
     texts = Ptx(rollouts.policy, rollouts.chat.tokenizer, config, context, begin)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
+    steps = train(
+        algorithm, config, context.stage, context.reporter, context.device, context.precision, texts, {"policy": begin}
+    )
     return finish(rollouts, context, steps)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keel.config import PolicyBase
 from keel.data.chat import Chat
-from keel.data.collate import micro_batches, pack
+from keel.data.collate import micro_batches, pack, pieces
 from keel.model.logprobs import token_logprobs
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats
@@ -40,24 +40,17 @@ class Ptx:
         if self.config.ptx is None or step < self.begin:
             return []
         rows = [piece for i in self.schedule.batch(step - self.begin) for piece in self._pieces(self.context.texts[i])]
-        weight = self.config.ptx.coef / max(1, sum(_predicted(row) for row in rows))
+        weight = self.config.ptx.coef / max(1, sum(row.predicted for row in rows))
         groups = micro_batches([len(row.ids) for row in rows], self.config.batch_tokens)
         return [self._micro([rows[i] for i in group], weight) for group in groups]
 
     def _pieces(self, text: str) -> list[Encoded]:
-        row, size = self.chat.encode_text(text), self.context.data.max_length
-        pieces = [Encoded(row.ids[i : i + size], row.mask[i : i + size]) for i in range(0, len(row.ids), size)]
-        return [piece for piece in pieces if _predicted(piece)]
+        return pieces(self.chat.encode_text(text), self.context.data.max_length)
 
     def _micro(self, rows: Sequence[Encoded], weight: float) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
             loss = -token_logprobs(self.policy, pack(rows, self.context.device)).logp_C.sum()
-            count = float(sum(_predicted(row) for row in rows))
+            count = float(sum(row.predicted for row in rows))
             return weight * loss, {"loss/ptx_avg": (float(loss.detach()), count)}
 
         return compute
-
-
-def _predicted(row: Encoded) -> int:
-    """Nothing precedes the first token, so it is not predicted."""
-    return sum(row.mask[1:])

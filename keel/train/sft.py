@@ -54,7 +54,7 @@ class Sft:
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         rows = [self.rows[i] for i in self.schedule.batch(iteration)]
-        total = sum(sum(row.mask) for row in rows)
+        total = max(1, sum(row.predicted for row in rows))
         groups = micro_batches([len(row.ids) for row in rows], self.config.batch_tokens)
         yield [self._micro([rows[i] for i in group], total) for group in groups]
 
