@@ -576,3 +576,13 @@ def test_heldout_figures_of_a_reward_model_are_without_dropout(tmp_path: Path) -
             chosen, rejected = (float(peer(torch.tensor([row.ids])).logits) for row in rows)
             assert lead == pytest.approx(chosen - rejected, abs=1e-4)
     assert AutoConfig.from_pretrained(stage.path).num_labels == 1
+
+
+def test_the_ends_that_a_checkpoint_names_stop_a_reply(tmp_path: Path) -> None:
+    """As Llama 3's and GLM's generation_config.json do; one that the tokenizer has not is none."""
+    folder = save_tiny(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5, 10**6]}))
+    assert load_tokenizer(folder).keel_ends == (0, 5)
+    assert set(Chat(load_tokenizer(folder)).stop_ids) == {0, 5}
+    (folder / "generation_config.json").unlink()
+    assert load_tokenizer(folder).keel_ends == ()

@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from keel.config import Source
@@ -111,11 +118,24 @@ def classifies(source: Source) -> bool:
 
 
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; that of their base for adapters that were saved without."""
+    """A model's tokenizer; that of their base for adapters that were saved without. ``keel_ends`` on it: the ends of a
+    reply that the checkpoint names, for ``keel.data.chat.Chat``."""
     base = _base_of(source)
-    if base is not None and not (Path(source.path) / "tokenizer_config.json").exists():
-        source = base
-    return _checked(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source.path, **_options(source)))
+    own = base is None or (Path(source.path) / "tokenizer_config.json").exists()
+    place = source if own or base is None else base
+    tokenizer = _checked(place, "tokenizer", lambda: AutoTokenizer.from_pretrained(place.path, **_options(place)))
+    tokenizer.keel_ends = tuple(end for end in _ends(base or source) if end < len(tokenizer))
+    return tokenizer
+
+
+def _ends(source: Source) -> tuple[int, ...]:
+    """The tokens that a checkpoint's generation config names as ends of a reply; () where it has none."""
+    try:
+        config = GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError):
+        return ()
+    ends = config.eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def _options(source: Source) -> dict[str, Any]:
