@@ -49,6 +49,7 @@ LEAST: dict[str, str | None] = {
     "POST /sign-out": "annotator", "GET /compare": "annotator", "GET /rank": "annotator", "GET /write": "annotator",
     "GET /edit": "annotator", "GET /arena": "annotator", "GET /mine": "annotator", "GET /guideline": "annotator",
     "GET /account": "annotator", "POST /account": "annotator", "POST /api/next": "annotator",
+    "GET /api/me": "annotator", "POST /api/hold": "annotator",
     "POST /api/judge": "annotator", "POST /api/rank": "annotator", "POST /api/write": "annotator",
     "POST /api/skip": "annotator", "POST /api/flag": "annotator", "POST /api/undo": "annotator",
     "POST /api/arena": "annotator", "POST /api/arena/{id}/say": "annotator", "POST /api/arena/{id}/vote": "annotator",
@@ -70,10 +71,11 @@ LEAST: dict[str, str | None] = {
 
 API_BODIES: dict[str, dict] = {
     "/api/next": {"kind": "compare"},
+    "/api/hold": {"assignments": [1]},
     "/api/judge": {"assignment": 1, "token": "t" * 8, "choice": "left"},
     "/api/rank": {"assignment": 1, "token": "t" * 8, "tiers": [[0]]},
     "/api/write": {"assignment": 1, "token": "t" * 8, "kind": "write", "text": "x"},
-    "/api/skip": {"assignment": 1, "kind": "compare"},
+    "/api/skip": {"assignment": 1, "token": "t" * 8, "kind": "compare"},
     "/api/flag": {"assignment": 1, "token": "t" * 8},
     "/api/undo": {"kind": "compare"},
     "/api/arena": {},

@@ -119,6 +119,8 @@ turns = Table(
     Column("left", Text),  # NULL: not answered yet
     Column("right", Text),
     Column("created", UtcDateTime, nullable=False),
+    Column("token", Text),  # the browser's name for the message: sent again, it is the same turn
+    Column("attempt", Integer, nullable=False, server_default="1"),  # counts up when the message is answered anew
     UniqueConstraint("conversation_id", "number"),
 )
 

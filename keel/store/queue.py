@@ -230,10 +230,12 @@ def record(
     now: datetime,
     annotator_id: int | None,
     also: dict[str, Any] | None = None,
+    widen: bool = False,
 ) -> tuple[int, Row[Any] | None]:
     """Put what somebody did with an assignment into ``table`` (judgements, rankings, writings) and into the log, where
     ``also`` stands beside ``values``. Returns the row's id, and the assignment; None for it when the token had been
-    counted before. ``annotator_id``: whose the assignment must be; None: anybody's."""
+    counted before. ``annotator_id``: whose the assignment must be; None: anybody's. ``widen``: what comes after its
+    slot was given to somebody else makes a slot of its own."""
     assignment = connection.execute(_ASSIGNMENT, {"assignment": assignment_id}).first()
     if assignment is None or assignment.kind not in kinds or annotator_id not in (None, assignment.annotator_id):
         raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
@@ -245,7 +247,12 @@ def record(
     if assignment.state == "judged":
         raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to change it")
     if assignment.state != "leased":
-        retake(connection, assignment_id, assignment.item_id)
+        try:
+            retake(connection, assignment_id, assignment.item_id)
+        except LeaseLost:
+            if not widen:
+                raise
+            _widen(connection, assignment.item_id, now)
     row = values | {"assignment_id": assignment_id, "token": token, "created": now}
     try:
         made = connection.execute(_insert(table), row).inserted_primary_key
@@ -340,6 +347,15 @@ def retake(connection: Connection, assignment_id: int, item_id: int) -> None:
     if item.taken >= item.overlap:
         raise LeaseLost(f"assignment {assignment_id} ran out and was given to somebody else; ask for the next one")
     connection.execute(_TAKE, {"item": item_id})
+
+
+def _widen(connection: Connection, item_id: int, now: datetime) -> None:
+    """One slot more, taken at once. The item's row is locked (``retake``)."""
+    item = connection.execute(select(items).where(items.c.id == item_id)).one()
+    more = {"overlap": item.overlap + 1, "taken": item.taken + 1}
+    connection.execute(update(items).where(items.c.id == item_id).values(**more))
+    old, new = ({"batch": item.batch, "kind": item.kind, "overlap": item.overlap + by} for by in (0, 1))
+    connection.execute(_ADD_EVENT, event(now, "keel", "changed", "item", item_id, old, new))
 
 
 def _reclaim(connection: Connection, now: datetime) -> bool:

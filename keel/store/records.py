@@ -19,6 +19,11 @@ class LeaseLost(UserError):
     """A judgement came after its lease had run out and somebody else had been given the slot."""
 
 
+class Unavailable(UserError):
+    """The database did not answer, was locked for too long, or has no room left. Nothing of the step was kept, and the
+    same step may do later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """A reply with what made it: the checkpoint (path and fingerprint) and the sampling settings, None when unknown."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from sqlalchemy import Connection, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from keel.config import SamplingConfig
 from keel.store import exchange, given, imports, ingest, queue, work
@@ -27,11 +28,15 @@ from keel.store.records import (
     Progress,
     Ranking,
     Response,
+    Unavailable,
     WorkKind,
 )
 from keel.store.rows import checked_json, prompt_record, response_record
 from keel.store.tables import events, guidelines, prompts, responses
 from keel.types import Completion, Demonstration, Preference, Prompt, UserError
+
+# What the database says of a statement that is wrong. All else that it says is about itself, and passes.
+_OURS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)
 
 
 def _now() -> datetime:
@@ -133,9 +138,11 @@ class Store:
                 connection.begin(),
             ):
                 yield connection
-        except OperationalError as error:  # locked for too long, disk full, server gone
-            reason = str(error.orig).strip().splitlines()[0]
-            raise UserError(f"store {self._url}: {reason}; nothing of this step was kept, try it again") from error
+        except _OURS:
+            raise
+        except (DBAPIError, NoConnection) as error:  # locked for too long, disk full, server gone, pool empty
+            reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+            raise Unavailable(f"store {self._url}: {reason}; nothing of this step was kept, try it again") from error
 
     # --------------------------------------------------------------------------------------- what is judged
 

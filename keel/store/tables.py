@@ -163,6 +163,7 @@ assignments = Table(
     Column("leased_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime, nullable=False),
     Column("skipped_at", UtcDateTime),
+    Column("skip_token", Text),  # of the last skip, by the browser: sent again after an undo, it skips nothing
     UniqueConstraint("item_id", "annotator_id"),
 )
 Index(

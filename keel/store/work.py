@@ -155,7 +155,8 @@ def write(
     annotator_id: int,
     now: datetime,
 ) -> int:
-    """Count a demonstration or an edit and return its id."""
+    """Count a demonstration or an edit and return its id. It counts also when its lease ran out and somebody else was
+    given the item: one more text does no harm, and takes long to write."""
     queue.check_common(seconds, token)
     text = storable(text).strip()
     if not text:
@@ -170,21 +171,29 @@ def write(
         raise UserError("the reply is as it was; improve it, or skip when it needs nothing")
     values = {"text": text, "original_id": original, "seconds": seconds, "guideline": guideline}
     id, _ = queue.record(
-        connection, writings, "wrote", "writing", assignment_id, values, ("write", "edit"), token, now, annotator_id
-    )
+        connection, writings, "wrote", "writing", assignment_id, values, ("write", "edit"), token, now, annotator_id,
+        widen=True,
+    )  # fmt: skip
     return id
 
 
 def skip(
-    connection: Connection, assignment_id: int, reason: str, guideline: str | None, annotator_id: int, now: datetime
+    connection: Connection,
+    assignment_id: int,
+    reason: str,
+    *,
+    token: str | None,
+    guideline: str | None,
+    annotator_id: int,
+    now: datetime,
 ) -> None:
-    """Give an item back for good. Skipped once more, it stays skipped."""
+    """Give an item back for good. Skipped once more, it stays skipped; the same token counts once."""
     assignment = _mine(connection, assignment_id, annotator_id)
-    if assignment.state == "skipped":
+    if assignment.state == "skipped" or (token is not None and assignment.skip_token == token):
         return
     if assignment.state == "judged":
         raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to skip it")
-    changes = {"state": "skipped", "skipped_at": now}
+    changes = {"state": "skipped", "skipped_at": now, "skip_token": token}
     connection.execute(update(assignments).where(assignments.c.id == assignment_id).values(**changes))
     if assignment.state == "leased":
         given_back = items.c.taken - 1

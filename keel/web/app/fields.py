@@ -25,6 +25,7 @@ FormCount = Annotated[int, Form(ge=0, le=100_000)]
 Kind = Literal["compare", "rank", "write", "edit"]
 Choice = Literal["left", "right", "tie", "both_bad"]
 Role = Literal["annotator", "reviewer", "admin"]
+TurnNumber = Annotated[int, Field(ge=1, le=1000)]
 Rating = Annotated[int, Field(ge=1, le=5)]
 
 
@@ -66,9 +67,14 @@ class Wrote(Strict):
     guideline: Line | None = None  # the version that the page was made with; by default the one in force
 
 
+class Held(Strict):
+    assignments: list[Id] = Field(max_length=16)
+
+
 class Skipped(Strict):
     assignment: Id
     kind: Kind
+    token: Token | None = None
     reason: Line = ""
 
 
@@ -83,10 +89,13 @@ class Undone(Strict):
 
 
 class Said(Strict):
+    token: Token | None = None  # the browser's name for the message: sent again, it is the same turn
+    turn: TurnNumber | None = None  # which one the page takes it for
     message: Annotated[str, AfterValidator(storable), StringConstraints(min_length=1, max_length=8_000)]
 
 
 class Voted(Strict):
     token: Token
+    turn: TurnNumber | None = None  # the last one that the page shows
     choice: Choice
     reason: Text = ""

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
+from keel.store import Unavailable
 from keel.store.people import Session
 from keel.types import UserError
 from keel.web.app.charts import agreement_chart, pace_chart
@@ -285,6 +286,8 @@ def _guideline_page(request: Request, session: Session, status: int = 200, **typ
 def add_guideline(request: Request, session: Admin, text: FormText, aspects: FormText = "") -> Response:
     try:
         version = _manage(request).add_guideline(text, aspects, session.account.name)
+    except Unavailable:
+        raise
     except UserError as error:
         return _guideline_page(request, session, 400, text=text, aspects=aspects, problem=str(error))
     request.app.state.labelling.forget()

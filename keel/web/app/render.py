@@ -35,7 +35,7 @@ def page(request: Request, template: str, session: Session | None = None, status
             csrf=csrf,
             csrf_field=Markup('<input type="hidden" name="csrf" value="{}">').format(csrf),
             path=request.url.path,
-            **{"problem": "", "name": "", "said": told, "guideline_version": None} | context,
+            **{"problem": "", "name": "", "said": told, "guideline_version": None, "lease": None} | context,
         )
     )
     response = HTMLResponse(html, status)

@@ -12,7 +12,8 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from keel.store import Assignment, Store, people, work
+from keel.store import Assignment, Store, leases, people, work
+from keel.store.leases import Renewed
 from keel.store.people import Account, Guideline
 from keel.store.records import Choice, WorkKind
 from keel.store.tables import annotators, assignments, items
@@ -169,9 +170,22 @@ class Labelling:
                 now=self._store.now,
             )
 
-    def skip(self, person: Account, assignment_id: int, reason: str) -> None:
+    def hold(self, person: Account, assignment_ids: Collection[int]) -> Renewed:
+        """The person's page is open with these before them: they stay theirs for longer."""
         with self._store.transaction(writes=True) as connection:
-            work.skip(connection, assignment_id, reason, self._version(), person.annotator_id, self._store.now)
+            return leases.renew(connection, assignment_ids, person.annotator_id, self._store.now, self._store.lease)
+
+    def skip(self, person: Account, assignment_id: int, reason: str, token: str | None = None) -> None:
+        with self._store.transaction(writes=True) as connection:
+            work.skip(
+                connection,
+                assignment_id,
+                reason,
+                token=token,
+                guideline=self._version(),
+                annotator_id=person.annotator_id,
+                now=self._store.now,
+            )
 
     def flag(self, person: Account, assignment_id: int, text: str, token: str) -> None:
         with self._store.transaction(writes=True) as connection:
