@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from keel.store.people import Session
 from keel.web.app.fields import Flagged, Held, Judged, Kind, Next, PathId, Ranked, Said, Skipped, Undone, Voted, Wrote
 from keel.web.app.markdown import render
+from keel.web.app.render import person
 from keel.web.app.security import may
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling, Screen
@@ -47,9 +48,9 @@ def _progress(request: Request, session: Session, kind: Kind) -> dict[str, Any]:
 
 
 @router.get("/me")
-def me(session: Annotator) -> dict[str, Any]:
+def me(request: Request, session: Annotator) -> dict[str, Any]:
     """Who is signed in on this browser, and the token that their calls carry: it changes with each sign-in."""
-    return {"person": session.account.annotator_id, "name": session.account.name, "csrf": session.csrf}
+    return {"person": person(request, session.account), "name": session.account.name, "csrf": session.csrf}
 
 
 @router.post("/next")

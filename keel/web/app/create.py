@@ -24,6 +24,7 @@ from keel.web.service.ordering import Ordering
 from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
+from keel.web.service.start import name_of
 
 log = logging.getLogger("keel.web")
 
@@ -43,6 +44,7 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     # no pages about the routes: whoever labels has no use for them
     app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.store = store
+    app.state.store_name = name_of(store)
     app.state.sources = sources
     app.state.people = People(store)
     app.state.labelling = Labelling(store)

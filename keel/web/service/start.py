@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import secrets
 from itertools import combinations
 
 from sqlalchemy import Connection, select
 
 from keel.store import Store, people
+from keel.store.ingest import insert_missing
+from keel.store.people_tables import settings
 from keel.store.tables import items, responses
 
 FIRST_BATCH = "people"
@@ -56,6 +59,17 @@ def prepare(store: Store) -> None:
             people.log(connection, now, "keel", "added", "guideline", version, None, {"aspects": ASPECTS})
     if pairs:
         store.add_comparisons(pairs, overlap=1, batch=FIRST_BATCH)
+
+
+def name_of(store: Store) -> str:
+    """What tells this store from any other one: drawn the first time, and the same from then on."""
+    with store.transaction(writes=False) as connection:
+        name = people.setting(connection, "store_name", "")
+    if not name:
+        with store.transaction(writes=True) as connection:
+            insert_missing(connection, settings, [{"name": "store_name", "value": secrets.token_hex(8)}])
+            name = people.setting(connection, "store_name", "")
+    return str(name)
 
 
 def open_groups(connection: Connection) -> dict[str, list[int]]:

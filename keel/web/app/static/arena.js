@@ -1,11 +1,16 @@
-import { Refused, byId, post, toast, token } from "./common.js";
+import { Refused, byId, toast } from "./common.js";
+import { token } from "./outbox.js";
+import { drop, keep, read } from "./storage.js";
+import { PERSON, call, post } from "./wire.js";
 
+const VOTE = `keel-arena-vote-${PERSON}`; // a vote that the server has not answered yet
 const turns = byId("turns");
 const form = byId("say");
 const field = byId("message");
 let conversation = turns.dataset.conversation || null;
 let busy = false;
 let ended = false;
+let unanswered = { message: null, token: null }; // sent again under its name, so that it is the same turn
 
 const sides = { left: "A", right: "B" };
 
@@ -19,9 +24,10 @@ function problem(text) {
 }
 
 function refresh() {
-  byId("send").disabled = busy || ended;
+  const voting = read(VOTE) !== undefined;
+  byId("send").disabled = busy || ended || voting;
   field.disabled = ended;
-  byId("choices").hidden = ended || busy || !turns.querySelector(".turn");
+  byId("choices").hidden = ended || busy || voting || !turns.querySelector(".turn");
   form.hidden = ended;
 }
 
@@ -67,16 +73,14 @@ async function say(message) {
   let shown = null;
   try {
     conversation ??= (await post("/api/arena", {})).id;
-    const answer = await fetch(`/api/arena/${conversation}/say`, {
-      method: "POST",
-      headers: { "Content-Type": "application/json", "X-CSRF": document.querySelector("meta[name=csrf]").content },
-      body: JSON.stringify({ message }),
-    });
-    if (!answer.ok) throw new Refused(answer.status, (await answer.json()).error);
+    if (unanswered.message !== message) unanswered = { message, token: token() };
+    const turn = turns.children.length + 1;
+    const answer = await call(`/api/arena/${conversation}/say`, { ...unanswered, turn });
     byId("hello").hidden = true;
     field.value = "";
     shown = addTurn(message);
     for await (const line of lines(answer.body)) {
+      if (line.error) throw new Refused(409, line.error, 0, true);
       const place = shown.places[line.side];
       if (line.html === undefined) place.append(line.text);
       else {
@@ -85,6 +89,7 @@ async function say(message) {
       }
     }
     if (turns.querySelector(".streaming")) throw new TypeError("broken off");
+    unanswered = { message: null, token: null };
   } catch (error) {
     problem(error instanceof Refused ? error.message : "The connection broke. Send your message again.");
     if (shown) {
@@ -98,10 +103,15 @@ async function say(message) {
   }
 }
 
-async function vote(choice) {
-  const given = { choice, token: token() };
+/** Sends the vote until the server has taken it, or refused it for good. */
+async function vote() {
+  const { conversation: voted, given } = read(VOTE);
+  const { choice } = given;
+  refresh();
   try {
-    const names = await post(`/api/arena/${conversation}/vote`, given);
+    const names = await post(`/api/arena/${voted}/vote`, given);
+    drop(VOTE);
+    problem("");
     ended = true;
     const place = byId("names");
     const said = { left: "You preferred A.", right: "You preferred B.", tie: "A tie.", both_bad: "Both bad." }[choice];
@@ -121,7 +131,14 @@ async function vote(choice) {
     refresh();
     byId("new").focus();
   } catch (error) {
-    problem(error instanceof Refused ? error.message : "No connection. Vote again in a moment.");
+    if (error.last) {
+      drop(VOTE);
+      problem(`Your vote was not counted: ${error.message}`);
+    } else {
+      problem("The server does not answer just now. Your vote is kept in this browser and sent again.");
+      setTimeout(vote, Math.max(3000, error.wait ?? 0));
+    }
+    refresh();
   }
 }
 
@@ -137,7 +154,12 @@ field.addEventListener("keydown", (event) => {
   }
 });
 for (const button of document.querySelectorAll("#choices [data-choice]")) {
-  button.addEventListener("click", () => vote(button.dataset.choice));
+  button.addEventListener("click", () => {
+    if (read(VOTE) !== undefined) return;
+    const given = { choice: button.dataset.choice, token: token(), turn: turns.children.length };
+    keep(VOTE, { conversation, given });
+    vote();
+  });
 }
 byId("new").addEventListener("click", () => {
   conversation = null;
@@ -149,4 +171,5 @@ byId("new").addEventListener("click", () => {
   refresh();
   field.focus();
 });
+if (read(VOTE) !== undefined) vote(); // of an earlier visit
 refresh();
