@@ -91,7 +91,7 @@ class Stream:
                     piece = self._feed.pieces.get(timeout=WAIT_SECONDS)
                 except queue.Empty:
                     return
-                if piece is None:
+                if piece is None or self._feed.stop.is_set():
                     return
                 if not piece[1]:
                     unread.discard(piece[0])

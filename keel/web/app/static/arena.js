@@ -1,15 +1,18 @@
 import { Refused, byId, toast } from "./common.js";
+import { draftOf, setDraft } from "./drafts.js";
 import { token } from "./outbox.js";
 import { drop, keep, read } from "./storage.js";
 import { PERSON, call, post } from "./wire.js";
 
 const VOTE = `keel-arena-vote-${PERSON}`; // a vote that the server has not answered yet
+const DRAFT = { id: "arena", kind: "arena" };
 const turns = byId("turns");
 const form = byId("say");
 const field = byId("message");
 let conversation = turns.dataset.conversation || null;
 let busy = false;
 let ended = false;
+let listening = new AbortController(); // to the answers that come
 let unanswered = { message: null, token: null }; // sent again under its name, so that it is the same turn
 
 const sides = { left: "A", right: "B" };
@@ -21,6 +24,12 @@ function element(tag, className, text) {
 function problem(text) {
   byId("problem").textContent = text;
   byId("problem").hidden = !text;
+}
+
+/** What stands in the field; it is kept while it is typed. */
+function write(message) {
+  field.value = message;
+  setDraft(DRAFT, "message", message || null);
 }
 
 function refresh() {
@@ -75,9 +84,10 @@ async function say(message) {
     conversation ??= (await post("/api/arena", {})).id;
     if (unanswered.message !== message) unanswered = { message, token: token() };
     const turn = turns.children.length + 1;
-    const answer = await call(`/api/arena/${conversation}/say`, { ...unanswered, turn });
+    listening = new AbortController();
+    const answer = await call(`/api/arena/${conversation}/say`, { ...unanswered, turn }, listening.signal);
     byId("hello").hidden = true;
-    field.value = "";
+    write("");
     shown = addTurn(message);
     for await (const line of lines(answer.body)) {
       if (line.error) throw new Refused(409, line.error, 0, true);
@@ -91,10 +101,11 @@ async function say(message) {
     if (turns.querySelector(".streaming")) throw new TypeError("broken off");
     unanswered = { message: null, token: null };
   } catch (error) {
+    if (listening.signal.aborted) return; // for a new conversation
     problem(error instanceof Refused ? error.message : "The connection broke. Send your message again.");
     if (shown) {
       shown.turn.remove();
-      field.value = message;
+      write(message);
     }
   } finally {
     busy = false;
@@ -162,8 +173,10 @@ for (const button of document.querySelectorAll("#choices [data-choice]")) {
   });
 }
 byId("new").addEventListener("click", () => {
+  listening.abort();
   conversation = null;
   ended = false;
+  unanswered = { message: null, token: null };
   turns.replaceChildren();
   byId("names").hidden = true;
   byId("hello").hidden = false;
@@ -171,5 +184,7 @@ byId("new").addEventListener("click", () => {
   refresh();
   field.focus();
 });
+field.addEventListener("input", () => write(field.value));
+field.value = draftOf(DRAFT.id).message ?? field.value;
 if (read(VOTE) !== undefined) vote(); // of an earlier visit
 refresh();

@@ -32,8 +32,8 @@ async function refusal(answer) {
   return new Refused(answer.status, said ?? `status ${answer.status}`, wait, last);
 }
 
-const send = (path, body) =>
-  fetch(path, { method: "POST", headers: { "Content-Type": "application/json", "X-CSRF": csrf }, body: JSON.stringify(body) });
+const send = (path, body, signal) =>
+  fetch(path, { method: "POST", headers: { "Content-Type": "application/json", "X-CSRF": csrf }, body: JSON.stringify(body), signal });
 
 /** Signing in again, in another window perhaps, gives the session another token: true when there is a new one. */
 async function renewed() {
@@ -48,9 +48,9 @@ async function renewed() {
 }
 
 /** The answer when the server took it. Throws Refused, Stranger, or another error when there is no connection. */
-export async function call(path, body) {
-  let answer = await send(path, body);
-  if (answer.status === 403 && (await renewed())) answer = await send(path, body);
+export async function call(path, body, signal) {
+  let answer = await send(path, body, signal);
+  if (answer.status === 403 && (await renewed())) answer = await send(path, body, signal);
   if (!answer.ok) throw await refusal(answer);
   return answer;
 }
