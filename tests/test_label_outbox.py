@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from label_server import Process, postgres_that_stops, sqlite_that_locks
 from labelling_world import PASSWORD, fill, person
-from test_label_browser import SETTLED, SHOTS, browser, press, wait_for_votes
+from test_label_browser import SETTLED, SHOTS, Served, browser, press, wait_for_votes
 
 from keel.store import Store
 from keel.web.service.labelling import Labelling
@@ -21,7 +22,7 @@ from keel.web.service.manage import Manage
 from keel.web.service.start import prepare
 
 if True:  # after the skip of test_label_browser
-    from playwright.sync_api import Browser, BrowserContext, Page, expect
+    from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
 __all__ = ["browser"]
 
@@ -29,34 +30,45 @@ NO_ROOM = "Storage.prototype.setItem = () => { throw new DOMException('full', 'Q
 CLOSED = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
 
 
-def serve(url: str, items: int = 12, **options: float) -> Process:
+def process_of(url: str) -> Process:
     with Store(url) as store:
-        fill(store, items, replies=4)
+        fill(store, 12, replies=4)
         prepare(store)
-    return Process(url, **options)
+    return Process(url)
+
+
+def serve(folder: Path, items: int = 12, lease: float = 1800.0) -> Served:
+    store = Store(folder / "feedback.db", lease=timedelta(seconds=lease))
+    fill(store, items, replies=4)
+    return Served(store)
+
+
+def stop(served: Served) -> None:
+    served.close()
+    served.store.close()
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[Process]:
-    running = serve(f"sqlite:///{tmp_path}/feedback.db")
+def served(tmp_path: Path) -> Iterator[Served]:
+    running = serve(tmp_path)
     yield running
-    running.close()
+    stop(running)
 
 
-def enter(context: BrowserContext, process: Process, secret: str | None = None, page: str = "compare") -> Page:
+def enter(context: BrowserContext, served: Served | Process, secret: str | None = None, page: str = "compare") -> Page:
     """A page of the owner's, or of whoever the link is for."""
     opened = context.new_page()
     opened.on("pageerror", lambda error: pytest.fail(f"a script failed: {error}"))
-    opened.goto(f"{process.url}/enter/{secret or process.people.owner_link()}")
+    opened.goto(f"{served.url}/enter/{secret or served.people.owner_link()}")
     opened.wait_for_url("**/compare")
     if page != "compare":
-        opened.goto(f"{process.url}/{page}")
+        opened.goto(f"{served.url}/{page}")
     return opened
 
 
 def fetched(page: Page) -> None:
     expect(page.locator("#item")).to_be_visible()
-    page.wait_for_timeout(700)  # until the next ones are fetched
+    page.wait_for_load_state("networkidle")  # until the next ones are here
 
 
 def vote(page: Page, keys: str) -> list[tuple[str, str]]:
@@ -91,7 +103,7 @@ def test_votes_made_while_the_database_is_away_are_kept(browser: Browser, tmp_pa
     database: Database = sqlite_that_locks(tmp_path) if kind == "sqlite" else postgres_that_stops()
     with ExitStack() as stack:
         url, take, give = stack.enter_context(database)
-        process = serve(url)
+        process = process_of(url)
         stack.callback(process.close)
         page = enter(stack.enter_context(browser.new_context()), process)
         fetched(page)
@@ -112,7 +124,8 @@ def test_votes_made_while_the_database_is_away_are_kept(browser: Browser, tmp_pa
         expect(page.locator("#item")).to_be_visible()
 
 
-def test_votes_outlive_a_killed_server_and_a_new_sign_in(browser: Browser, process: Process) -> None:
+def test_votes_outlive_a_killed_server_and_a_new_sign_in(browser: Browser, tmp_path: Path) -> None:
+    process = process_of(f"sqlite:///{tmp_path}/feedback.db")
     context = browser.new_context()
     page = enter(context, process)
     fetched(page)
@@ -127,32 +140,33 @@ def test_votes_outlive_a_killed_server_and_a_new_sign_in(browser: Browser, proce
     wait_for_votes(process.store, 5)
     assert counted(process.store) == said
     context.close()
+    process.close()
 
 
-def test_who_is_signed_out_loses_nothing(browser: Browser, process: Process) -> None:
+def test_who_is_signed_out_loses_nothing(browser: Browser, served: Served) -> None:
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     session = context.cookies()
     context.clear_cookies()
     said = vote(page, "61")
     expect(page.locator("#offline")).to_contain_text("You are signed out. 2 judgements of yours are kept")
     page.screenshot(path=SHOTS / "outbox-signed-out.png")
-    assert process.store.judgements() == []
+    assert served.store.judgements() == []
     page.goto("about:blank")  # and they wait where no page is open
     context.add_cookies(session)  # type: ignore[arg-type]
-    page.goto(f"{process.url}/rank")
-    wait_for_votes(process.store, 2)
-    assert counted(process.store) == said
+    page.goto(f"{served.url}/rank")
+    wait_for_votes(served.store, 2)
+    assert counted(served.store) == said
     context.close()
 
 
-def test_votes_of_somebody_else_on_this_browser_wait_for_their_owner(browser: Browser, process: Process) -> None:
+def test_votes_of_somebody_else_on_this_browser_wait_for_their_owner(browser: Browser, served: Served) -> None:
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     bo = context.new_page()
-    bo.goto(f"{process.url}/join/{process.people.invite('annotator', 'test')}")
+    bo.goto(f"{served.url}/join/{served.people.invite('annotator', 'test')}")
     bo.get_by_label("Name").fill("Bo")
     bo.get_by_label("Password").fill(PASSWORD)
     bo.get_by_role("button", name="Join").click()
@@ -161,17 +175,17 @@ def test_votes_of_somebody_else_on_this_browser_wait_for_their_owner(browser: Br
     expect(page.locator("#offline")).to_contain_text("Bo is signed in on this browser now. 2 judgements of yours are")
     page.screenshot(path=SHOTS / "outbox-stranger.png")
     bo.bring_to_front()
-    bo.goto(f"{process.url}/compare")
+    bo.goto(f"{served.url}/compare")
     fetched(bo)
     vote(bo, "4")
-    wait_for_votes(process.store, 1)
+    wait_for_votes(served.store, 1)
     bo.wait_for_timeout(1500)
-    assert [one.annotator for one in process.store.judgements()] == ["Bo"]
+    assert [one.annotator for one in served.store.judgements()] == ["Bo"]
     page.goto("about:blank")
-    enter(context, process)
-    wait_for_votes(process.store, 3)
-    assert [one.annotator for one in process.store.judgements()] == ["Bo", "owner", "owner"]
-    assert counted(process.store)[1:] == said
+    enter(context, served)
+    wait_for_votes(served.store, 3)
+    assert [one.annotator for one in served.store.judgements()] == ["Bo", "owner", "owner"]
+    assert counted(served.store)[1:] == said
     context.close()
 
 
@@ -186,15 +200,15 @@ def give_away(store: Store, name: str) -> None:
 
 
 def test_what_is_refused_for_good_stays_on_the_page_with_its_text(browser: Browser, tmp_path: Path) -> None:
-    process = serve(f"sqlite:///{tmp_path}/feedback.db", items=3, lease=2.0)
+    served = serve(tmp_path, items=3, lease=2.0)
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     page.route("**/api/hold", lambda route: route.abort())  # a page that slept
     question = page.locator("#messages .text").last.inner_text()
     page.locator("#reason").fill("A gives its source, B does not")
     time.sleep(2.2)
-    give_away(process.store, "bo")
+    give_away(served.store, "bo")
     page.locator("#reason").blur()
     page.keyboard.press("2")
     refused = page.locator("#refused")
@@ -209,7 +223,7 @@ def test_what_is_refused_for_good_stays_on_the_page_with_its_text(browser: Brows
         viewport={"width": 375, "height": 740}, color_scheme="dark", storage_state=context.storage_state()
     )
     small = phone.new_page()
-    small.goto(f"{process.url}/compare")
+    small.goto(f"{served.url}/compare")
     expect(small.locator("#refused pre")).to_be_visible()
     assert small.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
     small.screenshot(path=SHOTS / "phone-outbox-refused.png")
@@ -219,34 +233,34 @@ def test_what_is_refused_for_good_stays_on_the_page_with_its_text(browser: Brows
     page.reload()
     expect(page.locator("#empty")).to_be_visible()
     expect(refused).to_be_hidden()
-    assert {one.annotator for one in process.store.judgements()} == {"bo"}
+    assert {one.annotator for one in served.store.judgements()} == {"bo"}
     context.close()
-    process.close()
+    stop(served)
 
 
 def test_an_open_page_keeps_its_items(browser: Browser, tmp_path: Path) -> None:
-    process = serve(f"sqlite:///{tmp_path}/feedback.db", items=4, lease=3.0)
+    served = serve(tmp_path, items=4, lease=3.0)
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     time.sleep(5)
-    give_away(process.store, "bo")
-    assert process.store.judgements() == []  # all four are before the page's person
+    give_away(served.store, "bo")
+    assert served.store.judgements() == []  # all four are before the page's person
     said = vote(page, "123")
-    wait_for_votes(process.store, 3)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 3)
+    assert counted(served.store) == said
     context.close()
     time.sleep(4)
-    give_away(process.store, "cy")  # the page is closed: what it held goes to others
-    assert [one.annotator for one in process.store.judgements()] == ["owner"] * 3 + ["cy"]
-    process.close()
+    give_away(served.store, "cy")  # the page is closed: what it held goes to others
+    assert [one.annotator for one in served.store.judgements()] == ["owner"] * 3 + ["cy"]
+    stop(served)
 
 
-def test_a_page_that_nobody_looks_at_gives_its_items_back_at_last(browser: Browser, process: Process) -> None:
+def test_a_page_that_nobody_looks_at_gives_its_items_back_at_last(browser: Browser, served: Served) -> None:
     context = browser.new_context()
     page = context.new_page()
     page.clock.install()
-    page.goto(f"{process.url}/enter/{process.people.owner_link()}")
+    page.goto(f"{served.url}/enter/{served.people.owner_link()}")
     page.wait_for_url("**/compare")
     expect(page.locator("#item")).to_be_visible()
     held: list[str] = []
@@ -263,22 +277,22 @@ def test_a_page_that_nobody_looks_at_gives_its_items_back_at_last(browser: Brows
     context.close()
 
 
-def test_what_is_being_typed_survives_a_reload_and_a_crash(browser: Browser, process: Process) -> None:
-    manage = Manage(process.store)
+def test_what_is_being_typed_survives_a_reload_and_a_crash(browser: Browser, served: Served) -> None:
+    manage = Manage(served.store)
     manage.ask_for_writing(3, 1, "test")
     for kind in ("rank", "edit"):
         manage.ask_for(kind, 3, 1, "test")  # type: ignore[arg-type]
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     for path, field in (("compare", "#reason"), ("rank", "#reason"), ("write", "#text"), ("edit", "#text")):
-        page.goto(f"{process.url}/{path}")
+        page.goto(f"{served.url}/{path}")
         expect(page.locator("#item")).to_be_visible()
         page.locator(field).fill(f"forty minutes on {path}")
         page.reload()
         expect(page.locator(field)).to_have_value(f"forty minutes on {path}")
         page.close(run_before_unload=False)
         page = context.new_page()
-        page.goto(f"{process.url}/{path}")
+        page.goto(f"{served.url}/{path}")
         expect(page.locator(field)).to_have_value(f"forty minutes on {path}")
     page.get_by_role("button", name="Flag").click()
     page.locator("#flag-text").fill("a phone number")
@@ -290,7 +304,7 @@ def test_what_is_being_typed_survives_a_reload_and_a_crash(browser: Browser, pro
     page.wait_for_timeout(SETTLED)
     page.get_by_role("button", name="Submit").click()
     expect(page.locator("#today")).to_have_text("1")
-    assert [d.messages[-1].content for d in process.store.demonstrations()] == ["forty minutes on edit"]
+    assert [d.messages[-1].content for d in served.store.demonstrations()] == ["forty minutes on edit"]
     kept = json.dumps(page.evaluate("Object.entries(localStorage)"))
     assert "forty minutes on edit" not in kept  # what counts is kept here no longer
     assert "forty minutes on write" in kept
@@ -298,39 +312,83 @@ def test_what_is_being_typed_survives_a_reload_and_a_crash(browser: Browser, pro
 
 
 def test_a_draft_whose_item_went_away_is_in_the_list(browser: Browser, tmp_path: Path) -> None:
-    process = serve(f"sqlite:///{tmp_path}/feedback.db", items=2, lease=2.0)
+    served = serve(tmp_path, items=2, lease=2.0)
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     page.locator("#reason").fill("half a thought")
     page.close()
     time.sleep(2.2)
-    give_away(process.store, "bo")
+    give_away(served.store, "bo")
     page = context.new_page()
-    page.goto(f"{process.url}/compare")
+    page.goto(f"{served.url}/compare")
     expect(page.locator("#refused pre")).to_have_text("half a thought")
     expect(page.locator("#refused")).to_contain_text("It went to somebody else")
     context.close()
-    process.close()
+    stop(served)
+
+
+def test_only_keels_own_word_is_the_last_one_and_one_letter_in_trouble_holds_up_no_other(
+    browser: Browser, served: Served
+) -> None:
+    context = browser.new_context()
+    page = enter(context, served)
+    fetched(page)
+    tries: list[str] = []
+
+    def proxy(route: Route) -> None:
+        sent = json.loads(route.request.post_data or "{}")
+        tries.append(sent["choice"])
+        if sent["choice"] == "tie":
+            route.fulfill(status=500, json={"error": "something went wrong"})
+        elif tries.count(sent["choice"]) == 1:  # nginx while the server starts, a hotel's network
+            route.fulfill(status=404, body="<h1>Not Found</h1>")
+        else:
+            route.fallback()
+
+    page.route("**/api/judge", proxy)
+    said = vote(page, "416")
+    wait_for_counted(page, served.store, 2)
+    assert counted(served.store) == said[1:]
+    assert tries.count("left") == tries.count("right") == 2
+    expect(page.locator("#refused")).to_be_hidden()
+    expect(page.locator("#offline")).to_contain_text("The server is in trouble: something went wrong. 1 judgement of")
+    page.unroute("**/api/judge")
+    wait_for_counted(page, served.store, 3)
+    assert counted(served.store)[-1] == said[0]
+    context.close()
+
+
+def wait_for_counted(page: Page, store: Store, count: int) -> None:
+    """As ``wait_for_votes``, with the browser's handlers at work meanwhile."""
+    for _ in range(300):
+        if len(store.judgements()) == count:
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"{len(store.judgements())} of {count} votes")
 
 
 # ------------------------------------------------------------------------------------------- storage and other windows
 
 
 @pytest.mark.parametrize("broken", [NO_ROOM, CLOSED])
-def test_without_storage_votes_count_for_what_is_on_the_screen(browser: Browser, process: Process, broken: str) -> None:
+def test_without_storage_votes_count_for_what_is_on_the_screen(browser: Browser, served: Served, broken: str) -> None:
     context = browser.new_context()
     context.add_init_script(broken)
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     said = vote(page, "163")
-    wait_for_votes(process.store, 3)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 3)
+    assert counted(served.store) == said
     page.route("**/api/**", lambda route: route.abort())
     said += vote(page, "52")
     unsaved = page.locator("#unsaved")
     expect(unsaved).to_contain_text("Closing this tab would lose 2 judgements not sent yet")
     page.screenshot(path=SHOTS / "outbox-no-storage.png")
+    page.set_viewport_size({"width": 375, "height": 740})
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    page.screenshot(path=SHOTS / "phone-outbox-no-storage.png")
     asked: list[str] = []
 
     def stay(dialog: Any) -> None:
@@ -342,22 +400,22 @@ def test_without_storage_votes_count_for_what_is_on_the_screen(browser: Browser,
     page.wait_for_timeout(300)
     assert asked == ["beforeunload"]
     page.unroute("**/api/**")
-    wait_for_votes(process.store, 5)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 5)
+    assert counted(served.store) == said
     expect(unsaved).to_be_hidden()
     context.close()
 
 
-def test_storage_that_is_emptied_or_spoiled_loses_no_vote(browser: Browser, process: Process) -> None:
+def test_storage_that_is_emptied_or_spoiled_loses_no_vote(browser: Browser, served: Served) -> None:
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     page.route("**/api/**", lambda route: route.abort())
     said = vote(page, "26")
     page.evaluate("localStorage.clear()")
     page.unroute("**/api/**")
-    wait_for_votes(process.store, 2)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 2)
+    assert counted(served.store) == said
     page.route("**/api/**", lambda route: route.abort())
     said += vote(page, "5")
     page.evaluate(
@@ -366,35 +424,35 @@ def test_storage_that_is_emptied_or_spoiled_loses_no_vote(browser: Browser, proc
     )
     page.unroute("**/api/**")
     page.reload()
-    wait_for_votes(process.store, 3)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 3)
+    assert counted(served.store) == said
     expect(page.locator("#refused pre")).to_contain_text("broken words")
     context.close()
 
 
-def test_letters_of_the_page_before_this_one_are_sent(browser: Browser, process: Process) -> None:
+def test_letters_of_the_page_before_this_one_are_sent(browser: Browser, served: Served) -> None:
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     question = page.locator("#messages .text").last.inner_text()
     owner = page.evaluate("document.querySelector('meta[name=person]').content.split('-').at(-1)")
-    id = process.store.next_assignment(int(owner))
+    id = served.store.next_assignment(int(owner))
     assert id is not None
     letters = [{"path": "/api/judge", "body": {"assignment": id.id, "token": "of-an-old-page", "choice": "tie"}}]
     page.evaluate("([key, value]) => localStorage.setItem(key, value)", [f"keel-outbox-{owner}", json.dumps(letters)])
     page.reload()
-    wait_for_votes(process.store, 1)
-    assert counted(process.store) == [(question, "4")]
+    wait_for_votes(served.store, 1)
+    assert counted(served.store) == [(question, "4")]
     assert page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith('keel-outbox'))") == []
     context.close()
 
 
-def test_two_windows_of_one_person_do_not_vote_on_one_item_twice(browser: Browser, process: Process) -> None:
+def test_two_windows_of_one_person_do_not_vote_on_one_item_twice(browser: Browser, served: Served) -> None:
     context = browser.new_context()
-    one = enter(context, process)
+    one = enter(context, served)
     fetched(one)
     two = context.new_page()
-    two.goto(f"{process.url}/compare")
+    two.goto(f"{served.url}/compare")
     fetched(two)
     first = one.locator("#messages").inner_text()
     assert two.locator("#messages").inner_text() == first
@@ -405,54 +463,54 @@ def test_two_windows_of_one_person_do_not_vote_on_one_item_twice(browser: Browse
     said += vote(two, "6")
     one.bring_to_front()
     said += vote(one, "3")
-    wait_for_votes(process.store, 3)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 3)
+    assert counted(served.store) == said
     for page in (one, two):
         expect(page.locator("#refused")).to_be_hidden()
     context.close()
 
 
-def test_a_page_that_comes_back_from_the_browsers_memory_asks_again(browser: Browser, process: Process) -> None:
+def test_a_page_that_comes_back_from_the_browsers_memory_asks_again(browser: Browser, served: Served) -> None:
     context = browser.new_context()
     context.add_init_script("delete globalThis.BroadcastChannel")  # a page that was frozen hears nothing
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     old = page.locator("#messages").inner_text()
     other = context.new_page()
-    other.goto(f"{process.url}/compare")
+    other.goto(f"{served.url}/compare")
     fetched(other)
     said = vote(other, "1")
-    wait_for_votes(process.store, 1)
+    wait_for_votes(served.store, 1)
     page.bring_to_front()
     assert page.locator("#messages").inner_text() == old
     page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
     expect(page.locator("#messages")).not_to_have_text(old)
     said += vote(page, "2")
-    wait_for_votes(process.store, 2)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 2)
+    assert counted(served.store) == said
     context.close()
 
 
-def test_a_clock_that_is_wrong_changes_nothing(browser: Browser, process: Process) -> None:
+def test_a_clock_that_is_wrong_changes_nothing(browser: Browser, served: Served) -> None:
     context = browser.new_context()
     context.add_init_script("Date.now = () => 86400000 - (Date.ticks = (Date.ticks ?? 0) + 3600000)")  # runs backwards
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     page.route("**/api/**", lambda route: route.abort())
     said = vote(page, "163")
     page.unroute("**/api/**")
-    wait_for_votes(process.store, 3)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 3)
+    assert counted(served.store) == said
     context.close()
 
 
-def test_an_undo_takes_back_only_what_has_not_left_the_browser(browser: Browser, process: Process) -> None:
+def test_an_undo_takes_back_only_what_has_not_left_the_browser(browser: Browser, served: Served) -> None:
     context = browser.new_context()
-    page = enter(context, process)
+    page = enter(context, served)
     fetched(page)
     page.route("**/api/judge", lambda route: (route.fetch(), route.abort()))  # it counts, and nobody hears of it
     said = vote(page, "1")
-    wait_for_votes(process.store, 1)
+    wait_for_votes(served.store, 1)
     page.keyboard.press("u")
     expect(page.locator("#toast")).to_contain_text("may have been sent already")
     page.unroute("**/api/judge")
@@ -461,6 +519,40 @@ def test_an_undo_takes_back_only_what_has_not_left_the_browser(browser: Browser,
     page.keyboard.press("u")
     expect(page.locator("#messages")).to_contain_text(said[0][0])
     said = vote(page, "6")
-    wait_for_votes(process.store, 1)
-    assert counted(process.store) == said
+    wait_for_votes(served.store, 1)
+    assert counted(served.store) == said
+    context.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- the arena
+
+
+def test_a_message_whose_answer_broke_off_is_sent_again_as_the_same_turn(browser: Browser, served: Served) -> None:
+    context = browser.new_context()
+    page = enter(context, served, page="arena")
+    field = page.get_by_label("Your message", exact=True)
+    field.fill("half a message")
+    page.reload()
+    expect(field).to_have_value("half a message")
+    page.route("**/say", lambda route: (route.fetch(), route.abort()))  # answered, and the answer is lost
+    field.fill("hello")
+    page.keyboard.press("Enter")
+    expect(page.locator("#problem")).to_contain_text("Send your message again")
+    expect(field).to_have_value("hello")
+    page.unroute("**/say")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn .response.b")).to_contain_text("I heard: hello (1)")
+    expect(page.locator(".streaming")).to_have_count(0)
+    expect(page.locator(".turn")).to_have_count(1)
+    page.route("**/vote", lambda route: (route.fetch(), route.abort()))
+    page.get_by_role("button", name="A is better").click()
+    expect(page.locator("#problem")).to_contain_text("Your vote is kept in this browser")
+    expect(page.locator("#choices")).to_be_hidden()
+    page.screenshot(path=SHOTS / "outbox-arena-vote.png")
+    page.unroute("**/vote")
+    page.reload()
+    expect(page.locator("#names")).to_contain_text("secret-one")
+    (vote,) = Manage(served.store)._rows("arena.jsonl")
+    assert (vote["choice"], vote["turn"]) == ("left", 1)
+    assert [one["content"] for one in vote["conversation_left"]] == ["hello", "I heard: hello (1)"]
     context.close()

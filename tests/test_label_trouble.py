@@ -178,6 +178,29 @@ def test_a_skip_sent_again_after_an_undo_skips_nothing(store: Store) -> None:
     assert [event.action for event in store.events()].count("skipped") == 2
 
 
+@pytest.mark.parametrize("how", ["vote", "skip"])
+def test_an_undo_sent_again_takes_back_nothing_else(store: Store, how: str) -> None:
+    fill(store, 3)
+    prepare(store)
+    labelling, ann = Labelling(store), person(store, "ann")
+    ids = hold_all(store, ann)
+    for id in ids:
+        if how == "skip":
+            labelling.skip(ann, id, "", token())
+        else:
+            labelling.judge(ann, id, "tie", token=token(), strength=None, seconds=None, reason=None, ratings=None)
+    for _ in range(3):  # its answer was lost
+        back = labelling.undo(ann, "compare", ids[-1])
+        assert back is not None
+        assert back.id == ids[-1]
+    states = [event.action for event in store.events()]
+    assert states.count("undone") + states.count("unskipped") == 1
+    assert labelling.undo(person(store, "bo"), "compare", ids[0]) is None
+    first = labelling.undo(ann, "compare", ids[0])
+    assert first is not None
+    assert first.id == ids[0]
+
+
 def test_a_store_has_a_name_of_its_own(new_url: Callable[[], str]) -> None:
     names = []
     for url in (new_url(), new_url()):

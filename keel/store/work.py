@@ -226,31 +226,43 @@ def flag(
 
 
 def undo_last(
-    connection: Connection, kind: WorkKind, annotator_id: int, guideline: str | None, now: datetime, lease: timedelta
+    connection: Connection,
+    kind: WorkKind,
+    annotator_id: int,
+    *,
+    guideline: str | None,
+    now: datetime,
+    lease: timedelta,
+    assignment_id: int | None = None,
 ) -> tuple[Assignment, str] | None:
     """Take back what this annotator did last in this kind of work, a skip included: the assignment, theirs again, and
-    what was taken back (judged, skipped); None when there is nothing to take back."""
+    what was taken back (judged, skipped); None when there is nothing to take back. ``assignment_id``: what was done
+    with this one, whatever came after it; when it is in their hands already, that comes as "held", and sent again an
+    undo takes back nothing else."""
     table, entity = TABLES[kind]
-    last = connection.execute(
+    mine = [assignments.c.annotator_id == annotator_id, items.c.kind == kind]
+    if assignment_id is not None:
+        mine.append(assignments.c.id == assignment_id)
+    done = (
         select(table.c.id, table.c.created)
         .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
-        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, table.c.undone_at.is_(None))
-        .order_by(table.c.id.desc())
-        .limit(1)
-    ).first()
-    skipped = connection.execute(
-        select(assignments)
-        .join(items)
-        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, assignments.c.state == "skipped")
-        .order_by(assignments.c.skipped_at.desc())
-        .limit(1)
-    ).first()
+        .where(*mine, table.c.undone_at.is_(None))
+    )
+    last = connection.execute(done.order_by(table.c.id.desc()).limit(1)).first()
+    given_back = select(assignments).join(items).where(*mine, assignments.c.state == "skipped")
+    skipped = connection.execute(given_back.order_by(assignments.c.skipped_at.desc()).limit(1)).first()
     if skipped is not None and (last is None or skipped.skipped_at > last.created):
         return _unskip(connection, skipped, kind, guideline, now, lease), "skipped"
-    if last is None:
+    if last is not None:
+        undone = queue.undo(
+            connection, last.id, now=now, lease=lease, table=table, entity=entity, annotator_id=annotator_id
+        )
+        return undone, "judged"
+    held = select(assignments).join(items).where(*mine, assignments.c.state == "leased")
+    row = None if assignment_id is None else connection.execute(held).first()
+    if row is None:
         return None
-    back = queue.undo(connection, last.id, now=now, lease=lease, table=table, entity=entity, annotator_id=annotator_id)
-    return back, "judged"
+    return queue.screen(connection, row.id, row.item_id, row.shown, row.expires_at, kind), "held"
 
 
 def _unskip(

@@ -121,7 +121,7 @@ def flag(request: Request, session: Annotator, given: Flagged) -> dict[str, Any]
 
 @router.post("/undo")
 def undo(request: Request, session: Annotator, asked: Undone) -> dict[str, Any]:
-    back = _labelling(request).undo(session.account, asked.kind)
+    back = _labelling(request).undo(session.account, asked.kind, asked.assignment)
     return {"item": item_json(back), "progress": _progress(request, session, asked.kind)}
 
 

@@ -86,6 +86,7 @@ class Flagged(Strict):
 
 class Undone(Strict):
     kind: Kind
+    assignment: Id | None = None  # the one that the page did last; by default what its person did last anywhere
 
 
 class Said(Strict):

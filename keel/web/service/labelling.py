@@ -199,11 +199,19 @@ class Labelling:
                 now=self._store.now,
             )
 
-    def undo(self, person: Account, kind: WorkKind) -> Screen | None:
-        """Take back what this person did last; None when there is nothing."""
+    def undo(self, person: Account, kind: WorkKind, assignment_id: int | None = None) -> Screen | None:
+        """Take back what this person did last, or did with this assignment; None when there is nothing."""
         store = self._store
         with store.transaction(writes=True) as connection:
-            back = work.undo_last(connection, kind, person.annotator_id, self._version(), store.now, store.lease)
+            back = work.undo_last(
+                connection,
+                kind,
+                person.annotator_id,
+                guideline=self._version(),
+                now=store.now,
+                lease=store.lease,
+                assignment_id=assignment_id,
+            )
         if back is None:
             return None
         if back[1] == "judged":

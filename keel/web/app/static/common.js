@@ -191,9 +191,10 @@ export class Work {
     if (text) refuse(`${id}`, { what: "What you were writing", prompt: item.prompt, text }, why);
     dropDraft(id);
     this.items = this.items.filter((one) => one.id !== id);
-    if (!shown) return;
-    this.leave();
-    toast(why);
+    if (shown) {
+      this.leave();
+      toast(why);
+    }
     this.fill();
   }
 
@@ -211,10 +212,11 @@ export class Work {
     try {
       await this.outbox.send();
       if (this.unsent().length) throw new TypeError("not sent yet");
-      const { item, progress } = await post("/api/undo", { kind: this.kind });
+      const assignment = last?.item.id; // named, so that an undo that is sent again takes back nothing else
+      const { item, progress } = await post("/api/undo", { kind: this.kind, assignment });
       showProgress(progress);
       const known = this.past.find((one) => one.item.id === item?.id);
-      this.past = this.past.filter((one) => one !== known);
+      this.past = this.past.filter((one) => one !== known && one !== last);
       if (item) this.back(item, known?.said);
       else toast("Nothing to take back");
     } catch (error) {

@@ -119,12 +119,13 @@ export class Outbox {
 }
 
 function reason(trouble, count) {
-  const kept = count ? ` ${counted(count)} of yours ${count === 1 ? "is" : "are"} kept in this browser` : "";
-  const link = Object.assign(document.createElement("a"), { href: "/sign-in", target: "_blank", textContent: "Sign in again" });
+  const where = unsaved(PREFIX).length ? "tab" : "browser";
+  const kept = count ? ` ${counted(count)} of yours ${count === 1 ? "is" : "are"} kept in this ${where}` : "";
   if (trouble instanceof Stranger) {
-    const until = kept ? `${kept} until you sign in again, and not sent before.` : " This page is not theirs.";
-    return [`${trouble.message} is signed in on this browser now.${until} `, link];
+    const then = kept ? `${kept}, to be sent when you are the one who is signed in.` : " Sign in again to go on.";
+    return [`${trouble.message} is signed in on this browser now.${then}`];
   }
+  const link = Object.assign(document.createElement("a"), { href: "/sign-in", target: "_blank", textContent: "Sign in again" });
   if (trouble.status === 401) return [`You are signed out.${kept && `${kept}.`} `, link, kept ? " to send what waits." : " to go on."];
   const then = kept && `${kept} and will be sent`;
   if (trouble instanceof Refused) return [`The server is in trouble: ${trouble.message}.${then && `${then} as soon as it can take them.`}`];

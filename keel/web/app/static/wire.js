@@ -5,6 +5,7 @@ const meta = (name) => document.querySelector(`meta[name="${name}"]`)?.content ?
 export const PERSON = meta("person");
 export const GUIDELINE = meta("guideline"); // the version this page was made with
 export const LEASE = 1000 * Number(meta("lease") ?? 1800); // milliseconds for which an item is kept for its person
+const LONGEST_SILENCE = 120_000; // milliseconds; a server that waits for its database takes up to 60 s
 let csrf = meta("csrf");
 
 /** The server said no. `last`: that is its last word on it; else the same may be sent again, in `wait` milliseconds. */
@@ -55,4 +56,5 @@ export async function call(path, body, signal) {
   return answer;
 }
 
-export const post = async (path, body) => (await call(path, body)).json();
+/** The answer's JSON. A server that says nothing for so long is taken for gone. */
+export const post = async (path, body) => (await call(path, body, AbortSignal.timeout?.(LONGEST_SILENCE))).json();
