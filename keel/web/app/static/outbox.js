@@ -128,7 +128,10 @@ function reason(trouble, count) {
   const link = Object.assign(document.createElement("a"), { href: "/sign-in", target: "_blank", textContent: "Sign in again" });
   if (trouble.status === 401) return [`You are signed out.${kept && `${kept}.`} `, link, kept ? " to send what waits." : " to go on."];
   const then = kept && `${kept} and will be sent`;
-  if (trouble instanceof Refused) return [`The server is in trouble: ${trouble.message}.${then && `${then} as soon as it can take them.`}`];
+  if (trouble instanceof Refused) {
+    const what = trouble.status < 500 ? `The server does not take this now: ${trouble.message}.` : "The server is in trouble.";
+    return [`${what}${then && `${then} as soon as it can take ${count === 1 ? "it" : "them"}.`}`];
+  }
   return [`No connection.${then && `${then} when it is back.`}`];
 }
 
