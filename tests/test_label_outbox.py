@@ -124,8 +124,14 @@ def test_votes_made_while_the_database_is_away_are_kept(browser: Browser, tmp_pa
         expect(page.locator("#item")).to_be_visible()
 
 
-def test_votes_outlive_a_killed_server_and_a_new_sign_in(browser: Browser, tmp_path: Path) -> None:
-    process = process_of(f"sqlite:///{tmp_path}/feedback.db")
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Process]:
+    running = process_of(f"sqlite:///{tmp_path}/feedback.db")
+    yield running
+    running.close()
+
+
+def test_votes_outlive_a_killed_server_and_a_new_sign_in(browser: Browser, process: Process) -> None:
     context = browser.new_context()
     page = enter(context, process)
     fetched(page)
@@ -140,7 +146,6 @@ def test_votes_outlive_a_killed_server_and_a_new_sign_in(browser: Browser, tmp_p
     wait_for_votes(process.store, 5)
     assert counted(process.store) == said
     context.close()
-    process.close()
 
 
 def test_who_is_signed_out_loses_nothing(browser: Browser, served: Served) -> None:
