@@ -59,8 +59,8 @@ def read_preferences(source: str | Path) -> list[Preference]:
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
     ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
-    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` (of Keel's own export) is left out:
-    its answer was known, and such votes measure their annotator.
+    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` or ``out`` (of Keel's own export)
+    is left out: its answer was known, and such votes measure their annotator; or its pair was taken out of use.
 
     Two equal replies are a tie, whatever the row says: neither can be better.
     """
@@ -195,7 +195,7 @@ def _preference(row: Values) -> Preference:
         messages, chosen, rejected = _implicit_prompt(row)
     else:
         raise _UnknownForm
-    if row.get("gold"):
+    if row.get("gold") or flag(row, "out", default=False):
         raise _LeftOut
     prompt = _prompt(row, messages, _id(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
@@ -261,6 +261,18 @@ def as_prompt(value: Any) -> Prompt:
     """A prompt that another tool's row holds, as a text or as messages. RowError when it is neither."""
     messages = _prompt_messages({"prompt": value})
     return Prompt(messages_hash(messages), messages)
+
+
+def prompt_of_row(row: Values) -> Prompt:
+    """The prompt of a row, as a prompt's row has it. RowError when there is none."""
+    return _prompt_row(
+        {field: row[field] for field in ("prompt", "messages", "instruction", "input", "system") if field in row}
+    )
+
+
+def reply_of_row(row: Values, field: str, prompt: Sequence[Message]) -> str:
+    """A reply that is a text, or one message of the assistant after the prompt's, which may be repeated in front."""
+    return _reply(row, field, prompt)
 
 
 # -------------------------------------------------------------------------------------------------- parts of a form
