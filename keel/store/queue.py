@@ -326,7 +326,7 @@ def undo(
         raise UserError(f"{entity} {done_id} is not in the store")
     done = connection.execute(select(table).where(table.c.id == done_id)).one()
     if done.undone_at is not None:
-        raise UserError(f"{entity} {done_id} has been taken back already")
+        raise UserError(f"this {entity} has been taken back already")
     connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
     lease_again(connection, assignment.id, now, lease)
     said = ("choice", "strength", "reason", "tiers", "text", "original_id")
