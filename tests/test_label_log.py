@@ -40,6 +40,7 @@ class Log:
     words: dict[int, str] = field(default_factory=dict)
     wanted: Counter[tuple[str, str]] = field(default_factory=Counter)
     flags: set[str] = field(default_factory=set)
+    out: set[int] = field(default_factory=set)  # items
     arena: list[tuple[str, list[str], str]] = field(default_factory=list)
 
     def read(self, events: Sequence[Event]) -> Log:
@@ -96,6 +97,14 @@ class Log:
     def _resolved(self, event: Event) -> None:
         self.flags.remove(event.entity_id)
 
+    def _took_out(self, event: Event) -> None:
+        self.out |= set(event.new["items"])
+        self.wanted.subtract({(batch, kind): count for batch, kind, count in event.new["wanted"]})
+
+    def _put_back(self, event: Event) -> None:
+        self.out -= set(event.new["items"])
+        self.wanted.update({(batch, kind): count for batch, kind, count in event.new["wanted"]})
+
     def _voted(self, event: Event) -> None:
         self.arena.append((event.actor, event.new["models"], event.new["choice"]))
 
@@ -128,7 +137,9 @@ class Log:
     def queues(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(wanted, done) of each queue, gold items left out."""
         done = Counter(
-            (event.new["batch"], kind) for event, kind in self.done.values() if not self.gold.get(event.new["item"])
+            (event.new["batch"], kind)
+            for event, kind in self.done.values()
+            if not self.gold.get(event.new["item"]) and event.new["item"] not in self.out
         )
         return {place: (wanted, done[place]) for place, wanted in self.wanted.items()}
 
@@ -198,6 +209,9 @@ def live(store: Store) -> None:
     for item, word in ((items[2], "first"), (items[3], "second"), (items[3], "tie"), (items[2], None)):
         manage.adjudicate(item, word, "so", boss)
     manage.resolve_flag(manage.flags()[0]["id"], "boss")
+    for what, id in (("prompt", "p1"), ("item", items[4]), ("prompt", "p5")):
+        manage.take_out(what, str(id), "", None, boss)  # type: ignore[arg-type]
+    manage.put_back(manage.out()[0]["id"], boss)
     arena = Arena(store, fake_sources().arena)
     id = arena.start(bo)
     list(arena.say(bo, id, "hello"))
@@ -244,7 +258,10 @@ def check(store: Store) -> None:
     mine = [
         e
         for e, kind in log.done.values()
-        if kind != "write" and log.kinds[e.actor] != "simulated" and not log.gold.get(e.new["item"])
+        if kind != "write"
+        and e.new["item"] not in log.out
+        and log.kinds[e.actor] != "simulated"
+        and not log.gold.get(e.new["item"])
     ]
     assert len(mine) == trained.all
     days: dict[str, int] = defaultdict(int)

@@ -49,7 +49,7 @@ def conversation(connection: Connection, id: int, annotator_id: int, lock: bool 
     query = select(conversations).where(conversations.c.id == id, conversations.c.annotator_id == annotator_id)
     row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise UserError(f"conversation {id} is not here; start a new one")
+        raise UserError("this conversation is not here; start a new one")
     said = connection.execute(select(turns).where(turns.c.conversation_id == id).order_by(turns.c.number))
     return Conversation(
         id,
@@ -58,6 +58,22 @@ def conversation(connection: Connection, id: int, annotator_id: int, lock: bool 
         row.ended_at is not None,
         tuple(Turn(turn.number, turn.message, turn.left, turn.right) for turn in said),
     )
+
+
+def handle_of(connection: Connection, id: int) -> str:
+    """What a browser calls the conversation by."""
+    return str(connection.execute(select(conversations.c.handle).where(conversations.c.id == id)).scalar_one())
+
+
+def find(connection: Connection, handle: str, annotator_id: int) -> int:
+    """The conversation's id. Somebody else's handle is refused in the words for one that does not exist."""
+    query = select(conversations.c.id).where(
+        conversations.c.handle == handle, conversations.c.annotator_id == annotator_id
+    )
+    id: int | None = connection.execute(query).scalar_one_or_none()
+    if id is None:
+        raise UserError("this conversation is not here; start a new one")
+    return id
 
 
 def open_conversation(connection: Connection, annotator_id: int) -> int | None:

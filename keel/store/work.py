@@ -12,9 +12,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, Table, insert, select, update
 
 from keel.store import queue
-from keel.store.ingest import insert_missing
+from keel.store.ingest import in_places, insert_missing
 from keel.store.people_tables import flags, rankings, writings
 from keel.store.records import Assignment, LeaseLost, WorkKind
+from keel.store.removals import refresh_new
 from keel.store.rows import storable
 from keel.store.tables import (
     annotators,
@@ -90,13 +91,15 @@ def _add(
         raise UserError(f"overlap is {overlap}; each item needs at least 1 person")
     here = select(items.c.key).where(items.c.batch.in_({row["batch"] for row in rows}))
     known = set(connection.execute(here).scalars())
-    insert_missing(connection, items, rows)
+    if rows:
+        insert_missing(connection, items, in_places(connection, rows[0]["batch"], rows))
     ids = []
     for row in rows:
         query = select(items.c.id).where(items.c.batch == row["batch"], items.c.key == row["key"])
         ids.append(connection.execute(query).scalar_one())
         parts = [{"item_id": ids[-1], "response_id": response} for response in members.get(row["key"], ())]
         insert_missing(connection, item_responses, parts)
+    refresh_new(connection, ids)
     if added := sum(row["key"] not in known for row in rows):
         new = {"items": added, "overlap": overlap, "kind": rows[0]["kind"]}
         connection.execute(insert(events), event(now, "keel", "added", "batch", rows[0]["batch"], None, new))
@@ -129,7 +132,7 @@ def rank(
         select(assignments.c.shown).where(assignments.c.id == assignment_id, assignments.c.annotator_id == annotator_id)
     ).scalar_one_or_none()
     if shown is None:
-        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+        raise queue.not_yours()
     if sorted(place for tier in tiers for place in tier) != list(range(len(shown))) or not all(tiers):
         raise UserError("a ranking places each response once")
     values = {
@@ -183,7 +186,7 @@ def skip(
     if assignment.state == "skipped":
         return
     if assignment.state == "judged":
-        raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to skip it")
+        raise UserError("this item is judged already; undo that judgement to skip it")
     changes = {"state": "skipped", "skipped_at": now}
     connection.execute(update(assignments).where(assignments.c.id == assignment_id).values(**changes))
     if assignment.state == "leased":
@@ -248,14 +251,14 @@ def _unskip(
     connection: Connection, skipped: Row[Any], kind: WorkKind, guideline: str | None, now: datetime, lease: timedelta
 ) -> Assignment:
     try:
-        queue.retake(connection, skipped.id, skipped.item_id)
+        queue.retake(connection, skipped)
     except LeaseLost:
         raise UserError("somebody else has the item that you skipped now; it can't be taken back") from None
     queue.lease_again(connection, skipped.id, now, lease)
     name = connection.execute(select(annotators.c.name).where(annotators.c.id == skipped.annotator_id)).scalar_one()
     log = event(now, name, "unskipped", "assignment", skipped.id, {"item": skipped.item_id}, None, guideline)
     connection.execute(insert(events), log)
-    return queue.screen(connection, skipped.id, skipped.item_id, skipped.shown, now + lease, kind)
+    return queue.screen(connection, skipped.id, skipped.item_id, skipped.shown, now + lease, kind, skipped.handle)
 
 
 def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[Any]:
@@ -267,7 +270,7 @@ def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[
     )
     assignment = connection.execute(query).first()
     if assignment is None:
-        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+        raise queue.not_yours()
     return assignment
 
 
@@ -281,7 +284,7 @@ def demonstrations(connection: Connection, batch: str | None) -> list[Demonstrat
         .select_from(writings.join(assignments, assignments.c.id == writings.c.assignment_id))
         .join(items, items.c.id == assignments.c.item_id)
         .join(prompts, prompts.c.id == items.c.prompt_id)
-        .where(writings.c.undone_at.is_(None))
+        .where(writings.c.undone_at.is_(None), items.c.out.is_(False))
         .order_by(writings.c.id)
     )
     found = []

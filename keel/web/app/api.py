@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import StreamingResponse
 
 from keel.store.people import Session
-from keel.web.app.fields import Flagged, Judged, Kind, Next, PathId, Ranked, Said, Skipped, Undone, Voted, Wrote
+from keel.web.app.fields import Flagged, Judged, Kind, Next, PathHandle, Ranked, Said, Skipped, Undone, Voted, Wrote
 from keel.web.app.markdown import render
 from keel.web.app.security import may
 from keel.web.service.arena import Arena
@@ -116,12 +116,14 @@ def _arena(request: Request) -> Arena:
 
 @router.post("/arena")
 def start(request: Request, session: Annotator) -> dict[str, Any]:
-    return {"id": _arena(request).start(session.account)}
+    arena = _arena(request)
+    return {"id": arena.handle(arena.start(session.account))}
 
 
-@router.post("/arena/{id}/say", response_class=StreamingResponse)
-def say(request: Request, session: Annotator, id: PathId, said: Said) -> StreamingResponse:
-    pieces = _arena(request).say(session.account, id, said.message)
+@router.post("/arena/{handle}/say", response_class=StreamingResponse)
+def say(request: Request, session: Annotator, handle: PathHandle, said: Said) -> StreamingResponse:
+    arena = _arena(request)
+    pieces = arena.say(session.account, arena.find(session.account, handle), said.message)
 
     def lines() -> Iterator[str]:
         whole = {"left": "", "right": ""}
@@ -133,8 +135,10 @@ def say(request: Request, session: Annotator, id: PathId, said: Said) -> Streami
     return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"x-accel-buffering": "no"})
 
 
-@router.post("/arena/{id}/vote")
-def vote(request: Request, session: Annotator, id: PathId, given: Voted) -> dict[str, Any]:
-    shown = _arena(request).vote(session.account, id, given.choice, given.token, given.reason.strip())
+@router.post("/arena/{handle}/vote")
+def vote(request: Request, session: Annotator, handle: PathHandle, given: Voted) -> dict[str, Any]:
+    arena = _arena(request)
+    id = arena.find(session.account, handle)
+    shown = arena.vote(session.account, id, given.choice, given.token, given.reason.strip())
     assert shown.names is not None, "a vote shows the names"
     return {"left": shown.names[0], "right": shown.names[1]}

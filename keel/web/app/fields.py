@@ -11,6 +11,8 @@ from keel.store.rows import storable
 
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PathId = Annotated[int, Path(ge=1, le=2**31 - 1)]
+Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{22}$")]
+PathHandle = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$")]
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Line = Annotated[str, AfterValidator(storable), StringConstraints(max_length=500)]
@@ -34,11 +36,11 @@ class Strict(BaseModel):
 
 class Next(Strict):
     kind: Kind
-    holding: list[Id] = Field(default_factory=list, max_length=16)
+    holding: list[Handle] = Field(default_factory=list, max_length=16)
 
 
 class Judged(Strict):
-    assignment: Id
+    assignment: Handle
     token: Token
     choice: Choice
     strength: Literal[1, 2, 3] | None = None
@@ -49,7 +51,7 @@ class Judged(Strict):
 
 
 class Ranked(Strict):
-    assignment: Id
+    assignment: Handle
     token: Token
     tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
     seconds: Seconds | None = None
@@ -58,7 +60,7 @@ class Ranked(Strict):
 
 
 class Wrote(Strict):
-    assignment: Id
+    assignment: Handle
     kind: Literal["write", "edit"]
     token: Token
     text: Text
@@ -67,13 +69,13 @@ class Wrote(Strict):
 
 
 class Skipped(Strict):
-    assignment: Id
+    assignment: Handle
     kind: Kind
     reason: Line = ""
 
 
 class Flagged(Strict):
-    assignment: Id
+    assignment: Handle
     token: Token
     text: Annotated[str, AfterValidator(storable), StringConstraints(max_length=2_000)] = ""
 

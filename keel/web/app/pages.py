@@ -170,7 +170,9 @@ def edit(request: Request, session: Annotator) -> Response:
 @router.get("/arena")
 def arena(request: Request, session: Annotator) -> Response:
     place = request.app.state.arena
-    return page(request, "arena.html", session, ready=place.ready, conversation=place.current(session.account))
+    current = place.current(session.account)
+    context = {"conversation": current, "handle": place.handle(current.id) if current else ""}
+    return page(request, "arena.html", session, ready=place.ready, **context)
 
 
 @router.get("/mine")

@@ -61,6 +61,16 @@ class Arena:
         with self._store.transaction(writes=True) as connection:
             return arena.start(connection, person.annotator_id, left, right, self._store.now)
 
+    def handle(self, id: int) -> str:
+        """What a browser calls a conversation by."""
+        with self._store.transaction(writes=False) as connection:
+            return arena.handle_of(connection, id)
+
+    def find(self, person: Account, handle: str) -> int:
+        """The id of this person's conversation. UserError when it is not theirs, or is none."""
+        with self._store.transaction(writes=False) as connection:
+            return arena.find(connection, handle, person.annotator_id)
+
     def current(self, person: Account) -> Shown | None:
         """The conversation that this person is in."""
         with self._store.transaction(writes=False) as connection:

@@ -8,6 +8,7 @@ from itertools import combinations
 from sqlalchemy import Connection, select
 
 from keel.store import Store, people
+from keel.store.removals import in_use
 from keel.store.tables import items, responses
 
 FIRST_BATCH = "people"
@@ -46,7 +47,9 @@ def prepare(store: Store) -> None:
     with store.transaction(writes=False) as connection:
         ready = people.current_guideline(connection) is not None
         version = people.next_version(connection)
-        anything = connection.execute(select(items.c.id).where(items.c.taken < items.c.overlap).limit(1)).first()
+        anything = connection.execute(
+            select(items.c.id).where(items.c.taken < items.c.overlap, items.c.out.is_(False)).limit(1)
+        ).first()
         used = connection.execute(select(items.c.id).where(items.c.batch == FIRST_BATCH).limit(1)).first()
         wanted = anything is None and used is None
         pairs = first_pairs(connection, open_groups(connection), FIRST_ITEMS) if wanted else []
@@ -59,9 +62,10 @@ def prepare(store: Store) -> None:
 
 
 def open_groups(connection: Connection) -> dict[str, list[int]]:
-    """Responses by prompt, oldest first; of two with the same text the first: nobody could tell them apart."""
+    """Responses in use by prompt, oldest first; of two with the same text the first: nobody could tell them apart."""
     texts: dict[str, dict[str, int]] = {}
     query = select(responses.c.prompt_id, responses.c.id, responses.c.text).order_by(responses.c.id)
+    query = query.where(in_use(responses.c.prompt_id, responses.c.id))
     for row in connection.execute(query):
         texts.setdefault(row.prompt_id, {}).setdefault(row.text.strip(), row.id)
     return {prompt: list(ids.values()) for prompt, ids in texts.items()}
