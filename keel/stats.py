@@ -56,7 +56,8 @@ def proportion(hits: Sequence[bool], groups: Sequence[Hashable] | None = None, l
     point = sum(map(bool, hits)) / n
     if groups is not None:
         error = clustered_error([float(hit) for hit in hits], groups)
-        n = min(n, point * (1 - point) / error**2) if error and 0 < point < 1 else min(n, len(set(groups)))
+        alone = point * (1 - point) / (n - 1) if n > 1 else 0.0  # the error's square, were all trials independent
+        n = min(n, n * alone / error**2) if error and 0 < point < 1 else min(n, len(set(groups)))
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     middle = (point + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (point * (1 - point) / n + z2 / (4 * n * n))) / (1 + z2 / n)
