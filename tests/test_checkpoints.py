@@ -32,7 +32,7 @@ from keel.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, Recipe
 from keel.data.chat import Chat
 from keel.model import marks
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, load_tokenizer, positions, save
-from keel.model.dropout import adapters_thinned, turn_off
+from keel.model.dropout import adapters_thinned, of_adapters, turn_off
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
 from keel.pipeline import run_pipeline
@@ -123,7 +123,7 @@ def test_dropout_of_adapters_is_for_the_loss_alone(tmp_path: Path) -> None:
         inner.set_attn_implementation("eager")
         first, second = (model(input_ids=IDS).logits for _ in range(2))
         assert torch.equal(first, second)
-        with adapters_thinned([model]):
+        with adapters_thinned(of_adapters(model)):
             assert not torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
         assert torch.equal(model(input_ids=IDS).logits, first)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keel.data.tokens import Segment, Tokens
+from keel.data.tokens import Segment, Tokens, token_ids
 from keel.types import Demonstration, Encoded, Message, UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Chat:
         self._end_from_template = False
         if self.template is not None:
             self._learn_template()
-        self.end_ids: tuple[int, ...] = tuple(self._tokenize([self._end_text])[0])
+        self.end_ids: tuple[int, ...] = tuple(token_ids(tokenizer, [self._end_text])[0])
         eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos + self._ends))
         self._tokens = Tokens(tokenizer, self._samples())
@@ -114,20 +114,6 @@ class Chat:
                 with _at(places[i] if places else ""):
                     prompts[key] = self._prompt_segments(key)
             rows.append(prompts[key] + self._reply_segments(reply, finished))
-        return self._tokens.encode(rows, strict=False)
-
-    def encode_rendered(self, replies: Sequence[tuple[Sequence[Message], str, bool]]) -> list[Encoded]:
-        """As ``encode_replies``, but with everything that the template writes behind a finished reply (ChatML's
-        newline): how tools that render whole conversations show them to a reward model."""
-        rows = []
-        for messages, reply, finished in replies:
-            row = self._prompt_segments(messages)
-            if finished and not self.plain:
-                done, whole = "".join(s.text for s in row), self._render([*messages, Message("assistant", reply)])
-                row = [*row, Segment(whole[len(done) :], True)] if whole.startswith(done) else [Segment(whole, True)]
-            else:
-                row = row + self._reply_segments(reply, finished)
-            rows.append(row)
         return self._tokens.encode(rows, strict=False)
 
     def encode_conversation(self, messages: Sequence[Message]) -> Encoded:
@@ -258,12 +244,6 @@ class Chat:
                 rows.append(self._prompt_segments([ask]) + self._reply_segments(reply, finished=True))
         return [[segment for segment in row if not segment.mark] for row in rows]
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
     # ------------------------------------------------------------------------------------------------- template
 
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
@@ -311,7 +291,7 @@ class Chat:
     def _first_mark(self, text: str, marks: set[int]) -> tuple[str, str]:
         """(white space, the one of ``marks`` behind it) that a text begins with; ("", "") where it does not."""
         after = text.lstrip()
-        ids = self._tokenize([after])[0]
+        ids = token_ids(self.tokenizer, [after])[0]
         if not ids or ids[0] not in marks:
             return "", ""
         mark = self.tokenizer.convert_ids_to_tokens(ids[0])

@@ -67,7 +67,7 @@ class Tokens:
         self.apart = {True: always, False: all(others) if others else always}
 
     def _is_cut(self, row: Row) -> bool:
-        return self._pieces([row])[0].ids == tuple(self._texts([_text(row)])[0])
+        return self._pieces([row])[0].ids == tuple(token_ids(self.tokenizer, [_text(row)])[0])
 
     def encode(self, rows: Sequence[Row], strict: bool) -> list[Encoded]:
         """The rows' ids, True in the mask where something is learned.
@@ -84,7 +84,7 @@ class Tokens:
 
     def _pieces(self, rows: Sequence[Row]) -> list[Encoded]:
         texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
-        ids_of = dict(zip(texts, self._texts(texts), strict=True))
+        ids_of = dict(zip(texts, token_ids(self.tokenizer, texts), strict=True))
         encoded = []
         for row in rows:
             ids: list[int] = []
@@ -118,15 +118,9 @@ class Tokens:
             encoded.append(self._with_marks(row, inside))
         return encoded
 
-    def _texts(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
     def _behind(self, row: Row, index: int) -> Encoded:
         """The prompt as it is by itself, and what follows as it is by itself."""
-        prompt, rest = self._texts([_text(row[:index]), _text(row[index:])])
+        prompt, rest = token_ids(self.tokenizer, [_text(row[:index]), _text(row[index:])])
         return Encoded((*prompt, *rest), (False,) * len(prompt) + (True,) * len(rest))
 
     def _with_marks(self, row: Row, inside: Encoded) -> Encoded:
@@ -134,6 +128,14 @@ class Tokens:
         text = [i for i, segment in enumerate(row) if not segment.mark]
         before, behind = self._pieces([row[: text[0]], row[text[-1] + 1 :]])
         return Encoded((*before.ids, *inside.ids, *behind.ids), (*before.mask, *inside.mask, *behind.mask))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of each text by itself, without what the tokenizer puts around a text."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _begins_white(row: Row) -> bool:

@@ -146,13 +146,20 @@ def _cut(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     )  # fmt: skip
 
 
+def _above(
+    stage: str, kind: str, points: list[_Point], bound: float, in_a_row: int, said: str, remedy: str
+) -> Alarm | None:
+    """An alarm at the first of ``in_a_row`` points above ``bound``; ``said``: a sentence with a place for the value."""
+    point = _first(points, lambda value: value > bound, in_a_row)
+    return (
+        None if point is None else Alarm(stage, kind, point.step, point.value, bound, said.format(point.value), remedy)
+    )
+
+
 def _clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
-    point = _first(_series(rows, CLIPPED), lambda share: share > limits.clipped, limits.in_a_row)
-    if point is None:
-        return None
-    return Alarm(
-        stage, "clip_fraction", point.step, point.value, limits.clipped,
-        f"The ratio of {point.value:.0%} of the tokens was clipped, {limits.in_a_row} rows in succession.",
+    return _above(
+        stage, "clip_fraction", _series(rows, CLIPPED), limits.clipped, limits.in_a_row,
+        f"The ratio of {{:.0%}} of the tokens was clipped, {limits.in_a_row} rows in succession.",
         "Lower optim.lr, or take fewer epochs and minibatches over each rollout.",
     )  # fmt: skip
 
@@ -169,23 +176,17 @@ def _ratio(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
 
 
 def _repetition(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
-    point = _first(_series(rows, REPETITION), lambda share: share > limits.repetition)
-    if point is None:
-        return None
-    return Alarm(
-        stage, "repetition", point.step, point.value, limits.repetition,
-        f"{point.value:.0%} of the 4-grams in the replies repeat earlier ones.",
+    return _above(
+        stage, "repetition", _series(rows, REPETITION), limits.repetition, 1,
+        "{:.0%} of the 4-grams in the replies repeat earlier ones.",
         "Raise kl.coef (GRPO: beta) or stop earlier; read the samples, and give the annotators such replies to judge.",
     )  # fmt: skip
 
 
 def _reward_clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
-    point = _first(_series(rows, REWARD_CLIPPED), lambda share: share > limits.reward_clipped, limits.in_a_row)
-    if point is None:
-        return None
-    return Alarm(
-        stage, "reward_clipped", point.step, point.value, limits.reward_clipped,
-        f"reward_clip cut {point.value:.0%} of the scores: beyond it all replies are worth the same.",
+    return _above(
+        stage, "reward_clipped", _series(rows, REWARD_CLIPPED), limits.reward_clipped, limits.in_a_row,
+        "reward_clip cut {:.0%} of the scores: beyond it all replies are worth the same.",
         "Raise reward_clip, leave it out, or give the reward a smaller weight.",
     )  # fmt: skip
 

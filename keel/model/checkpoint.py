@@ -21,7 +21,7 @@ from keel.model import marks
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
 from keel.model.loading import Note, classifies, quiet, read_config, read_model, read_tokenizer
-from keel.model.packed import inner_model
+from keel.model.modules import inner_model, stated_positions
 from keel.model.probe import probe
 from keel.types import UserError
 
@@ -52,8 +52,7 @@ def pinned(path: str, revision: str | None) -> str:
 
 def positions(place: Place) -> int | None:
     """How many tokens a model can tell apart by their place; None when its config does not say."""
-    limit = getattr(read_config(Source.of(place)).get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return stated_positions(read_config(Source.of(place)))
 
 
 def load_policy(

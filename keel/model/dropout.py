@@ -12,7 +12,7 @@ Dropout within new LoRA adapters is there on purpose. It is off too, but where a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -90,21 +90,21 @@ def as_configured(model: PreTrainedModel) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- adapters
 
 
-def _of_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for name, module in model.named_modules() if "lora_dropout" in name.split("."))
+def of_adapters(model: nn.Module) -> list[nn.Module]:
+    """The dropout layers of the model's adapters."""
+    return [module for name, module in model.named_modules() if "lora_dropout" in name.split(".")]
 
 
 def measure_whole(model: nn.Module) -> None:
     """Turns the dropout of the model's adapters off."""
-    for module in _of_adapters(model):
+    for module in of_adapters(model):
         module.training = False
 
 
 @contextlib.contextmanager
-def adapters_thinned(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it the dropout of the models' adapters is on: around a loss and its backward pass, in which gradient
+def adapters_thinned(thinned: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it the dropout of adapters (``of_adapters``) is on: around a loss and its backward pass, in which gradient
     checkpointing computes layers again."""
-    thinned = [module for model in models for module in _of_adapters(model)]
     for module in thinned:
         module.training = True
     try:

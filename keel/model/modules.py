@@ -111,18 +111,23 @@ def embedding_rows(model: nn.Module) -> int | None:
     return getattr(unwrapped(inner.get_input_embeddings()), "num_embeddings", None)
 
 
+def stated_positions(config: Any) -> int | None:
+    """How many tokens a model of this configuration can tell apart by their place; None when it states no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def check_reach(model: nn.Module, batch: PackedBatch) -> None:
     """UserError for a token that the model has no embedding for, and for a text longer than its positions."""
     inner: Any = inner_model(model)
     token, position = torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
-    rows = embedding_rows(model)
-    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    rows, limit = embedding_rows(model), stated_positions(inner.config)
     if rows is not None and token >= rows:
         raise UserError(
             f"model.path: {type(inner).__name__} has embeddings for {rows} tokens, and the text has token {token}; "
             "use a model and a reference that share one tokenizer, and no tokens that were added to only one of them"
         )
-    if isinstance(limit, int) and 0 < limit <= position:
+    if limit is not None and limit <= position:
         raise UserError(
             f"model.path: a text of {position + 1} tokens is longer than the {limit} positions of "
             f"{type(inner).__name__}; lower data.max_length"

@@ -82,23 +82,38 @@ class Parts:
         return torch.cat([found[i] for i in range(len(self.rows))])
 
 
+def _by_reach(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of a text configuration, one or one a kind of layer, that follow what is computed
+    together."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") in BY_REACH]
+
+
+def stretched_beyond(config: Any) -> int | None:
+    """The length beyond which a model's rotary frequencies follow the length of what is computed together: a batch's
+    longest row, or a cache's end, would then change the others. None where they never do."""
+    kinds = _by_reach(config)
+    if not kinds:
+        return None
+    stated = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return min(kind.get("original_max_position_embeddings") or stated for kind in kinds)
+
+
 def by_reach(model: nn.Module, batch: PackedBatch) -> Parts | None:
     """The parts of a batch that does not lie on one side of the length up to which the model's rotary embeddings were
     trained: beyond it their frequencies depend on the longest text of the pass, so what a text gets would depend on its
     batch mates. None: it may be computed as it is."""
-    config: Any = inner_model(model).config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") in BY_REACH]
-    if not kinds:
+    config = inner_model(model).config.get_text_config()
+    limit = stretched_beyond(config)
+    if limit is None:
         return None
-    limit = min(kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in kinds)
     _forget_reach(model)
     if int(batch.positions_T.max()) < limit:
         return None
     rows = whole_sequences(batch)
     short = [i for i, row in enumerate(rows) if len(row.ids_L) <= limit]
     long = [i for i, row in enumerate(rows) if len(row.ids_L) > limit]
-    exact = any(kind["rope_type"] == "dynamic" for kind in kinds)  # its frequencies follow the very length
+    exact = any(kind["rope_type"] == "dynamic" for kind in _by_reach(config))  # its frequencies follow the very length
     groups = [short, *([i] for i in long)] if exact else [short, long]
     return Parts(rows, [group for group in groups if group], model)
 

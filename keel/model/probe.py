@@ -27,7 +27,7 @@ from keel.data.collate import pack_shared
 from keel.model import fused
 from keel.model.logits import LogitForm, logit_form
 from keel.model.logprobs import masked_offsets, token_logprobs
-from keel.model.modules import accepted, backbone, head_of
+from keel.model.modules import accepted, backbone, head_of, stated_positions
 from keel.model.packed import ATTENTION, Road, enable_packing, hidden_states, road
 from keel.types import Encoded, PackedBatch, UserError
 
@@ -228,8 +228,8 @@ def _sequences(model: PreTrainedModel, lengths: tuple[int, int, int]) -> list[En
     ordinary = [token for token in range(rows) if token not in special][: 1 << 16] or list(range(rows))
     if lengths == MORE:
         ordinary = ordinary[:: max(1, len(ordinary) // FEW)]
-    limit = getattr(config, "max_position_embeddings", None)
-    shrink = min(1.0, limit / (max(MORE) + 4)) if isinstance(limit, int) and limit > 0 else 1.0
+    limit = stated_positions(config)
+    shrink = 1.0 if limit is None else min(1.0, limit / (max(MORE) + 4))
     first, second, third = (max(3, int(length * shrink)) for length in lengths)
     shared = max(1, int(SHARED * shrink))
     step = next(prime for prime in (7919, 104729, 3, 1) if len(ordinary) % prime or prime == 1)

@@ -21,8 +21,9 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from keel.config import SamplingConfig
 from keel.model.modules import accepted, inner_model
 from keel.model.packed import ATTENTION
+from keel.model.padded import stretched_beyond
 from keel.model.precision import autocast
-from keel.rollout.roads import Road, passable, stretched_beyond
+from keel.rollout.roads import Road, passable
 from keel.rollout.sampler import Precision, choose, context_length, finite, room, stream_key, uniforms
 from keel.types import Completion
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from keel.config import SamplingConfig
 from keel.model.modules import accepted, inner_model
+from keel.model.padded import stretched_beyond
 from keel.rollout.sampler import not_finite
 from keel.types import Completion, UserError
 
@@ -64,19 +65,6 @@ def spans(config: Any) -> set[int]:
     found = {value for key, value in stated.items() if isinstance(value, int) and value > 1 and _SPANS.fullmatch(key)}
     stretched = stretched_beyond(config)
     return found if stretched is None else found | {stretched}
-
-
-def stretched_beyond(config: Any) -> int | None:
-    """The length beyond which rotary frequencies follow the length of what is computed together (rope types dynamic and
-    longrope): a batch's longest row, or a cache's end, would then change the others."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            original = kind.get("original_max_position_embeddings")
-            return original or getattr(config, "original_max_position_embeddings", None) or (
-                config.max_position_embeddings
-            )  # fmt: skip
-    return None
 
 
 def _find(model: nn.Module, crossed: frozenset[int], longest: int, decode: Decode) -> Road:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import SamplingConfig
-from keel.model.packed import inner_model
+from keel.model.modules import inner_model, stated_positions
 from keel.types import Completion, UserError
 
 Backend = Literal["auto", "embedded", "transformers", "vllm"]
@@ -174,8 +174,7 @@ def _signed(value: int) -> int:
 
 def context_length(model: nn.Module) -> int | None:
     """The most tokens of prompt and completion that the model has positions for; None when it states no limit."""
-    limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return stated_positions(inner_model(model).config)
 
 
 def room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:

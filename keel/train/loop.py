@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config import TrainBase
-from keel.model.dropout import adapters_thinned
+from keel.model.dropout import adapters_thinned, of_adapters
 from keel.model.packed import compile_training
 from keel.model.precision import autocast
 from keel.run import StageDir, restore_rng, rng_state
@@ -101,6 +101,7 @@ def train(
         reporter.note(f"{config.name}: resumed at {first} of {algorithm.iterations}")
         reporter.advance(first)
     saved = time.monotonic()
+    thinned = [layer for module in algorithm.modules.values() for layer in of_adapters(module)]
     for iteration in range(first, algorithm.iterations):
         totals = Totals()
         lr = 0.0
@@ -112,7 +113,7 @@ def train(
                     for name in algorithm.modules
                 },
             )
-            with adapters_thinned(algorithm.modules.values()):
+            with adapters_thinned(thinned):
                 totals.add(_update(algorithm, optimizer, micros + extra(step), config, device, precision, step))
             step += 1
         average.add(iteration)
