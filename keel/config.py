@@ -192,7 +192,11 @@ class TrainBase(StageBase):
     batch_tokens: int = Field(8192, ge=16, description="tokens in one forward pass (packed, no padding)")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile the forward and backward passes of the trained model")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="torch.compile the forward and backward passes of the trained model; auto: on a GPU, for models of "
+        "100M parameters or more (half a minute at the start, then up to 1.6 times as fast)",
+    )
     log_every: int = Field(1, ge=1)
     save_every_seconds: float = Field(60.0, ge=0, description="how much work a killed run may lose; 0: every step")
 

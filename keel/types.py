@@ -174,6 +174,8 @@ class PackedBatch:
 
     ``fork_B`` (int64 [B], or None when no sequence has one): the place in T of the token that a sequence goes on from
     when it shares its beginning with an earlier one and holds its own tokens only; -1 for a sequence that is whole.
+    ``reach``: the greatest token and the last position, where they were read before the batch went to its device: to
+    ask the device would make it wait.
     """
 
     ids_T: Tensor
@@ -181,6 +183,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     mask_T: Tensor
     fork_B: Tensor | None = None
+    reach: tuple[int, int] | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -202,7 +205,13 @@ class PackedBatch:
             self.cu_seqlens.to(device),
             self.mask_T.to(device),
             fork_B,
+            self.reach or _reach(self),
         )
+
+
+def _reach(batch: PackedBatch) -> tuple[int, int]:
+    token, position = torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
+    return token, position
 
 
 @dataclass(frozen=True, slots=True)

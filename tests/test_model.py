@@ -31,6 +31,7 @@ from keel.config import LoraConfig
 from keel.data.collate import pack, pack_shared
 from keel.model import logprobs as logprobs_module
 from keel.model import packed as packed_module
+from keel.model import varlen as varlen_module
 from keel.model.checkpoint import load_policy, load_scalar, save
 from keel.model.logits import LogitForm
 from keel.model.logprobs import head_logprobs, masked_offsets, sequence_sums, token_logprobs
@@ -86,28 +87,31 @@ def varlen_by_hand(
     *,
     scale: float,
     window_size: tuple[int, int],
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     """What torch's documentation says of ``varlen_attn``, which runs on a GPU alone: [T, heads, D], sequence by
     sequence, ``window_size`` tokens seen to the left (-1: all) and to the right of a query's own."""
-    assert q.shape[1] == k.shape[1] == v.shape[1], "heads that share keys are an option of newer versions"
+    assert enable_gqa or q.shape[1] == k.shape[1] == v.shape[1]
     assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert max_q == max_k >= int(cu_q.diff().max())
+    assert max_q >= int(cu_q.diff().max())
+    assert max_k >= int(cu_k.diff().max())
     assert window_size[1] == 0
     out = torch.zeros_like(q)
-    for begin, end in pairwise(cu_q.tolist()):
-        places = torch.arange(end - begin)
-        distance = places[:, None] - places[None, :]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    for (begin, end), (first, last) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        # The last query sees the last key: "aligned to the bottom right corner", as flash attention has it.
+        distance = torch.arange(last - first - (end - begin), last - first)[:, None] - torch.arange(last - first)[None]
         seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end], k[begin:end]) * scale
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end], k[first:last]) * scale
         probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out[begin:end] = torch.einsum("hqk,khd->qhd", probs, v[begin:end])
+        out[begin:end] = torch.einsum("hqk,khd->qhd", probs, v[first:last])
     return out
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
 def test_attention_as_on_a_gpu_equals_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_module, "varlen_attn", varlen_by_hand)
-    monkeypatch.setattr(packed_module, "_half_on_gpu", lambda query: query.dtype)
+    monkeypatch.setattr(varlen_module, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(packed_module, "half_on_gpu", lambda query: query.dtype)
     model = shapes()[name].eval()
     model.base_model.keel_unfused = True
     batch = batch_of(LENGTHS)
@@ -150,12 +154,16 @@ def rows_that_share() -> list[list[Encoded]]:
     return rows
 
 
-@pytest.mark.parametrize("packing", ["plain products", "fused kernel", "padded"])
+@pytest.mark.parametrize("packing", ["plain products", "fused kernel", "padded", "as on a gpu"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
 def test_a_shared_prompt_changes_no_number(name: str, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities and gradients, against every completion behind a copy of its own."""
     monkeypatch.setattr(packed_module, "PLAIN_ATTENTION_UP_TO", 2 if packing == "fused kernel" else 256)
     model = shapes()[name].eval()
+    if packing == "as on a gpu":
+        monkeypatch.setattr(varlen_module, "varlen_attn", varlen_by_hand)
+        monkeypatch.setattr(packed_module, "half_on_gpu", lambda query: query.dtype)
+        model.base_model.keel_unfused = True
     rows = rows_that_share()
     apart = pack([sequence for row in rows for sequence in row])
     together = pack_shared(rows)
@@ -215,7 +223,7 @@ def test_log_probabilities_equal_a_full_softmax(name: str) -> None:
 def test_head_gradients_equal_autograd_whatever_the_chunk(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", 1)  # chunks of 16 tokens
+    monkeypatch.setitem(logprobs_module.CHUNK_ELEMENTS, "cpu", 1)  # chunks of 16 tokens
     model = tiny_llama()
     model.keel_logits = LogitForm(1.3, softcap)  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(1)

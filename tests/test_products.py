@@ -52,7 +52,7 @@ def head(low: torch.dtype, entropy: bool, kept: int) -> tuple[Tensor, ...]:
     hidden, weight = torch.randn(90, 64, requires_grad=True), torch.nn.Parameter(torch.randn(301, 64) * 0.6)
     ids = torch.randint(301, (90,))
     function = logprobs_module._HeadLogProbs
-    before, logprobs_module.KEPT_ELEMENTS = logprobs_module.KEPT_ELEMENTS, kept
+    before, logprobs_module.KEPT_ELEMENTS = logprobs_module.KEPT_ELEMENTS, {"cpu": kept}
     try:
         logp, ent = function.apply(hidden, weight, None, ids, 1.0, None, entropy, low)
         (logp.sum() + (ent.sum() if entropy else 0)).backward()
@@ -85,6 +85,8 @@ def test_the_head_in_bfloat16_rounds_its_numbers_but_no_logits(entropy: bool, ke
 def test_the_product_on_a_gpu() -> None:
     torch.manual_seed(3)
     hidden, weight = torch.randn(90, 64), torch.randn(301, 64) * 0.6
-    on_gpu = logprobs_module._Product(weight.cuda(), torch.bfloat16)(hidden.cuda()).cpu()
+    on_gpu = logprobs_module._Product(weight.cuda(), torch.bfloat16)(
+        hidden.cuda(), torch.empty(90 * 301, device="cuda")
+    ).cpu()
     exact = hidden.bfloat16().double() @ weight.bfloat16().double().t()
     torch.testing.assert_close(on_gpu.double(), exact, atol=1e-4, rtol=1e-4)

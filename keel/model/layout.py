@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -21,20 +22,43 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What the queries of each sequence may see, one sequence behind another: the keys at the places ``index_K`` of T
+    (None: each sequence's own tokens, in order), those of a sequence from ``cu_seqlens`` (int32 [B + 1]) on. The last
+    key of a sequence is its last token's."""
+
+    index_K: Tensor | None
+    cu_seqlens: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Forks:
+    """Where sequences share a beginning, in the layout's grid: ``sequence`` and ``fork`` [B, L], the number of a
+    token's sequence and the place of the last token that this one shares (-1: it is whole); ``positions`` ([B, L]) are
+    the tokens' places in their own sequence."""
+
+    sequence: Tensor
+    fork: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid.
 
-    Where sequences share a beginning the causal mask does not say which keys a query sees: then ``allowed`` (bool
-    [B, L, L]) does, and ``positions`` ([B, L]) are the tokens' places in their own sequence. Else ``cu_seqlens`` (int32
-    [B + 1]) are the sequences' offsets in T.
+    ``cu_seqlens`` (int32 [sequences + 1]) and ``longest_own`` are the sequences' offsets in T and the most tokens that
+    one holds itself. Where sequences share a beginning (``forks``) the causal mask does not say which keys a query
+    sees: ``allowed`` and ``keys`` do.
     """
 
     cells_T: Tensor
     batch: int
     longest: int
-    cu_seqlens: Tensor | None = None
-    allowed: Tensor | None = None
-    positions: Tensor | None = None
+    cu_seqlens: Tensor
+    longest_own: int
+    fork_B: Tensor | None = None
+    forks: Forks | None = None
 
     @staticmethod
     def of(batch: PackedBatch) -> Layout:
@@ -42,23 +66,56 @@ class Layout:
         lengths = batch.lengths()
         device = lengths.device
         sequence_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), lengths)
+        cu_seqlens = batch.cu_seqlens.int()
         if batch.fork_B is None:
             longest = rounded(int(lengths.max()), ROUND_LENGTH, device)
-            cells_T, cu_seqlens = sequence_T * longest + batch.positions_T, batch.cu_seqlens.int()
-            return Layout(cells_T, batch.num_sequences, longest, cu_seqlens)
+            return Layout(sequence_T * longest + batch.positions_T, batch.num_sequences, longest, cu_seqlens, longest)
         whole_B = batch.fork_B < 0
         row_B = whole_B.long().cumsum(0) - 1
         begin_R = batch.cu_seqlens[:-1][whole_B]
         row_T = row_B[sequence_T]
         place_T = torch.arange(batch.num_tokens, device=device) - begin_R[row_T]
-        longest = rounded(int(place_T.max()) + 1, ROUND_LENGTH, device)
-        layout = Layout(row_T * longest + place_T, len(begin_R), longest)
+        most, own = torch.stack([place_T.max() + 1, lengths.max()]).tolist()
+        longest = rounded(most, ROUND_LENGTH, device)
+        grid = Layout(row_T * longest + place_T, len(begin_R), longest, cu_seqlens, own)
         fork_B = torch.where(whole_B, -1, batch.fork_B - begin_R[row_B])  # as a place in the row
-        sequence, fork = layout.spread(sequence_T, -1), layout.spread(fork_B[sequence_T], -1)
-        place = torch.arange(longest, device=device)
+        forks = Forks(grid.spread(sequence_T, -1), grid.spread(fork_B[sequence_T], -1), grid.spread(batch.positions_T))
+        return replace(grid, fork_B=batch.fork_B, forks=forks)
+
+    @cached_property
+    def allowed(self) -> Tensor | None:
+        """[B, L, L] True where a query (row) may see a key (column), where sequences share a beginning; else None."""
+        if self.forks is None:
+            return None
+        sequence, place = self.forks.sequence, torch.arange(self.longest, device=self.cells_T.device)
         own = (sequence[:, :, None] == sequence[:, None, :]) & (place[:, None] >= place[None, :])
-        allowed = own | (place[None, None, :] <= fork[:, :, None])
-        return replace(layout, allowed=allowed, positions=layout.spread(batch.positions_T))
+        return own | (place[None, None, :] <= self.forks.fork[:, :, None])
+
+    @cached_property
+    def keys(self) -> Keys:
+        """For kernels that take sequences one behind another: the keys of what is shared once for each that shares."""
+        if self.fork_B is None:
+            return Keys(None, self.cu_seqlens, self.longest_own)
+        begin_B, own_B = self.cu_seqlens[:-1].long(), self.cu_seqlens.long().diff()
+        whole_B = self.fork_B < 0
+        root_B = begin_B[whole_B][whole_B.long().cumsum(0) - 1]  # where what is shared begins
+        shared_B = torch.where(whole_B, 0, self.fork_B + 1 - root_B)
+        length_B = shared_B + own_B
+        offsets = torch.cat([length_B.new_zeros(1), length_B.cumsum(0)])
+        sequence_K = torch.repeat_interleave(torch.arange(len(own_B), device=own_B.device), length_B)
+        place_K = torch.arange(len(sequence_K), device=own_B.device) - offsets[sequence_K]
+        shared_K = shared_B[sequence_K]
+        index_K = place_K + torch.where(place_K < shared_K, root_B[sequence_K], begin_B[sequence_K] - shared_K)
+        return Keys(index_K, offsets.int(), int(length_B.max()))
+
+    @cached_property
+    def padded_offsets(self) -> tuple[Tensor, int]:
+        """``cu_seqlens`` with sequences of no tokens behind the last, and a bound on the longest, in few different
+        sizes: cuDNN plans each one anew, which takes longer than a layer."""
+        sequences = len(self.cu_seqlens) - 1
+        spare = (1 << (sequences - 1).bit_length()) - sequences
+        offsets = torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(spare)])
+        return offsets, max(128, 1 << (self.longest_own - 1).bit_length())
 
     def visible(self, window: int | None) -> Tensor | None:
         """[B or 1, L, L] True where a query (row) may see a key (column); None: all that are not behind it."""
@@ -68,9 +125,8 @@ class Layout:
 
     def masked(self, sees: MaskFunction) -> Tensor:
         """As :meth:`visible`, [B or 1, L, L], where a model has a mask of its own, in positions of each sequence."""
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(self.longest, device=self.cells_T.device)[None]
+        place = torch.arange(self.longest, device=self.cells_T.device)[None]
+        positions = place if self.forks is None else self.forks.positions
         query, key = positions[:, None, :, None], positions[:, None, None, :]
         zero = query.new_zeros(1, 1, 1, 1)
         return sees(zero, zero, query, key)[:, 0] & ((query >= key)[:, 0] if self.allowed is None else self.allowed)

@@ -20,8 +20,12 @@ from keel.model.packed import hidden_states
 from keel.model.passes import passes, products_of
 from keel.types import PackedBatch
 
-CHUNK_ELEMENTS = 4_000_000  # logits made at once: 16 MB in float32, what a CPU's last-level cache can take
-KEPT_ELEMENTS = 24_000_000  # probabilities kept for the backward pass rather than made again: 48 MB in bfloat16
+# Logits made at once: on a CPU 16 MB in float32, what its last-level cache can take; on a GPU 256 MB, products large
+# enough for all of it.
+CHUNK_ELEMENTS = {"cpu": 4_000_000, "cuda": 64_000_000}
+# Probabilities kept for the backward pass rather than made again: 48 MB in bfloat16; on a GPU 2.6 GB, a batch of 8k
+# tokens under a vocabulary of 152k.
+KEPT_ELEMENTS = {"cpu": 24_000_000, "cuda": 1_280_000_000}
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,10 @@ class _HeadLogProbs(torch.autograd.Function):
         logp = hidden.new_empty(tokens)
         ent = hidden.new_zeros(tokens if entropy else 0)
         kept = None
-        if any(ctx.needs_input_grad) and softcap is None and tokens * vocabulary <= KEPT_ELEMENTS:
+        if any(ctx.needs_input_grad) and softcap is None and tokens * vocabulary <= _of(KEPT_ELEMENTS, hidden):
             kept = hidden.new_empty(tokens, vocabulary, dtype=low)
         product, scratch = _Product(weight, low), _scratch(hidden, tokens, vocabulary)
-        for part in _chunks(tokens, vocabulary):
+        for part in _chunks(tokens, vocabulary, hidden):
             logits = _transformed(product(hidden[part], scratch), bias, scale, softcap)
             entropies, probs = ent[part] if entropy else None, None if kept is None else kept[part]
             passes(hidden.device).probabilities(logits, ids[part], logp[part], entropies, probs)
@@ -175,7 +179,7 @@ class _HeadLogProbs(torch.autograd.Function):
         total = mine - logp  # log sum exp
         dent = None if grad_ent is None else grad_ent * scale
         scratch, low_scratch = (_scratch(hidden, len(weight), len(hidden), kind) for kind in (torch.float32, low))
-        for part in _chunks(len(weight), len(hidden)):
+        for part in _chunks(len(weight), len(hidden), hidden):
             logits = _Product(weight[part], low)(hidden, scratch)
             logits = _transformed(logits, None if bias is None else bias[part], scale, softcap)
             slope = None if softcap is None else 1 - (logits / softcap) ** 2
@@ -207,13 +211,14 @@ class _Product:
             out = scratch[: len(x_TH) * self.weight.outputs].view(len(x_TH), -1)
             return self.products.multiply(x_TH.contiguous(), self.weight, out)  # type: ignore[no-any-return]
         if self.low != torch.float32:
-            return torch.mm(x_TH, self.weight.t(), out_dtype=torch.float32)
+            out = scratch[: len(x_TH) * len(self.weight)].view(len(x_TH), -1)
+            return torch.mm(x_TH, self.weight.t(), out_dtype=torch.float32, out=out)
         return torch.nn.functional.linear(x_TH, self.weight)
 
 
 def _scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for the largest of the chunks: one piece for all, because pieces that come and go leave holes."""
-    largest = max((part.stop - part.start for part in _chunks(rows, columns)), default=0)
+    largest = max((part.stop - part.start for part in _chunks(rows, columns, like)), default=0)
     return like.new_empty(largest * columns, dtype=dtype)
 
 
@@ -230,9 +235,13 @@ def _softcapped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _chunks(rows: int, columns: int) -> list[slice]:
-    """Of the rows, so that a chunk has few elements; in wholes of what products multiply at once."""
-    size = max(16, CHUNK_ELEMENTS // max(1, columns))
+def _of(limits: dict[str, int], x: Tensor) -> int:
+    return limits.get(x.device.type, limits["cpu"])
+
+
+def _chunks(rows: int, columns: int, like: Tensor) -> list[slice]:
+    """Of the rows, so that a chunk has few elements for the device; in wholes of what products multiply at once."""
+    size = max(16, _of(CHUNK_ELEMENTS, like) // max(1, columns))
     size -= size % 64 if size > 64 else 0
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

@@ -120,7 +120,7 @@ def stated_positions(config: Any) -> int | None:
 def check_reach(model: nn.Module, batch: PackedBatch) -> None:
     """UserError for a token that the model has no embedding for, and for a text longer than its positions."""
     inner: Any = inner_model(model)
-    token, position = torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
+    token, position = batch.reach or torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
     rows, limit = embedding_rows(model), stated_positions(inner.config)
     if rows is not None and token >= rows:
         raise UserError(

@@ -19,8 +19,9 @@ from torch import Tensor
 
 
 def passes(device: torch.device | str = "cpu") -> ModuleType:
-    """The faster of the two that runs there."""
-    return _compiled("keel.model.loops") or _PLAIN if torch.device(device).type == "cpu" else _PLAIN
+    """The fastest that runs there; on a GPU those of the head alone (``keel.model.gpu_passes``) are asked for."""
+    faster = _FASTER.get(torch.device(device).type)
+    return (_compiled(faster) if faster else None) or _PLAIN
 
 
 def products_of(low: torch.dtype) -> ModuleType | None:
@@ -38,6 +39,7 @@ def _compiled(module: str) -> ModuleType | None:
 
 
 _PLAIN = sys.modules[__name__]
+_FASTER = {"cpu": "keel.model.loops", "cuda": "keel.model.gpu_passes"}
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ def _exact(model: PreTrainedModel) -> Iterator[None]:
     device, precision = next(model.parameters()).device, torch.get_float32_matmul_precision()
     modes, state = _modes(model), random.getstate()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)  # convolutions
+    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False), exact:
         torch.set_float32_matmul_precision("highest")
         try:
             yield

@@ -20,7 +20,7 @@ from keel.model.precision import autocast
 from keel.objective.preference import dpo_sigmoid, implicit_reward, ipo, per_token
 from keel.run import atomic_write
 from keel.train.context import TrainContext, load_reference
-from keel.train.loop import Micro, Stats, train
+from keel.train.loop import Micro, Stats, compile_as_asked, train
 from keel.train.offline import Schedule
 from keel.train.pairs import (
     Aggregate,
@@ -148,6 +148,7 @@ def train_dpo(
         logps = load_file(str(cache))["logps"]
     else:
         reference = load_reference(reference_path, tokenizer, config.name, context)
+        compile_as_asked(model, config)
         compute_alike(reference, model)
         logps = reference_logps(reference, pairs, config.batch_tokens, context.device, context.precision)
         del reference

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keel.config import TrainBase
 from keel.model.dropout import adapters_thinned, of_adapters
-from keel.model.packed import compile_training
+from keel.model.packed import compile_passes, pays_to_compile
 from keel.model.precision import autocast
 from keel.run import StageDir, restore_rng, rng_state
 from keel.train.optim import lr_factor, make_optimizer, set_lr
@@ -89,9 +89,8 @@ def train(
     killed run repeats at most that much and ends with the same weights, bit for bit on a CPU.
     """
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
-    if config.compile:
-        for module in algorithm.modules.values():
-            compile_training(module)
+    for module in algorithm.modules.values():
+        compile_as_asked(module, config)
     average = Average(algorithm, config.optim.average)
     first, step = _resume(algorithm, optimizer, average, stage)
     total_updates = algorithm.iterations * algorithm.updates_per_iteration
@@ -129,6 +128,12 @@ def train(
             saved = time.monotonic()
     average.put_in_place()
     return step
+
+
+def compile_as_asked(model: nn.Module, config: TrainBase) -> None:
+    """Before anything is measured with ``model``, where its numbers are compared with another's."""
+    if pays_to_compile(model) if config.compile == "auto" else config.compile:
+        compile_passes(model)
 
 
 class Average:

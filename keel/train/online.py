@@ -30,7 +30,7 @@ from keel.rollout.sampler import Sampler, make_sampler
 from keel.run import Silent
 from keel.stats import clustered_error
 from keel.train.context import TrainContext, load_reference
-from keel.train.loop import Stats
+from keel.train.loop import Stats, compile_as_asked
 from keel.train.offline import Schedule
 from keel.types import Completion, Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
 
@@ -367,6 +367,7 @@ def _policy_and_reference(
             note=context.reporter.note,
         )
         reference = load_reference(reference_path, tokenizer, config.name, context) if reference_path else None
+    compile_as_asked(policy, config)
     if reference is not None:
         compute_alike(reference, policy)
     return policy, reference, tokenizer
