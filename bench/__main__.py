@@ -8,17 +8,16 @@ python -m bench tune --task sft --model S           search the peers' best setti
 python -m bench install                             build the peers' environments under .bench/
 python -m bench report                              tables and plots again from the results that are there
 python -m bench --device cuda                       on a GPU; peers in this Python are used where nothing is built
+python -m bench gpu                                 what a GPU is asked, in pieces: python -m bench gpu --help
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from bench import report
 from bench.contenders import PEERS, Contender, candidates, contenders
 from bench.cost import Limits
 from bench.environments import ENVIRONMENTS, FOLDER, ROOT, install
+from bench.files import now, slug, write_json
 from bench.growth import NAMES, curves
 from bench.harness import compare, job, measure_limits
 from bench.models import model_folder
@@ -150,19 +150,6 @@ def settings_text(settings: dict[str, Any]) -> str:
     return json.dumps(settings).translate(str.maketrans("", "", '{}"'))
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def now() -> str:
-    return f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, {platform.system()} {platform.machine()}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -183,6 +170,10 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["gpu"]:
+        from bench.gpu.command import main as gpu
+
+        sys.exit(gpu(sys.argv[2:]))
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed bench ends its workers too
     if args.command == "install":
