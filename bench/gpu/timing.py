@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.worker import clock
 from keel.config import TrainBase
-from keel.model.packed import compile_training
+from keel.model.packed import compile_passes
 from keel.train.loop import Algorithm, Micro, Stats, _update
 from keel.train.optim import make_optimizer
 
@@ -91,7 +91,7 @@ def timed_steps(
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
     if config.compile:
         for module in algorithm.modules.values():
-            compile_training(module)
+            compile_passes(module)
     parts = Parts(device)
     hook = optimizer.register_step_post_hook(parts.optimizer_over)
     iteration = steps = 0

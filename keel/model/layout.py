@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 
 import torch
@@ -48,7 +48,7 @@ class Layout:
     """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid.
 
     ``cu_seqlens`` (int32 [sequences + 1]) and ``longest_own`` are the sequences' offsets in T and the most tokens that
-    one holds itself. Where sequences share a beginning (``forks``) the causal mask does not say which keys a query
+    one holds itself. ``even``: the grid has no empty cell, and the device is a GPU that takes such grids faster. Where sequences share a beginning (``forks``) the causal mask does not say which keys a query
     sees: ``allowed`` and ``keys`` do.
     """
 
@@ -57,6 +57,7 @@ class Layout:
     longest: int
     cu_seqlens: Tensor
     longest_own: int
+    even: bool = False
     fork_B: Tensor | None = None
     forks: Forks | None = None
 
@@ -68,8 +69,10 @@ class Layout:
         sequence_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), lengths)
         cu_seqlens = batch.cu_seqlens.int()
         if batch.fork_B is None:
-            longest = rounded(int(lengths.max()), ROUND_LENGTH, device)
-            return Layout(sequence_T * longest + batch.positions_T, batch.num_sequences, longest, cu_seqlens, longest)
+            most = int(lengths.max()) if batch.reach is None else batch.reach[1] + 1
+            rows, longest = batch.num_sequences, rounded(most, ROUND_LENGTH, device)
+            even = rows * longest == batch.num_tokens and _takes_grids(device)
+            return Layout(sequence_T * longest + batch.positions_T, rows, longest, cu_seqlens, longest, even)
         whole_B = batch.fork_B < 0
         row_B = whole_B.long().cumsum(0) - 1
         begin_R = batch.cu_seqlens[:-1][whole_B]
@@ -107,15 +110,6 @@ class Layout:
         shared_K = shared_B[sequence_K]
         index_K = place_K + torch.where(place_K < shared_K, root_B[sequence_K], begin_B[sequence_K] - shared_K)
         return Keys(index_K, offsets.int(), int(length_B.max()))
-
-    @cached_property
-    def padded_offsets(self) -> tuple[Tensor, int]:
-        """``cu_seqlens`` with sequences of no tokens behind the last, and a bound on the longest, in few different
-        sizes: cuDNN plans each one anew, which takes longer than a layer."""
-        sequences = len(self.cu_seqlens) - 1
-        spare = (1 << (sequences - 1).bit_length()) - sequences
-        offsets = torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(spare)])
-        return offsets, max(128, 1 << (self.longest_own - 1).bit_length())
 
     def visible(self, window: int | None) -> Tensor | None:
         """[B or 1, L, L] True where a query (row) may see a key (column); None: all that are not behind it."""
@@ -156,6 +150,12 @@ class Layout:
     def gather(self, grid: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]"""
         return grid.reshape(self.batch * self.longest, *grid.shape[2:]).index_select(0, self.cells_T)
+
+
+@cache
+def _takes_grids(device: torch.device) -> bool:
+    """Hopper and newer, by cuDNN."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 BUCKET_GAIN = 0.8  # of the cells of attention's products that must be left for another grid's operations to pay

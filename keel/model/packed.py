@@ -259,7 +259,7 @@ def _packed(
             hidden = hidden if wanted_W is None else hidden.index_select(0, wanted_W)
         return decoder.norm(hidden)
     layout = Layout.of(batch)
-    _ = layout.allowed if device.type == "cpu" else (layout.keys, layout.padded_offsets)  # here, not in compiled code
+    _ = layout.allowed if device.type == "cpu" else layout.keys  # here, not in compiled code
     token = _LAYOUT.set(layout)
     try:
         # With a mask of its own, transformers does not look for sequences in the row.

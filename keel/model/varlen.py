@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -29,10 +28,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
     """Causal attention, [T, heads, D], [T, kv_heads, D] twice -> [T, heads, D]; a query sees the last ``window`` tokens
     of its sequence, its own among them (None: all).
 
-    By torch's flash attention. By cuDNN's, which is nearly twice as fast on a Hopper chip, where sequences are whole
-    and without a window: its causal mask begins at the first key, flash attention's ends at the last, which is what a
-    sequence needs that shares its beginning and has fewer queries than keys."""
-    if layout.fork_B is None and window is None and _by_cudnn(q.shape[-1], q.device):
+    By torch's flash attention; by cuDNN's, which is nearly twice as fast on a Hopper chip (577 TFLOP/s forwards and 406
+    backwards on an H100 where flash attention has 291 and 238), where all sequences are of one length. (cuDNN takes
+    other lengths too, but plans anew at every call and, in torch 2.11, gave wrong gradients.)"""
+    if layout.even and window is None and q.shape[-1] <= 128:
         return _cudnn(q, k, v, layout, scale)
     keys = layout.keys
     if keys.index_K is not None:
@@ -47,20 +46,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
     return out
 
 
-@cache
-def _by_cudnn(head_dim: int, device: torch.device) -> bool:
-    """Hopper and newer, where it was measured: 577 TFLOP/s forwards and 406 backwards on an H100, flash attention 291
-    and 238."""
-    if device.type != "cuda" or head_dim > 128 or not torch.backends.cudnn.is_available():
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    cu_seqlens, longest = layout.padded_offsets
-    gradients = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
-    found = torch.ops.aten._cudnn_attention_forward(
-        q.contiguous(), k.contiguous(), v.contiguous(), None, cu_seqlens, cu_seqlens, longest, longest, gradients, 0.0,
-        True, False, scale=scale,
-    )  # fmt: skip
-    return found[0]  # type: ignore[no-any-return]
+    q, k, v = (x.unflatten(0, (layout.batch, layout.longest)).transpose(1, 2) for x in (q, k, v))
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    operation = torch.ops.aten._scaled_dot_product_cudnn_attention
+    found = operation(q, k, v, None, gradients, 0.0, True, False, scale=scale)
+    return found[0].transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
