@@ -30,14 +30,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
 
+Weights = Literal["auto", "fp32", "bf16"]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a checkpoint is read from: a folder or a hub id, of which ``revision`` may be named. One that brings Python
-    code of its own is loaded with ``trust_remote_code`` alone."""
+    code of its own is loaded with ``trust_remote_code`` alone. ``weights``: see ``ModelConfig``."""
 
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+    weights: Weights = "auto"
 
     @staticmethod
     def of(place: str | Path | Source) -> Source:
@@ -76,12 +80,19 @@ class ModelConfig(Strict):
         False,
         description="run the Python code that the recipe's models and tokenizers bring; read it first",
     )
+    weights: Weights = Field(
+        "auto",
+        description="how matrices that a stage does not train lie in memory (the base below adapters, references, "
+        "reward models, models that only sample). auto: in bfloat16 where the checkpoint is, products are, and the "
+        "device is a GPU; bf16: wherever products are, whatever the checkpoint is in, experts too (auto leaves "
+        "them in float32, in which autocast computes them); fp32: never. Trained ones are float32",
+    )
 
     def source(self, path: str | Path | None = None) -> Source:
         """Where the model is read from, or a checkpoint of another ``path`` that the recipe names."""
         if path is None or str(path) == self.path:
-            return Source(self.path, self.revision, self.trust_remote_code)
-        return Source(str(path), None, self.trust_remote_code)
+            return Source(self.path, self.revision, self.trust_remote_code, self.weights)
+        return Source(str(path), None, self.trust_remote_code, self.weights)
 
 
 class DataConfig(Strict):
@@ -572,6 +583,16 @@ class Recipe(Strict):
                     f"model.chat_template is given to a model by an SFT stage, and {stage.name} starts from the model "
                     f"itself; set {stage.name}.model to an SFT stage, or save the template with the model's tokenizer"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _half_weights_half_products(self) -> Recipe:
+        exact = [s.name for s in self.stages if isinstance(s, TrainBase) and s.precision == "fp32"]
+        if self.model.weights == "bf16" and exact:
+            raise ValueError(
+                f"model.weights: bf16 holds weights for products in bfloat16, and {exact[0]}.precision is fp32; set "
+                "model.weights: auto, or precision: bf16"
+            )
         return self
 
     @model_validator(mode="after")

@@ -135,6 +135,7 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
     recipe = context.recipe
     mixed = recipe.data.pretraining if isinstance(stage, PolicyBase) and stage.ptx is not None else None
     source, lora = context.source(stage.model), recipe.model.lora
+    precision = pick_precision(stage.precision, context.device)
     on_one_base = isinstance(stage, OnlineBase) and stage.one_base
     if lora and lora.dropout and not isinstance(stage, SftStage | RewardStage):
         context.reporter.note(f"{stage.name}: model.lora.dropout is 0 here, where log-probabilities are compared")
@@ -145,11 +146,11 @@ def _training(stage: TrainBase, context: StageContext) -> TrainContext:
         base_model=recipe.model,
         data=recipe.data,
         device=context.device,
-        precision=pick_precision(stage.precision, context.device),
+        precision=precision,
         seed=recipe.seed,
         positions=positions(source),
         texts=read_texts(mixed, reading(context)) if mixed is not None else (),
-        trunk=Trunk(source, context.device, lora) if on_one_base and lora else None,
+        trunk=Trunk(source, context.device, lora, precision) if on_one_base and lora else None,
     )
 
 
@@ -160,10 +161,10 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     """Samples responses into the store, under this stage's fingerprint, and into a file that SFT can learn from."""
     recipe = context.recipe
     source = context.source(stage.model)
-    model, tokenizer = load_policy(source, device=context.device)
+    precision = pick_precision("auto", context.device)
+    model, tokenizer = load_policy(source, device=context.device, products=precision)
     frozen(model)
     chat = Chat(tokenizer)
-    precision = pick_precision("auto", context.device)
     sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
     prompts, _ = encode_prompts(chat, training_prompts(stage.prompts, context), recipe.data, context.reporter)
     replies = sample_replies(
@@ -344,8 +345,9 @@ def _reward_model(
     name: str, context: StageContext, precision: Precision, trunk: Trunk | None = None
 ) -> RewardModelScorer:
     source = context.source(name)
-    model = trunk.reward_model(Path(source.path)) if trunk else load_scalar(source, device=context.device)
-    return frozen_scorer(model, precision)
+    if trunk:
+        return frozen_scorer(trunk.reward_model(Path(source.path)), precision)
+    return frozen_scorer(load_scalar(source, device=context.device, products=precision), precision)
 
 
 def _mixed(

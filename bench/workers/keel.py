@@ -134,7 +134,7 @@ def encoded_pairs(job: Job, work: Work) -> list[list[Pair]]:
 
 def dpo(job: Job) -> Repetition:
     def run(work: Work) -> Outcome:
-        reference = frozen(load_policy(job.model_path, device=job.device)[0])
+        reference = frozen(load_policy(job.model_path, device=job.device, products=precision(job))[0])
         groups = encoded_pairs(job, work)
         flat = [pair for group in groups for pair in group]
         config = DpoStage(**stage_settings(job, work), epochs=1, batch_size=work.batch)
@@ -220,8 +220,8 @@ class Stopwatch:
 
 
 def ppo(job: Job) -> Repetition:
-    reference = frozen(load_policy(job.model_path, device=job.device)[0])
-    judge = load_scalar(job.model_path, device=job.device, new_head_seed=1)
+    reference = frozen(load_policy(job.model_path, device=job.device, products=precision(job))[0])
+    judge = load_scalar(job.model_path, device=job.device, new_head_seed=1, products=precision(job))
     frozen(judge.model)
 
     def run(work: Work) -> Outcome:
@@ -259,7 +259,7 @@ def even_words(completion: str) -> float:
 
 
 def sampling(job: Job) -> Repetition:
-    model = frozen(load_policy(job.model_path, device=job.device)[0])
+    model = frozen(load_policy(job.model_path, device=job.device, products=precision(job))[0])
     sampler = make_sampler(model, "auto", stop_ids(job.work.task, job.shape.vocab), precision(job))
 
     def run(work: Work) -> Outcome:

@@ -14,7 +14,9 @@ from rich.console import Console
 from keel.config import PpoStage, Recipe, Source
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
+from keel.model.held import is_held
 from keel.model.packed import inner_model
+from keel.model.precision import autocast, pick_precision
 from keel.run import RunDir, resolve_device
 from keel.types import Message, UserError
 
@@ -61,7 +63,7 @@ def stream_ids(model: Any, ids: Sequence[int], stop: Sequence[int], temperature:
     device = next(model.parameters()).device
     step, past = torch.tensor([list(ids)], device=device), None
     for _ in range(limit):
-        with torch.no_grad():
+        with torch.no_grad(), autocast(str(device), "bf16" if is_held(model) else "fp32"):
             output = model(input_ids=step, past_key_values=past, use_cache=True)
         past, logits_V = output.past_key_values, output.logits[0, -1].float()
         if temperature == 0:
@@ -99,7 +101,8 @@ class Talker:
     def __init__(self, source: Source, temperature: float, limit: int) -> None:
         self.device = resolve_device("auto")
         with LOADING:
-            model, tokenizer = load_policy(source, device=self.device)
+            products = pick_precision("auto", self.device)
+            model, tokenizer = load_policy(source, device=self.device, products=products)
         inner = inner_model(model)  # back from packed batches to attention that knows a KV cache
         inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
         inner.eval()

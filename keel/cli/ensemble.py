@@ -39,7 +39,7 @@ class RunEnsemble:
         model = ModelConfig.model_validate(self._recipe()["model"])
         for name in self.names():
             with LOADING:
-                reward_model = load_scalar(model.source(self._run.stage(name).path), device=device)
+                reward_model = load_scalar(model.source(self._run.stage(name).path), device=device, products=precision)
             scorers.append(frozen_scorer(reward_model, precision))
             fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)
         return disagreement(scorers, fitted, [Candidate(*pair) for pair in pairs])

@@ -177,11 +177,11 @@ def sample_with(source: Source, sampling: SamplingConfig) -> Callable[[Sequence[
         from keel.run import resolve_device
 
         device = resolve_device("auto")
+        precision = pick_precision("auto", device)
         with LOADING:
-            model, tokenizer = load_policy(source, device=device)
+            model, tokenizer = load_policy(source, device=device, products=precision)
         frozen(model)
         chat = Chat(tokenizer)
-        precision = pick_precision("auto", device)
         sampler = make_sampler(model, sampling.backend, stop_token_ids(chat, sampling), precision)
         seed = time.time_ns() % sys.maxsize  # asked again, it is to say something else
         return sample_replies(sampler, chat, prompts, sampling, per_prompt, seed, Silent())

@@ -64,7 +64,7 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
     """The run's ``summary.json`` but for times and lineage: a table of models x figures, samples side by side, the
     guardrail and alarms."""
     reporter.start("eval", len(inputs.models))
-    baseline, reads = load_policy(inputs.models[inputs.baseline], device=inputs.device)
+    baseline, reads = load_policy(inputs.models[inputs.baseline], device=inputs.device, products=inputs.precision)
     frozen(baseline)
     evaluations: list[ModelEvaluation] = []
     extra: dict[str, dict[str, Any]] = {}
@@ -104,7 +104,7 @@ def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
 def _one_model(
     name: str, place: Place, baseline: tuple[nn.Module, PreTrainedTokenizerBase], inputs: EvaluationInputs
 ) -> tuple[ModelEvaluation, dict[str, Any]]:
-    model, tokenizer = load_policy(place, device=inputs.device)
+    model, tokenizer = load_policy(place, device=inputs.device, products=inputs.precision)
     frozen(model)
     chat = Chat(tokenizer)
     stops = stop_token_ids(chat, inputs.sampling)

@@ -17,11 +17,20 @@ from transformers import (
 
 from keel.config import LoraConfig, Source
 from keel.data.chat import install_template
-from keel.model import marks
+from keel.model import held, marks
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
-from keel.model.loading import Note, classifies, quiet, read_config, read_model, read_tokenizer
+from keel.model.loading import (
+    Note,
+    classifies,
+    dtype_to_hold,
+    quiet,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from keel.model.modules import inner_model, stated_positions
+from keel.model.precision import Precision
 from keel.model.probe import probe
 from keel.types import UserError
 
@@ -63,10 +72,13 @@ def load_policy(
     learn_marks: bool = False,
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
+    products: Precision | None = None,
     note: Note | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A causal LM in float32 master weights, packed attention on, dropout off, with its tokenizer.
+    """A causal LM, packed attention on, dropout off, with its tokenizer.
 
+    ``products``: where nothing but new adapters is trained, the precision that it is to compute in; its weights may
+    then be held in that (``keel.model.precision.held_dtype``). None: they are float32, to be trained.
     ``chat_template`` (a built-in name or a Jinja file) replaces the tokenizer's own; the special tokens that it brings
     begin at the mean of the embeddings. ``learn_marks``: adapters train the rows of those tokens too, and of the
     template's other marks where the model has never learned them. ``note`` is told of it, and of what was mended in the
@@ -77,7 +89,8 @@ def load_policy(
     known = len(tokenizer)
     if chat_template is not None:
         install_template(tokenizer, chat_template)
-    model = read_model(AutoModelForCausalLM, source, "causal language model", note=note)
+    in_memory = dtype_to_hold(source, products, device)
+    model = read_model(AutoModelForCausalLM, source, "causal language model", note=note, held=in_memory)
     there = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > there:
         with quiet():
@@ -103,16 +116,21 @@ def load_scalar(
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
     new_head_seed: int | None = None,
+    products: Precision | None = None,
     note: Note | None = None,
 ) -> ScalarModel:
-    """A reward model or critic. With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from
-    N(0, 1/(H+1)) as Stiennon et al. 2020 do; without it the checkpoint must have a head of its own."""
+    """A reward model or critic; ``products`` as in ``load_policy``, but the head is float32 always.
+
+    With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from N(0, 1/(H+1)) as Stiennon et al.
+    2020 do; without it the checkpoint must have a head of its own.
+    """
     source = Source.of(place)
     tokenizer = load_tokenizer(source)
     new = new_head_seed is not None
     if not new and not classifies(source):
         raise UserError(f"{source.path}: this checkpoint has no reward head; train one with a 'reward' stage first")
-    model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, num_labels=1)
+    in_memory = dtype_to_hold(source, products, device)
+    model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, in_memory, num_labels=1)
     scalar_head(model, source.path, new_head_seed)
     # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -150,6 +168,7 @@ def prepared(
     ``lora`` says so, beside which ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained."""
     turn_off(model)
     model = model.to(device)
+    held.check(model)
     probe(model)
     wrapped: nn.Module = model
     if gradient_checkpointing:

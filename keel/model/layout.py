@@ -48,8 +48,9 @@ class Layout:
     """Where the T packed tokens lie in a [B, L] grid: ``cells_T`` are their places in the flattened grid.
 
     ``cu_seqlens`` (int32 [sequences + 1]) and ``longest_own`` are the sequences' offsets in T and the most tokens that
-    one holds itself. ``even``: the grid has no empty cell, and the device is a GPU that takes such grids faster. Where sequences share a beginning (``forks``) the causal mask does not say which keys a query
-    sees: ``allowed`` and ``keys`` do.
+    one holds itself. ``even``: the grid has no empty cell, and the device is a GPU that takes such grids faster. Where
+    sequences share a beginning (``forks``) the causal mask does not say which keys a query sees: ``allowed`` and
+    ``keys`` do.
     """
 
     cells_T: Tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from keel.config import Source
+from keel.model.held import matrices_in, settle, stored_dtype
+from keel.model.precision import Precision, held_dtype
 from keel.types import UserError
 
 T = TypeVar("T")
@@ -95,7 +98,7 @@ def _base_of(source: Source) -> Source | None:
     name = settings.base_model_name_or_path
     if not name:
         raise UserError(f"{source.path}: its {ADAPTER_CONFIG} names no base model; set base_model_name_or_path there")
-    return Source(str(name), settings.revision, source.trust_remote_code)
+    return replace(source, path=str(name), revision=settings.revision)
 
 
 def _adapter_config(source: Source) -> Any:
@@ -146,9 +149,16 @@ def _options(source: Source) -> dict[str, Any]:
 
 
 def read_model(
-    auto: Any, source: Source, what: str, new_head: bool = False, note: Note | None = None, **settings: Any
+    auto: Any,
+    source: Source,
+    what: str,
+    new_head: bool = False,
+    note: Note | None = None,
+    held: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> PreTrainedModel:
-    """A model by one of transformers' ``Auto`` classes, in float32, with all its weights.
+    """A model by one of transformers' ``Auto`` classes, with all its weights: matrices in ``held``
+    (``keel.model.held``), all else in float32.
 
     ``new_head``: what stands above the decoder need not be in the checkpoint. ``note`` is told of names that were
     mended and of weights that nobody needs. UserError, which names the first of them, for weights that are missing, of
@@ -157,30 +167,41 @@ def read_model(
     note = note or _silent
     base = _base_of(source)
     if base is not None:
-        return _with_adapters(auto, base, source, what, note, settings)
-    model, found = _read(auto, source, what, settings)
+        return _with_adapters(auto, base, source, what, note, settings | {"held": held})
+    model, found = _read(auto, source, what, held, settings)
     wrapped = [name for name in found["unexpected_keys"] if WRAPPED.search(name)]
     if wrapped and found["missing_keys"]:
-        model, found = _read(auto, source, what, settings | {"key_mapping": {WRAPPED.pattern: ""}})
+        model, found = _read(auto, source, what, held, settings | {"key_mapping": {WRAPPED.pattern: ""}})
         note(f"{source.path}: took what a wrapper put there out of the weights' names ({wrapped[0]}, ...)")
     _refuse_other_weights(source, what, model, found, new_head)
     left = [name for name in sorted(found["unexpected_keys"]) if not _is_table(name, model)]
     if left and not new_head:  # a head that gives way to a new one is no news
         note(f"{source.path}: {_named(left)} in the file is of no use to this {what}")
     _refuse_not_finite(source, model)
+    settle(model)
     return model
 
 
-def _read(auto: Any, source: Source, what: str, settings: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def dtype_to_hold(source: Source, products: Precision | None, device: str) -> torch.dtype:
+    """``held_dtype`` of a checkpoint. Adapters are summed into their base in float32, so their sum is float32."""
+    files = _base_of(source) is None and products is not None
+    stored = _checked(source, "model", lambda: stored_dtype(source)) if files else None
+    return held_dtype(source.weights, products, device, stored)
+
+
+def _read(
+    auto: Any, source: Source, what: str, held: torch.dtype, settings: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     def load() -> Any:
-        return auto.from_pretrained(
-            source.path,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            **_options(source),
-            **settings,
-        )
+        with matrices_in(held, experts=source.weights == "bf16"):
+            return auto.from_pretrained(
+                source.path,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                **_options(source),
+                **settings,
+            )
 
     return _checked(source, what, load)
 

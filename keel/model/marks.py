@@ -45,14 +45,14 @@ def unlearned(model: PreTrainedModel, marks: Sequence[int], tokens: int) -> list
     the row of another mark or of no token at all (those from ``tokens`` on)."""
     found: set[int] = set()
     for weight in _ends(model):
-        center_H = weight[:tokens].mean(0)
-        sampled = weight[: tokens : max(1, tokens // SAMPLED)]
+        center_H = weight[:tokens].mean(0, dtype=torch.float32)
+        sampled = weight[: tokens : max(1, tokens // SAMPLED)].float()
         near = NEAR * float((sampled - center_H).norm(dim=1).median())
-        spare = weight[tokens : tokens + SAMPLED]
+        spare = weight[tokens : tokens + SAMPLED].float()
         for mark in marks:
-            others = weight[[other for other in marks if other != mark]]
+            others = weight[[other for other in marks if other != mark]].float()
             known = torch.cat([center_H[None], torch.zeros_like(center_H)[None], others, spare])
-            if float((known - weight[mark]).norm(dim=1).min()) < near:
+            if float((known - weight[mark].float()).norm(dim=1).min()) < near:
                 found.add(mark)
     return sorted(found)
 
@@ -61,7 +61,7 @@ def unlearned(model: PreTrainedModel, marks: Sequence[int], tokens: int) -> list
 def start_at_mean(model: PreTrainedModel, rows: Sequence[int], tokens: int) -> None:
     """Gives rows the mean of the first ``tokens``, as transformers does where it adds rows."""
     for weight in _ends(model):
-        weight[list(rows)] = weight[:tokens].mean(0)
+        weight[list(rows)] = weight[:tokens].mean(0, dtype=torch.float32).to(weight.dtype)
 
 
 def _ends(model: PreTrainedModel) -> list[Tensor]:
@@ -75,13 +75,13 @@ def _ends(model: PreTrainedModel) -> list[Tensor]:
 
 
 class TrainedRows(nn.Module):
-    """In a parametrised weight [V, H], rows that are trained while the others are not."""
+    """In a parametrised weight [V, H], rows that are trained, in float32, while the others are not."""
 
     def __init__(self, weight: Tensor, rows: Sequence[int]) -> None:
         super().__init__()
         self.index: Tensor
         self.register_buffer("index", torch.tensor(rows, device=weight.device), persistent=False)
-        self.rows = nn.Parameter(weight.detach()[self.index].clone())
+        self.rows = nn.Parameter(weight.detach()[self.index].float())
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, self.index, self.rows.to(weight.dtype))

@@ -17,13 +17,14 @@ WRAPPERS = ("base_layer", "modules_to_save", "original_module", "parametrization
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """The weight that ``layer`` computes with: its own, and what its active plain LoRA adapters add to it."""
+    """The weight that ``layer`` computes with: its own, and what its active plain LoRA adapters add to it, which a
+    weight in half precision would round away: the sum is in the adapters' precision."""
     base = getattr(layer, "base_layer", layer)
     weight = base.weight
     if base is not layer and not layer.disable_adapters and not layer.merged:
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
-                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+                weight = weight + layer.get_delta_weight(adapter)
     return weight
 
 

@@ -171,9 +171,12 @@ def enable_packing(model: PreTrainedModel) -> bool:
 
 
 def compute_alike(model: nn.Module, other: nn.Module) -> None:
-    """Has ``model`` computed by the same operations as ``other``: with equal weights they then agree to the bit, where
-    fused layers and layers with adapters that do nothing yet would agree to rounding."""
-    backbone(model).keel_unfused = not fused.is_fusable(backbone(other))  # type: ignore[assignment]
+    """Has ``model`` and ``other`` computed by the same operations: with equal weights they then agree to the bit, where
+    fused layers and layers with adapters that do nothing yet, or in bfloat16, would agree to rounding."""
+    decoders = backbone(model), backbone(other)
+    alike = all(map(fused.is_fusable, decoders))
+    for decoder in decoders:
+        decoder.keel_unfused = not alike  # type: ignore[assignment]
     if _is_compiled(other):
         compile_passes(model)
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from keel.data.collate import pack_shared
 from keel.model import fused
+from keel.model.held import in_float32
 from keel.model.logits import LogitForm, logit_form
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.modules import accepted, backbone, head_of, stated_positions
@@ -101,7 +102,8 @@ def _key(model: PreTrainedModel) -> str:
     for name in ("_name_or_path", "architectures", "transformers_version", "keel_reward"):
         config.pop(name, None)
     first, kind = next(model.parameters()), type(model)
-    described = (kind.__module__, kind.__qualname__, first.dtype, first.device, sorted(config.items(), key=str))
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    described = (kind.__module__, kind.__qualname__, dtypes, first.device, sorted(config.items(), key=str))
     return hashlib.blake2b(repr(described).encode(), digest_size=16).hexdigest()
 
 
@@ -111,8 +113,12 @@ def _exact(model: PreTrainedModel) -> Iterator[None]:
     device, precision = next(model.parameters()).device, torch.get_float32_matmul_precision()
     modes, state = _modes(model), random.getstate()
     devices = [device] if device.type == "cuda" else []
-    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)  # convolutions
-    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False), exact:
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.autocast(device.type, enabled=False),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),  # convolutions
+        in_float32(model),
+    ):
         torch.set_float32_matmul_precision("highest")
         try:
             yield

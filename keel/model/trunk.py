@@ -25,6 +25,7 @@ from keel.model.heads import ScalarModel
 from keel.model.loading import put_adapters, read_config
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
+from keel.model.precision import Precision
 from keel.types import UserError
 
 ADAPTER = "adapter"  # the folder of a reward model's checkpoint that holds its adapters and head, unmerged
@@ -34,9 +35,9 @@ DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and
 class Trunk:
     """A causal LM, frozen and held once. A role's model costs the bytes of its adapters and head."""
 
-    def __init__(self, place: Place, device: str, lora: LoraConfig) -> None:
+    def __init__(self, place: Place, device: str, lora: LoraConfig, products: Precision | None = None) -> None:
         self.source = Source.of(place)
-        model, self.tokenizer = load_policy(self.source, device=device)
+        model, self.tokenizer = load_policy(self.source, device=device, products=products)
         self.device, self.lora = device, lora.whole()
         self.model: PreTrainedModel = frozen(model)  # type: ignore[assignment]
 
@@ -76,7 +77,7 @@ class Trunk:
         config.num_labels = 1
         with torch.device("meta"):  # of these modules only the head is kept
             model: Any = AutoModelForSequenceClassification.from_config(
-                config, trust_remote_code=source.trust_remote_code
+                config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
         setattr(model, model.base_model_prefix, self._tree().base_model)
         scalar_head(model, source.path).to_empty(device=self.device)

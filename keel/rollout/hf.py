@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from keel.config import SamplingConfig
+from keel.model.held import in_float32
 from keel.model.modules import accepted, inner_model
 from keel.model.packed import ATTENTION
 from keel.model.padded import stretched_beyond
@@ -49,7 +50,8 @@ class TransformersSampler:
         longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
         plain = TransformersSampler(self.model, ())  # as the road is tried: without stops, in full precision
         with _ready(self.model), torch.compiler.set_stance("force_eager"):  # `compile: true` is for training
-            road = passable(self.model, longest, plain.along)
+            with in_float32(self.model):
+                road = passable(self.model, longest, plain.along)
             return finite(self.along(road, prompts, limits, sampling, seed))
 
     def along(

@@ -79,9 +79,9 @@ def _linear(
     weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
     outputs = sum(len(weight) for weight in weights)
-    if weights[0].dtype == dtype and not products:
+    if all(weight.dtype == dtype for weight in weights) and not products:
         return norm, Linear(weights, biases, outputs)
-    weight = weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)
+    weight = (weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)).float()
     if norm is not None:
         weight *= norm
     if products:

@@ -46,6 +46,11 @@ class TrainContext:
         return self.base_model.source(path or self.model_path)
 
     @property
+    def products_over_base(self) -> Precision | None:
+        """``products`` of ``load_policy`` for what the stage trains: nothing of the model itself with adapters."""
+        return self.precision if self.base_model.lora else None
+
+    @property
     def whole_lora(self) -> LoraConfig | None:
         """The recipe's adapters for stages that compare log-probabilities of models."""
         return self.base_model.lora and self.base_model.lora.whole()
@@ -55,7 +60,7 @@ def load_reference(
     path: Path, policy_tokenizer: PreTrainedTokenizerBase, stage: str, context: TrainContext
 ) -> nn.Module:
     """A frozen reference. UserError when it does not know the policy's tokens: there is then no KL from it."""
-    model, tokenizer = load_policy(context.source(path), device=context.device)
+    model, tokenizer = load_policy(context.source(path), device=context.device, products=context.precision)
     problem = unreadable(model, tokenizer, policy_tokenizer)
     if problem is not None:
         raise UserError(

@@ -138,6 +138,7 @@ def train_dpo(
         device=context.device,
         lora=context.whole_lora,
         gradient_checkpointing=config.gradient_checkpointing,
+        products=context.products_over_base,
         note=context.reporter.note,
     )
     chat = Chat(tokenizer)

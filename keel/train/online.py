@@ -364,6 +364,7 @@ def _policy_and_reference(
             device=context.device,
             lora=context.whole_lora,
             gradient_checkpointing=checkpointing,
+            products=context.products_over_base,
             note=context.reporter.note,
         )
         reference = load_reference(reference_path, tokenizer, config.name, context) if reference_path else None

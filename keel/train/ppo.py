@@ -187,4 +187,5 @@ def _critic(config: PpoStage, path: Path | None, context: TrainContext) -> Scala
         lora=context.whole_lora,
         gradient_checkpointing=checkpointing,
         new_head_seed=None if has_reward_head(source) else context.seed,
+        products=context.products_over_base,
     )

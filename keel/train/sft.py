@@ -135,6 +135,7 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
         learn_marks=True,
         lora=settings.lora,
         gradient_checkpointing=config.gradient_checkpointing,
+        products=context.products_over_base,
         note=context.reporter.note,
     )
     chat = Chat(tokenizer)
