@@ -51,7 +51,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         FOLDER.mkdir(exist_ok=True)
         self.limits: Limits
-        self.limits, self.machine = measure_limits(self.device, self.threads, 0.5 if args.quick else 2.0)
+        self.limits, self.machine = measure_limits(self.device, self.threads, 0.05 if args.quick else 2.0, args.quick)
         self.name = "cpu" if self.device == "cpu" else slug(self.machine["device"])
         self.best_file = RESULTS / f"best-{self.name}.json"
         rates = ", ".join(f"{name} {report.rate_text(x, 'FLOP/s')}" for name, x in self.machine["flops"].items())
@@ -68,7 +68,7 @@ class Bench:
             raise SystemExit(f"--only {self.only!r} leaves nobody of: {', '.join(c.name for c in who)}")
         return compare(chosen, self.jobs(model, work), repeats, self.limits, lambda line: print(line, flush=True))
 
-    def task(self, task: str, model: str) -> None:
+    def task(self, task: str, model: str) -> dict[str, Any]:
         """One comparison. The file of a task keeps its other models' results."""
         print(f"{task}, model {model}", flush=True)
         who = contenders(task, model, self.best_file, self.name)
@@ -78,6 +78,7 @@ class Bench:
         result["models"][model] = {"when": now(), "machine": self.machine, **found}
         write_json(path, result)
         print("\n".join(report.table(model, result["models"][model])), flush=True)
+        return found
 
     def growth(self) -> None:
         """Keel in its default precision against each peer, one curve after the other. The file keeps the curves that

@@ -105,12 +105,17 @@ def environment(contender: Contender, threads: int) -> dict[str, str]:
     return {
         **kept,
         **((OWN_MALLOC if contender.ours else MALLOC) if contender.malloc else {}),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": str(threads),
         "HF_HOME": str(FOLDER / "cache" / "huggingface"),
         "VLLM_CACHE_ROOT": str(FOLDER / "cache" / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "cache" / "inductor"),
     }
+
+
+def python_path() -> str:
+    """Ours first, then what the bench itself was started with."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 @dataclass
@@ -138,7 +143,7 @@ def compare(
     else ran. A contender that fails is left out of the turns, and its line says why.
 
     On a CPU all workers live until the end and wait for their turns, but for those that cannot wait quietly; on a GPU a
-    worker would hold memory that others need, so each repetition is a process of its own.
+    worker would hold memory that others need, so each does its repetitions one after the other and is gone.
     """
     logs = FOLDER / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -147,7 +152,7 @@ def compare(
     on_cpu = all(job.device == "cpu" for job in jobs)
     watch, others = Watch(), []
 
-    def attempt(line: Line, job: Job, go: bool) -> None:
+    def attempt(line: Line, job: Job, go: bool, last: bool = False) -> None:
         log = logs / f"{job.work.task}-{job.model}-{line.contender.name.replace(' ', '-').replace(',', '')}.log"
         try:
             if line.worker is None:
@@ -158,7 +163,7 @@ def compare(
         except (Failed, Missing, OSError) as error:
             line.problem = str(error)
             say(f"  {line.contender.name}: {line.problem}")
-        if line.worker is not None and (line.problem or not on_cpu or line.contender.restless):
+        if line.worker is not None and (line.problem or line.contender.restless or (last and not on_cpu)):
             line.worker.close()
             line.worker = None
 
@@ -167,14 +172,17 @@ def compare(
             for line, job in zip(lines, jobs, strict=True):
                 if not line.contender.restless:
                     attempt(line, job, go=False)
-        for turn in range(repeats):
-            for line, job in zip(lines, jobs, strict=True):
-                if not line.problem:
-                    turn_watch = Watch()
-                    attempt(line, job, go=True)
-                    others.append(turn_watch.so_far()["other_cores"])
-                    if line.answers and not line.problem:
-                        say(f"  {turn + 1}/{repeats} {line.contender.name}: {line.rates()[-1]:,.1f}")
+        both = list(zip(lines, jobs, strict=True))
+        turns = [(turn, *pair) for turn in range(repeats) for pair in both]
+        if not on_cpu:
+            turns = [(turn, *pair) for pair in both for turn in range(repeats)]
+        for turn, line, job in turns:
+            if not line.problem:
+                turn_watch = Watch()
+                attempt(line, job, go=True, last=turn + 1 == repeats)
+                others.append(turn_watch.so_far()["other_cores"])
+                if line.answers and not line.problem:
+                    say(f"  {turn + 1}/{repeats} {line.contender.name}: {line.rates()[-1]:,.1f}")
     finally:
         for line in lines:
             if line.worker is not None:
@@ -237,15 +245,15 @@ def ratios(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return found
 
 
-def measure_limits(device: str, threads: int, seconds: float) -> tuple[Limits, dict[str, Any]]:
-    """The machine's rates now, measured in a process of its own."""
+def measure_limits(device: str, threads: int, seconds: float, tiny: bool = False) -> tuple[Limits, dict[str, Any]]:
+    """The machine's rates now, measured in a process of its own (``bench.machine.rates``)."""
     ran = subprocess.run(
-        [sys.executable, "-m", "bench.machine", device, str(threads), str(seconds)],
+        [sys.executable, "-m", "bench.machine", device, str(threads), str(seconds), *(["tiny"] if tiny else [])],
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path()},
     )
     row: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return Limits(row["flops"], row["bandwidth"]), row

@@ -140,4 +140,4 @@ def _family(root: int) -> set[int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(rates(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))))
+    print(json.dumps(rates(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), "tiny" in sys.argv[4:])))

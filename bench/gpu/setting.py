@@ -27,8 +27,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "n
 # The makers' figures for dense products in bfloat16, operations a second, by a part of the device's name.
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
-Case = Callable[[], dict[str, Any]]
-"""Measures something: -> its figures."""
+Measure = Callable[..., dict[str, Any]]
+"""Measures a case: -> its figures."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ class Record:
         """Seconds of the budget."""
         return self.setting.budget - (time.monotonic() - self.began)
 
-    def case(self, name: str, seconds: float, measure: Case) -> None:
-        """Measures a case that takes about ``seconds``, where so many are left."""
+    def case(self, name: str, seconds: float, measure: Measure, *of: Any) -> None:
+        """Measures a case that takes about ``seconds``, where so many are left, by ``measure(*of)``."""
         if self.setting.only and not re.search(self.setting.only, name):
             return
         if self.left < seconds:
             self.leave_out(name, f"about {seconds:.0f} s, of which {max(self.left, 0):.0f} are left")
             return
         began = time.monotonic()
-        found = self._tried(name, measure)
+        found = self._tried(name, measure, of)
         release(self.setting.device)
         self.cases[name] = {"when": now(), "took": round(time.monotonic() - began, 1), **found}
         self.write()
@@ -103,9 +103,9 @@ class Record:
         self.cases.setdefault(name, {"left_out": why})
         self.write()
 
-    def _tried(self, name: str, measure: Case) -> dict[str, Any]:
+    def _tried(self, name: str, measure: Measure, of: tuple[Any, ...]) -> dict[str, Any]:
         try:
-            return measure()
+            return measure(*of)
         except torch.OutOfMemoryError as error:
             return {"problem": f"out of memory: {str(error).splitlines()[0][:200]}"}
         except Exception as error:

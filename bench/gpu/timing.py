@@ -82,12 +82,19 @@ class Parts:
 
 
 def timed_steps(
-    algorithm: Algorithm, config: TrainBase, device: str, precision: str, seconds: float, warm: int = 2
+    algorithm: Algorithm,
+    config: TrainBase,
+    device: str,
+    precision: str,
+    seconds: float,
+    warm: int = 2,
+    begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Takes optimizer steps for about ``seconds`` (three at least), after ``warm`` that are not timed but for the
-    first, which compiles. -> ``step`` (seconds a step), ``parts`` (of it), ``first``, peak memory in bytes.
+    first, which compiles. -> ``step`` (seconds a step), ``parts`` (of it), ``rollout`` (seconds before an iteration's
+    steps, which make what they read), ``first``, peak memory in bytes.
 
-    ``algorithm`` has as many iterations as it is asked for."""
+    ``algorithm`` has as many iterations as it is asked for. ``begin`` is called before what is timed."""
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
     if config.compile:
         for module in algorithm.modules.values():
@@ -95,16 +102,19 @@ def timed_steps(
     parts = Parts(device)
     hook = optimizer.register_step_post_hook(parts.optimizer_over)
     iteration = steps = 0
+    rollout = 0.0
 
     def one() -> float:
         """The updates of one iteration; their data is there before the clock runs."""
-        nonlocal iteration, steps
+        nonlocal iteration, steps, rollout
+        began = clock(device)
         updates = list(algorithm.updates(iteration))
         iteration, steps = iteration + 1, len(updates)
-        began = clock(device)
+        rollout += (ready := clock(device)) - began
         for micros in updates:
             _update(algorithm, optimizer, [parts.watched(m) for m in micros], config, device, precision, iteration)
-        return clock(device) - began
+        algorithm.after(iteration - 1)
+        return clock(device) - ready
 
     try:
         first = one()
@@ -112,6 +122,8 @@ def timed_steps(
             one()
         reset_peak(device)
         parts.spans.clear()
+        rollout = 0.0
+        begin()
         took = [one()]
         while len(took) < 3 or sum(took) < seconds:
             took.append(one())
@@ -124,6 +136,7 @@ def timed_steps(
         "step": step,
         "parts": split | {"rest": step - sum(split.values())},
         "steps": count,
+        "rollout": rollout / len(took),
         "fastest": min(took) / steps,
         "first": first,
         **peak(device),

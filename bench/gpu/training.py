@@ -86,7 +86,7 @@ def run(setting: Setting) -> dict[str, Any]:
         _sft(record, case)
     for model in setting.chosen("qwen3-0.6b", "qwen3-1.7b"):
         for task in TASKS:
-            record.case(f"{task} {model}", 20, lambda task=task, model=model: _task(record, task, model))  # type: ignore[misc]
+            record.case(f"{task} {model}", 20, lambda *of: _task(record, *of), task, model)
     for case in others:
         _sft(record, case)
     return {"cases": record.cases, "failed": record.failed}
@@ -139,7 +139,7 @@ def _sft_steps(record: Record, case: Case, micro: int) -> dict[str, Any]:
     length, count = (64, 4) if setting.tiny else (LENGTH, STEP)
     rows = (data.documents if case.documents else data.whole)(count, length, shape.vocab)
     config = SftStage(
-        **_settings(setting, case.checkpointing, case.compiled, case.optimizer),
+        **settings_of(setting, case.checkpointing, case.compiled, case.optimizer),
         batch_tokens=micro * length,
         batch_size=len(rows),
         epochs=FOREVER,
@@ -152,7 +152,7 @@ def _sft_steps(record: Record, case: Case, micro: int) -> dict[str, Any]:
     return _figures(record, shape, sum(lengths), flops, found) | {"sequences_a_pass": micro, "documents": len(rows)}
 
 
-def _settings(setting: Setting, checkpointing: bool, compiled: bool, optimizer: str = "adamw") -> dict[str, Any]:
+def settings_of(setting: Setting, checkpointing: bool, compiled: bool, optimizer: str = "adamw") -> dict[str, Any]:
     return {
         "name": "bench",
         "optim": OptimConfig(**OPTIM, kind=optimizer, warmup=0, schedule="constant"),  # type: ignore[arg-type]
@@ -200,20 +200,20 @@ Made = tuple[Algorithm, Any]
 def _dpo(setting: Setting, model: str, count: int, half: int) -> Made:
     groups = data.pairs(count, half, half, architecture(setting, model).vocab)
     reference = {id(pair): (-100.0, -100.0) for group in groups for pair in group}
-    config = DpoStage(**_settings(setting, False, False), epochs=FOREVER, batch_size=count)
+    config = DpoStage(**settings_of(setting, False, False), epochs=FOREVER, batch_size=count)
     return Dpo(policy(setting, model), groups, [], reference, config, setting.device, setting.precision, 0), config
 
 
 def _reward(setting: Setting, model: str, count: int, half: int) -> Made:
     groups = data.pairs(count, half, half, architecture(setting, model).vocab)
-    config = RewardStage(**_settings(setting, False, False), epochs=FOREVER, batch_size=count)
+    config = RewardStage(**settings_of(setting, False, False), epochs=FOREVER, batch_size=count)
     scorer = scalar(setting, model, 0)
     return RewardTraining(scorer, groups, [], config, setting.device, setting.precision, 0), config
 
 
 def _online(setting: Setting, count: int, group: int) -> dict[str, Any]:
     return {
-        **_settings(setting, False, False),
+        **settings_of(setting, False, False),
         "rewards": [RewardTerm(source=PythonRef(ref="bench:none"))],  # never asked
         "rollout_batch": count,
         "episodes": count,
@@ -234,6 +234,9 @@ class _Ppo(ppo.Ppo):
 
     def _rollout(self, iteration: int) -> ppo.Rollout:
         return self.data
+
+    def after(self, iteration: int) -> tuple[dict[str, float], bool]:
+        return {}, False
 
 
 class _Grpo(grpo.Grpo):

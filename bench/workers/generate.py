@@ -7,6 +7,7 @@ and ``cache`` (its cache_implementation); for continuous batching ``continuous``
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -58,12 +59,17 @@ def plain(job: Job, model: Any, requests: list[list[int]], work: Work, stops: li
 def continuous(job: Job, model: Any, requests: list[list[int]], work: Work, stops: list[int]) -> int:
     from transformers import ContinuousBatchingConfig
 
+    # Until transformers 5.17 a page of the cache was called a block.
+    known = {field.name for field in fields(ContinuousBatchingConfig)}
+    settings = dict(job.settings["continuous"])
+    if "page_size" in settings and "page_size" not in known:
+        settings["block_size"] = settings.pop("page_size")
     outputs = model.generate_batch(
         requests,
         generation_config=GenerationConfig(
             do_sample=True, top_k=0, max_new_tokens=work.reply[1], eos_token_id=stops or -1, pad_token_id=PAD
         ),
-        continuous_batching_config=ContinuousBatchingConfig(**job.settings["continuous"]),
+        continuous_batching_config=ContinuousBatchingConfig(**settings),
         persistent_manager=job.settings.get("persistent", False),
         progress_bar=False,
     )
