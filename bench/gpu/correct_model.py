@@ -45,7 +45,7 @@ from keel.model.checkpoint import prepared
 from keel.model.layout import Layout
 from keel.model.logits import LogitForm
 from keel.model.logprobs import head_logprobs, token_logprobs
-from keel.model.packed import compile_training, hidden_states, road
+from keel.model.packed import compile_passes, hidden_states, road
 from keel.types import Encoded, PackedBatch
 
 PRECISIONS = ("fp32", "bf16")
@@ -307,7 +307,7 @@ def compiled(setting: Setting) -> Said:
         eager = prepared(small(kind.type, **kind.changes), device, None, False, "CAUSAL_LM", [])
         fast = prepared(small(kind.type, **kind.changes), device, None, False, "CAUSAL_LM", [])
         # Inductor takes half a minute on a CPU; what is traced and how batches reach it is the same.
-        compile_training(fast, "eager" if setting.tiny else "inductor")
+        compile_passes(fast, "eager" if setting.tiny else "inductor")
         for case, rows in texts(600, 512, setting.tiny).items():
             for precision in PRECISIONS:
                 right, found = _ours(eager, rows, device, precision), _ours(fast, rows, device, precision)
