@@ -28,6 +28,7 @@ from bench.work import EOS, PAD, Shape
 from keel.config import LoraConfig
 from keel.model.checkpoint import prepared, scalar_head
 from keel.model.heads import ScalarModel
+from keel.model.held import KINDS, settle
 
 LORA = LoraConfig(rank=16, alpha=32.0)  # on all linear layers
 
@@ -121,12 +122,22 @@ def plain(setting: Setting, name: str, dtype: torch.dtype, seed: int = 0) -> Pre
     return model  # type: ignore[no-any-return]
 
 
+def held(setting: Setting, name: str, seed: int = 0) -> PreTrainedModel:
+    """As Keel reads a bfloat16 checkpoint that nothing trains: matrices in bfloat16, all else in float32."""
+    model = plain(setting, name, torch.bfloat16 if setting.cuda else torch.float32, seed)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if type(module) not in KINDS or parameter.ndim != 2:
+                parameter.data = parameter.data.float()
+    settle(model)
+    return model
+
+
 def policy(
     setting: Setting, name: str, *, lora: LoraConfig | None = None, checkpointing: bool = False, seed: int = 0
 ) -> nn.Module:
     """As ``load_policy`` hands it over: float32 master weights; below adapters the device's own precision."""
-    dtype = torch.bfloat16 if lora is not None and setting.cuda else torch.float32
-    model = plain(setting, name, dtype, seed)
+    model = plain(setting, name, torch.float32, seed) if lora is None else held(setting, name, seed)
     return prepared(model, setting.device, lora, checkpointing, "CAUSAL_LM", [])
 
 
