@@ -302,8 +302,8 @@ def compiled(setting: Setting) -> Said:
     device = setting.device
     for name in ("Llama 64, 8/2 heads", "Mistral 128, window 96"):
         kind = KINDS[name]
-        eager = prepared(small(kind.type, **kind.changes), device, None, False, "CAUSAL_LM", [])
-        fast = prepared(small(kind.type, **kind.changes), device, None, False, "CAUSAL_LM", [])
+        shape = {**kind.changes, "num_hidden_layers": 1} if setting.tiny else kind.changes
+        eager, fast = (prepared(small(kind.type, **shape), device, None, False, "CAUSAL_LM", []) for _ in range(2))
         # Inductor takes half a minute on a CPU; what is traced and how batches reach it is the same.
         compile_training(fast, "eager" if setting.tiny else "inductor")
         for case, rows in list(texts(600, 512, setting.tiny).items())[: 1 if setting.tiny else None]:

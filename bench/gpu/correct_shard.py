@@ -1,5 +1,5 @@
 """Keel's log-probabilities under torch's ``fully_shard`` in a group of one (NCCL on a GPU, gloo on a CPU) against the
-plain model's. ``python -m bench.gpu.correct_shard DEVICE`` prints a line a comparison: what, error, bound, between tabs.
+plain model's. ``python -m bench.gpu.correct_shard DEVICE`` prints a line a comparison: what, error, bound, and tabs.
 """
 
 from __future__ import annotations
