@@ -76,8 +76,8 @@ def examine(check: Check, setting: Setting) -> list[dict[str, Any]]:
                 note(row_of(found))
     except Exception as error:
         note(problem(error))
-    gc.collect()
     if setting.device.startswith("cuda"):
+        gc.collect()
         torch.cuda.empty_cache()
     return rows
 
