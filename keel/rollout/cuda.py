@@ -2,8 +2,8 @@
 
 A step of a small model takes a GPU about a millisecond, the time to read the weights, but some three hundred launches
 from Python. So a step is captured once for a number of slots and replayed: everything in it, the choice of the token
-and what becomes of the slots too, stays on the device, and the host looks only now and then at what has ended. What
-lies between the matrix products are the kernels of ``triton_kernels``, or of ``plain_kernels`` where there is no Triton.
+and what becomes of the slots too, stays on the device, and the host looks only now and then at what has ended.
+Between the matrix products stand the kernels of ``triton_kernels``, or where there is no Triton of ``plain_kernels``.
 
 The numbers are the trainer's under autocast: products of bfloat16; the residual stream, norms and softmaxes in float32;
 logits, products of bfloat16 too, in float32.
@@ -28,7 +28,7 @@ from keel.config import SamplingConfig
 from keel.rollout import plain_kernels
 from keel.rollout.llama import Weights, rotary_tables
 from keel.rollout.slots import Slots
-from keel.rollout.step import Layer, Linear, linear
+from keel.rollout.step import Linear, linear
 from keel.types import UserError
 
 STEPS = 8  # between two looks of the host: what has ended idles for half as many in the mean
@@ -60,8 +60,8 @@ class CudaDecoder:
 
     def keep(self, rows: Tensor) -> None:
         self.graphs = {}
-        for i, cache in enumerate(self.caches):  # one at a time: two copies of one layer, not of all
-            self.caches[i] = cache[:, rows]
+        for i in range(len(self.caches)):  # one at a time: two copies of one layer, not of all
+            self.caches[i] = self.caches[i][:, rows]
         self.rows, self.ended = self.rows[: len(rows)], self.ended[: len(rows)].clone()
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], source: Sequence[int]) -> None:
@@ -204,9 +204,8 @@ def slots_that_fit(weights: Weights, slots: int, context: int) -> int:
     device, shape = weights.embedding_VH.device, weights.shape
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    return fewer_slots(
-        free, 2 * len(weights.layers) * shape.kv_heads * shape.head_dim * context * weights.dtype.itemsize, slots
-    )
+    numbers = 2 * len(weights.layers) * shape.kv_heads * shape.head_dim * context
+    return fewer_slots(free, numbers * weights.dtype.itemsize, slots)
 
 
 def fewer_slots(free: int, bytes_a_slot: int, slots: int) -> int:

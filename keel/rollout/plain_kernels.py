@@ -1,5 +1,5 @@
-"""What lies between the matrix products of ``keel.rollout.cuda``, by torch's operations: what it computes where there is
-no Triton, and what ``keel.rollout.triton_kernels`` is held against. Nothing here waits for the device, so that all of
+"""What lies between the products of ``keel.rollout.cuda``, by torch's operations: what it takes where there is no
+Triton, and what ``keel.rollout.triton_kernels`` is held against. Nothing here waits for the device, so that all of
 it can be captured.
 
 Shape suffixes besides those of ``keel.types``: ``S`` slots; ``D`` width of a head.
@@ -25,7 +25,8 @@ def add_norm(x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float
 
 
 def place(
-    qkv_TO: Tensor, rows_T: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor, layer: Layer, cache: Tensor, shape: Shape
+    qkv_TO: Tensor, rows_T: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor, layer: Layer, cache: Tensor,
+    shape: Shape,
 ) -> Tensor:  # fmt: skip
     """Queries, keys and values side by side [T, (heads + 2 * kv_heads) * D] -> queries [T, heads, D]. Norms and rotary
     positions are applied; keys and values go into ``cache`` [2, rows, kv_heads, capacity, D] at their row and

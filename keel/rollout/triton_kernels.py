@@ -107,13 +107,14 @@ def _place(
 
 
 def place(
-    qkv_TO: Tensor, rows_T: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor, layer: Layer, cache: Tensor, shape: Shape
+    qkv_TO: Tensor, rows_T: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor, layer: Layer, cache: Tensor,
+    shape: Shape,
 ) -> Tensor:  # fmt: skip
     q = torch.empty(len(qkv_TO), shape.heads, shape.head_dim, dtype=cache.dtype, device=cache.device)
     norms = layer.q_norm is not None
     _place[(len(qkv_TO), shape.heads + 2 * shape.kv_heads)](
-        qkv_TO, rows_T, positions_T, cos, sin, layer.q_norm if norms else cos, layer.k_norm if norms else cos, q, cache[0],
-        cache[1], cache.shape[3], shape.eps, shape.heads, shape.kv_heads, shape.head_dim, norms,
+        qkv_TO, rows_T, positions_T, cos, sin, layer.q_norm if norms else cos, layer.k_norm if norms else cos, q,
+        cache[0], cache[1], cache.shape[3], shape.eps, shape.heads, shape.kv_heads, shape.head_dim, norms,
         padded(shape.head_dim // 2), num_warps=1,
     )  # fmt: skip
     return q
@@ -210,8 +211,8 @@ def attend(q_SHD: Tensor, cache: Tensor, positions_S: Tensor, columns: int, shap
     parts = torch.empty(S * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=device)
     sums = torch.empty(S * heads * splits * 2, dtype=torch.float32, device=device)
     _attend[(S, kv_heads, splits)](
-        q_SHD, cache[0], cache[1], positions_S, out, parts, sums, cache.shape[3], shape.scale, heads, kv_heads, dim, splits,
-        max(16, padded(heads // kv_heads)), width, keys, "ieee", num_warps=4, num_stages=2,
+        q_SHD, cache[0], cache[1], positions_S, out, parts, sums, cache.shape[3], shape.scale, heads, kv_heads, dim,
+        splits, max(16, padded(heads // kv_heads)), width, keys, "ieee", num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _join[(S * heads,)](parts, sums, out, dim, splits, width, num_warps=2)
@@ -273,7 +274,7 @@ def _draw(
 
 
 def drawn(logits_SV: Tensor, uniforms_S: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """As ``choose``, without filters. Reads the logits once, where a softmax, its sums and a search take five passes."""
+    """As ``choose``, without filters. Reads the logits once; a softmax, its sums and a search take five passes."""
     S, V = logits_SV.shape
     blocks = triton.cdiv(V, LOGITS)
     tops, sums = (torch.empty(S, blocks, dtype=torch.float32, device=logits_SV.device) for _ in range(2))
