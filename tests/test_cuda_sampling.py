@@ -98,6 +98,20 @@ def test_bf16_stays_near_a_plain_forward_pass_in_float32() -> None:
     assert 0 < torch.cat(wrong).mean() < 0.1
 
 
+@pytest.mark.usefixtures("as_on_gpu")
+def test_lora_is_part_of_the_weights() -> None:
+    import peft
+
+    model = peft.get_peft_model(build("qwen3"), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "lm_head"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    got = EmbeddedSampler(model.eval(), []).generate([[5, 6, 7]], greedy(10), 0)[0]
+    assert torch.allclose(torch.tensor(got.logprobs), forward_logprobs(model, [5, 6, 7], got.ids), atol=1e-4)
+    with model.disable_adapter():
+        assert not torch.allclose(torch.tensor(got.logprobs), forward_logprobs(model, [5, 6, 7], got.ids), atol=1e-2)
+
+
 def test_parameters_of_the_right_type_are_not_copied_but_for_what_is_joined() -> None:
     model = build("llama").bfloat16()
     weights = Weights.of(model, torch.bfloat16, apart=True)

@@ -85,7 +85,8 @@ def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> t
 
 def nearest_positive(weights_SV: Tensor, ids_S1: Tensor) -> Tensor:
     """The tokens themselves where they have positive weight, else those nearest to them that have."""
-    distance_SV = (torch.arange(weights_SV.shape[1], device=weights_SV.device) - ids_S1).abs_()
+    tokens_V = torch.arange(weights_SV.shape[1], dtype=torch.int32, device=weights_SV.device)
+    distance_SV = (tokens_V - ids_S1.int()).abs_()
     return distance_SV.masked_fill_(~(weights_SV > 0), weights_SV.shape[1]).argmin(-1, keepdim=True)
 
 
