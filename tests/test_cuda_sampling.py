@@ -15,6 +15,7 @@ from torch import Tensor
 from keel.config import SamplingConfig
 from keel.rollout import cuda, plain_kernels
 from keel.rollout import embedded as embedded_module
+from keel.rollout import llama as llama_module
 from keel.rollout.embedded import EmbeddedSampler
 from keel.rollout.llama import Weights
 from keel.rollout.sampler import choose, filtered_weights, nearest_positive
@@ -112,13 +113,25 @@ def test_lora_is_part_of_the_weights() -> None:
         assert not torch.allclose(torch.tensor(got.logprobs), forward_logprobs(model, [5, 6, 7], got.ids), atol=1e-2)
 
 
-def test_parameters_of_the_right_type_are_not_copied_but_for_what_is_joined() -> None:
+def test_large_parameters_of_the_right_type_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_module, "JOINED_UP_TO", 3000)
     model = build("llama").bfloat16()
     weights = Weights.of(model, torch.bfloat16, apart=True)
     layer, own = weights.layers[1], model.model.layers[1]
     pairs = [(layer.o.weights[0], own.self_attn.o_proj), (layer.gate_up.weights[1], own.mlp.up_proj)]
     pairs += [(layer.down.weights[0], own.mlp.down_proj), (weights.head.weights[0], model.lm_head)]
+    pairs.append((layer.qkv.weights[2], own.self_attn.v_proj))
     assert all(mine.data_ptr() == theirs.weight.data_ptr() for mine, theirs in pairs)
+
+
+def test_whether_products_are_joined_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = EmbeddedSampler(build("llama_tied_bias"), [])
+    expected = sampler.generate(PROMPTS, greedy(12), 0)
+    monkeypatch.setattr(embedded_module, "on_gpu", lambda model: True)
+    monkeypatch.setattr(llama_module, "JOINED_UP_TO", 0)
+    for completion, other in zip(sampler.generate(PROMPTS, greedy(12), 0), expected, strict=True):
+        assert completion.ids == other.ids
+        assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_an_ended_slot_is_left_alone() -> None:
@@ -193,8 +206,9 @@ def test_norms_and_gates_equal_torchs(triton_kernels: Any, dtype: torch.dtype) -
         b = plain_kernels.add_norm(plain, delta, weight, 1e-6, dtype)
         assert close(a, b, dtype)
         assert close(mine, plain, torch.float32)
-    gate, up = random(3, 700, dtype=dtype), random(3, 700, dtype=dtype)
-    assert close(triton_kernels.gated(gate, up), plain_kernels.gated(gate, up), dtype)
+    apart = (random(3, 1100, dtype=dtype), random(3, 1100, dtype=dtype))
+    for gate, up in (apart, torch.cat(apart, 1).chunk(2, 1)):
+        assert close(triton_kernels.gated(gate, up), plain_kernels.gated(gate, up), dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -44,7 +44,7 @@ class CudaDecoder:
     def __init__(self, model: nn.Module, weights: Weights, slots: int, context: int) -> None:
         self.w, self.context = weights, context
         self.device = device = weights.embedding_VH.device
-        self.layers = [layer._replace(qkv=_joined(layer.qkv)) for layer in weights.layers]
+        self.layers = weights.layers
         self.cos, self.sin = (table.float().contiguous() for table in rotary_tables(model, context, device))
         shape = (2, slots, weights.shape.kv_heads, context, weights.shape.head_dim)
         # Zeros: a product of a weight of 0 with what lay in memory could be no number.
@@ -139,7 +139,7 @@ class CudaDecoder:
             if attended is None:
                 break
             h = ops.add_norm(x, linear(attended, layer.o), layer.norm_mlp, eps, dtype)
-            delta = linear(ops.gated(*_each(h, layer.gate_up)), layer.down)
+            delta = linear(ops.gated(*halves(h, layer.gate_up)), layer.down)
         return x, delta
 
     def _columns(self, s: Slots) -> int:
@@ -171,14 +171,10 @@ def product(x_SH: Tensor, head: Linear) -> Tensor:
     return logits.add_(head.biases[0]) if head.biases else logits
 
 
-def _joined(part: Linear) -> Linear:
-    """One product instead of three small ones. The copy is a small part of the weights."""
+def halves(x: Tensor, part: Linear) -> Sequence[Tensor]:
+    """What the two layers of ``part`` make of ``x``."""
     if len(part.weights) == 1:
-        return part
-    return Linear([torch.cat(part.weights)], [torch.cat(part.biases)] if part.biases else [], part.outputs)
-
-
-def _each(x: Tensor, part: Linear) -> list[Tensor]:
+        return linear(x, part).chunk(2, -1)
     return [F.linear(x, w, part.biases[i] if part.biases else None) for i, w in enumerate(part.weights)]
 
 

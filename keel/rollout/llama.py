@@ -30,6 +30,7 @@ from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, lin
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
 COLUMNS = 16  # the cache grows in multiples of this,
+JOINED_UP_TO = 2**25  # numbers in weights that a GPU multiplies at once, copied for it: as in a model of 1.7 billion
 ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
 # about half a millisecond to prepare, the time of the product itself in a small model
 
@@ -75,13 +76,17 @@ def _linear(
     modules: Sequence[Any], dtype: torch.dtype, products: Any, norm: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor | None, Linear]:
     """(the norm that is still to be multiplied in, the layer). Weights of the right type are used where they are; else
-    they are copied anyway: side by side, with the norm's, and packed by ``products`` where there is such; or, where
-    they are to be kept ``apart``, one by one."""
+    they are copied anyway: side by side, with the norm's, and packed by ``products`` where there is such. Where norms
+    are to stay ``apart``, small weights lie side by side too: a GPU is slow at small products."""
     weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
     outputs = sum(len(weight) for weight in weights)
-    if apart or (weights[0].dtype == dtype and not products):
-        return norm, Linear([w.to(dtype) for w in weights], [b.to(dtype) for b in biases], outputs)
+    copied = weights[0].dtype != dtype or (apart and sum(w.numel() for w in weights) <= JOINED_UP_TO)
+    if not copied and not products:
+        return norm, Linear(weights, [b.to(dtype) for b in biases], outputs)
+    if apart:
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return norm, Linear([weight.to(dtype)], [torch.cat(biases).to(dtype)] if biases else [], outputs)
     weight = weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)
     if norm is not None:
         weight *= norm
@@ -124,7 +129,7 @@ class Weights:
 
     @staticmethod
     def of(model: nn.Module, dtype: torch.dtype, apart: bool = False) -> Weights:
-        """``apart``: every weight and norm for itself, and the head in ``dtype`` like the others, for
+        """``apart``: norms not multiplied into weights, and the head in ``dtype`` like the others, for
         ``keel.rollout.cuda``."""
         inner: Any = inner_model(model)
         attention = inner.model.layers[0].self_attn

@@ -121,17 +121,20 @@ def place(
 
 
 @triton.jit
-def _gated(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=inside)
+def _gated(gate_ptr, up_ptr, out_ptr, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(gate_ptr + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty_like(gate)
-    _gated[(triton.cdiv(gate.numel(), 1024),)](gate, up, out, gate.numel(), 1024)
+    """Of two tensors [T, I] of equal strides."""
+    T, width = gate.shape
+    out = torch.empty(T, width, dtype=gate.dtype, device=gate.device)
+    _gated[(T, triton.cdiv(width, 1024))](gate, up, out, width, gate.stride(0), 1024)
     return out
 
 
@@ -367,4 +370,4 @@ def record(s: Slots, ids_S: Tensor, logprobs_S: Tensor, stops: Tensor, ended_S: 
 
 def check(device: Any) -> None:
     """Raises where Triton cannot compile for the device: it needs a C compiler."""
-    gated(torch.zeros(1, device=device), torch.zeros(1, device=device))
+    gated(torch.zeros(1, 16, device=device), torch.zeros(1, 16, device=device))
