@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_rollout import EMBEDDED, PROMPTS, VOCABULARY, build, forward_logprobs, peer_greedy
 from torch import Tensor
 
@@ -183,6 +184,23 @@ def triton_kernels() -> Any:
     return triton_kernels
 
 
+def wide(layers: int = 3, hidden: int = 256, vocabulary: int = 5000) -> Any:
+    """A small random model whose heads the kernels take."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Qwen3ForCausalLM(config).eval().to(DEVICE)
+
+
+def plain_logprobs(model: Any, prompt: list[int], ids: tuple[int, ...]) -> Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]], device=DEVICE)).logits[0].float()
+    return torch.log_softmax(logits[len(prompt) - 1 : -1], -1).cpu().gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+
+
 SHAPES = [(14, 2, 64), (4, 4, 80), (6, 2, 96), (8, 2, 128), (2, 1, 256)]
 TYPES = [torch.bfloat16 if GPU else torch.float16, torch.float32]  # the interpreter multiplies bfloat16's bits
 
@@ -299,30 +317,24 @@ def test_tokens_are_recorded_as_by_torch(triton_kernels: Any) -> None:
     assert not ends[0].all()
 
 
+def test_the_decoder_by_the_kernels_equals_a_plain_forward_pass(
+    triton_kernels: Any, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "kernels_for", lambda device, head_dim: triton_kernels)
+    monkeypatch.setattr(cuda, "STEPS", 3)
+    monkeypatch.setattr(cuda, "SMALLEST_BATCH", 1)
+    model = wide(layers=2, hidden=32, vocabulary=61)
+    prompts = [[5, 6, 7], [9], [5, 6, 7], [20] * 8]
+    drawn = EmbeddedSampler(model, [3, 4]).generate(prompts, SamplingConfig(max_new_tokens=7, batch_size=3), 0)
+    for prompt, completion in zip(prompts, drawn, strict=True):
+        want = plain_logprobs(model, prompt, completion.ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), want, atol=1e-3)
+        assert len(completion.ids) == 7 or completion.finished
+
+
 # ------------------------------------------------------------------------------------------------ on a GPU
 
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-
-def wide(heads: int = 4, kv_heads: int = 2, dim: int = 64) -> Any:
-    """A small random model whose heads the kernels take."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=5000, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=dim, max_position_embeddings=1024, initializer_range=0.1,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(config).eval().cuda()
-
-
-def cuda_logprobs(model: Any, prompt: list[int], ids: tuple[int, ...]) -> Tensor:
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *ids]], device="cuda")).logits[0].float()
-    return torch.log_softmax(logits[len(prompt) - 1 : -1], -1).gather(1, torch.tensor(ids, device="cuda")[:, None])[
-        :, 0
-    ]
 
 
 @on_gpu
@@ -336,7 +348,7 @@ def test_captured_steps_equal_a_plain_forward_pass(plain: bool, monkeypatch: pyt
     stops = list(range(0, 5000, 250))
     drawn = EmbeddedSampler(model, stops).generate(prompts, sampling, 0)
     wrong = [
-        (torch.tensor(c.logprobs, device="cuda") - cuda_logprobs(model, p, c.ids)).abs().max()
+        (torch.tensor(c.logprobs) - plain_logprobs(model, p, c.ids)).abs().max()
         for p, c in zip(prompts, drawn, strict=True)
     ]
     assert max(wrong) < 2e-3
