@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from keel.config import SamplingConfig
 from keel.model import products
 from keel.rollout import kernels
-from keel.rollout.llama import Weights, rotary_tables, round_up
+from keel.rollout.llama import ROWS, Weights, rotary_tables, round_up
 from keel.rollout.slots import Slots
 from keel.rollout.step import Linear
 
@@ -87,6 +87,9 @@ class CpuDecoder:
             ended_S.numpy(),
         )  # fmt: skip
         return ended_S
+
+    def batch_for(self, busy: int) -> int:
+        return round_up(busy, ROWS)
 
     def keep(self, rows: Tensor) -> None:
         self.places = self.places[rows.numpy()]

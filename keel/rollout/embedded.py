@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from keel.config import SamplingConfig
 from keel.model.packed import inner_model
-from keel.rollout.llama import ROWS, Decoder, Weights, round_up
+from keel.rollout.cuda import CudaDecoder, slots_that_fit
+from keel.rollout.llama import Decoder, Weights
 from keel.rollout.sampler import Precision, context_length, finite, not_finite, room, stream_key, uniforms
 from keel.rollout.slots import Slots
 from keel.types import Completion
@@ -55,7 +56,7 @@ class EmbeddedSampler:
         if not prompts:
             return []
         requests = [Request(i, tuple(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
-        weights = Weights.of(self.model, self.dtype)
+        weights = Weights.of(self.model, self.dtype, apart=on_gpu(self.model))
         if weights.packed and not _finite_head(self.model):
             raise not_finite("prompt 0")
         parts = divided(requests, self._workers(weights, min(sampling.batch_size, len(requests))))
@@ -118,8 +119,16 @@ def side_by_side(runs: Sequence[_Run]) -> None:
         torch.set_num_threads(threads)
 
 
-def make_decoder(model: nn.Module, weights: Weights, slots: int, context: int, threads: int) -> Decoder | CpuDecoder:
-    """The one for the device. Both do the same; the second, where it runs, several times faster."""
+def on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"
+
+
+def make_decoder(
+    model: nn.Module, weights: Weights, slots: int, context: int, threads: int
+) -> Decoder | CpuDecoder | CudaDecoder:
+    """The one for the device. All do the same; the others, where they run, several times faster than the first."""
+    if on_gpu(model):
+        return CudaDecoder(model, weights, slots, context)
     if weights.packed:
         from keel.rollout.cpu import CpuDecoder  # numba is slow to import
 
@@ -143,6 +152,8 @@ class _Run:
     ) -> None:
         self.sampling, self.seed = sampling, seed
         context = max(len(r.prompt) + r.limit for r in requests)
+        if weights.embedding_VH.is_cuda:
+            slots = slots_that_fit(weights, slots, context)
         self.decoder = make_decoder(sampler.model, weights, slots, context, threads)
         device = self.decoder.device
         self.stops = torch.tensor(sampler.stop_ids, dtype=torch.int64, device=device)
@@ -223,7 +234,7 @@ class _Run:
         """Without a queue, finished slots are dropped once they are a quarter of the batch: copying the cache then
         costs about what their idling would in a step or two."""
         busy = [i for i, request in enumerate(self.running) if request is not None]
-        size = round_up(len(busy), ROWS)
+        size = self.decoder.batch_for(len(busy))
         if self.queue or not busy or size > 0.75 * len(self.running):
             return
         idle = [i for i, request in enumerate(self.running) if request is None]

@@ -30,6 +30,7 @@ from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, lin
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
 COLUMNS = 16  # the cache grows in multiples of this,
+JOINED_UP_TO = 2**25  # numbers in weights that a GPU multiplies at once, copied for it: as in a model of 1.7 billion
 ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
 # about half a millisecond to prepare, the time of the product itself in a small model
 
@@ -72,15 +73,21 @@ def _bias(module: Any) -> Tensor | None:
 
 
 def _linear(
-    modules: Sequence[Any], dtype: torch.dtype, products: Any, norm: Tensor | None = None
+    modules: Sequence[Any], dtype: torch.dtype, products: Any, norm: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor | None, Linear]:
     """(the norm that is still to be multiplied in, the layer). Weights of the right type are used where they are; else
-    they are copied anyway: side by side, with the norm's, and packed by ``products`` where there is such."""
+    they are copied anyway: side by side, with the norm's, and packed by ``products`` where there is such. Where norms
+    are to stay ``apart``, small weights lie side by side too: a GPU is slow at small products."""
     weights = [merged_weight(module) for module in modules]
     biases = [bias for bias in map(_bias, modules) if bias is not None]
     outputs = sum(len(weight) for weight in weights)
-    if all(weight.dtype == dtype for weight in weights) and not products:
-        return norm, Linear(weights, biases, outputs)
+    stored = all(weight.dtype == dtype for weight in weights)
+    copied = not stored or (apart and sum(w.numel() for w in weights) <= JOINED_UP_TO)
+    if not copied and not products:
+        return norm, Linear(weights, [b.to(dtype) for b in biases], outputs)
+    if apart:
+        weight = torch.cat([weight.to(dtype) for weight in weights])
+        return norm, Linear([weight], [torch.cat(biases).to(dtype)] if biases else [], outputs)
     weight = (weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)).float()
     if norm is not None:
         weight *= norm
@@ -90,21 +97,22 @@ def _linear(
     return None, Linear([weight.to(dtype)], [torch.cat(biases).to(dtype)] if biases else [], outputs)
 
 
-def _layer(module: Any, dtype: torch.dtype, products: Any) -> Layer:
+def _layer(module: Any, dtype: torch.dtype, products: Any, apart: bool) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     has_norms = hasattr(attention, "q_norm")
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    norm, qkv = _linear(projections, dtype, products, module.input_layernorm.weight)
-    norm_mlp, gate_up = _linear((mlp.gate_proj, mlp.up_proj), dtype, products, module.post_attention_layernorm.weight)
+    gates = (mlp.gate_proj, mlp.up_proj)
+    norm, qkv = _linear(projections, dtype, products, module.input_layernorm.weight, apart)
+    norm_mlp, gate_up = _linear(gates, dtype, products, module.post_attention_layernorm.weight, apart)
     return Layer(
         norm=norm,
         qkv=qkv,
         q_norm=attention.q_norm.weight.float() if has_norms else None,
         k_norm=attention.k_norm.weight.float() if has_norms else None,
-        o=_linear((attention.o_proj,), dtype, products)[1],
+        o=_linear((attention.o_proj,), dtype, products, apart=apart)[1],
         norm_mlp=norm_mlp,
         gate_up=gate_up,
-        down=_linear((mlp.down_proj,), dtype, products)[1],
+        down=_linear((mlp.down_proj,), dtype, products, apart=apart)[1],
     )
 
 
@@ -121,17 +129,19 @@ class Weights:
     packed: bool  # by ``keel.model.products``, for ``keel.rollout.cpu``
 
     @staticmethod
-    def of(model: nn.Module, dtype: torch.dtype) -> Weights:
+    def of(model: nn.Module, dtype: torch.dtype, apart: bool = False) -> Weights:
+        """``apart``: norms not multiplied into weights, and the head in ``dtype`` like the others, for
+        ``keel.rollout.cuda``."""
         inner: Any = inner_model(model)
         attention = inner.model.layers[0].self_attn
         # Logits stay in float32, as in the trainer's log-probabilities (keel.model.logprobs).
         embedding = inner.model.embed_tokens.weight
-        products = products_of(dtype) if embedding.device.type == "cpu" else None
-        low = dtype if products else torch.float32
-        norm, head = _linear((inner.lm_head,), low, products, inner.model.norm.weight)
+        products = products_of(dtype) if embedding.device.type == "cpu" and not apart else None
+        low = dtype if products or apart else torch.float32
+        norm, head = _linear((inner.lm_head,), low, products, inner.model.norm.weight, apart)
         return Weights(
             embedding_VH=embedding,
-            layers=[_layer(layer, dtype, products) for layer in inner.model.layers],
+            layers=[_layer(layer, dtype, products, apart) for layer in inner.model.layers],
             norm=norm,
             head=head,
             shape=Shape(
@@ -178,6 +188,10 @@ class Decoder:
             return
         self.capacity = round_up(columns, COLUMNS)
         self.caches = [F.pad(cache, (0, 0, 0, self.capacity - cache.shape[3])) for cache in self.caches]
+
+    def batch_for(self, busy: int) -> int:
+        """How many slots to go on with, of which ``busy`` are needed."""
+        return round_up(busy, ROWS)
 
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -79,22 +79,35 @@ def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> t
         ids_S1 = torch.searchsorted(cumulative_SV, uniforms_S[:, None] * cumulative_SV[:, -1:])
         ids_S1.clamp_(max=probs_SV.shape[1] - 1)  # where the sums are no numbers; the log-probability then says so
         if weights_SV.is_cuda:  # whose sums, made in parts, may rise where nothing is added
-            ids_S1 = torch.where(weights_SV.gather(1, ids_S1) > 0, ids_S1, weights_SV.argmax(-1, keepdim=True))
+            ids_S1 = nearest_positive(weights_SV, ids_S1)
     return ids_S1.squeeze(1), probs_SV.gather(1, ids_S1).log_().squeeze(1)
 
 
-def filtered_weights(probs_SV: Tensor, sampling: SamplingConfig) -> Tensor:
+def nearest_positive(weights_SV: Tensor, ids_S1: Tensor) -> Tensor:
+    """The tokens themselves where they have positive weight, else those nearest to them that have."""
+    tokens_V = torch.arange(weights_SV.shape[1], dtype=torch.int32, device=weights_SV.device)
+    distance_SV = (tokens_V - ids_S1.int()).abs_()
+    return distance_SV.masked_fill_(~(weights_SV > 0), weights_SV.shape[1]).argmin(-1, keepdim=True)
+
+
+def filtered_weights(
+    probs_SV: Tensor,
+    sampling: SamplingConfig,
+    kth_edge: Callable[[Tensor, int], Tensor] | None = None,
+    nucleus_edge: Callable[[Tensor, float], Tensor] | None = None,
+) -> Tensor:
     """The distribution that tokens are drawn from, not normalised: [S, V] float32, 0 where a filter removes a token.
     ``probs_SV`` are at the sampling temperature.
 
     Order of the filters, as in transformers and vLLM: temperature, top-k, top-p (of what top-k left), min-p (relative
-    to the likeliest token). Tokens exactly as likely as the last that a filter keeps are kept with it.
+    to the likeliest token). Tokens exactly as likely as the last that a filter keeps are kept with it. A device with
+    better ways to find the weights [S, 1] of these last tokens hands them in.
     """
     weights = probs_SV
     if 0 < sampling.top_k < weights.shape[1]:
-        weights = _at_least(weights, weights.topk(sampling.top_k).values[:, -1:])
+        weights = _at_least(weights, (kth_edge or _kth_edge)(weights, sampling.top_k))
     if sampling.top_p < 1:
-        weights = _at_least(weights, _nucleus_edge(weights, sampling.top_p))
+        weights = _at_least(weights, (nucleus_edge or _nucleus_edge)(weights, sampling.top_p))
     if sampling.min_p > 0:
         weights = _at_least(weights, sampling.min_p * weights.amax(-1, keepdim=True))
     return weights
@@ -104,13 +117,19 @@ def _at_least(weights_SV: Tensor, edge_S1: Tensor) -> Tensor:
     return weights_SV.masked_fill(weights_SV < edge_S1, 0.0)
 
 
+def _kth_edge(weights_SV: Tensor, k: int) -> Tensor:
+    """Weight [S, 1] of the k-th likeliest token."""
+    return weights_SV.topk(k).values[:, -1:]
+
+
 def _nucleus_edge(weights_SV: Tensor, top_p: float) -> Tensor:
     """Weight [S, 1] of the least likely token in the smallest set of likeliest tokens that holds ``top_p`` of the mass
     (Holtzman et al. 2020, section 3.1)."""
     vocabulary = weights_SV.shape[1]
     need_S1 = top_p * weights_SV.sum(-1, keepdim=True)
-    # Sorting the vocabulary costs more than the rest of a small model's step; the nucleus is nearly always short.
-    for width in (min(128, vocabulary), vocabulary):
+    # Sorting the vocabulary costs more than the rest of a small model's step; the nucleus is nearly always short. But
+    # to look whether it is would make a GPU's steps wait for the host.
+    for width in (vocabulary,) if weights_SV.is_cuda else (min(128, vocabulary), vocabulary):
         likeliest = weights_SV.topk(width).values
         cumulative = likeliest.cumsum(-1)
         if width == vocabulary or bool((cumulative[:, -1:] >= need_S1).all()):
