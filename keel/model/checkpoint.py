@@ -92,7 +92,7 @@ def load_policy(
     known = len(tokenizer)
     if chat_template is not None:
         install_template(tokenizer, chat_template)
-    dtypes = Dtypes.of(source, products, device)
+    dtypes = Dtypes.of(source, "causal language model", products, device)
     model = read_model(AutoModelForCausalLM, source, "causal language model", note=note, held=dtypes.held)
     model.keel_saved = dtypes.saved  # type: ignore[assignment]
     there = model.get_input_embeddings().weight.shape[0]
@@ -133,7 +133,7 @@ def load_scalar(
     new = new_head_seed is not None
     if not new and not classifies(source):
         raise UserError(f"{source.path}: this checkpoint has no reward head; train one with a 'reward' stage first")
-    dtypes = Dtypes.of(source, products, device)
+    dtypes = Dtypes.of(source, "reward model", products, device)
     model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, dtypes.held, num_labels=1)
     model.keel_saved = dtypes.saved  # type: ignore[assignment]
     scalar_head(model, source.path, new_head_seed)

@@ -190,11 +190,11 @@ class Dtypes:
     saved: torch.dtype
 
     @staticmethod
-    def of(source: Source, products: Precision | None, device: str) -> Dtypes:
+    def of(source: Source, what: str, products: Precision | None, device: str) -> Dtypes:
         """See ``held_dtype`` and ``ModelConfig.save_as``. Adapters are summed into their base in float32, so their sum
         is held in it; it is written in the base's."""
         base = _base_of(source)
-        stored = _checked(base or source, "model", lambda: stored_dtype(base or source))
+        stored = _checked(base or source, what, lambda: stored_dtype(base or source))
         saved = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(source.save_as, stored or torch.float32)
         return Dtypes(held_dtype(source.weights, products, device, None if base else stored), saved)
 
