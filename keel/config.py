@@ -31,17 +31,19 @@ class Strict(BaseModel):
 
 
 Weights = Literal["auto", "fp32", "bf16"]
+SaveAs = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a checkpoint is read from: a folder or a hub id, of which ``revision`` may be named. One that brings Python
-    code of its own is loaded with ``trust_remote_code`` alone. ``weights``: see ``ModelConfig``."""
+    code of its own is loaded with ``trust_remote_code`` alone. ``weights``, ``save_as``: see ``ModelConfig``."""
 
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
     weights: Weights = "auto"
+    save_as: SaveAs = "auto"
 
     @staticmethod
     def of(place: str | Path | Source) -> Source:
@@ -87,12 +89,20 @@ class ModelConfig(Strict):
         "device is a GPU; bf16: wherever products are, whatever the checkpoint is in, experts too (auto leaves "
         "them in float32, in which autocast computes them); fp32: never. Trained ones are float32",
     )
+    save_as: SaveAs = Field(
+        "auto", description="precision of the checkpoints that stages write; auto: that of the one they start from"
+    )
 
     def source(self, path: str | Path | None = None) -> Source:
         """Where the model is read from, or a checkpoint of another ``path`` that the recipe names."""
-        if path is None or str(path) == self.path:
-            return Source(self.path, self.revision, self.trust_remote_code, self.weights)
-        return Source(str(path), None, self.trust_remote_code, self.weights)
+        own = path is None or str(path) == self.path
+        return Source(
+            self.path if own else str(path),
+            self.revision if own else None,
+            self.trust_remote_code,
+            self.weights,
+            self.save_as,
+        )
 
 
 class DataConfig(Strict):

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import prompt, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -33,8 +33,11 @@ from transformers import (
 )
 
 from keel.config import (
+    DataConfig,
+    GrpoStage,
     LoraConfig,
     ModelConfig,
+    OptimConfig,
     Recipe,
     SamplingConfig,
     SftStage,
@@ -48,8 +51,12 @@ from keel.model.logprobs import token_logprobs
 from keel.model.packed import compute_alike, inner_model
 from keel.model.precision import autocast, held_dtype
 from keel.model.trunk import Trunk
+from keel.reward.scorer import PythonScorer
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.sampler import make_sampler
+from keel.run import RunDir, Silent
+from keel.train.context import TrainContext
+from keel.train.grpo import train_grpo
 from keel.types import Encoded
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -140,8 +147,12 @@ def test_stored_dtype_is_that_of_every_number(tmp_path: Path) -> None:
     assert stored_dtype(Source(str(sharded))) == BF16
     file = tmp_path / str(BF16) / "model.safetensors"
     weights = load_file(file)
-    name = next(name for name in weights if "norm" in name)
-    save_file(weights | {name: weights[name].float()}, file, {"format": "pt"})
+    norm, matrix = (next(name for name in weights if part in name) for part in ("norm", "q_proj"))
+    save_file(weights | {norm: weights[norm].float() + 1e-5}, file, {"format": "pt"})
+    assert stored_dtype(Source(str(file.parent))) == BF16
+    model = load_policy(Source(str(file.parent), weights="bf16"), products="bf16")[0]
+    assert torch.equal(model.get_parameter(norm), weights[norm].float() + 1e-5)  # read as it is
+    save_file(weights | {matrix: weights[matrix].float()}, file, {"format": "pt"})
     assert stored_dtype(Source(str(file.parent))) is None
     config = json.loads((sharded / "config.json").read_text())
     (tmp_path / "bare").mkdir()
@@ -175,7 +186,7 @@ def _held(source: Source) -> nn.Module:
 
 
 def _on_gpu_rules(source: Source) -> nn.Module:
-    with mock.patch("keel.model.checkpoint.dtype_to_hold", return_value=BF16):
+    with mock.patch("keel.model.loading.held_dtype", return_value=BF16):
         return load_policy(source, products="bf16")[0]
 
 
@@ -289,3 +300,30 @@ def test_half_weights_need_half_products() -> None:
     stage = SftStage(name="sft", precision="fp32")
     with pytest.raises(ValueError, match=r"sft.precision is fp32; set model.weights: auto"):
         Recipe(model=ModelConfig(path="x", weights="bf16"), stages=[stage])
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_the_kl_to_a_held_reference_begins_at_0(lora: LoraConfig | None, tmp_path: Path) -> None:
+    saved(tmp_path / "base", "llama")
+    stage = RunDir(tmp_path / "run").stage("grpo")
+    stage.begin("grpo")
+    settings = ModelConfig(path=str(tmp_path / "base"), weights="bf16", lora=lora)
+    context = TrainContext(stage, Silent(), tmp_path / "base", settings, DataConfig(), "cpu", "bf16", 0)
+    config = GrpoStage(
+        name="grpo",
+        rewards=[{"source": {"kind": "python", "ref": "x:y"}}],
+        group_size=4,
+        rollout_batch=16,
+        episodes=32,
+        minibatches=1,
+        old_logprobs="trainer",
+        sampling=SamplingConfig(max_new_tokens=8),
+        optim=OptimConfig(lr=1e-2),
+    )
+    scorer = PythonScorer(lambda _, text: float(len(text)))
+    with mock.patch("keel.train.context.load_policy", wraps=load_policy) as reference:
+        summary = train_grpo(config, [prompt(n) for n in range(8)], scorer, tmp_path / "base", context)
+    assert reference.call_args.kwargs["products"] == "bf16"
+    assert abs(summary["kl_at_start"]) <= 1e-5
+    assert summary["dtype"] == "bfloat16"
+    assert stored_dtype(Source(str(stage.path))) == BF16

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,17 +19,19 @@ from transformers import (
 from keel.config import LoraConfig, Source
 from keel.data.chat import install_template
 from keel.model import held, marks
+from keel.model.adapters import save_adapter
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
 from keel.model.loading import (
+    Dtypes,
     Note,
     classifies,
-    dtype_to_hold,
     quiet,
     read_config,
     read_model,
     read_tokenizer,
 )
+from keel.model.merged import file_weights
 from keel.model.modules import inner_model, stated_positions
 from keel.model.precision import Precision
 from keel.model.probe import probe
@@ -89,8 +92,9 @@ def load_policy(
     known = len(tokenizer)
     if chat_template is not None:
         install_template(tokenizer, chat_template)
-    in_memory = dtype_to_hold(source, products, device)
-    model = read_model(AutoModelForCausalLM, source, "causal language model", note=note, held=in_memory)
+    dtypes = Dtypes.of(source, "causal language model", products, device)
+    model = read_model(AutoModelForCausalLM, source, "causal language model", note=note, held=dtypes.held)
+    model.keel_saved = dtypes.saved  # type: ignore[assignment]
     there = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > there:
         with quiet():
@@ -129,8 +133,9 @@ def load_scalar(
     new = new_head_seed is not None
     if not new and not classifies(source):
         raise UserError(f"{source.path}: this checkpoint has no reward head; train one with a 'reward' stage first")
-    in_memory = dtype_to_hold(source, products, device)
-    model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, in_memory, num_labels=1)
+    dtypes = Dtypes.of(source, "reward model", products, device)
+    model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, dtypes.held, num_labels=1)
+    model.keel_saved = dtypes.saved  # type: ignore[assignment]
     scalar_head(model, source.path, new_head_seed)
     # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -207,22 +212,38 @@ def frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a checkpoint that transformers and vLLM load as it is; adapters are merged into a copy first.
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """Writes a checkpoint that transformers and vLLM load as it is, in the precision of the one that the model was read
+    from (or ``model.save_as``), heads of one score in float32. Adapters are merged in, layer by layer; they lie by
+    themselves beside it (``keel.model.adapters``), unless rows of the embeddings were trained with them. Returns the
+    precision's name.
 
     ``folder`` exists; making the write atomic is the caller's (``StageDir.checkpoint``).
     """
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model)
-        marks.settle_rows(inner_model(model))
-        model = model.merge_and_unload()  # type: ignore[operator]
     inner = inner_model(model)
-    implementation = inner.config._attn_implementation
+    implementation, dtype = inner.config._attn_implementation, getattr(inner, "keel_saved", torch.float32)
+    plain = inner is model and dtype == torch.float32
     with quiet(), as_configured(inner):
         inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
         try:
-            inner.save_pretrained(str(folder))
+            inner.save_pretrained(str(folder), state_dict=None if plain else file_weights(model, dtype))
             tokenizer.save_pretrained(str(folder))
         finally:
             if implementation is not None:
                 inner.set_attn_implementation(implementation)
+        if inner is not model and not marks.trains_rows(inner):
+            save_adapter(model, tokenizer, folder)
+    name = str(dtype).removeprefix("torch.")
+    _state_dtype(folder / "config.json", name)
+    return name
+
+
+def _state_dtype(path: Path, dtype: str) -> None:
+    """In a configuration: transformers states what the model in memory is in."""
+
+    def stated(config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {key: dtype if key == "dtype" else stated(value) for key, value in config.items()}
+
+    path.write_text(json.dumps(stated(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")

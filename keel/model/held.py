@@ -12,7 +12,7 @@ Such a model computes in bfloat16 alone, under ``keel.model.precision.autocast``
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ _NUMBERS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, 
 
 
 def stored_dtype(source: Source) -> torch.dtype | None:
-    """What every number of a checkpoint is in; None where there are several kinds, or its files do not say."""
+    """What every matrix of a checkpoint is in; None where there are several kinds, or its files do not say. Norms,
+    biases and heads of one score, which are read as they are, do not count."""
     options: dict[str, Any] = {"revision": source.revision, "_raise_exceptions_for_missing_entries": False}
     if one := cached_file(source.path, SAFE_WEIGHTS_NAME, **options):
         files = [one]
@@ -50,9 +51,15 @@ def stored_dtype(source: Source) -> torch.dtype | None:
     kinds: set[str] = set()
     for path in files:
         with safe_open(path, "pt") as file:
-            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # it is no dict
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # it is no dict
+            kinds |= {part.get_dtype() for part in slices if is_matrix(part.get_shape())}
     kinds = {kind for kind in kinds if not kind.startswith(("I", "U", "BOOL"))}
     return _NUMBERS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a weight is one of those that make a model large: no norm, bias or head of one score."""
+    return len(shape) > 1 and shape[0] > 1
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -68,7 +75,7 @@ def matrices_in(dtype: torch.dtype, experts: bool = False) -> Iterator[None]:
         return
 
     def narrow(module: nn.Module, _: str, parameter: nn.Parameter) -> Any:
-        matrix = type(module) in KINDS and parameter.ndim == 2
+        matrix = type(module) in KINDS and is_matrix(parameter.shape)
         expert = experts and _is_expert(module, parameter)
         if parameter.device.type != "meta" or parameter.dtype != torch.float32 or not (matrix or expert):
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,11 +182,21 @@ def read_model(
     return model
 
 
-def dtype_to_hold(source: Source, products: Precision | None, device: str) -> torch.dtype:
-    """``held_dtype`` of a checkpoint. Adapters are summed into their base in float32, so their sum is float32."""
-    files = _base_of(source) is None and products is not None
-    stored = _checked(source, "model", lambda: stored_dtype(source)) if files else None
-    return held_dtype(source.weights, products, device, stored)
+@dataclass(frozen=True)
+class Dtypes:
+    """In what a checkpoint's matrices lie in memory, and in what those that are made of it are written."""
+
+    held: torch.dtype
+    saved: torch.dtype
+
+    @staticmethod
+    def of(source: Source, what: str, products: Precision | None, device: str) -> Dtypes:
+        """See ``held_dtype`` and ``ModelConfig.save_as``. Adapters are summed into their base in float32, so their sum
+        is held in it; it is written in the base's."""
+        base = _base_of(source)
+        stored = _checked(base or source, what, lambda: stored_dtype(base or source))
+        saved = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(source.save_as, stored or torch.float32)
+        return Dtypes(held_dtype(source.weights, products, device, None if base else stored), saved)
 
 
 def _read(

@@ -99,17 +99,21 @@ def train_rows(model: PreTrainedModel, rows: Sequence[int]) -> None:
         parametrize.register_parametrization(module, "weight", made[id(weight)], unsafe=True)
 
 
-def settle_rows(model: PreTrainedModel) -> None:
-    """Writes trained rows into the weights, which are plain from then on."""
-    for module in _parametrisable(model):
-        if parametrize.is_parametrized(module, "weight"):
-            own: Any = module.parametrizations.weight.original  # type: ignore[operator, union-attr]
-            own.data = module.weight.detach()  # type: ignore[operator, union-attr]
-            # Not torch's remove_parametrizations: it takes the weight from the class, which a model shares with the
-            # one that it was copied from.
-            module.__class__ = type(module).__bases__[0]
-            del module.parametrizations
-            module.register_parameter("weight", own)
+def trains_rows(model: PreTrainedModel) -> bool:
+    """Whether rows are trained by :func:`train_rows`."""
+    return any(parametrize.is_parametrized(module, "weight") for module in _parametrisable(model))
+
+
+def settle_rows(module: Any) -> None:
+    """Writes trained rows into the weight of an embedding or a head, which is plain from then on."""
+    if parametrize.is_parametrized(module, "weight"):
+        own = module.parametrizations.weight.original
+        own.data = module.weight.detach()
+        # Not torch's remove_parametrizations: it takes the weight from the class, which a module shares with the one
+        # that it was copied from.
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        module.register_parameter("weight", own)
 
 
 def _parametrisable(model: PreTrainedModel) -> list[nn.Module]:

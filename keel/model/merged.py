@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from keel.model import marks
+from keel.model.held import is_matrix
 from keel.model.modules import inner_model
 from keel.types import UserError
 
@@ -56,7 +59,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     inner = inner_model(model)
     for path, module in inner.named_modules():
-        if any(part in WRAPPERS or part.startswith("lora_") for part in path.split(".")):
+        if _within_wrapper(path):
             continue  # comes with the layer that it wraps
         prefix = path + "." if path else ""
         if hasattr(module, "base_layer"):
@@ -73,3 +76,67 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield prefix + "weight", module.weight.detach()  # type: ignore[operator]
         for name, parameter in module.named_parameters(recurse=False):
             yield prefix + name, parameter.detach()
+
+
+@torch.no_grad()
+def file_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The language model's state as a file in ``dtype`` has it: adapters of whatever kind merged in, names plain, tied
+    weights one tensor. A head of one score and tables (buffers) stay as they are.
+
+    One layer is copied and merged at a time, in float32, and rounded once; what that makes lies on the CPU.
+    """
+    inner = inner_model(model)
+    modules = [(p + "." if p else "", m) for p, m in inner.named_modules() if not _within_wrapper(p)]
+    made: dict[int, Tensor] = {}  # by the weight that it was made of: tied ones stay one
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: Tensor, origin: Tensor) -> None:
+        if id(origin) not in made:
+            low = isinstance(origin, nn.Parameter) and (tensor.dim() < 2 or is_matrix(tensor.shape))
+            written = tensor.detach().to(dtype) if low else tensor.detach()
+            same = written.data_ptr() == origin.data_ptr()
+            made[id(origin)] = written if same else written.cpu()
+        found[name] = made[id(origin)]
+
+    for prefix, module in modules:  # first: what is tied to an adapted weight is the merged one
+        if hasattr(module, "base_layer"):
+            for name, tensor, origin in _merged_layer(module):
+                add(prefix + name, tensor, origin)
+    for prefix, module in modules:
+        if hasattr(module, "base_layer"):
+            continue
+        for name, tensor, origin in _own_state(module):
+            add(prefix + name, tensor, origin)
+    return found
+
+
+def _within_wrapper(path: str) -> bool:
+    return any(part in WRAPPERS or part.startswith("lora_") for part in path.split("."))
+
+
+def _merged_layer(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, tensor, the tensor that it was made of) of a layer with its adapters."""
+    own = layer.get_base_layer()
+    merged = copy.deepcopy(layer)
+    base = merged.get_base_layer()
+    marks.settle_rows(base)
+    base.float()
+    merged.merge()
+    origins = {name: origin for name, _, origin in _own_state(own)}
+    for name, tensor, _ in _own_state(base):
+        yield name, tensor, origins[name]
+
+
+def _own_state(module: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """As :func:`_merged_layer`, of a module without adapters, its parts left out."""
+    if hasattr(module, "original_module"):  # trained whole beside the adapters
+        for name, tensor in module.modules_to_save[module.active_adapters[0]].state_dict(keep_vars=True).items():
+            yield name, tensor, tensor
+        return
+    if parametrize.is_parametrized(module, "weight"):
+        yield "weight", module.weight, module.parametrizations.weight.original
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter, parameter
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer, buffer

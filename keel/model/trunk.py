@@ -8,7 +8,6 @@ adapters on or off, so their forward passes may be mixed freely, gradient checkp
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,13 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from keel.config import LoraConfig, Source
+from keel.model.adapters import ADAPTER, digest
 from keel.model.checkpoint import Place, frozen, load_policy, load_tokenizer, prepared, scalar_head
 from keel.model.dropout import measure_whole
 from keel.model.heads import ScalarModel
 from keel.model.loading import put_adapters, read_config
-from keel.model.merged import merged_weights
-from keel.model.packed import inner_model
 from keel.model.precision import Precision
 from keel.types import UserError
-
-ADAPTER = "adapter"  # the folder of a reward model's checkpoint that holds its adapters and head, unmerged
-DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and read in no time
 
 
 class Trunk:
@@ -101,29 +96,3 @@ class Trunk:
                 "checkpoint as the policy, or set one_base: false"
             )
         return folder
-
-
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Writes the adapters and head of a model trained with LoRA to ``folder``/adapter, unmerged."""
-    target = folder / ADAPTER
-    model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
-    (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n")
-
-
-def digest(model: nn.Module) -> str:
-    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out."""
-    prefix = inner_model(model).base_model_prefix + "."
-    found = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(_base_weights(model)):
-        if name.startswith(prefix):
-            flat = weight.detach().flatten()
-            entries = flat[:: max(1, flat.numel() // DIGEST_ENTRIES)].float().cpu()
-            found.update(f"{name} {tuple(weight.shape)}".encode() + entries.numpy().tobytes())
-    return found.hexdigest()
-
-
-def _base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    if not hasattr(model, "disable_adapter"):
-        return list(merged_weights(model))
-    with model.disable_adapter():  # type: ignore[operator]
-        return list(merged_weights(model))

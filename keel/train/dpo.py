@@ -159,7 +159,13 @@ def train_dpo(
     texts = Ptx(model, tokenizer, config, context)
     steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
     with context.stage.checkpoint() as folder:
-        save(model, tokenizer, folder)
+        dtype = save(model, tokenizer, folder)
     last = context.stage.metrics.rows()[-1]
     figures = {name: value for name, value in last.items() if name.startswith(("rewards/", "eval/"))}
-    return {"pairs": len(pairs) - len(heldout), "heldout_pairs": len(heldout), "steps": steps, **figures}
+    return {
+        "pairs": len(pairs) - len(heldout),
+        "heldout_pairs": len(heldout),
+        "steps": steps,
+        "dtype": dtype,
+        **figures,
+    }

@@ -377,12 +377,13 @@ def _policy_and_reference(
 def finish(rollouts: Rollouts, context: TrainContext, steps: int) -> dict[str, Any]:
     """Writes the policy; returns the stage's summary."""
     with context.stage.checkpoint() as folder:
-        save(rollouts.policy, rollouts.chat.tokenizer, folder)
+        dtype = save(rollouts.policy, rollouts.chat.tokenizer, folder)
     rows = context.stage.metrics.rows()
     shown = ("objective/", "completions/", "eval/", "policy/entropy", "val/explained", "rollout/", "frac_reward")
     return {
         "episodes": rollouts.count * rollouts.config.rollout_batch,
         "steps": steps,
+        "dtype": dtype,
         "kl_at_start": rows[0].get("objective/kl"),
         **{name: value for name, value in rows[-1].items() if name.startswith(shown)},
     }

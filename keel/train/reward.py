@@ -14,7 +14,6 @@ from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import has_reward_head, load_scalar, save
 from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
-from keel.model.trunk import save_adapter
 from keel.objective.preference import bradley_terry, center_penalty
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
@@ -134,9 +133,7 @@ def train_reward(
     training = raw_scores(scorer, rows, config.batch_tokens, context.device, context.precision)
     scorer.set_scale(float(training.mean()), float(training.std()))
     with context.stage.checkpoint() as folder:
-        save(scorer.model, scorer.tokenizer, folder)
-        if context.base_model.lora is not None:
-            save_adapter(scorer.model, folder)  # for a stage with one_base
+        dtype = save(scorer.model, scorer.tokenizer, folder)
     held_rows = [row for pair in heldout for row in (pair.chosen, pair.rejected)]
     raw = raw_scores(scorer, held_rows, config.batch_tokens, context.device, context.precision)
     leads = (raw[0::2] - raw[1::2]).tolist()
@@ -152,6 +149,7 @@ def train_reward(
         "prompts": len(groups),
         "heldout_pairs": len(heldout),
         "steps": steps,
+        "dtype": dtype,
         "mean": scorer.mean,
         "std": scorer.std,
         "length_scatter": scatter[:400],

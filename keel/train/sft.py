@@ -156,7 +156,7 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
     # generate and vLLM stop where Keel's samplers stop: at the end of the turn, not only at the end of text.
     inner_model(model).generation_config.eos_token_id = list(chat.stop_ids)  # type: ignore[union-attr]
     with context.stage.checkpoint() as folder:
-        save(model, tokenizer, folder)
+        dtype = save(model, tokenizer, folder)
     return {
         "demonstrations": len(rows),
         "heldout": len(heldout_rows),
@@ -165,6 +165,7 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
         "heldout_loss": algorithm.best_loss,
         "end_probability": ending,
         "stopped_early": steps < algorithm.iterations,
+        "dtype": dtype,
     }
 
 

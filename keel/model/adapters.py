@@ -1,0 +1,45 @@
+"""Adapters by themselves: the folder ``adapter`` of a checkpoint, in peft's format, and which base they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from keel.model.merged import merged_weights
+from keel.model.modules import inner_model
+
+ADAPTER = "adapter"  # the folder of a checkpoint that holds its adapters and head, unmerged
+DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and read in no time
+
+
+def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter, which is a model
+    wherever one is named, as long as its base lies where it did."""
+    target = folder / ADAPTER
+    model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
+    tokenizer.save_pretrained(str(target))
+    (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n")
+
+
+def digest(model: nn.Module) -> str:
+    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out."""
+    prefix = inner_model(model).base_model_prefix + "."
+    found = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(_base_weights(model)):
+        if name.startswith(prefix):
+            flat = weight.detach().flatten()
+            entries = flat[:: max(1, flat.numel() // DIGEST_ENTRIES)].float().cpu()
+            found.update(f"{name} {tuple(weight.shape)}".encode() + entries.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    if not hasattr(model, "disable_adapter"):
+        return list(merged_weights(model))
+    with model.disable_adapter():  # type: ignore[operator]
+        return list(merged_weights(model))
