@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +23,7 @@ from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
 from keel.model.loading import Note, classifies, quiet, read_config, read_model, read_tokenizer
 from keel.model.modules import inner_model, stated_positions
+from keel.model.padding import give_pad
 from keel.model.probe import probe
 from keel.types import UserError
 
@@ -103,10 +105,12 @@ def load_scalar(
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
     new_head_seed: int | None = None,
+    take_over: bool = False,
     note: Note | None = None,
 ) -> ScalarModel:
     """A reward model or critic. With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from
-    N(0, 1/(H+1)) as Stiennon et al. 2020 do; without it the checkpoint must have a head of its own."""
+    N(0, 1/(H+1)) as Stiennon et al. 2020 do; without it the checkpoint must have a head of its own. ``take_over``: a
+    reward model from elsewhere is to be trained on, and read as Keel's own from here on; ``note`` is told."""
     source = Source.of(place)
     tokenizer = load_tokenizer(source)
     new = new_head_seed is not None
@@ -114,9 +118,15 @@ def load_scalar(
         raise UserError(f"{source.path}: this checkpoint has no reward head; train one with a 'reward' stage first")
     model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, num_labels=1)
     scalar_head(model, source.path, new_head_seed)
-    # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    own = new or take_over
+    if own:
+        give_pad(model, tokenizer)
+    scalar = ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    if own and scalar.foreign:
+        scalar.set_scale(0.0, 1.0)
+        if not new and note is not None:
+            note(f"{source.path} was trained elsewhere: from here on it is Keel's own, and scores a reply at its end")
+    return scalar
 
 
 def scalar_head(model: nn.Module, path: str | Path, new_head_seed: int | None = None) -> nn.Module:
@@ -204,6 +214,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         try:
             inner.save_pretrained(str(folder))
             tokenizer.save_pretrained(str(folder))
+            if (ends := getattr(tokenizer, "keel_ends", ())) and not inner.can_generate():
+                # A classifier is saved without them, and its template may have no other end (GLM's).
+                GenerationConfig(eos_token_id=list(ends)).save_pretrained(str(folder))
         finally:
             if implementation is not None:
                 inner.set_attn_implementation(implementation)

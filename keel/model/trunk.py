@@ -50,7 +50,7 @@ class Trunk:
 
     def new_critic(self, head_seed: int, gradient_checkpointing: bool) -> ScalarModel:
         """As ``load_scalar`` with a new head, and new adapters."""
-        model = self._classifier(self.source, self.tokenizer)
+        model = self._classifier(self.source)
         scalar_head(model, self.source.path, head_seed)
         model = prepared(model, self.device, self.lora, gradient_checkpointing, "SEQ_CLS", ["score"])
         return ScalarModel(model, self.tokenizer)
@@ -62,7 +62,7 @@ class Trunk:
         """
         source = replace(self.source, path=str(path), revision=None)
         adapter, tokenizer = self._adapter_of(path), load_tokenizer(source)
-        model = self._classifier(source, tokenizer)
+        model = self._classifier(source)
         nn.init.zeros_(scalar_head(model, path).weight)  # type: ignore[arg-type]  # the adapter brings its own
         prepared(model, self.device, None, gradient_checkpointing, "SEQ_CLS", [])
         model.requires_grad_(False)
@@ -70,7 +70,7 @@ class Trunk:
         measure_whole(wrapped)
         return ScalarModel(wrapped, tokenizer)
 
-    def _classifier(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def _classifier(self, source: Source) -> Any:
         """The base below a head of unset weights; the configuration is that of ``source``."""
         config = read_config(source)
         config.num_labels = 1
@@ -80,7 +80,6 @@ class Trunk:
             )
         setattr(model, model.base_model_prefix, self._tree().base_model)
         scalar_head(model, source.path).to_empty(device=self.device)
-        model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
     def _tree(self) -> PreTrainedModel:
@@ -110,10 +109,15 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out."""
-    prefix = inner_model(model).base_model_prefix + "."
+    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out, and
+    the rows of zeros at the embedding's end, where a reward model's padding may be (``keel.model.padding``)."""
+    inner = inner_model(model)
+    prefix = inner.base_model_prefix + "."
+    embedding = next((n for n, module in inner.named_modules() if module is inner.get_input_embeddings()), None)
     found = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(_base_weights(model)):
+        if name == f"{embedding}.weight":
+            weight = weight[: int(weight.detach().any(1).nonzero().max()) + 1]
         if name.startswith(prefix):
             flat = weight.detach().flatten()
             entries = flat[:: max(1, flat.numel() // DIGEST_ENTRIES)].float().cpu()

@@ -120,6 +120,7 @@ def train_reward(
         lora=context.base_model.lora,
         gradient_checkpointing=config.gradient_checkpointing,
         new_head_seed=None if has_reward_head(context.source()) else seed,
+        take_over=True,
         note=context.reporter.note,
     )
     groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context, aggregate)
