@@ -248,8 +248,7 @@ def test_without_a_template_nobody_knows_what_it_reads(tmp_path: Path) -> None:
 
 
 def findings(tmp_path: Path, folder: Path) -> list[Any]:
-    judge = {"kind": "model", "model": str(folder)}
-    stage = EvalStage.model_validate({"name": "eval", "models": ["base"], "baseline": "base", "judge": judge})
+    stage = EvalStage(name="eval", models=["base"], baseline="base", reward=str(folder))
     recipe = Recipe.model_validate({"model": {"path": str(folder)}, "stages": [stage.model_dump()]})
     return list(_reward_models(stage, recipe, RunDir(tmp_path / "run")))
 

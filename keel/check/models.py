@@ -221,6 +221,7 @@ def _reward_models(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Findin
         names = [stage.name]
     else:
         named = [source.model for _, source in sources(stage) if isinstance(source, RewardModelRef)]
+        named += [stage.reward] if isinstance(stage, EvalStage) and stage.reward else []
         names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
     for name in names:
         path = Path(name) if Path(name).is_dir() else run.stage(name).path
