@@ -126,6 +126,11 @@ class Preference:
         )
 
 
+def place_of(record: Prompt | Demonstration | Preference) -> str:
+    """Where a record comes from, for a sentence about it: its file and line, or what names it when it is of no file."""
+    return record.place or f"{type(record).__name__.lower()} {record.id}"
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledCompletion:
     """A completion with a thumbs up or down (``prompt`` + ``completion`` + ``label`` rows, as KTO uses)."""

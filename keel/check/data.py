@@ -11,7 +11,7 @@ from keel.data.chat import Chat
 from keel.data.collate import messages_hash
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
-from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError
+from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError, place_of
 
 FEW = 100  # records below which a stage can hardly learn
 HELDOUT = "data.heldout_prompts"
@@ -34,6 +34,7 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         for place, source in _prompts(recipe):
             prompts[place] = read_prompts(source, _reading(data, place, found))
             found += _few(prompts[place], place)
+            found += _asked(prompts[place], place, recipe, chat, context)
         for place, source in _preferences(recipe):
             pairs = read_preferences(source, _reading(data, place, found))
             preferences += pairs
@@ -44,11 +45,6 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         found += _texts(recipe, found)
     except UserError as error:
         return [*dict.fromkeys(found), broken(error, "data")]
-    for name, some in prompts.items():
-        ids = chat.encode_prompts([prompt.messages for prompt in some])
-        encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
-        found += _lengths(encoded, name, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
-        found += _room(recipe, name, max((len(row) for row in ids), default=0), context)
     asked = [prompt for some in prompts.values() for prompt in some]
     several = [p for p in (*asked, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
     if chat.plain and several:
@@ -155,6 +151,15 @@ def _lengths(
         yield Finding("error", place, f"{empty} records have nothing to learn", "take out the empty replies")
 
 
+def _asked(prompts: Sequence[Prompt], place: str, recipe: Recipe, chat: Chat, context: int) -> Iterator[Finding]:
+    """Raises UserError for a prompt that the template refuses."""
+    data = recipe.data
+    ids = chat.encode_prompts([prompt.messages for prompt in prompts], [place_of(prompt) for prompt in prompts])
+    encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
+    yield from _lengths(encoded, place, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
+    yield from _room(recipe, place, max((len(row) for row in ids), default=0), context)
+
+
 def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
     for stage in recipe.stages:
         if context and isinstance(stage, SampleStage | OnlineBase | EvalStage):
@@ -170,9 +175,8 @@ def _pairs(
 ) -> Iterator[Finding]:
     replies = [(p.prompt.messages, text, True) for p in preferences for text in (p.chosen, p.rejected)]
     data = recipe.data
-    yield from _lengths(
-        chat.encode_replies(replies), place, "data.max_length", data.max_length, data.over_length, context
-    )
+    encoded = chat.encode_replies(replies, [place_of(p) for p in preferences for _ in range(2)])
+    yield from _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
     seen = {(messages_hash(p.prompt.messages), p.chosen, p.rejected) for p in preferences if not p.tie}
     contrary = sum((prompt, worse, better) in seen for prompt, better, worse in seen) // 2
     if contrary:

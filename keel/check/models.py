@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from keel.check.data import data_findings
 from keel.check.finding import Finding, broken
@@ -28,9 +29,12 @@ from keel.data.chat import Chat, install_template
 from keel.data.collate import pack
 from keel.graph import sources
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, load_tokenizer, positions
+from keel.model.heads import ScalarModel
 from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
+from keel.model.modules import inner_model, own_attention
 from keel.model.probe import slow_road
+from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
 from keel.run import RunDir, Silent, StageContext
 from keel.types import Message, UserError
 
@@ -211,21 +215,45 @@ def _adapter_dropout(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _reward_models(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
-    """A reply's score must not depend on what else is in its batch."""
+    """A reply's score must not depend on what else is in its batch, and be what transformers says of it."""
     names: list[str] = []
     if isinstance(stage, RewardStage) and run.stage(stage.name).done:
         names = [stage.name]
     else:
         named = [source.model for _, source in sources(stage) if isinstance(source, RewardModelRef)]
+        named += [stage.reward] if isinstance(stage, EvalStage) and stage.reward else []
         names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
     for name in names:
         path = Path(name) if Path(name).is_dir() else run.stage(name).path
         model = load_scalar(recipe.model.source(path))
-        rows = [model.chat.encode_reply(_PROBE, reply) for reply in _REPLIES]
+        RewardModelScorer(model, SCORE_TOKENS)  # refuses what it could not read
+        rows = model.encode_replies([(_PROBE, reply, True) for reply in _REPLIES])
         with torch.no_grad():
             together = model.score_packed(pack(rows))
             alone = torch.cat([model.score_packed(pack([row])) for row in rows])
+            elsewhere = _in_transformers(model)
         gap = float((together - alone).abs().max())
         if not gap <= BATCH_TOLERANCE:
             sentence = f"its score of a reply changes by {gap:.3g} with the rest of the batch"
             yield Finding("error", str(path), sentence, "train it again with this version of Keel")
+        gap = float((elsewhere - alone).abs().max())
+        if not gap <= BATCH_TOLERANCE:
+            sentence = f"AutoModelForSequenceClassification scores a reply otherwise than Keel, by {gap:.3g}"
+            if model.foreign:
+                yield Finding("error", str(path), sentence, "use one that scores the last token that is not padding")
+            else:
+                remedy = "its padding is a token that replies end with: train it again before it is used elsewhere"
+                yield Finding("warning", str(path), sentence, remedy)
+
+
+def _in_transformers(model: ScalarModel) -> Tensor:
+    """What the model's own forward pass makes of what it is given there: one from elsewhere whole conversations, one of
+    Keel's what Keel scores. On Keel's scale: [N]."""
+    inner = inner_model(model.model)
+    if model.foreign:
+        rows = model.chat.encode_whole([(*_PROBE, Message("assistant", reply)) for reply in _REPLIES])
+    else:
+        rows = [list(model.chat.encode_reply(_PROBE, reply).ids) for reply in _REPLIES]
+    with own_attention(inner):
+        raw = torch.cat([inner(torch.tensor([ids], device=model.device)).logits[0] for ids in rows])
+    return (raw - model.mean) / model.std

@@ -12,20 +12,15 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keel.data.template import BUILT_IN as BUILT_IN
+from keel.data.template import bos_that_tokenizer_adds, stop_tokens, template_text
 from keel.data.tokens import Segment, Tokens, token_ids
-from keel.types import Demonstration, Encoded, Message, UserError
+from keel.types import Demonstration, Encoded, Message, UserError, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BUILT_IN = {
-    "keel": ("<|system|>", "<|user|>", "<|assistant|>", "<|turn|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-}
-"""Keel's own templates (``templates/NAME.jinja``) and the special tokens that each one writes."""
 
 _REMEDY = "set model.chat_template to keel, chatml or a Jinja file"
 _PROBE = "kEEL-rEPLY-pROBE"  # stands for a reply where the template's habits are found out; no template knows it
@@ -51,7 +46,7 @@ class Chat:
             own = tokenizer.chat_template
             self.template = own.get("default") if isinstance(own, dict) else own or None
         else:
-            self.template = _template_text(template, tokenizer)
+            self.template = template_text(template, tokenizer)
             vocabulary = tokenizer.get_vocab()
             missing = [token for token in BUILT_IN.get(template, ()) if token not in vocabulary]
             if missing:
@@ -59,7 +54,7 @@ class Chat:
                     f"the tokenizer lacks the {template} template's tokens {', '.join(missing)}; a training stage adds "
                     "them when the recipe's model.chat_template names it"
                 )
-        self._bos_text = _bos_that_tokenizer_adds(tokenizer)
+        self._bos_text = bos_that_tokenizer_adds(tokenizer)
         self._eos_text: str = tokenizer.eos_token or ""
         self._trims = False
         self._before_reply = self._after_reply = ""  # white space that the template writes around one
@@ -116,6 +111,15 @@ class Chat:
             rows.append(prompts[key] + self._reply_segments(reply, finished))
         return self._tokens.encode(rows, strict=False)
 
+    def encode_whole(self, conversations: Sequence[Sequence[Message]], places: Sequence[str] = ()) -> list[list[int]]:
+        """``apply_chat_template`` of many, to its last token: what stands behind a reply's end (ChatML's newline) too.
+        ``places``: where each comes from, for errors."""
+        texts = []
+        for i, messages in enumerate(conversations):
+            with _at(places[i] if places else ""):
+                texts.append(self._render(messages))
+        return token_ids(self.tokenizer, texts)
+
     def encode_conversation(self, messages: Sequence[Message]) -> Encoded:
         """A whole conversation with every assistant turn, its end token included, in the mask.
 
@@ -132,7 +136,7 @@ class Chat:
         """``encode_conversation``, or ``encode_text`` of the plain ones, of many in one call of the tokenizer."""
         rows = []
         for demonstration in demonstrations:
-            with _at(_place(demonstration)):
+            with _at(place_of(demonstration)):
                 if demonstration.plain:
                     rows.append(self._text_segments(demonstration.messages[0].content, finished=True))
                 else:
@@ -141,7 +145,7 @@ class Chat:
             return self._tokens.encode(rows, strict=True)
         except UserError:
             for demonstration, row in zip(demonstrations, rows, strict=True):  # which one it is
-                with _at(_place(demonstration)):
+                with _at(place_of(demonstration)):
                     self._tokens.encode([row], strict=True)
             raise
 
@@ -278,7 +282,7 @@ class Chat:
         _, found, tail = self._render([question, Message("assistant", _PROBE)]).partition(_PROBE)
         if not found:
             raise UserError(f"the chat template does not write the assistant's messages; mend it, or {_REMEDY}")
-        white, end = self._first_mark(tail, _stop_tokens(self.tokenizer))
+        white, end = self._first_mark(tail, stop_tokens(self.tokenizer))
         if not end:  # the next speaker's mark may end it (GLM), where the checkpoint says so
             later = self._render([question, Message("assistant", _PROBE), question])
             white, end = self._first_mark(later.partition(_PROBE)[2], set(self._ends))
@@ -379,10 +383,6 @@ def _at(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}" if place else str(error)) from error
 
 
-def _place(demonstration: Demonstration) -> str:
-    return demonstration.place or f"demonstration {demonstration.id}"
-
-
 def install_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> int:
     """Give a tokenizer a chat template: ``keel``, ``chatml``, or a Jinja file.
 
@@ -390,7 +390,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> i
     embeddings must then have at least ``len(tokenizer)`` rows (``model.resize_token_embeddings``).
     Raises UserError when the name is neither a built-in template nor a readable file, or is no valid Jinja.
     """
-    text = _template_text(name_or_path, tokenizer)
+    text = template_text(name_or_path, tokenizer)
     known = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     # A token that is in the vocabulary but not special is made so, under its own id.
@@ -400,33 +400,6 @@ def install_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> i
     tokenizer.chat_template = text
     Chat(tokenizer)  # a template that cannot render the simplest conversation fails here
     return sum(token not in known for token in wanted)
-
-
-def _template_text(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    if name_or_path in BUILT_IN:
-        text = (Path(__file__).parent / "templates" / f"{name_or_path}.jinja").read_text(encoding="utf-8").rstrip("\n")
-        # A template's text is all a model sees, here and in any server, so a BOS the model knows must stand in it.
-        return "{{- bos_token -}}\n" + text if _bos_that_tokenizer_adds(tokenizer) else text
-    try:
-        return Path(name_or_path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"model.chat_template: {name_or_path!r} is neither a built-in template ({', '.join(BUILT_IN)}) nor a "
-            f"readable Jinja file ({error})"
-        ) from error
-
-
-def _bos_that_tokenizer_adds(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS token's text when the tokenizer itself puts one before a text, else ""."""
-    ids = tokenizer("a")["input_ids"]
-    bos: str | None = tokenizer.bos_token
-    return bos if bos and ids and ids[0] == tokenizer.bos_token_id else ""
-
-
-def _stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that can end a turn: special tokens, which no ordinary text turns into."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | {i for i in tokenizer.all_special_ids if i != tokenizer.bos_token_id}
 
 
 def _first_difference(expected: str, got: str) -> str:

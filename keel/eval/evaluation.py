@@ -26,7 +26,7 @@ from keel.model.vocabulary import unreadable
 from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids, with_decoded_text
 from keel.rollout.sampler import context_length, make_sampler
-from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer
+from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer, place_of
 
 TOKENS = 8192  # tokens in one forward pass
 
@@ -109,7 +109,7 @@ def _one_model(
     chat = Chat(tokenizer)
     stops = stop_token_ids(chat, inputs.sampling)
     sampler = make_sampler(model, inputs.sampling.backend, stops, inputs.precision)
-    prompt_ids = chat.encode_prompts([prompt.messages for prompt in inputs.prompts])
+    prompt_ids = chat.encode_prompts([p.messages for p in inputs.prompts], [place_of(p) for p in inputs.prompts])
     replies = [with_decoded_text(chat, reply) for reply in sampler.generate(prompt_ids, inputs.sampling, inputs.seed)]
     evaluation = evaluate_model(name, inputs.prompts, [(reply,) for reply in replies], inputs.judge, inputs.scorer)
     figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}

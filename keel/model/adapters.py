@@ -27,10 +27,15 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def digest(model: nn.Module) -> str:
-    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out."""
-    prefix = inner_model(model).base_model_prefix + "."
+    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out, and
+    the rows of zeros at the embedding's end, where a reward model's padding may be (``keel.model.padding``)."""
+    inner = inner_model(model)
+    prefix = inner.base_model_prefix + "."
+    embedding = next((n for n, module in inner.named_modules() if module is inner.get_input_embeddings()), None)
     found = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(_base_weights(model)):
+        if name == f"{embedding}.weight":
+            weight = weight[: int(weight.detach().any(1).nonzero().max()) + 1]
         if name.startswith(prefix):
             flat = weight.detach().flatten()
             entries = flat[:: max(1, flat.numel() // DIGEST_ENTRIES)].float().cpu()

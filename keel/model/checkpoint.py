@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +34,7 @@ from keel.model.loading import (
 )
 from keel.model.merged import file_weights
 from keel.model.modules import inner_model, stated_positions
+from keel.model.padding import give_pad
 from keel.model.precision import Precision
 from keel.model.probe import probe
 from keel.types import UserError
@@ -120,13 +122,15 @@ def load_scalar(
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
     new_head_seed: int | None = None,
+    take_over: bool = False,
     products: Precision | None = None,
     note: Note | None = None,
 ) -> ScalarModel:
     """A reward model or critic; ``products`` as in ``load_policy``, but the head is float32 always.
 
     With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from N(0, 1/(H+1)) as Stiennon et al.
-    2020 do; without it the checkpoint must have a head of its own.
+    2020 do; without it the checkpoint must have a head of its own. ``take_over``: a reward model from elsewhere is to
+    be trained on, and read as Keel's own from here on; ``note`` is told.
     """
     source = Source.of(place)
     tokenizer = load_tokenizer(source)
@@ -137,9 +141,15 @@ def load_scalar(
     model = read_model(AutoModelForSequenceClassification, source, "reward model", new, note, dtypes.held, num_labels=1)
     model.keel_saved = dtypes.saved  # type: ignore[assignment]
     scalar_head(model, source.path, new_head_seed)
-    # transformers pools at the last token that is not padding: padding must not be the token that ends a reply.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    own = new or take_over
+    if own:
+        give_pad(model, tokenizer)
+    scalar = ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    if own and scalar.foreign:
+        scalar.set_scale(0.0, 1.0)
+        if not new and note is not None:
+            note(f"{source.path} was trained elsewhere: from here on it is Keel's own, and scores a reply at its end")
+    return scalar
 
 
 def scalar_head(model: nn.Module, path: str | Path, new_head_seed: int | None = None) -> nn.Module:
@@ -228,6 +238,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         try:
             inner.save_pretrained(str(folder), state_dict=None if plain else file_weights(model, dtype))
             tokenizer.save_pretrained(str(folder))
+            if (ends := getattr(tokenizer, "keel_ends", ())) and not inner.can_generate():
+                # A classifier is saved without them, and its template may have no other end (GLM's).
+                GenerationConfig(eos_token_id=list(ends)).save_pretrained(str(folder))
         finally:
             if implementation is not None:
                 inner.set_attn_implementation(implementation)

@@ -231,7 +231,7 @@ def _sequences(model: PreTrainedModel, lengths: tuple[int, int, int]) -> list[En
     rows = getattr(model.get_input_embeddings(), "num_embeddings", config.vocab_size)
     if (head := model.get_output_embeddings()) is not None:
         rows = min(rows, getattr(head, "out_features", rows))
-    special = set(_marks(model.config.to_dict()))
+    special = set(given_tokens(model.config.to_dict()))
     ordinary = [token for token in range(rows) if token not in special][: 1 << 16] or list(range(rows))
     if lengths == MORE:
         ordinary = ordinary[:: max(1, len(ordinary) // FEW)]
@@ -246,11 +246,11 @@ def _sequences(model: PreTrainedModel, lengths: tuple[int, int, int]) -> list[En
     return [Encoded(tuple(row), tuple(prompt + [True] * (len(row) - shared))) for row in ids]
 
 
-def _marks(config: dict[str, Any]) -> Iterator[int]:
+def given_tokens(config: dict[str, Any]) -> Iterator[int]:
     """Every token that the config gives a meaning of its own: ends, padding, places of images."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from _marks(value)
+            yield from given_tokens(value)
         elif str(name).endswith(("token_id", "token_ids", "token_index")):
             yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int))
 

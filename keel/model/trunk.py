@@ -46,7 +46,7 @@ class Trunk:
 
     def new_critic(self, head_seed: int, gradient_checkpointing: bool) -> ScalarModel:
         """As ``load_scalar`` with a new head, and new adapters."""
-        model = self._classifier(self.source, self.tokenizer)
+        model = self._classifier(self.source)
         scalar_head(model, self.source.path, head_seed)
         model = prepared(model, self.device, self.lora, gradient_checkpointing, "SEQ_CLS", ["score"])
         return ScalarModel(model, self.tokenizer)
@@ -58,7 +58,7 @@ class Trunk:
         """
         source = replace(self.source, path=str(path), revision=None)
         adapter, tokenizer = self._adapter_of(path), load_tokenizer(source)
-        model = self._classifier(source, tokenizer)
+        model = self._classifier(source)
         nn.init.zeros_(scalar_head(model, path).weight)  # type: ignore[arg-type]  # the adapter brings its own
         prepared(model, self.device, None, gradient_checkpointing, "SEQ_CLS", [])
         model.requires_grad_(False)
@@ -66,7 +66,7 @@ class Trunk:
         measure_whole(wrapped)
         return ScalarModel(wrapped, tokenizer)
 
-    def _classifier(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def _classifier(self, source: Source) -> Any:
         """The base below a head of unset weights; the configuration is that of ``source``."""
         config = read_config(source)
         config.num_labels = 1
@@ -76,7 +76,6 @@ class Trunk:
             )
         setattr(model, model.base_model_prefix, self._tree().base_model)
         scalar_head(model, source.path).to_empty(device=self.device)
-        model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
     def _tree(self) -> PreTrainedModel:

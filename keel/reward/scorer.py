@@ -14,7 +14,7 @@ from keel.model.heads import ScalarModel
 from keel.model.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
 from keel.rollout.sampler import context_length
-from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, UserError
+from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
 
@@ -49,6 +49,11 @@ class RewardModelScorer:
         max_length: int | None = None,
         precision: str = "fp32",
     ) -> None:
+        if reward_model.foreign and reward_model.chat.plain:
+            raise UserError(
+                f"{reward_model.tokenizer.name_or_path}: this reward model was trained elsewhere, and its tokenizer "
+                "has no chat template that would say what it reads; put the one that it was trained with there"
+            )
         self.reward_model = reward_model
         self.batch_tokens = batch_tokens
         self.reporter = reporter
@@ -79,8 +84,9 @@ class RewardModelScorer:
                 f"prompt {several[0].id!r} has several messages, and the reward model, which has no chat template, "
                 "would see the last one alone; train it from an SFT stage, which gives it a template"
             )
-        rows = self.reward_model.chat.encode_replies(
-            [(prompt.messages, c.text, c.finished) for prompt, c in zip(prompts, completions, strict=True)]
+        rows = self.reward_model.encode_replies(
+            [(prompt.messages, c.text, c.finished) for prompt, c in zip(prompts, completions, strict=True)],
+            [place_of(prompt) for prompt in prompts],
         )
         for prompt, row in zip(prompts, rows, strict=True):
             if self.max_length is not None and len(row.ids) > self.max_length:

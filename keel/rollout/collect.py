@@ -10,7 +10,7 @@ from dataclasses import replace
 from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.rollout.sampler import Sampler, stream_key
-from keel.types import Completion, Prompt, Reporter, Scorer, UserError
+from keel.types import Completion, Prompt, Reporter, Scorer, UserError, place_of
 
 CHUNK = 2048  # sequences between two signs of life; a constant, because the seed of a chunk depends on where it starts
 
@@ -38,7 +38,7 @@ def sample_replies(
     ``Completion.text`` is the reply without its stop token. Raises UserError naming the prompt that does not fit.
     """
     samples = max(per_prompt, candidates)
-    encoded = chat.encode_prompts([p.messages for p in prompts])
+    encoded = chat.encode_prompts([p.messages for p in prompts], [place_of(p) for p in prompts])
     replies: list[list[Completion]] = []
     reporter.start("sampling", len(prompts) * samples)
     step = max(1, CHUNK // samples)

@@ -8,7 +8,7 @@ from keel.config import DataConfig, SamplingConfig
 from keel.data.chat import Chat
 from keel.rollout.collect import with_decoded_text
 from keel.rollout.sampler import Sampler
-from keel.types import Prompt, Reporter, Trajectory, UserError
+from keel.types import Prompt, Reporter, Trajectory, UserError, place_of
 
 
 def encode_prompts(
@@ -16,7 +16,7 @@ def encode_prompts(
 ) -> tuple[list[Prompt], list[tuple[int, ...]]]:
     """The prompts within ``data.max_prompt_length`` and their tokens. A prompt is never cut: a longer one is an error,
     or left out and counted with ``data.over_length: skip``."""
-    encoded = chat.encode_prompts([prompt.messages for prompt in prompts])
+    encoded = chat.encode_prompts([prompt.messages for prompt in prompts], [place_of(prompt) for prompt in prompts])
     rows = [(prompt, tuple(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]
     over = [(prompt, ids) for prompt, ids in rows if len(ids) > data.max_prompt_length]
     if over and data.over_length == "error":

@@ -20,7 +20,7 @@ from keel.data.collate import (
 from keel.model.precision import autocast
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, Totals
-from keel.types import Encoded, PackedBatch, Preference
+from keel.types import Encoded, PackedBatch, Preference, place_of
 
 EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
@@ -91,7 +91,7 @@ def encode_pairs(records: Sequence[Preference], chat: Chat, context: TrainContex
         for r in records
         for text, finished in ((r.chosen, r.chosen_finished), (r.rejected, r.rejected_finished))
     ]
-    encoded = chat.encode_replies(replies)
+    encoded = chat.encode_replies(replies, [place_of(r) for r in records for _ in range(2)])
     both = list(zip(encoded[0::2], encoded[1::2], strict=True))
     kept, parts = within_length(records, both, [r.id for r in records], context)
     return [Pair(record, chosen, rejected) for record, (chosen, rejected) in zip(kept, parts, strict=True)]

@@ -167,8 +167,8 @@ def _critic(config: PpoStage, path: Path | None, context: TrainContext) -> Scala
     """A model with the policy's vocabulary: its head comes along where it has one, else a new one is put on. A reward
     model that was taken for want of a ``critic`` and reads other tokens gives way to the policy with a new head."""
     trunk, checkpointing = context.trunk, config.gradient_checkpointing
-    policy_tokens = load_tokenizer(context.source()).get_vocab()
-    if path is not None and load_tokenizer(context.source(path)).get_vocab() != policy_tokens:
+    policy_tokens = load_tokenizer(context.source()).get_vocab().items()
+    if path is not None and not policy_tokens <= load_tokenizer(context.source(path)).get_vocab().items():
         if config.critic is not None:
             raise UserError(
                 f"{config.name}: the critic {path} has another tokenizer than the policy, so it cannot value the "

@@ -119,6 +119,7 @@ def train_reward(
         lora=context.base_model.lora,
         gradient_checkpointing=config.gradient_checkpointing,
         new_head_seed=None if has_reward_head(context.source()) else seed,
+        take_over=True,
         products=context.products_over_base,
         note=context.reporter.note,
     )

@@ -115,7 +115,9 @@ def test_the_reward_model_scores_alike_in_transformers(run: Path) -> None:
     mine = load_scalar(run / "reward")
     own = AutoModelForSequenceClassification.from_pretrained(run / "reward", dtype=torch.float32).eval()
     rows = [mine.chat.encode_reply(MESSAGES, reply) for reply in REPLIES]
-    pad, longest = own.config.pad_token_id, max(len(row.ids) for row in rows)
+    pad, longest = AutoTokenizer.from_pretrained(run / "reward").pad_token_id, max(len(row.ids) for row in rows)
+    assert pad == own.config.pad_token_id
+    assert not any(pad in row.ids for row in rows)
     with torch.no_grad():
         raw = mine.raw_packed(pack(rows))
         for side in ("right", "left"):
