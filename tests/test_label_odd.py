@@ -18,7 +18,7 @@ from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 
 if True:  # after the skip of test_label_browser
-    from playwright.sync_api import Browser, Page, expect
+    from playwright.sync_api import Browser, Dialog, Page, expect
 
 __all__ = ["browser"]
 
@@ -213,6 +213,46 @@ def test_back_and_forth_between_pages_votes_on_what_is_shown(browser: Browser, s
     wait_for_votes(served.store, 3)
     assert [one.prompt.messages[-1].content for one in served.store.judgements()] == said
     assert len(set(said)) == 3
+    context.close()
+
+
+def test_a_page_that_stood_open_over_a_weekend_still_votes(browser: Browser, served: Served) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.clock.install()
+    page.goto(f"{served.url}/enter/{served.people.owner_link()}")
+    page.wait_for_url("**/compare")
+    fetched(page)
+    page.clock.fast_forward("72:00:00")
+    page.keyboard.press("1")
+    wait_for_votes(served.store, 1)
+    (vote,) = served.store.judgements()
+    assert vote.seconds == 86_400
+    expect(page.locator("#refused")).to_be_hidden()
+    context.close()
+
+
+def test_signing_out_with_votes_that_wait_says_so(browser: Browser, served: Served) -> None:
+    context, page = owner(browser, served)
+    fetched(page)
+    page.route("**/api/**", lambda route: route.abort())
+    press(page, "1")
+    asked: list[str] = []
+
+    def stay(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
+    page.once("dialog", stay)
+    page.get_by_role("button", name="Sign out").click()
+    assert len(asked) == 1
+    assert asked[0].startswith("1 judgement not sent yet will wait here")
+    page.unroute("**/api/**")
+    page.evaluate("dispatchEvent(new Event('online'))")
+    wait_for_votes(served.store, 1)
+    page.wait_for_load_state("networkidle")
+    page.get_by_role("button", name="Sign out").click()  # nothing waits: nothing is asked
+    page.wait_for_url("**/sign-in")
     context.close()
 
 

@@ -26,6 +26,10 @@ export class Outbox {
     for (const sign of ["online", "focus", "pageshow"]) addEventListener(sign, now);
     document.addEventListener("visibilitychange", () => document.hidden || now());
     addEventListener("storage", () => this.count || this.tell(null));
+    document.querySelector("form[action='/sign-out']")?.addEventListener("submit", (event) => {
+      const { count } = this;
+      if (count && !confirm(`${counted(count)} not sent yet will wait here until you sign in on this browser again. Sign out?`)) event.preventDefault();
+    });
     addEventListener("beforeunload", (event) => unsaved("keel-").length && event.preventDefault());
     this.send();
   }
