@@ -115,7 +115,7 @@ def test_only_what_is_trained_on_counts(world: World) -> None:
 
 
 def test_gold_items_are_no_training_votes(world: World) -> None:
-    from keel.store import overview
+    from keel.store import gold
 
     with store_of(world.run) as store:
         judge(store, 1)
@@ -125,7 +125,7 @@ def test_gold_items_are_no_training_votes(world: World) -> None:
         assert before.withdrawn == ""
         with store.transaction(writes=True) as connection:
             for item in (1, 2):
-                overview.set_gold(connection, item, "first", "admin", store.now)
+                gold.set_gold(connection, item, "first", "admin", store.now)
         after = vote_hashes(world.run.store_url)
     assert after.people == ""
     assert after.withdrawn  # a simulated vote that was trained on no longer is
