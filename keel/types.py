@@ -87,6 +87,17 @@ _SWAPPED: Mapping[Settled, Settled] = {"": "", "chosen": "rejected", "rejected":
 
 
 @dataclass(frozen=True, slots=True)
+class Unjudged:
+    """Two responses or more to one prompt, from wherever, that somebody is to judge. ``models``: what wrote each, as
+    far as it is known ("" where not): people who judge are not told. ``place``: where it stands, for errors."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    models: tuple[str, ...]
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Preference:
     """``chosen`` was preferred over ``rejected`` (or neither, when ``tie``).
 

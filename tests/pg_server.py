@@ -40,50 +40,70 @@ def binaries() -> Path:
     raise Unavailable("PostgreSQL is not installed (no initdb); on Debian: apt-get install postgresql")
 
 
-@contextmanager
-def running() -> Iterator[str]:
-    """The URL of a server, without a database's name. It runs as another user where we are root: it refuses root."""
-    folder = Path(tempfile.mkdtemp(prefix="keel-pg-"))
-    account = _account()
-    if account is not None:
-        os.chown(folder, account.pw_uid, account.pw_gid)
-    user = None if account is None else account.pw_uid
-    group = None if account is None else account.pw_gid
+class Server:
+    """A server in a folder of its own. It runs as another user where we are root: it refuses root."""
 
-    def call(program: str, *arguments: str) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._data = folder, str(folder / "data")
+        self._account = _account()
+        if self._account is not None:
+            os.chown(folder, self._account.pw_uid, self._account.pw_gid)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.url = f"postgresql://keel@127.0.0.1:{self._port}"
+        self._call("initdb", "-D", self._data, "-U", "keel", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+
+    def start(self) -> None:
+        # fsync off: the tests kill our processes, never the database server
+        options = f"-h 127.0.0.1 -p {self._port} -k {self.folder} -c fsync=off -c max_connections=60"
+        options += " -c shared_buffers=32MB"
+        self._call("pg_ctl", "-D", self._data, "-w", "-t", "60", "-o", options, "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        self._call("pg_ctl", "-D", self._data, "-m", mode, "-w", "stop")
+
+    def _call(self, program: str, *arguments: str) -> None:
+        account = self._account
         # output goes to a file: the server inherits it, and a pipe would stay open as long as the server runs
-        with (folder.parent / f"{folder.name}.log").open("w+") as log:
+        with (self.folder.parent / f"{self.folder.name}.log").open("w+") as log:
             command = [str(binaries() / program), *arguments]
             done = subprocess.run(
                 command,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                cwd=folder,
-                user=user,
-                group=group,
+                cwd=self.folder,
+                user=None if account is None else account.pw_uid,
+                group=None if account is None else account.pw_gid,
                 extra_groups=None if account is None else [],
                 timeout=120,
             )
             log.seek(0)
             assert done.returncode == 0, f"{program} failed: {log.read()}"
 
-    data = str(folder / "data")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+
+@contextmanager
+def started() -> Iterator[Server]:
+    """A server that runs, and may be stopped and started again."""
+    folder = Path(tempfile.mkdtemp(prefix="keel-pg-"))
     try:
-        call("initdb", "-D", data, "-U", "keel", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
-        # fsync off: the tests kill our processes, never the database server
-        options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off -c max_connections=60 -c shared_buffers=32MB"
-        call("pg_ctl", "-D", data, "-w", "-t", "60", "-o", options, "start")
+        server = Server(folder)
+        server.start()
         try:
-            yield f"postgresql://keel@127.0.0.1:{port}"
+            yield server
         finally:
-            call("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         (folder.parent / f"{folder.name}.log").unlink(missing_ok=True)
+
+
+@contextmanager
+def running() -> Iterator[str]:
+    """The URL of a server, without a database's name."""
+    with started() as server:
+        yield server.url
 
 
 def _account() -> pwd.struct_passwd | None:

@@ -17,7 +17,7 @@ from keel.cli import main
 from keel.cli.exchange import read_votes
 from keel.data.sources import read_preferences
 from keel.run import RunDir
-from keel.store import Judgement, Response, Store, exchange
+from keel.store import Judgement, Response, Store, exchange, gold
 from keel.store.foreign import Names
 from keel.store.records import Edit, Ranking
 from keel.types import Message, Preference, Prompt, UserError
@@ -169,7 +169,8 @@ def test_a_gold_item_stays_one_and_is_trained_on_nowhere(tmp_path: Path) -> None
         b.import_preferences(exchange.read(file))
         assert [v.gold for v in b.judgements()] == ["right", "left", "right", None]
         late = b.add_annotator("late")
-        assert b.next_assignment(late, gold=True) is not None  # a gold item is for everybody
+        with b.transaction(writes=False) as connection:
+            assert len(gold.open_to(connection, late, "compare")) == 1  # a gold item is for everybody
         assert [p.id for p in b.preferences()] == [p.id for p in read_preferences(file)] == ["t4"]
         assert b.export_preferences(copy, plain=True) == 1
 
@@ -373,7 +374,7 @@ def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
         "0 votes imported (3 were there already)",
         "2 votes",
     ]
-    assert said[-1].endswith("; left out (ties, gold items, votes that a reviewer settled): 1")
+    assert said[-1].endswith("; left out (ties, gold items, votes that a reviewer settled, what was taken out): 1")
     with Store(db) as a, Store(copy) as b:
         assert a.preferences() == b.preferences()
     # pairs that name no annotator, and another tool's, into a run's own store

@@ -40,6 +40,7 @@ class Log:
     words: dict[int, str] = field(default_factory=dict)
     wanted: Counter[tuple[str, str]] = field(default_factory=Counter)
     flags: set[str] = field(default_factory=set)
+    out: set[int] = field(default_factory=set)  # items
     arena: list[tuple[str, list[str], str]] = field(default_factory=list)
 
     def read(self, events: Sequence[Event]) -> Log:
@@ -59,12 +60,11 @@ class Log:
             self.wanted[event.entity_id, event.new["kind"]] += event.new["wanted"] - event.old["wanted"]
         elif event.entity == "item":
             place = event.new["batch"], event.new.get("kind", "compare")
-            if "gold" not in event.new:
-                self.wanted[place] += event.new["overlap"] - event.old["overlap"]
-                return
-            self.wanted[place] -= 0 if event.old["gold"] else event.old["overlap"]
-            self.wanted[place] += 0 if event.new["gold"] else event.new["overlap"]
-            self.gold[int(event.entity_id)] = event.new["gold"]
+            if "gold" in event.new:
+                self.gold[int(event.entity_id)] = event.new["gold"]
+            if int(event.entity_id) not in self.out:  # "put back" says how many are wanted then
+                self.wanted[place] -= 0 if event.old.get("gold") else event.old["overlap"]
+                self.wanted[place] += 0 if event.new.get("gold") else event.new["overlap"]
 
     def _judged(self, event: Event) -> None:
         kind = {"judgement": "compare", "ranking": "rank", "writing": "write"}[event.entity]
@@ -95,6 +95,14 @@ class Log:
 
     def _resolved(self, event: Event) -> None:
         self.flags.remove(event.entity_id)
+
+    def _took_out(self, event: Event) -> None:
+        self.out |= set(event.new["items"])
+        self.wanted.subtract({(batch, kind): count for batch, kind, count in event.new["wanted"]})
+
+    def _put_back(self, event: Event) -> None:
+        self.out -= set(event.new["items"])
+        self.wanted.update({(batch, kind): count for batch, kind, count in event.new["wanted"]})
 
     def _voted(self, event: Event) -> None:
         self.arena.append((event.actor, event.new["models"], event.new["choice"]))
@@ -128,7 +136,9 @@ class Log:
     def queues(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(wanted, done) of each queue, gold items left out."""
         done = Counter(
-            (event.new["batch"], kind) for event, kind in self.done.values() if not self.gold.get(event.new["item"])
+            (event.new["batch"], kind)
+            for event, kind in self.done.values()
+            if not self.gold.get(event.new["item"]) and event.new["item"] not in self.out
         )
         return {place: (wanted, done[place]) for place, wanted in self.wanted.items()}
 
@@ -198,6 +208,9 @@ def live(store: Store) -> None:
     for item, word in ((items[2], "first"), (items[3], "second"), (items[3], "tie"), (items[2], None)):
         manage.adjudicate(item, word, "so", boss)
     manage.resolve_flag(manage.flags()[0]["id"], "boss")
+    for what, id in (("prompt", "p1"), ("item", items[4]), ("prompt", "p5")):
+        manage.take_out(what, str(id), "", None, boss)  # type: ignore[arg-type]
+    manage.put_back(manage.out()[0]["id"], boss)
     arena = Arena(store, fake_sources().arena)
     id = arena.start(bo)
     list(arena.say(bo, id, "hello"))
@@ -214,6 +227,29 @@ def test_every_figure_can_be_recomputed_from_the_log(new_url: Callable[[], str],
             check(one)
 
 
+def test_a_late_reply_on_what_is_out_is_wanted_when_it_is_put_back(new_url: Callable[[], str]) -> None:
+    with Store(new_url(), clock=Clock(), lease=timedelta(minutes=1)) as store:
+        fill(store, 2)
+        prepare(store)
+        manage, labelling = Manage(store), Labelling(store)
+        manage.ask_for_writing(2, 1, "admin")
+        boss, ann, bo = person(store, "boss", "reviewer"), person(store, "ann"), person(store, "bo")
+        late = labelling.next(ann, "write")
+        assert late is not None
+        for _ in range(2):  # each look at the clock takes seven minutes
+            given = labelling.next(bo, "write")
+            assert given is not None
+            labelling.write(bo, given.id, "bo's", token=uuid.uuid4().hex, seconds=1.0)
+        prompt = late.messages[-1].content.removeprefix("Question ").removesuffix("?")
+        manage.take_out("prompt", f"p{prompt}", "", None, boss)
+        check(store)
+        labelling.write(ann, late.id, "ann's", token=uuid.uuid4().hex, seconds=1.0)
+        check(store)
+        manage.put_back(manage.out()[0]["id"], boss)
+        check(store)
+        assert [(q.wanted, q.done) for q in manage.queues() if q.kind == "write"] == [(3, 3)]
+
+
 def check(store: Store) -> None:
     log = Log().read(store.events())
     manage = Manage(store)
@@ -226,7 +262,8 @@ def check(store: Store) -> None:
     assert again == votes
     assert Counter(log.skipped.values()) == skips
     assert quality(again, Counter(log.skipped.values())) == manage.quality(people_only=False)
-    assert {(q.batch, q.kind): (q.wanted, q.done) for q in manage.queues() if q.items} == log.queues()
+    in_use = {place: figures for place, figures in log.queues().items() if any(figures)}  # the others are out
+    assert {(q.batch, q.kind): (q.wanted, q.done) for q in manage.queues() if q.items} == in_use
     assert {word.item_id: word.choice for word in _words(store)} == log.words
     assert {str(flag["id"]) for flag in manage.flags()} == log.flags
     told = [
@@ -244,14 +281,17 @@ def check(store: Store) -> None:
     mine = [
         e
         for e, kind in log.done.values()
-        if kind != "write" and log.kinds[e.actor] != "simulated" and not log.gold.get(e.new["item"])
+        if kind != "write"
+        and e.new["item"] not in log.out
+        and log.kinds[e.actor] != "simulated"
+        and not log.gold.get(e.new["item"])
     ]
     assert len(mine) == trained.all
     days: dict[str, int] = defaultdict(int)
     for event, _ in log.done.values():
         days[f"{when(event):%d}"] += log.kinds[event.actor] == "person"
     kinds = Counter(kind for event, kind in log.done.values() if log.kinds[event.actor] == "person")
-    assert manage.overview().done == kinds
+    assert Counter(manage.overview().done) == kinds
     assert {f"{day.day:%d}": day.votes for day in manage.overview().days} == {d: n for d, n in days.items() if n}
 
 

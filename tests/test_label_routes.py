@@ -34,7 +34,7 @@ def vote_on(client: Client, item: dict, choice: str = "left", **more: Any):  # t
     return client.api("judge", {"assignment": item["id"], "token": token(), "choice": choice, **more})
 
 
-def next_item(client: Client, kind: str = "compare", holding: tuple[int, ...] = ()) -> dict:
+def next_item(client: Client, kind: str = "compare", holding: tuple[str, ...] = ()) -> dict:
     item = client.api("next", {"kind": kind, "holding": list(holding)}).json()["item"]
     assert item is not None
     return item
@@ -49,13 +49,17 @@ LEAST: dict[str, str | None] = {
     "POST /sign-out": "annotator", "GET /compare": "annotator", "GET /rank": "annotator", "GET /write": "annotator",
     "GET /edit": "annotator", "GET /arena": "annotator", "GET /mine": "annotator", "GET /guideline": "annotator",
     "GET /account": "annotator", "POST /account": "annotator", "POST /api/next": "annotator",
+    "GET /api/me": "annotator", "POST /api/hold": "annotator",
     "POST /api/judge": "annotator", "POST /api/rank": "annotator", "POST /api/write": "annotator",
     "POST /api/skip": "annotator", "POST /api/flag": "annotator", "POST /api/undo": "annotator",
-    "POST /api/arena": "annotator", "POST /api/arena/{id}/say": "annotator", "POST /api/arena/{id}/vote": "annotator",
+    "POST /api/arena": "annotator", "POST /api/arena/{handle}/say": "annotator",
+    "POST /api/arena/{handle}/vote": "annotator",
     "GET /manage": "reviewer", "GET /manage/quality": "reviewer", "GET /manage/disagreements": "reviewer",
     "GET /manage/models": "reviewer", "GET /manage/models/{model}": "reviewer",
     "GET /manage/models/{model}/judgements": "reviewer",
     "POST /manage/disagreements/{item}": "reviewer", "GET /manage/flags": "reviewer",
+    "POST /manage/flags/out": "reviewer", "POST /manage/flags/back": "reviewer", "POST /manage/flags/erase": "admin",
+    "POST /manage/people/erase": "admin", "POST /manage/prompts/responses": "admin",
     "POST /manage/flags/{id}": "reviewer", "GET /manage/prompts": "admin", "POST /manage/prompts/import": "admin",
     "POST /manage/prompts/sample": "admin", "POST /manage/prompts/ask": "admin", "GET /manage/queue": "admin",
     "POST /manage/queue/overlap": "admin", "POST /manage/queue/first": "admin", "GET /manage/gold": "admin",
@@ -70,15 +74,16 @@ LEAST: dict[str, str | None] = {
 
 API_BODIES: dict[str, dict] = {
     "/api/next": {"kind": "compare"},
-    "/api/judge": {"assignment": 1, "token": "t" * 8, "choice": "left"},
-    "/api/rank": {"assignment": 1, "token": "t" * 8, "tiers": [[0]]},
-    "/api/write": {"assignment": 1, "token": "t" * 8, "kind": "write", "text": "x"},
-    "/api/skip": {"assignment": 1, "kind": "compare"},
-    "/api/flag": {"assignment": 1, "token": "t" * 8},
+    "/api/hold": {"assignments": ["h" * 22]},
+    "/api/judge": {"assignment": "h" * 22, "token": "t" * 8, "choice": "left"},
+    "/api/rank": {"assignment": "h" * 22, "token": "t" * 8, "tiers": [[0]]},
+    "/api/write": {"assignment": "h" * 22, "token": "t" * 8, "kind": "write", "text": "x"},
+    "/api/skip": {"assignment": "h" * 22, "token": "t" * 8, "kind": "compare"},
+    "/api/flag": {"assignment": "h" * 22, "token": "t" * 8},
     "/api/undo": {"kind": "compare"},
     "/api/arena": {},
-    "/api/arena/1/say": {"message": "x"},
-    "/api/arena/1/vote": {"token": "t" * 8, "choice": "left"},
+    f"/api/arena/{'h' * 22}/say": {"message": "x"},
+    f"/api/arena/{'h' * 22}/vote": {"token": "t" * 8, "choice": "left"},
 }
 FORMS: dict[str, dict[str, str]] = {
     "/account": {"password": "short"},
@@ -90,6 +95,10 @@ FORMS: dict[str, dict[str, str]] = {
     "/manage/queue/order": {"by": "added"},
     "/manage/gold/every": {"every": "20"},
     "/manage/gold/1": {"answer": "none"},
+    "/manage/flags/out": {"what": "prompt", "id": "nothing"},
+    "/manage/flags/back": {"removal": "1"},
+    "/manage/flags/erase": {"what": "prompt", "id": "nothing"},
+    "/manage/people/erase": {"name": "nobody"},
     "/manage/people/invite": {"role": "annotator"},
     "/manage/people/link": {"name": "nobody"},
     "/manage/people/withdraw": {"id": "1"},
@@ -114,12 +123,12 @@ def all_routes(world: World) -> list[tuple[str, str]]:
 
 def ask(client: Client, method: str, route: str):  # type: ignore[no-untyped-def]
     path = route.replace("{secret}", "x" * 43).replace("{what}", "votes.jsonl")
-    path = path.replace("{id}", "1").replace("{item}", "1").replace("{model}", "reward")
+    path = path.replace("{handle}", "h" * 22).replace("{id}", "1").replace("{item}", "1").replace("{model}", "reward")
     if method == "GET":
         return client.get(path)
     if path in API_BODIES:
         return client.api(path.removeprefix("/api/"), API_BODIES[path])
-    if path == "/manage/prompts/import":
+    if path in ("/manage/prompts/import", "/manage/prompts/responses"):
         return client.http.post(path, data={"csrf": client.csrf}, files={"file": ("p.jsonl", b"one\n")})
     return client.form(path, **FORMS.get(path, {}))
 
@@ -321,7 +330,7 @@ def test_a_vote_counts_under_the_guideline_that_its_page_was_made_with(world: Wo
 
 def test_holding_too_much_gets_no_more(world: World) -> None:
     client = world.client("ann")
-    assert client.api("next", {"kind": "compare", "holding": list(range(1, 9))}).json()["item"] is None
+    assert client.api("next", {"kind": "compare", "holding": [f"{n:022}" for n in range(8)]}).json()["item"] is None
 
 
 def test_rank_write_and_edit_over_http(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import uuid
 from collections import Counter
@@ -16,7 +17,7 @@ from labelling_world import PASSWORD, World, fake_sources, fill, person
 from sqlalchemy import select, text
 from test_label_models import Judged
 
-from keel.store import Store, overview, people, work
+from keel.store import LeaseLost, Store, overview, people, work
 from keel.store.people_tables import aspect_ratings, links, sessions
 from keel.types import Completion, UserError
 from keel.web.service.arena import Arena
@@ -186,9 +187,9 @@ def test_nobody_can_touch_what_is_in_other_hands(store: Store) -> None:
         lambda: labelling.flag(bo, compare.id, "", token()),
     ]
     for attempt in attempts:
-        with pytest.raises(UserError, match="not in the store"):
+        with pytest.raises(UserError, match="this item is not yours"):
             attempt()
-    with pytest.raises(UserError, match="not in the store"):  # a comparison is no ranking, whoever says so
+    with pytest.raises(UserError, match="this item is not yours"):  # a comparison is no ranking, whoever says so
         labelling.write(ann, compare.id, "text", token=token(), seconds=None)
     assert store.judgements() == []
 
@@ -254,7 +255,7 @@ def test_gold_items_reach_everybody_and_training_never_sees_them(store: Store) -
     items = fill(store, 12)
     prepare(store)
     manage, labelling = Manage(store), Labelling(store)
-    manage.set_gold_every(2, "admin")
+    manage.set_gold_every(1, "admin")
     manage.set_gold(items[0], "first", "admin")
     manage.set_gold(items[1], "second", "admin")
     crowd = [person(store, f"person {i}") for i in range(3)]
@@ -265,7 +266,7 @@ def test_gold_items_reach_everybody_and_training_never_sees_them(store: Store) -
             labelling.judge(who, screen.id, "left", token=token(), strength=None, seconds=1, reason=None, ratings=None)
     votes = store.judgements()
     on_gold = Counter(vote.annotator for vote in votes if vote.item_id in items[:2])
-    assert len(on_gold) == 3  # each met one, with a chance of one in two for each of four items
+    assert on_gold == {f"person {i}": 2 for i in range(3)}  # each met both, once
     assert len(store.preferences()) == len(votes) - sum(on_gold.values())
     assert store.progress("main").wanted == 10
     with store.transaction(writes=False) as connection:
@@ -287,6 +288,53 @@ def test_a_gold_item_comes_among_others_alone(store: Store) -> None:
     assert [vote.gold is not None for vote in store.judgements()] == [True] * 4 + [False] * 2  # one always waits behind
     # bo had none of the four, but nothing else is left: what came now could be nothing but a gold item
     assert labelling.next(bo, "compare") is None
+
+
+def test_a_skipped_gold_item_is_lost_as_another_one_would_be(store: Store, clock: Clock) -> None:
+    """It has slots for everybody; an annotator who skips must not learn that from what can be taken back."""
+    items = fill(store, 8)
+    prepare(store)
+    manage, labelling = Manage(store), Labelling(store)
+    manage.set_gold(items[0], "first", "admin")
+    manage.set_gold_every(1, "admin")
+    ann, bo = person(store, "ann"), person(store, "bo")
+    gold = labelling.next(ann, "compare")
+    assert gold is not None
+    labelling.skip(ann, gold.id, "")
+    assert labelling.undo(ann, "compare") == gold  # nobody was given anything meanwhile
+    labelling.skip(ann, gold.id, "")
+    clock.time += timedelta(minutes=1)
+    manage.set_gold_every(0, "admin")
+    labelling.forget()
+    assert labelling.next(bo, "compare") is not None
+    with pytest.raises(UserError, match="somebody else has the item that you skipped"):
+        labelling.undo(ann, "compare")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_late_gold_item_fares_as_the_one_beside_it(store: Store, clock: Clock, taken: bool) -> None:
+    items = fill(store, 8)
+    prepare(store)
+    manage, labelling = Manage(store), Labelling(store)
+    manage.set_gold(items[0], "first", "admin")
+    manage.set_gold_every(1, "admin")
+    ann, bo = person(store, "ann"), person(store, "bo")
+    gold = labelling.next(ann, "compare")
+    assert gold is not None
+    beside = labelling.next(ann, "compare", [gold.id])
+    assert beside is not None
+    clock.time += timedelta(hours=1)
+    if taken:
+        assert judge_all(labelling, bo) == 8  # the gold one, six, and in the end the one whose time has run out
+    late = functools.partial(
+        labelling.judge, ann, choice="left", token=token(), strength=None, seconds=None, reason=None, ratings=None
+    )
+    for screen in (gold, beside):
+        if taken:
+            with pytest.raises(LeaseLost):
+                late(screen.id)
+        else:
+            late(screen.id, token=token())
 
 
 # ------------------------------------------------------------------------------------------- ranking and writing
@@ -476,23 +524,24 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
                 ratings=None,  # type: ignore[arg-type]
             )
     (case,) = manage.disagreements()
-    assert case["id"] == items[0]
+    item = case["id"]
+    assert item in items
     assert {(vote["annotator"], vote["vote"]) for vote in case["votes"]} == {("ann", "first"), ("bo", "second")}
-    manage.adjudicate(items[0], "first", "true", boss)
+    manage.adjudicate(item, "first", "true", boss)
     assert manage.disagreements() == []
-    manage.adjudicate(items[0], "second", "on second thought", boss)
+    manage.adjudicate(item, "second", "on second thought", boss)
     assert [row["choice"] for row in manage._rows("adjudications.jsonl")] == ["first", "second"]
     (case,) = manage.settled()
-    assert (case["id"], case["word"].choice, case["word"].by, len(case["votes"])) == (items[0], "second", "boss", 2)
-    manage.adjudicate(items[0], None, "", boss)  # taken back: it waits for a word again
-    assert ([case["id"] for case in manage.disagreements()], manage.settled()) == ([items[0]], [])
+    assert (case["id"], case["word"].choice, case["word"].by, len(case["votes"])) == (item, "second", "boss", 2)
+    manage.adjudicate(item, None, "", boss)  # taken back: it waits for a word again
+    assert ([case["id"] for case in manage.disagreements()], manage.settled()) == ([item], [])
     assert store.events()[-1].old == {"choice": "second"}
-    manage.adjudicate(items[0], "second", "on second thought", boss)
+    manage.adjudicate(item, "second", "on second thought", boss)
     # training gets that word in the place of the two votes, and every vote can still be had
     settled, *others = manage._rows("pairs.jsonl")
     assert settled["chosen"][0]["content"].endswith("number 1")
     assert (settled["annotator"], settled["settled"], len(others)) == ("", "chosen", 2)
-    votes = [vote for vote in store.judgements() if vote.item_id == items[0]]
+    votes = [vote for vote in store.judgements() if vote.item_id == item]
     assert len(votes) == 2
     assert {vote.settled_by for vote in votes} == {"boss"}
     assert len(manage.flags()) == 4

@@ -23,7 +23,7 @@ from keel.cli.ensemble import RunEnsemble
 from keel.cli.label import _RunModels
 from keel.cli.retrain import FOLDER, Retraining
 from keel.run import RunDir, write_json
-from keel.store import Store, overview, priority
+from keel.store import Store, gold, overview, priority
 from keel.types import Completion, Prompt, UserError
 from keel.web.app.create import create_app
 from keel.web.service.ordering import Ordering
@@ -126,7 +126,7 @@ def fill_more(store: Store) -> str:
 def test_a_gold_item_keeps_its_place(store: Store) -> None:
     items = fill(store, 3)
     with store.transaction(writes=True) as connection:
-        overview.set_gold(connection, items[2], "first", "admin", store.now)
+        gold.set_gold(connection, items[2], "first", "admin", store.now)
     ensemble = Odd()
     ordering = Ordering(store, ensemble)
     ordering.uncertain_first("admin")

@@ -115,7 +115,7 @@ def test_only_what_is_trained_on_counts(world: World) -> None:
 
 
 def test_gold_items_are_no_training_votes(world: World) -> None:
-    from keel.store import overview
+    from keel.store import gold
 
     with store_of(world.run) as store:
         judge(store, 1)
@@ -125,7 +125,7 @@ def test_gold_items_are_no_training_votes(world: World) -> None:
         assert before.withdrawn == ""
         with store.transaction(writes=True) as connection:
             for item in (1, 2):
-                overview.set_gold(connection, item, "first", "admin", store.now)
+                gold.set_gold(connection, item, "first", "admin", store.now)
         after = vote_hashes(world.run.store_url)
     assert after.people == ""
     assert after.withdrawn  # a simulated vote that was trained on no longer is
@@ -151,7 +151,8 @@ def test_a_reviewers_last_word_redoes_what_learns_from_the_votes(world: World, k
         assert world.go() == []
 
 
-def test_hashes_tell_every_change_apart(tmp_path: Path) -> None:
+def test_hashes_tell_every_change_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keel.store.queue._sides", lambda key, draw: [int(id) for id in key.split("-")])  # else drawn
     with Store(tmp_path / "a.db") as a, Store(tmp_path / "b.db") as b:
         seen = {vote_hashes(tmp_path / "a.db").people}
         for n in (1, 2):

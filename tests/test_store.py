@@ -144,6 +144,40 @@ def test_an_older_schema_is_upgraded_and_keeps_its_rows(url: str) -> None:
         assert len(store.events()) == 1
 
 
+def test_what_an_older_store_holds_gets_handles_and_an_order(url: str) -> None:
+    engine = create_engine(parse_url(url))
+    now = Clock()()
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), "0003")
+        prompt = {"id": "p", "messages": [], "kind": "", "meta": {}, "created": now}
+        connection.execute(insert(tables.prompts), prompt)
+        who = {"id": 1, "name": "ann", "kind": "person", "role": "annotator", "created": now}
+        connection.execute(insert(tables.annotators), who)
+        for number in range(1, 9):
+            connection.execute(
+                text(
+                    "INSERT INTO items (id, prompt_id, batch, key, overlap, taken, created, kind) "
+                    "VALUES (:id, 'p', :batch, :key, 1, 1, :now, 'write')"
+                ),
+                {"id": number, "batch": "ab"[number > 4], "key": f"write/{number}", "now": now},
+            )
+            connection.execute(
+                text(
+                    "INSERT INTO assignments (id, item_id, annotator_id, shown, state, leased_at, expires_at) "
+                    "VALUES (:id, :id, 1, '[]', 'judged', :now, :now)"
+                ),
+                {"id": number, "now": now},
+            )
+    engine.dispose()
+    with Store(url) as store, store.transaction(writes=False) as connection:
+        handles = list(connection.execute(select(tables.assignments.c.handle)).scalars())
+        places = list(connection.execute(select(tables.items.c.place).order_by(tables.items.c.id)).scalars())
+    assert len(set(handles)) == 8
+    assert {len(handle) for handle in handles} == {22}
+    assert [int(place) for place in places] == [0] * 4 + [1] * 4  # the older queue first
+    assert len({place % 1 for place in places}) == 8
+
+
 def test_a_foreign_database_and_a_newer_one_are_refused_untouched(new_url: Callable[[], str]) -> None:
     foreign, newer = new_url(), new_url()
     engine = create_engine(parse_url(foreign))
@@ -289,7 +323,7 @@ def test_an_annotator_gets_each_item_once_and_holds_it_until_judged(store: Store
     ann, bo, cy = (store.add_annotator(name) for name in ("ann", "bo", "cy"))
     held = must(store.next_assignment(ann))
     assert must(store.next_assignment(ann)) == held
-    ahead = must(store.next_assignment(ann, holding=[held.id]))
+    ahead = must(store.next_assignment(ann, holding=[held.handle]))
     assert ahead.item_id != held.item_id
     assert held.prompt == prompt("p0", " question 0")
     assert sorted(held.shown) == ["bad 0", "good 0"] == sorted([held.left, held.right])
@@ -307,10 +341,10 @@ def test_sides_are_random_remembered_and_the_same_for_a_seed(new_url: Callable[[
     for seed in (0, 0, 1):
         with Store(new_url(), seed=seed) as store:
             add_items(store, 60)
-            annotator = store.add_annotator("ann")
+            annotator = store.add_annotator("sim", "simulated")
             shown = []
             with store.session() as s:
-                while (assignment := s.next_assignment(annotator)) is not None:
+                while (assignment := s.next_assignment(annotator, seeded=True)) is not None:
                     shown.append(assignment.left.startswith("good"))
                     s.submit(assignment.id, "left", client_token=str(assignment.id))
             votes = store.judgements()
@@ -319,6 +353,14 @@ def test_sides_are_random_remembered_and_the_same_for_a_seed(new_url: Callable[[
             runs.append(shown)
     assert runs[0] == runs[1] != runs[2]
     assert 18 <= sum(runs[0]) <= 42  # 60 fair coins: outside this range with probability below 0.002
+
+
+def test_only_simulated_annotators_get_sides_that_follow_from_a_seed(store: Store) -> None:
+    add_items(store, 1)
+    person = store.add_annotator("ann")
+    for who, said in ((person, "no simulated one"), (person + 1, "not in the store")):
+        with pytest.raises(UserError, match=said):
+            store.next_assignment(who, seeded=True)
 
 
 def test_submitting_twice_counts_once(store: Store) -> None:
@@ -464,10 +506,10 @@ def test_one_annotator_in_two_windows_gets_no_item_twice(store: Store) -> None:
     got: list[int] = []
 
     def work() -> None:
-        mine: list[int] = []
+        mine: list[str] = []
         start.wait()
         while (assignment := store.next_assignment(annotator, holding=mine)) is not None and len(mine) < 10:
-            mine.append(assignment.id)
+            mine.append(assignment.handle)
             got.append(assignment.id)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

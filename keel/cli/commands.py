@@ -186,8 +186,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import import_votes
+    from keel.cli.exchange import holds_responses, import_unjudged, import_votes
     from keel.store.foreign import Names
+    from keel.types import UserError
+
+    kinds = {arguments.unlabelled or holds_responses(file) for file in arguments.files}
+    if len(kinds) > 1:
+        raise UserError("some of the files hold votes and some responses alone; import them one after the other")
+    if kinds == {True}:
+        how = arguments.unlabelled, arguments.pairs, arguments.overlap, arguments.batch
+        print(import_unjudged(arguments.store, arguments.files, *how))
+        return 0
 
     responses = tuple(name.strip() for name in arguments.responses.split(",") if name.strip())
     names = Names(arguments.prompt, responses, arguments.question)

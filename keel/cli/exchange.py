@@ -1,4 +1,4 @@
-"""``keel export`` and ``keel import``: votes out of a store and into it."""
+"""``keel export`` and ``keel import``: votes out of a store and into it, and responses that are to be judged."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from keel.data.fields import checked
 from keel.data.rows import BadRows, Row, RowError, read_rows
 from keel.data.sources import as_prompt, read_preferences
+from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.run import RunDir
 from keel.store import Judgement, Store, exchange, foreign
 from keel.store.foreign import ForeignError, Names
+from keel.store.unjudged import BATCH, add_unjudged
 from keel.types import Preference, UserError
 
 Votes = Sequence[exchange.Given] | Sequence[Preference]
@@ -38,9 +40,9 @@ def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, p
     """Writes the store's votes and says what was written."""
     with Store(store_location(where)) as store:
         given = store.all_given(batch)
-        standing = sum(1 if isinstance(one, Judgement) else len(one.preferences()) for one in given)
+        standing = sum(1 if isinstance(one, Judgement) else len(one.said()) for one in given)
         written = store.export_preferences(out, batch, form, plain)
-    what = "ties, gold items, votes that a reviewer settled"
+    what = "ties, gold items, votes that a reviewer settled, what was taken out"
     left_out = f"; left out ({what}): {standing - written}" if written < standing else ""
     return f"{written} votes written to {out}{left_out}"
 
@@ -53,6 +55,24 @@ def import_votes(where: str, files: Sequence[str], names: Names, annotator: str,
     read = sum(len(part) for part in votes)
     known = f" ({read - new} were there already)" if new < read else ""
     return f"{new} votes imported{known}"
+
+
+def import_unjudged(
+    where: str, files: Sequence[str], unlabelled: bool, pairs: int | None, overlap: int, batch: str | None
+) -> str:
+    """Adds the files' prompts and responses to the store, all or none, and queues pairs of them; says what was new."""
+    groups = [group for file in files for group in read_unjudged(file, unlabelled)]
+    with Store(store_location(where, new=True)) as store, store.transaction(writes=True) as connection:
+        added = add_unjudged(connection, groups, pairs, overlap, batch or BATCH, "keel", store.now)
+    return str(added)
+
+
+def holds_responses(file: str) -> bool:
+    """Whether a file's first row is of responses that nobody has judged."""
+    row = next(iter(read_rows(file, BadRows(file))), None)
+    if row is None or foreign.is_label_studio(row.values) or foreign.is_argilla(row.values):
+        return False
+    return is_unjudged(row.values)
 
 
 def read_votes(file: str, names: Names) -> Votes:

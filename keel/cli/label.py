@@ -15,6 +15,7 @@ from keel.cli.ensemble import RunEnsemble
 from keel.cli.retrain import Retraining
 from keel.config import Recipe, SampleStage, SamplingConfig, Source
 from keel.data.sources import read_prompts
+from keel.data.unjudged import read_unjudged
 from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
@@ -39,6 +40,7 @@ def label(arguments: argparse.Namespace) -> int:
     talkers = arena_models(arguments.run, arguments.arena, arguments.key_env)
     sources = Sources(
         read_prompts=lambda path: list(read_prompts(str(path))),
+        read_unjudged=read_unjudged,
         arena=[ArenaModel(name, reply) for name, reply in talkers.items()],
         sampled=_RunModels(arguments.run),
         ensemble=RunEnsemble(arguments.run) if arguments.run else None,

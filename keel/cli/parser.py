@@ -89,13 +89,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--plain", action="store_true", help="the form's own columns alone, without ties")
     export.add_argument("--batch", default=None, help="only what was judged for this (default: everything)")
 
-    imports = commands.add_parser("import", help="add votes of a Keel, TRL, OpenAI, Argilla or Label Studio file")
+    imports = commands.add_parser(
+        "import", help="add votes of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
+    )
     imports.add_argument("store", metavar="STORE", help=f"{store}; a file that is not there is made")
     imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; what they hold is told by itself")
     imports.add_argument("--annotator", default="import", help="who votes where a row names nobody (default: import)")
-    imports.add_argument("--batch", default=None, help="where to put them (default: where they were, or import)")
+    imports.add_argument(
+        "--batch", default=None, help="where to put them (default: where they were, or import; responses: responses)"
+    )
     imports.add_argument("--prompt", default=None, metavar="FIELD", help="Argilla, Label Studio: the prompt's field")
     imports.add_argument("--responses", default="", metavar="A,B", help="the two responses' fields, in the order shown")
+    imports.add_argument(
+        "--unlabelled", action="store_true", help="take responses alone, chosen and rejected or a winner as no answer"
+    )
+    imports.add_argument(
+        "--pairs", type=positive, default=None, metavar="K", help="responses: queue K pairs a prompt (default: all)"
+    )
+    imports.add_argument(
+        "--overlap", type=positive, default=1, metavar="N", help="responses: people a pair (default: 1)"
+    )
     imports.add_argument("--question", default=None, metavar="NAME", help="the question (control) that compares them")
 
     label = commands.add_parser("label", help="serve the labelling app: people compare, rank, write, talk to models")
@@ -138,6 +151,13 @@ def _recipe_arguments(parser: argparse.ArgumentParser, count: str, what: str) ->
         "--out", required=True, metavar="DIR", help="run directory; an earlier one goes on where it stopped"
     )
     parser.add_argument("--seed", type=natural_number, default=None, help="default: the recipe's")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def natural_number(text: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keel.data.collate import messages_hash
-from keel.data.columns import OWN, PAIRED, SHOWN, TAUGHT, Refused, refuse
+from keel.data.columns import OWN, PAIRED, SHOWN, SYSTEM, TAUGHT, Refused, refuse
 from keel.data.fields import (
     Fields,
     earlier_rounds,
@@ -84,8 +84,8 @@ def read_preferences(source: str | Path, reading: Reading = PLAIN_READING) -> li
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
     ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
-    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` (of Keel's own export) is left out:
-    its answer was known, and such votes measure their annotator.
+    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` or ``out`` (of Keel's own export)
+    is left out: its answer was known, and such votes measure their annotator; or its pair was taken out of use.
 
     Two equal replies are a tie, whatever the row says: neither can be better.
     """
@@ -255,7 +255,7 @@ def _preference(row: Fields) -> Preference:
         messages = with_system(row, asked)
     else:
         raise _UnknownForm
-    if row.get("gold"):
+    if row.get("gold") or flag(row, "out", default=False):
         raise _LeftOut
     prompt = prompt_of(row, messages, name(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
@@ -325,3 +325,14 @@ def as_prompt(value: Any) -> Prompt:
     """A prompt that another tool's row holds, as a text or as messages. RowError when it is neither."""
     messages = ask(Fields({"prompt": value}))
     return Prompt(messages_hash(messages), messages)
+
+
+def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row, as a prompt's row has it. RowError when there is none."""
+    fields = ("prompt", "messages", "instruction", "input", *SYSTEM)
+    return _prompt_row(Fields({field: row[field] for field in fields if field in row}))
+
+
+def reply_of_row(row: Mapping[str, Any], field: str, prompt: Sequence[Message]) -> str:
+    """A reply that is a text, or one message of the assistant after the prompt's, which may be repeated in front."""
+    return the_reply(Fields({field: row[field]}), field, prompt)

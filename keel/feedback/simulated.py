@@ -148,7 +148,7 @@ def label(
         step += done
         reporter.advance(done)
         # a session passes over what somebody else is just taking; before leaving, look again and wait for them
-        if done == 0 and all(store.next_assignment(id, batch) is None for id in ids.values()):
+        if done == 0 and all(store.next_assignment(id, batch, seeded=True) is None for id in ids.values()):
             return _summary(store, batch, len(annotators))
 
 
@@ -171,7 +171,7 @@ def _judge_some(
         order = list(annotators)
         draw("turns", seed, round).shuffle(order)
         for annotator in order[turn:] + order[:turn]:
-            assignment = session.next_assignment(ids[annotator.name], batch)
+            assignment = session.next_assignment(ids[annotator.name], batch, seeded=True)
             if assignment is not None:
                 break
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from keel.store.people_tables import arena_votes, conversations, turns
 from keel.store.rows import storable
@@ -18,12 +18,19 @@ from keel.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """``left``, ``right``: the replies, None while one is still to come."""
+    """``left``, ``right``: the replies, None while one is still to come. ``token``: the browser's name for the message;
+    ``attempt``: how often it has been sent."""
 
     number: int
     message: str
     left: str | None
     right: str | None
+    token: str | None = None
+    attempt: int = 1
+
+    @property
+    def answered(self) -> bool:
+        return self.left is not None and self.right is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +56,31 @@ def conversation(connection: Connection, id: int, annotator_id: int, lock: bool 
     query = select(conversations).where(conversations.c.id == id, conversations.c.annotator_id == annotator_id)
     row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise UserError(f"conversation {id} is not here; start a new one")
+        raise UserError("this conversation is not here; start a new one")
     said = connection.execute(select(turns).where(turns.c.conversation_id == id).order_by(turns.c.number))
     return Conversation(
         id,
         row.model_left,
         row.model_right,
         row.ended_at is not None,
-        tuple(Turn(turn.number, turn.message, turn.left, turn.right) for turn in said),
+        tuple(Turn(row.number, row.message, row.left, row.right, row.token, row.attempt) for row in said),
     )
+
+
+def handle_of(connection: Connection, id: int) -> str:
+    """What a browser calls the conversation by."""
+    return str(connection.execute(select(conversations.c.handle).where(conversations.c.id == id)).scalar_one())
+
+
+def find(connection: Connection, handle: str, annotator_id: int) -> int:
+    """The conversation's id. Somebody else's handle is refused in the words for one that does not exist."""
+    query = select(conversations.c.id).where(
+        conversations.c.handle == handle, conversations.c.annotator_id == annotator_id
+    )
+    id: int | None = connection.execute(query).scalar_one_or_none()
+    if id is None:
+        raise UserError("this conversation is not here; start a new one")
+    return id
 
 
 def open_conversation(connection: Connection, annotator_id: int) -> int | None:
@@ -68,26 +91,61 @@ def open_conversation(connection: Connection, annotator_id: int) -> int | None:
     return id
 
 
-def say(connection: Connection, id: int, annotator_id: int, message: str, now: datetime) -> Conversation:
-    """Add the person's next message; the conversation with it as its last turn."""
+def say(
+    connection: Connection,
+    id: int,
+    annotator_id: int,
+    message: str,
+    *,
+    token: str | None,
+    number: int | None,
+    now: datetime,
+) -> Conversation:
+    """Add the person's next message; the conversation with it as its last turn.
+
+    A message whose answers broke off is replaced by the next one. The same ``token`` is the same message: its turn is
+    answered anew, or found with its answers when both are there. ``number``: which turn the person's page takes it for;
+    UserError when the conversation is somewhere else by now.
+    """
     so_far = conversation(connection, id, annotator_id, lock=True)
-    if so_far.ended:
-        raise UserError("this conversation has ended; start a new one")
-    if so_far.turns and None in (so_far.turns[-1].left, so_far.turns[-1].right):
-        # the stream of replies broke off: the same turn is asked again
-        last = so_far.turns[-1].number
-        where = turns.c.conversation_id == id, turns.c.number == last
-        connection.execute(update(turns).where(*where).values(message=storable(message), left=None, right=None))
-    else:
-        row = {"conversation_id": id, "number": len(so_far.turns) + 1, "message": storable(message), "created": now}
+    turn = next_turn(so_far, token, number)
+    message = storable(message)
+    last = so_far.turns[-1] if so_far.turns else None
+    if last is None or turn > last.number:
+        row = {"conversation_id": id, "number": turn, "message": message, "created": now, "token": token}
         connection.execute(insert(turns), row)
+    elif not last.answered:
+        anew = {"message": message, "left": None, "right": None, "token": token, "attempt": last.attempt + 1}
+        connection.execute(update(turns).where(*_turn(id, turn)).values(**anew))
+    elif last.message != message:
+        raise UserError("this client token was used for another message; make a new one each time")
     return conversation(connection, id, annotator_id)
 
 
-def answer(connection: Connection, id: int, number: int, side: str, text: str) -> None:
-    """Keep the reply of one side to turn ``number``."""
-    where = turns.c.conversation_id == id, turns.c.number == number
-    connection.execute(update(turns).where(*where).values(**{side: storable(text)}))
+def next_turn(so_far: Conversation, token: str | None, number: int | None) -> int:
+    """The number of the turn that the person's next message is (``say``)."""
+    if so_far.ended:
+        raise UserError("this conversation has ended; start a new one")
+    last = so_far.turns[-1] if so_far.turns else None
+    again = last is not None and (not last.answered or (token is not None and last.token == token))
+    turn = len(so_far.turns) + (0 if again else 1)
+    if number not in (None, turn):
+        raise UserError("this conversation went on in another window; load the page again")
+    return turn
+
+
+def answer(connection: Connection, id: int, turn: Turn, side: str, text: str) -> bool:
+    """Keep the reply of one side to this attempt at ``turn``. False, and nothing is kept, when the message was sent
+    anew meanwhile or the conversation has ended."""
+    conversation = select(conversations).where(conversations.c.id == id, conversations.c.ended_at.is_(None))
+    if connection.execute(conversation.with_for_update()).first() is None:
+        return False
+    where = *_turn(id, turn.number), turns.c.attempt == turn.attempt
+    return connection.execute(update(turns).where(*where).values(**{side: storable(text)})).rowcount == 1
+
+
+def _turn(id: int, number: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return turns.c.conversation_id == id, turns.c.number == number
 
 
 def vote(
@@ -100,8 +158,10 @@ def vote(
     reason: str | None,
     guideline: str | None,
     now: datetime,
+    turn: int | None = None,
 ) -> Conversation:
-    """Count a vote, which ends the conversation. The same token counts once."""
+    """Count a vote, which ends the conversation. The same token counts once. ``turn``: the last one that the person
+    has before them; UserError when another one has been answered since."""
     known = connection.execute(select(arena_votes.c.conversation_id).where(arena_votes.c.token == token)).first()
     found = conversation(connection, id, annotator_id, lock=True)
     if known is not None:
@@ -110,9 +170,11 @@ def vote(
         return found
     if found.ended:
         raise UserError("this conversation has ended; start a new one")
-    answered = [turn for turn in found.turns if turn.left is not None and turn.right is not None]
+    answered = [said for said in found.turns if said.answered]
     if not answered:
         raise UserError("vote once both have answered")
+    if turn not in (None, answered[-1].number):
+        raise UserError("this conversation went on in another window; load the page again")
     said = {"turn": answered[-1].number, "choice": choice, "reason": None if reason is None else storable(reason)}
     row = said | {"conversation_id": id, "token": token, "guideline": guideline, "created": now}
     made = connection.execute(insert(arena_votes), row).inserted_primary_key

@@ -135,6 +135,20 @@ def _is_current(connection: Connection, url: URL) -> bool:
     return revision == scripts.get_current_head()
 
 
+def compact(engine: Engine) -> None:
+    """See Store.compact."""
+    connection = engine.raw_connection()
+    try:
+        cursor = connection.cursor()
+        cursor.execute("VACUUM")
+        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        cursor.close()
+    except engine.dialect.dbapi.OperationalError:  # type: ignore[union-attr]
+        pass  # locked: the texts are gone from the tables, and the pages will be written over
+    finally:
+        connection.close()
+
+
 def _use_wal(engine: Engine) -> None:
     """Write-ahead logging: readers do not wait for the writer. It is a property of the file, set once; SQLite does not
     wait for other connections here, so Keel does."""

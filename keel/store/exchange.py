@@ -18,6 +18,7 @@ nothing is lost on the way out and in again:
     ratings                                         of chosen and rejected, on the guideline's aspects
     ranking                                         of a ranking, which has a row for each of its pairs: its token, and
                                                     of chosen and rejected the place in it and on the screen
+    out                                             whether its item was taken out of use: never trained on
     edit                                            whether ``chosen`` is somebody's edit of ``rejected``
     chosen_source, rejected_source                  what wrote each response: model, fingerprint, sampling, created
 
@@ -46,7 +47,7 @@ Given = Judgement | Ranking | Edit
 COLUMNS = (
     *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
     *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
-    *("reason", "created", "batch", "item", "settled", "settled_by", "gold", "ratings", "ranking", "edit"),
+    *("reason", "created", "batch", "item", "settled", "settled_by", "gold", "ratings", "ranking", "edit", "out"),
     *("chosen_source", "rejected_source"),
 )
 Form = Literal["trl", "openai"]
@@ -59,7 +60,7 @@ def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = 
 
     ``plain``: the form's own columns alone, for tools that refuse others. Such rows can't say that neither was
     preferred, so ties are left out; nor that a reviewer settled the pair, so that word stands for the votes on it;
-    nor that it is a gold item's, so those votes are left out.
+    nor that it is a gold item's, or one that was taken out of use, so those votes are left out.
     """
     if form == "openai" and path.suffix != ".jsonl":
         raise UserError(f"{path}: OpenAI's form is JSONL; give the file the ending .jsonl")
@@ -184,7 +185,7 @@ def pair_columns(pair: Preference) -> dict[str, Any]:
 
 
 def _rows(given: Given) -> list[dict[str, Any]]:
-    pairs = [given.preference()] if isinstance(given, Judgement) else given.preferences()
+    pairs = [given.preference()] if isinstance(given, Judgement) else given.said()
     rows = [_common(given, pair) for pair in pairs]
     if isinstance(given, Judgement):
         chosen_side = "right" if given.choice == "right" else "left"
@@ -229,6 +230,7 @@ def _common(given: Given, pair: Preference) -> dict[str, Any]:
         "batch": given.batch,
         "settled": pair.settled or None,
         "edit": False,
+        "out": given.out,
     }
 
 
@@ -244,7 +246,7 @@ def _source(response: Response) -> dict[str, Any]:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """The row with the columns that an older export lacks, and what Parquet keeps as a string read."""
     read = {name: json.loads(row[name]) for name in _JSON_COLUMNS if isinstance(row.get(name), str)}
-    return dict.fromkeys(("settled", "settled_by", "gold", "ratings", "ranking", "edit")) | row | read
+    return dict.fromkeys(("settled", "settled_by", "gold", "ratings", "ranking", "edit", "out")) | row | read
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
@@ -268,6 +270,7 @@ def _ranking(token: str, pairs: Sequence[dict[str, Any]]) -> Ranking:
         token, first["batch"], first["annotator"], first["annotator_kind"], prompt, shown,
         tuple(tuple(sorted(tiers[place])) for place in sorted(tiers)),
         first["seconds"], first["guideline"], first["reason"], datetime.fromisoformat(first["created"]),
+        bool(first["out"]),
     )  # fmt: skip
 
 
@@ -276,7 +279,7 @@ def _edit(row: dict[str, Any]) -> Edit:
     return Edit(
         row["id"], row["batch"], row["annotator"], row["annotator_kind"], prompt,
         _response(prompt.id, row, "rejected"), row["chosen"][0]["content"],
-        row["seconds"], row["guideline"], datetime.fromisoformat(row["created"]),
+        row["seconds"], row["guideline"], datetime.fromisoformat(row["created"]), bool(row["out"]),
     )  # fmt: skip
 
 
@@ -306,6 +309,7 @@ def _vote(row: dict[str, Any]) -> Judgement:
         settled_by=row["settled_by"],
         gold=sides[row["gold"]],  # type: ignore[arg-type]
         ratings={sides[side]: rated for side, rated in (row["ratings"] or {}).items()},  # type: ignore[misc]
+        out=bool(row["out"]),
     )
 
 
@@ -342,7 +346,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     special = {"tie": pa.bool_(), "margin": pa.float64(), "strength": pa.float64(), "seconds": pa.float64()}
     special |= {"prompt": messages, "chosen": messages, "rejected": messages, "item": pa.int64()}
-    special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_(), "edit": pa.bool_()}
+    special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_(), "edit": pa.bool_(), "out": pa.bool_()}
     flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS if name in row} for row in rows]
     present = [name for name in COLUMNS if not rows or name in rows[0]]
     return pa.Table.from_pylist(flat, schema=pa.schema([(name, special.get(name, pa.string())) for name in present]))

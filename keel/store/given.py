@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, Select, case, insert, select, update
 
-from keel.store.imports import Entry, as_new, assign
-from keel.store.ingest import add_guideline, add_prompts, add_responses, rows_of
+from keel.store.imports import Entry, as_new, assign, guideline_here
+from keel.store.ingest import add_prompts, add_responses, rows_of
 from keel.store.overview import last_words, ratings
 from keel.store.people_tables import rankings, writings
 from keel.store.records import Edit, Judgement, Ranking
+from keel.store.removals import take_out
 from keel.store.rows import prompt_record, response_record, storable
 from keel.store.tables import annotators, assignments, event, events, items, judgements, prompts, responses
 from keel.store.work import add_edits, add_rankings
@@ -24,7 +25,7 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
     """Every raw vote that stands, in the order they came."""
     query = (
         select(judgements, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch)
-        .add_columns(items.c.gold, annotators.c.name, annotators.c.kind)
+        .add_columns(items.c.gold, items.c.out, annotators.c.name, annotators.c.kind)
         .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
         .join(annotators, annotators.c.id == assignments.c.annotator_id)
         .where(judgements.c.undone_at.is_(None))
@@ -61,6 +62,7 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
                 for side, response in zip(("left", "right"), row.shown, strict=True)
                 if response in rated.get(row.id, ())
             },
+            out=row.out,
         )
         for row in rows
     ]
@@ -82,7 +84,7 @@ def rankings_given(connection: Connection, batch: str | None) -> list[Ranking]:
             row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id],
             tuple(replies[id] for id in row.shown),
             tuple(tuple(row.shown.index(id) for id in tier) for tier in row.tiers),
-            row.seconds, row.guideline, row.reason, row.created,
+            row.seconds, row.guideline, row.reason, row.created, row.out,
         )
         for row in rows
     ]  # fmt: skip
@@ -95,7 +97,7 @@ def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
     return [
         Edit(
             row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.original_id],
-            row.text, row.seconds, row.guideline, row.created,
+            row.text, row.seconds, row.guideline, row.created, row.out,
         )
         for row in rows
     ]  # fmt: skip
@@ -104,7 +106,7 @@ def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
 def _standing(table: Any, batch: str | None) -> Select[Any]:
     query = (
         select(table, assignments.c.shown, items.c.prompt_id, items.c.batch, annotators.c.name)
-        .add_columns(annotators.c.kind.label("annotator_kind"))
+        .add_columns(items.c.out, annotators.c.kind.label("annotator_kind"))
         .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
         .join(items, items.c.id == assignments.c.item_id)
         .join(annotators, annotators.c.id == assignments.c.annotator_id)
@@ -139,8 +141,7 @@ def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: st
     if not new:
         return 0
     add_prompts(connection, [one.prompt for one in new], now)
-    for version in sorted({one.guideline for one in new if one.guideline is not None}):
-        add_guideline(connection, version, "", now)
+    versions = {version: guideline_here(connection, version, now) for version in {one.guideline for one in new}}
     shown, entries = [], []
     for one in new:
         replies = one.shown if isinstance(one, Ranking) else (one.original,)
@@ -150,7 +151,7 @@ def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: st
         entries.append(Entry(item, one.annotator, one.annotator_kind, ids, one.created))
     names, assigned = assign(connection, entries, now)
     for one, ids, entry, name, assignment in zip(new, shown, entries, names, assigned, strict=True):
-        said: dict[str, Any] = {"seconds": one.seconds, "guideline": one.guideline}
+        said: dict[str, Any] = {"seconds": one.seconds, "guideline": versions[one.guideline]}
         if isinstance(one, Ranking):
             table, entity = rankings, "ranking"
             reason = None if one.reason is None else storable(one.reason)
@@ -163,7 +164,9 @@ def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: st
         assert made is not None
         told = said | {"token": one.token, "assignment": assignment, "item": entry.item, "shown": ids}
         told |= {"batch": one.batch if batch is None else batch, "created": one.created.isoformat()}
-        connection.execute(insert(events), event(now, name, "imported", entity, made.id, None, told, one.guideline))
+        connection.execute(insert(events), event(now, name, "imported", entity, made.id, None, told, said["guideline"]))
+        if one.out:
+            take_out(connection, "item", entry.item, "", None, now)
     return len(new)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, case, insert, select, update
 
+from keel.store.gold import set_gold
 from keel.store.ingest import (
     NewResponse,
     add_annotators,
@@ -23,11 +24,21 @@ from keel.store.ingest import (
     log_overlap,
     rows_of,
 )
-from keel.store.overview import set_gold
-from keel.store.people_tables import adjudications, aspect_ratings
+from keel.store.people_tables import accounts, adjudications, aspect_ratings
 from keel.store.records import AnnotatorKind, Judgement, Response
-from keel.store.rows import storable
-from keel.store.tables import annotators, assignments, event, events, item_responses, items, judgements, responses
+from keel.store.removals import take_out
+from keel.store.rows import MARK, storable
+from keel.store.tables import (
+    annotators,
+    assignments,
+    event,
+    events,
+    guidelines,
+    item_responses,
+    items,
+    judgements,
+    responses,
+)
 from keel.types import UserError
 
 
@@ -40,6 +51,49 @@ class Entry:
     kind: AnnotatorKind
     shown: list[int]
     created: datetime
+
+
+class NamesHere:
+    """Under which names imported people are known here. Somebody with an account here has not said what a file says
+    that they said: NAME of the file is then kept as NAME (imported), as is one who is of another kind here."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._kinds: dict[str, AnnotatorKind | None] = {}  # of the names looked at; None: an account's
+
+    def __call__(self, name: str, kind: AnnotatorKind) -> str:
+        here, number = name, 1
+        while self._kind(here, kind) != kind:
+            here = f"{name} (imported{f' {number}' if number > 1 else ''})"
+            number += 1
+        return here
+
+    def settler(self, name: str) -> tuple[str, AnnotatorKind]:
+        """The name and kind here of somebody who settled items: a file does not say of which kind they are."""
+        here, number = name, 1
+        while (kind := self._kind(here, "person")) is None:
+            here = f"{name} (imported{f' {number}' if number > 1 else ''})"
+            number += 1
+        return here, kind
+
+    def _kind(self, name: str, new: AnnotatorKind) -> AnnotatorKind | None:
+        """The kind of whoever has the name; where nobody has, it is taken by one of the kind ``new``."""
+        if name not in self._kinds:
+            query = select(annotators.c.kind, accounts.c.annotator_id).outerjoin(accounts)
+            row = self._connection.execute(query.where(annotators.c.name == name)).first()
+            self._kinds[name] = new if row is None else None if row.annotator_id is not None else row.kind
+        return self._kinds[name]
+
+
+def guideline_here(connection: Connection, version: str | None, now: datetime) -> str | None:
+    """Under which name an imported guideline's version is known here. A file does not hold its text: where a version of
+    the name has one here, it may be another one, and the imported version is kept as VERSION (imported)."""
+    if version is None:
+        return None
+    text = connection.execute(select(guidelines.c.text).where(guidelines.c.version == version)).scalar_one_or_none()
+    here = f"{version} (imported)" if text else version
+    add_guideline(connection, here, "", now)
+    return here
 
 
 def assign(connection: Connection, entries: Sequence[Entry], now: datetime) -> tuple[list[str], list[int]]:
@@ -68,8 +122,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
     if not votes:
         return 0
     add_prompts(connection, [vote.prompt for vote in votes], now)
-    for version in sorted({vote.guideline for vote in votes if vote.guideline is not None}):
-        add_guideline(connection, version, "", now)
+    versions = {version: guideline_here(connection, version, now) for version in {vote.guideline for vote in votes}}
     left_ids = add_responses(connection, [as_new(vote.left) for vote in votes], now)
     right_ids = add_responses(connection, [as_new(vote.right) for vote in votes], now)
     places = [
@@ -89,7 +142,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
             "choice": place.vote.choice,
             "strength": place.vote.strength,
             "seconds": place.vote.seconds,
-            "guideline": place.vote.guideline,
+            "guideline": versions[place.vote.guideline],
             "reason": None if place.vote.reason is None else storable(place.vote.reason),
             "created": place.vote.created,
         }
@@ -104,7 +157,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
         new |= {"assignment": row["assignment_id"], "item": entry.item, "shown": entry.shown, "batch": place.batch}
         ratings = {side: dict(given) for side, given in place.vote.ratings.items()}
         new |= {"created": place.vote.created.isoformat()} | ({"ratings": ratings} if ratings else {})
-        log.append(event(now, name, "imported", "judgement", id, None, new, place.vote.guideline))
+        log.append(event(now, name, "imported", "judgement", id, None, new, versions[place.vote.guideline]))
         rated += [
             {"judgement_id": id, "response_id": response, "aspect": aspect, "value": value}
             for response, side in ((place.left, "left"), (place.right, "right"))
@@ -114,6 +167,8 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
     if rated:
         connection.execute(insert(aspect_ratings), rated)
     _make_gold(connection, places, item_ids, now)
+    for item in sorted({item_ids[place.batch, place.key] for place in places if place.vote.out}):
+        take_out(connection, "item", item, "", None, now)
     _settle(connection, places, item_ids, now)
     return len(votes)
 
@@ -127,11 +182,11 @@ def _settle(
         standing = adjudications.c.item_id.in_(chunk), adjudications.c.undone_at.is_(None)
         for item in connection.execute(select(adjudications.c.item_id).where(*standing)).scalars():
             del words[item]
-    by = {place.vote.settled_by or place.vote.annotator for place in words.values()}
-    known = {row.name: row.kind for row in rows_of(connection, annotators, annotators.c.name, sorted(by))}
-    ids = add_annotators(connection, {name: known.get(name, "person") for name in by}, "reviewer", now)
+    here = NamesHere(connection)
+    by = {item: here.settler(place.vote.settled_by or place.vote.annotator) for item, place in words.items()}
+    ids = add_annotators(connection, dict(by.values()), "reviewer", now)
     for item, place in words.items():
-        vote, name = place.vote, place.vote.settled_by or place.vote.annotator
+        vote, name = place.vote, by[item][0]
         choice = place.first_or_second(vote.settled or "tie")
         row = {"item_id": item, "annotator_id": ids[name], "choice": choice, "created": now}
         connection.execute(insert(adjudications), row)
@@ -193,6 +248,8 @@ def _new_votes(connection: Connection, votes: Sequence[Judgement]) -> list[Judge
         if vote.token not in choices:
             new.append(vote)
             continue
+        if any(text == MARK for _, text in texts[vote.token]):
+            continue  # its texts were erased here
         same = texts[vote.token] == {(vote.prompt.id, storable(reply.text)) for reply in (vote.left, vote.right)}
         if not same or choices[vote.token] != vote.choice:
             raise UserError(
@@ -225,7 +282,8 @@ def _imported_items(connection: Connection, places: Sequence[_Place], now: datet
 
 
 def _names(connection: Connection, entries: Sequence[Entry]) -> list[str]:
-    """Under which name each entry is kept: its annotator's, numbered when that one has had the item before."""
+    """Under which name each entry is kept: its annotator's here, numbered when that one has had the item before."""
+    here = NamesHere(connection)
     had = set()
     query = select(assignments.c.item_id, annotators.c.name).join(annotators)
     for chunk in chunks([entry.item for entry in entries]):
@@ -233,7 +291,7 @@ def _names(connection: Connection, entries: Sequence[Entry]) -> list[str]:
     names = []
     for entry in entries:
         number = 1
-        while (entry.item, name := entry.annotator + (f"#{number}" if number > 1 else "")) in had:
+        while (entry.item, name := here(f"{entry.annotator}{f'#{number}' if number > 1 else ''}", entry.kind)) in had:
             number += 1
         had.add((entry.item, name))
         names.append(name)

@@ -4,17 +4,20 @@ be done again."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any, TypeVar, get_args
 
-from sqlalchemy import Column, Connection, Row, Table, insert, select, update
+from sqlalchemy import Column, Connection, Row, Table, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from keel.store.records import AnnotatorKind
+from keel.store.removals import refresh_new
 from keel.store.rows import checked_json, checked_text, messages_json, response_key, storable
 from keel.store.tables import (
     annotators,
@@ -31,6 +34,7 @@ from keel.types import Prompt, UserError
 T = TypeVar("T")
 CHUNK = 500  # values in one statement
 KINDS = get_args(AnnotatorKind)
+_DRAW = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ def add_items(
             "created": now,
         }
     before = items_of(connection, batch, list(rows))
-    insert_missing(connection, items, [row for key, row in rows.items() if key not in before])
+    fresh = [row for key, row in rows.items() if key not in before]
+    insert_missing(connection, items, in_places(connection, batch, fresh))
     after = items_of(connection, batch, list(rows))
     members = [
         {"item_id": item.id, "response_id": int(response)}
@@ -132,6 +137,7 @@ def add_items(
         for response in key.split("-")
     ]
     insert_missing(connection, item_responses, members)
+    refresh_new(connection, [item.id for key, item in after.items() if key not in before])
     if added := len(after) - len(before):
         new = {"items": added, "overlap": overlap}
         connection.execute(insert(events), event(now, "keel", "added", "batch", batch, None, new))
@@ -168,6 +174,17 @@ def add_annotators(connection: Connection, kinds: Mapping[str, str], role: str, 
     return {row.name: row.id for row in rows_of(connection, annotators, annotators.c.name, list(kinds))}
 
 
+def check_simulated(connection: Connection, annotator_id: int) -> None:
+    """UserError unless this annotator is there and is a simulated one."""
+    kind = connection.execute(select(annotators.c.kind).where(annotators.c.id == annotator_id)).scalar_one_or_none()
+    if kind is None:
+        raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first")
+    if kind != "simulated":
+        raise UserError(
+            f"annotator {annotator_id} is no simulated one; only they may get sides that follow from a seed"
+        )
+
+
 def add_guideline(
     connection: Connection,
     version: str,
@@ -188,6 +205,17 @@ def add_guideline(
 
 def _other_messages(prompt_id: str) -> UserError:
     return UserError(f"prompt {prompt_id!r} is there with other messages; give the new prompt an id of its own")
+
+
+def in_places(connection: Connection, batch: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows of a queue with their ``place``: after the queues that are older, among its own at random."""
+    if not rows:
+        return []
+    place = connection.execute(select(items.c.place).where(items.c.batch == batch).limit(1)).scalar_one_or_none()
+    if place is None:
+        last = connection.execute(select(func.max(items.c.place))).scalar_one()
+        place = 0.0 if last is None else last + 1
+    return [row | {"place": math.floor(place) + _DRAW.random()} for row in rows]
 
 
 def items_of(connection: Connection, batch: str, keys: list[str]) -> dict[str, Row[Any]]:

@@ -13,6 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, insert, select, update
 
 from keel.store.people_tables import adjudications, aspect_ratings, flags
+from keel.store.records import Progress
+from keel.store.removals import in_use
 from keel.store.tables import (
     annotators,
     assignments,
@@ -26,13 +28,11 @@ from keel.store.tables import (
 )
 from keel.types import UserError
 
-GOLD_SLOTS = 100_000  # a gold item is for everybody: so many more than have it already
-
 
 @dataclass(frozen=True, slots=True)
 class Queue:
     """One batch's items of one kind: ``wanted`` judgements, ``done``, ``held`` in somebody's hands; ``gold`` items are
-    counted by themselves."""
+    counted by themselves, and what was taken out of use is not."""
 
     batch: str
     kind: str
@@ -80,13 +80,14 @@ def queues(connection: Connection) -> list[Queue]:
             func.sum(case((plain, items.c.taken), else_=0)),
             func.sum(case((plain, 0), else_=1)),
         )
+        .where(items.c.out.is_(False))
         .group_by(items.c.batch, items.c.kind)
         .order_by(func.max(items.c.id).desc())
     )
     held = (
         select(items.c.batch, items.c.kind, func.count())
         .select_from(assignments.join(items))
-        .where(assignments.c.state == "leased", plain)
+        .where(assignments.c.state == "leased", plain, items.c.out.is_(False))
         .group_by(items.c.batch, items.c.kind)
     )
     in_hands = {(row[0], row[1]): int(row[2]) for row in connection.execute(held)}
@@ -95,6 +96,22 @@ def queues(connection: Connection) -> list[Queue]:
         hands = in_hands.get((batch, kind), 0)
         found.append(Queue(batch, kind, int(count), int(wanted), int(taken) - hands, hands, int(gold)))
     return found
+
+
+def progress(connection: Connection, batch: str | None) -> Progress:
+    """See Store.progress."""
+    counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == "compare"
+    wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
+    given = (
+        select(func.count(), func.count(judgements.c.undone_at))  # the second counts those that are not NULL
+        .select_from(judgements.join(assignments))
+        .join(items, items.c.id == assignments.c.item_id)
+        .where(*counted)
+    )
+    if batch is not None:
+        wanted, given = wanted.where(items.c.batch == batch), given.where(items.c.batch == batch)
+    total, undone = connection.execute(given).one()
+    return Progress(int(connection.execute(wanted).scalar_one()), total - undone, undone)
 
 
 def votes(connection: Connection, people_only: bool = True) -> list[Vote]:
@@ -142,7 +159,7 @@ def skips(connection: Connection) -> dict[str, int]:
 
 def browse(connection: Connection, batch: str | None, gold: bool, offset: int, limit: int) -> list[dict[str, Any]]:
     """Comparisons with their texts, newest batch first: what gold items are picked from."""
-    query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == "compare")
+    query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == "compare", items.c.out.is_(False))
     query = query.where(items.c.gold.is_not(None) if gold else items.c.gold.is_(None))
     if batch is not None:
         query = query.where(items.c.batch == batch)
@@ -164,26 +181,12 @@ def with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[
     return [row | {"responses": texts.get(row["id"], [])} for row in rows]
 
 
-def set_gold(connection: Connection, item_id: int, answer: str | None, actor: str, now: datetime) -> None:
-    """Make an item a gold item with this answer, or (None) no longer."""
-    item = connection.execute(select(items).where(items.c.id == item_id).with_for_update()).first()
-    if item is None or item.kind != "compare":
-        raise UserError(f"there is no comparison {item_id}")
-    if answer not in (None, "first", "second", "tie"):
-        raise UserError(f"the answer {answer!r} is unknown; give first, second or tie")
-    overlap = max(1, item.taken) if answer is None else item.taken + GOLD_SLOTS
-    connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
-    old = {"gold": item.gold, "overlap": item.overlap}
-    new = {"gold": answer, "overlap": overlap, "batch": item.batch}
-    connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))
-
-
 def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, actor: str, now: datetime) -> int:
     """How many people are to judge each item of a queue; where more have, that many. Returns how many items changed."""
     if not 1 <= overlap <= 1000:
         raise UserError(f"overlap is {overlap}; give 1 to 1000 people an item")
     value = case((items.c.taken > overlap, items.c.taken), else_=overlap)
-    plain = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None)
+    plain = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None), items.c.out.is_(False)
     wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*plain)
     old = {"kind": kind, "wanted": int(connection.execute(wanted).scalar_one())}
     changed = connection.execute(update(items).where(*plain, items.c.overlap != value).values(overlap=value)).rowcount
@@ -213,7 +216,7 @@ def disagreements(connection: Connection, limit: int = 50) -> list[dict[str, Any
         select(items.c.id)
         .join(assignments, and_(assignments.c.item_id == items.c.id, assignments.c.state == "judged"))
         .join(annotators, and_(annotators.c.id == assignments.c.annotator_id, annotators.c.kind == "person"))
-        .where(items.c.kind == "compare", items.c.gold.is_(None), ~settled)
+        .where(items.c.kind == "compare", items.c.gold.is_(None), items.c.out.is_(False), ~settled)
         .group_by(items.c.id)
         .having(func.count(distinct(assignments.c.id)) > 1)
         .order_by(items.c.id)
@@ -318,15 +321,22 @@ def ratings(connection: Connection) -> dict[int, dict[int, dict[str, int]]]:
 
 
 def open_flags(connection: Connection) -> list[dict[str, Any]]:
+    """Each with its item, prompt and responses (``id``, ``text``, and the ``model`` that wrote it) in the order in
+    which whoever flagged it saw them, oldest first."""
     query = (
-        select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, prompts.c.messages)
+        select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, items.c.out, items.c.prompt_id)
+        .add_columns(prompts.c.messages, assignments.c.shown)
         .select_from(flags.join(assignments).join(items, items.c.id == assignments.c.item_id))
         .join(prompts, prompts.c.id == items.c.prompt_id)
         .join(annotators, annotators.c.id == assignments.c.annotator_id)
         .where(flags.c.resolved_at.is_(None))
         .order_by(flags.c.id)
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    found = [dict(row) for row in connection.execute(query).mappings()]
+    query = select(responses.c.id, responses.c.text, responses.c.model)
+    query = query.where(responses.c.id.in_({id for row in found for id in row["shown"]}))
+    replies = {row["id"]: dict(row) for row in connection.execute(query).mappings()}
+    return [row | {"responses": [replies[id] for id in row["shown"]]} for row in found]
 
 
 def resolve_flag(connection: Connection, id: int, actor: str, now: datetime) -> None:
@@ -360,7 +370,9 @@ def newest_prompts(connection: Connection, limit: int) -> list[dict[str, Any]]:
 def prompts_with_fewest(connection: Connection, limit: int, but: Collection[str] = ()) -> list[str]:
     """Ids of the prompts with the fewest responses, ``but`` for some: who asks for more wants them there first."""
     replies = select(func.count()).where(responses.c.prompt_id == prompts.c.id).scalar_subquery()
-    found = connection.execute(select(prompts.c.id).order_by(replies, prompts.c.id)).scalars()
+    found = connection.execute(
+        select(prompts.c.id).where(in_use(prompts.c.id)).order_by(replies, prompts.c.id)
+    ).scalars()
     return list(islice((id for id in found if id not in but), limit))
 
 

@@ -15,6 +15,7 @@ from keel.store.tables import annotators, event, events, guidelines
 from keel.types import UserError
 
 AccountRole = Literal["annotator", "reviewer", "admin"]
+ACTORS = ("keel", "keel label", "somebody invited")  # what the log calls those who are nobody: no person's names
 ROLES: tuple[AccountRole, ...] = ("annotator", "reviewer", "admin")
 
 
@@ -55,6 +56,20 @@ def account(connection: Connection, name: str) -> Account | None:
     return None if row is None else Account(*row)
 
 
+def account_of(connection: Connection, annotator_id: int) -> Account | None:
+    row = connection.execute(_ACCOUNT.where(accounts.c.annotator_id == annotator_id)).first()
+    return None if row is None else Account(*row)
+
+
+def free_name(connection: Connection, name: str) -> str:
+    """``name``, or it with the first number that makes it nobody's."""
+    number, free = 1, name
+    while connection.execute(select(annotators.c.id).where(annotators.c.name == free)).first() is not None:
+        number += 1
+        free = f"{name} {number}"
+    return free
+
+
 def all_accounts(connection: Connection) -> list[Account]:
     return [Account(*row) for row in connection.execute(_ACCOUNT.order_by(annotators.c.name))]
 
@@ -65,7 +80,10 @@ def add_account(
     """UserError when the name is taken, by another account or by an annotator of earlier judgements: somebody new must
     not come to own what somebody else said."""
     if connection.execute(select(annotators.c.id).where(annotators.c.name == name)).first() is not None:
-        raise UserError(f"the name {name!r} is taken; choose another one")
+        raise UserError(
+            f"the name {name!r} is taken, by an account or by imported judgements; choose another one, such as "
+            f"{free_name(connection, name)!r}"
+        )
     row = {"name": name, "kind": "person", "role": role, "created": now}
     insert_missing(connection, annotators, [row])
     id = connection.execute(select(annotators.c.id).where(annotators.c.name == name)).scalar_one()

@@ -18,7 +18,7 @@ from sqlalchemy import (
     text,
 )
 
-from keel.store.tables import UtcDateTime, json_column, metadata
+from keel.store.tables import UtcDateTime, handle_column, json_column, metadata
 
 _STANDS = text("undone_at IS NULL")
 
@@ -96,6 +96,41 @@ Index(
     postgresql_where=_STANDS,
 )
 
+# An item, a response or a prompt that was taken out of use; it may be put back, unless its texts were erased.
+removals = Table(
+    "removals",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("item_id", ForeignKey("items.id")),
+    Column("response_id", ForeignKey("responses.id")),
+    Column("prompt_id", ForeignKey("prompts.id")),
+    Column("annotator_id", ForeignKey("annotators.id")),  # who took it out; NULL: it came so from another store
+    Column("reason", Text),
+    Column("erased", Boolean, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+    CheckConstraint(
+        "(item_id IS NOT NULL AND response_id IS NULL AND prompt_id IS NULL)"
+        " OR (item_id IS NULL AND response_id IS NOT NULL AND prompt_id IS NULL)"
+        " OR (item_id IS NULL AND response_id IS NULL AND prompt_id IS NOT NULL)",
+        name="one",
+    ),
+)
+Index("ix_removals_item", removals.c.item_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
+Index("ix_removals_response", removals.c.response_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
+Index("ix_removals_prompt", removals.c.prompt_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
+
+# Each erasure of personal data. While its row is open, which is inside its transaction alone, the database lets texts
+# and names in ``events`` be overwritten.
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("what", Text, nullable=False),  # person | response | prompt, and its number
+    Column("open", Boolean, nullable=False),
+)
+
 # ---------------------------------------------------------------------------------------------------- the arena
 
 conversations = Table(
@@ -107,7 +142,9 @@ conversations = Table(
     Column("model_right", Text, nullable=False),
     Column("created", UtcDateTime, nullable=False),
     Column("ended_at", UtcDateTime),  # voted on, or given up: nothing is added any more
+    handle_column(),
 )
+Index("uq_conversations_handle", conversations.c.handle, unique=True)
 
 turns = Table(
     "turns",
@@ -119,6 +156,8 @@ turns = Table(
     Column("left", Text),  # NULL: not answered yet
     Column("right", Text),
     Column("created", UtcDateTime, nullable=False),
+    Column("token", Text),  # the browser's name for the message: sent again, it is the same turn
+    Column("attempt", Integer, nullable=False, server_default="1"),  # counts up when the message is answered anew
     UniqueConstraint("conversation_id", "number"),
 )
 

@@ -29,7 +29,7 @@ class OpenPair:
     second: Response
 
 
-_OPEN = items.c.kind == "compare", items.c.gold.is_(None), items.c.taken < items.c.overlap
+_OPEN = items.c.kind == "compare", items.c.gold.is_(None), items.c.out.is_(False), items.c.taken < items.c.overlap
 
 
 def open_pairs(connection: Connection) -> list[OpenPair]:

@@ -16,12 +16,13 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, exists, func, insert, select, update
+from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, exists, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from keel.store import gold
 from keel.store.people_tables import aspect_ratings
-from keel.store.records import Assignment, Choice, LeaseLost, Progress, WorkKind
+from keel.store.records import Assignment, Choice, LeaseLost, WorkKind
 from keel.store.rows import prompt_record, storable
 from keel.store.tables import (
     annotators,
@@ -37,6 +38,7 @@ from keel.store.tables import (
 from keel.types import UserError
 
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
+_DRAW = random.SystemRandom()  # nobody who reads this source can reckon what it gives
 
 _HELD = (
     select(assignments)
@@ -45,41 +47,40 @@ _HELD = (
         assignments.c.annotator_id == bindparam("annotator"),
         assignments.c.state == "leased",
         assignments.c.expires_at > bindparam("now"),
-        assignments.c.id.not_in(bindparam("holding", expanding=True)),
+        assignments.c.handle.not_in(bindparam("holding", expanding=True)),
         items.c.kind == bindparam("kind"),
+        items.c.out.is_(False),
     )
     .order_by(assignments.c.id)
     .limit(1)
 )
 _HELD_IN_BATCH = _HELD.where(items.c.batch == bindparam("batch"))
 
-_OPEN_TO = (
+OPEN_TO = (
     select(items.c.id, items.c.key)
     .where(
         items.c.taken < items.c.overlap,
         items.c.kind == bindparam("kind"),
+        items.c.gold.is_(None),
+        items.c.out.is_(False),
         ~exists().where(
             assignments.c.item_id == items.c.id,
             assignments.c.annotator_id == bindparam("annotator"),
             assignments.c.state != "expired",
         ),
     )
-    .order_by(items.c.turn, items.c.id)
     .limit(1)
 )
 
 
-def _locking(query: Select[Any]) -> tuple[Select[Any], Select[Any]]:
+def locking(query: Select[Any]) -> tuple[Select[Any], Select[Any]]:
     """The query that passes over items which another transaction is just taking, and the one that waits for them."""
     return query.with_for_update(of=items, skip_locked=True), query.with_for_update(of=items)
 
 
-def _open_to(batched: bool, gold: bool) -> Select[Any]:
-    query = _OPEN_TO.where(items.c.gold.is_not(None) if gold else items.c.gold.is_(None))
-    return query.where(items.c.batch == bindparam("batch")) if batched else query
-
-
-_OPEN = {(batched, gold): _locking(_open_to(batched, gold)) for batched in (True, False) for gold in (True, False)}
+_IN_ORDER = OPEN_TO.order_by(items.c.turn, items.c.id)
+_OPEN = locking(_IN_ORDER)
+_OPEN_IN_BATCH = locking(_IN_ORDER.where(items.c.batch == bindparam("batch")))
 
 _TAKE = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken + 1)
 _GIVE_BACK = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken - 1)
@@ -93,7 +94,7 @@ def _lease_statement(dialect: Any) -> postgresql.Insert | sqlite.Insert:
     again = {"state": "leased", "leased_at": new.excluded.leased_at, "expires_at": new.excluded.expires_at}
     statement: postgresql.Insert | sqlite.Insert = new.on_conflict_do_update(
         index_elements=["item_id", "annotator_id"], set_=again, where=assignments.c.state == "expired"
-    ).returning(assignments.c.id, assignments.c.shown)
+    ).returning(assignments.c.id, assignments.c.shown, assignments.c.handle)
     return statement
 
 
@@ -131,47 +132,81 @@ def next_assignment(
     annotator_id: int,
     *,
     batch: str | None,
-    holding: Collection[int],
+    holding: Collection[str],
     wait: bool,
     now: datetime,
     lease: timedelta,
-    seed: int,
+    seed: int | None,
     kind: WorkKind = "compare",
-    gold: bool = False,
 ) -> Assignment | None:
     """The annotator's oldest live lease that is not in ``holding``, else a new one, else None (Store.next_assignment).
 
-    ``wait``: when every open item is just being taken by somebody else, wait and see what they leave. For short
-    transactions only: two long ones that wait for each other would deadlock.
+    ``seed``: the sides follow from it; None: they are drawn. ``wait``: when every open item is just being taken by
+    somebody else, wait and see what they leave. For short transactions only: two long ones that wait for each other
+    would deadlock.
     """
-    values: dict[str, Any] = {"annotator": annotator_id, "kind": kind, "now": now, "holding": list(holding)}
-    if batch is not None:
-        values["batch"] = batch
-    held = connection.execute(_HELD if batch is None else _HELD_IN_BATCH, values).first()
-    if held is not None:
-        return screen(connection, held.id, held.item_id, held.shown, held.expires_at, kind)
-    del values["now"], values["holding"]
+    had = held(connection, annotator_id, kind, holding, now, batch)
+    if had is not None:
+        return had
+    values: dict[str, Any] = {"annotator": annotator_id, "kind": kind}
+    values |= {} if batch is None else {"batch": batch}
     while True:
-        item = _open_item(connection, values, gold, wait)
+        item = open_item(connection, _OPEN if batch is None else _OPEN_IN_BATCH, values, wait)
         if item is None:
-            if not _reclaim(connection, now):
+            if not reclaim(connection, now):
                 return None
             continue
-        shown = _sides(item.key, seed, item.id, annotator_id)
-        row = {"item_id": item.id, "annotator_id": annotator_id, "shown": shown, "state": "leased"}
-        row |= {"leased_at": now, "expires_at": now + lease}
-        try:
-            leased = connection.execute(_LEASE[connection.dialect.name], row).first()
-        except IntegrityError as error:  # the item is locked, so it is the annotator that is not there
-            raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first") from error
+        draw = _DRAW if seed is None else random.Random(f"sides/{seed}/{item.id}/{annotator_id}")
+        leased = lease_item(connection, item, annotator_id, draw, now, lease, kind)
         if leased is not None:  # else the same annotator took it in another window meanwhile: look again
-            connection.execute(_TAKE, {"item": item.id})
-            return screen(connection, leased.id, item.id, leased.shown, now + lease, kind)
+            return leased
 
 
-def _open_item(connection: Connection, values: dict[str, Any], gold: bool, wait: bool) -> Row[Any] | None:
+def held(
+    connection: Connection,
+    annotator_id: int,
+    kind: WorkKind,
+    holding: Collection[str],
+    now: datetime,
+    batch: str | None = None,
+) -> Assignment | None:
+    """What the annotator was given and has not done, but for what their page has (``holding``)."""
+    values: dict[str, Any] = {"annotator": annotator_id, "kind": kind, "now": now, "holding": list(holding)}
+    values |= {} if batch is None else {"batch": batch}
+    row = connection.execute(_HELD if batch is None else _HELD_IN_BATCH, values).first()
+    if row is None:
+        return None
+    return screen(connection, row.id, row.item_id, row.shown, row.expires_at, kind, row.handle)
+
+
+def lease_item(
+    connection: Connection,
+    item: Row[Any],
+    annotator_id: int,
+    draw: random.Random,
+    now: datetime,
+    lease: timedelta,
+    kind: WorkKind,
+) -> Assignment | None:
+    """An item that was looked at (id, key) in the annotator's hands, on sides that are drawn; None when it is there
+    already."""
+    row = {"item_id": item.id, "annotator_id": annotator_id, "shown": _sides(item.key, draw), "state": "leased"}
+    row |= {"leased_at": now, "expires_at": now + lease}
+    try:
+        leased = connection.execute(_LEASE[connection.dialect.name], row).first()
+    except IntegrityError as error:  # the item is locked, so it is the annotator that is not there
+        raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first") from error
+    if leased is None:
+        return None
+    connection.execute(_TAKE, {"item": item.id})
+    return screen(connection, leased.id, item.id, leased.shown, now + lease, kind, leased.handle)
+
+
+def open_item(
+    connection: Connection, query: tuple[Select[Any], Select[Any]], values: dict[str, Any], wait: bool
+) -> Row[Any] | None:
     """The first item with a free slot that this annotator has not had, locked."""
-    passing, waiting = _OPEN["batch" in values, gold]
+    passing, waiting = query
     if not wait or connection.dialect.name != "postgresql":
         return connection.execute(passing, values).first()
     # PostgreSQL keeps the lock on a row that it looked at and that another transaction had just filled. Found nothing,
@@ -230,22 +265,29 @@ def record(
     now: datetime,
     annotator_id: int | None,
     also: dict[str, Any] | None = None,
+    widen: bool = False,
 ) -> tuple[int, Row[Any] | None]:
     """Put what somebody did with an assignment into ``table`` (judgements, rankings, writings) and into the log, where
     ``also`` stands beside ``values``. Returns the row's id, and the assignment; None for it when the token had been
-    counted before. ``annotator_id``: whose the assignment must be; None: anybody's."""
+    counted before. ``annotator_id``: whose the assignment must be; None: anybody's. ``widen``: what comes after its
+    slot was given to somebody else makes a slot of its own."""
     assignment = connection.execute(_ASSIGNMENT, {"assignment": assignment_id}).first()
     if assignment is None or assignment.kind not in kinds or annotator_id not in (None, assignment.annotator_id):
-        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+        raise not_yours()
     known = connection.execute(_by_token(table), {"token": token}).first()
     if known is not None:
         if known.assignment_id != assignment_id:
             raise _token_used(token)
         return int(known.id), None
     if assignment.state == "judged":
-        raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to change it")
+        raise UserError("this item is judged already; undo that judgement to change it")
     if assignment.state != "leased":
-        retake(connection, assignment_id, assignment.item_id)
+        try:
+            retake(connection, assignment)
+        except LeaseLost:
+            if not widen:
+                raise
+            _widen(connection, assignment.item_id, now)
     row = values | {"assignment_id": assignment_id, "token": token, "created": now}
     try:
         made = connection.execute(_insert(table), row).inserted_primary_key
@@ -291,14 +333,16 @@ def undo(
         raise UserError(f"{entity} {done_id} is not in the store")
     done = connection.execute(select(table).where(table.c.id == done_id)).one()
     if done.undone_at is not None:
-        raise UserError(f"{entity} {done_id} has been taken back already")
+        raise UserError(f"this {entity} has been taken back already")
     connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
     lease_again(connection, assignment.id, now, lease)
     said = ("choice", "strength", "reason", "tiers", "text", "original_id")
     old = {name: getattr(done, name) for name in said if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)
-    return screen(connection, assignment.id, assignment.item_id, assignment.shown, now + lease, assignment.kind)
+    return screen(
+        connection, assignment.id, assignment.item_id, assignment.shown, now + lease, assignment.kind, assignment.handle
+    )
 
 
 def lease_again(connection: Connection, assignment_id: int, now: datetime, lease: timedelta) -> None:
@@ -328,21 +372,35 @@ def _check_vote(choice: str, strength: float | None, ratings: Mapping[str, Mappi
             raise UserError("ratings are 1 to 5 for each aspect of left and right")
 
 
+def not_yours() -> UserError:
+    return UserError("this item is not yours; ask for the next one")
+
+
 def _token_used(client_token: str) -> UserError:
     return UserError(f"client token {client_token!r} was used for another assignment; make a new one each time")
 
 
-def retake(connection: Connection, assignment_id: int, item_id: int) -> None:
-    """A vote whose lease ran out and was reclaimed: it counts as long as nobody else was given the slot."""
+def retake(connection: Connection, assignment: Row[Any]) -> None:
+    """What was skipped, or whose lease ran out and was reclaimed, takes its slot again: as long as nobody else was
+    given it."""
     item = connection.execute(
-        select(items.c.taken, items.c.overlap).where(items.c.id == item_id).with_for_update()
+        select(items.c.taken, items.c.overlap, items.c.gold).where(items.c.id == assignment.item_id).with_for_update()
     ).one()
-    if item.taken >= item.overlap:
-        raise LeaseLost(f"assignment {assignment_id} ran out and was given to somebody else; ask for the next one")
-    connection.execute(_TAKE, {"item": item_id})
+    if item.taken >= item.overlap or (item.gold is not None and gold.would_be_gone(connection, assignment)):
+        raise LeaseLost("this item was kept for you until its time ran out; somebody else has it now")
+    connection.execute(_TAKE, {"item": assignment.item_id})
 
 
-def _reclaim(connection: Connection, now: datetime) -> bool:
+def _widen(connection: Connection, item_id: int, now: datetime) -> None:
+    """One slot more, taken at once. The item's row is locked (``retake``)."""
+    item = connection.execute(select(items).where(items.c.id == item_id)).one()
+    more = {"overlap": item.overlap + 1, "taken": item.taken + 1}
+    connection.execute(update(items).where(items.c.id == item_id).values(**more))
+    old, new = ({"batch": item.batch, "kind": item.kind, "overlap": item.overlap + by} for by in (0, 1))
+    connection.execute(_ADD_EVENT, event(now, "keel", "changed", "item", item_id, old, new))
+
+
+def reclaim(connection: Connection, now: datetime) -> bool:
     """Give back the slots of leases that have run out; True when there were any. Rows that another transaction holds
     are left to it: waiting for them could deadlock."""
     run_out = connection.execute(_RUN_OUT, {"now": now}).all()
@@ -352,36 +410,26 @@ def _reclaim(connection: Connection, now: datetime) -> bool:
     return bool(run_out)
 
 
-def _sides(key: str, seed: int, item_id: int, annotator_id: int) -> list[int]:
-    """The item's response ids in a random order that depends on the seed, the item and the annotator alone."""
+def _sides(key: str, draw: random.Random) -> list[int]:
+    """The item's response ids in a random order."""
     kind, _, rest = key.rpartition("/")
     if kind:  # "edit/57" shows that response, "write/PROMPT" none
         return [int(rest)] if kind == "edit" else []
     shown = [int(response) for response in key.split("-")]
-    random.Random(f"sides/{seed}/{item_id}/{annotator_id}").shuffle(shown)
+    draw.shuffle(shown)
     return shown
 
 
 def screen(
-    connection: Connection, assignment_id: int, item_id: int, shown: list[int], expires_at: datetime, kind: WorkKind
+    connection: Connection,
+    assignment_id: int,
+    item_id: int,
+    shown: list[int],
+    expires_at: datetime,
+    kind: WorkKind,
+    handle: str,
 ) -> Assignment:
     rows = connection.execute(_SCREEN, {"item": item_id}).all()
     texts = {row.response_id: row.text for row in rows}
     screen = tuple(texts[response] for response in shown)
-    return Assignment(assignment_id, item_id, prompt_record(rows[0]), screen, expires_at, kind)
-
-
-def progress(connection: Connection, batch: str | None) -> Progress:
-    """See Store.progress."""
-    counted = items.c.gold.is_(None), items.c.kind == "compare"
-    wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
-    given = (
-        select(func.count(), func.count(judgements.c.undone_at))  # the second counts those that are not NULL
-        .select_from(judgements.join(assignments))
-        .join(items, items.c.id == assignments.c.item_id)
-        .where(*counted)
-    )
-    if batch is not None:
-        wanted, given = wanted.where(items.c.batch == batch), given.where(items.c.batch == batch)
-    total, undone = connection.execute(given).one()
-    return Progress(int(connection.execute(wanted).scalar_one()), total - undone, undone)
+    return Assignment(assignment_id, item_id, prompt_record(rows[0]), screen, expires_at, handle, kind)

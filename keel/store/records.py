@@ -19,6 +19,11 @@ class LeaseLost(UserError):
     """A judgement came after its lease had run out and somebody else had been given the slot."""
 
 
+class Unavailable(UserError):
+    """The database did not answer, was locked for too long, or has no room left. Nothing of the step was kept, and the
+    same step may do later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """A reply with what made it: the checkpoint (path and fingerprint) and the sampling settings, None when unknown."""
@@ -40,13 +45,15 @@ class Response:
 class Assignment:
     """One item in one annotator's hands until ``expires_at``. It names no model: judging is blind. ``shown`` are the
     responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit, none
-    where a reply is to be written. ``prompt.meta`` holds the graders' notes: a page for people must not send it."""
+    where a reply is to be written. ``handle`` is what a browser calls it by; ``id`` tells how many came before, and
+    ``prompt.meta`` holds the graders' notes: a page for people must not send these."""
 
     id: int
     item_id: int
     prompt: Prompt
     shown: tuple[str, ...]
     expires_at: datetime
+    handle: str
     kind: WorkKind = "compare"
 
     @property
@@ -66,6 +73,7 @@ class Judgement:
     was not asked. ``seconds``, ``guideline``, ``reason``: None when not known. ``settled``: what a reviewer said of the
     item in the end, in terms of the sides of this vote; None while nobody did. ``gold``: the known answer of a gold
     item, in the same terms: such a vote is never trained on. ``ratings``: of each side on the guideline's aspects.
+    ``out``: the item was taken out of use, so the vote is not trained on either.
     """
 
     token: str
@@ -86,6 +94,7 @@ class Judgement:
     settled_by: str | None = None
     gold: Literal["left", "right", "tie"] | None = None
     ratings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    out: bool = False
 
     @property
     def preferred(self) -> Response | None:
@@ -93,8 +102,8 @@ class Judgement:
         return {"left": self.left, "right": self.right}.get(self.choice)
 
     def preferences(self) -> list[Preference]:
-        """The vote as training records: none on a gold item, whose answer was known."""
-        return [] if self.gold else [self.preference()]
+        """The vote as training records: none on a gold item, whose answer was known, nor on one that is out."""
+        return [] if self.gold or self.out else [self.preference()]
 
     def preference(self) -> Preference:
         """The vote as a training record. In a tie (both bad is one) the left response stands as ``chosen``."""
@@ -118,7 +127,8 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """One ranking. ``shown``: the responses in the order of the screen; ``tiers``: places in it, best tier first."""
+    """One ranking. ``shown``: the responses in the order of the screen; ``tiers``: places in it, best tier first;
+    ``out``: its item was taken out of use."""
 
     token: str
     batch: str
@@ -131,6 +141,7 @@ class Ranking:
     guideline: str | None
     reason: str | None
     created: datetime
+    out: bool = False
 
     @property
     def pairs(self) -> list[tuple[int, int, int, int]]:
@@ -139,7 +150,11 @@ class Ranking:
         return [(a, b, tier[a], tier[b]) for a, b in combinations(tier, 2)]
 
     def preferences(self) -> list[Preference]:
-        """Each pair as a training record, two of one tier a tie. Ids are TOKEN/BETTER-WORSE."""
+        """What of it is trained on."""
+        return [] if self.out else self.said()
+
+    def said(self) -> list[Preference]:
+        """Each pair as a record, two of one tier a tie. Ids are TOKEN/BETTER-WORSE."""
         return [
             Preference(
                 id=f"{self.token}/{self.shown[a].id}-{self.shown[b].id}",
@@ -157,7 +172,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A response as somebody improved it."""
+    """A response as somebody improved it. ``out``: its item was taken out of use."""
 
     token: str
     batch: str
@@ -169,9 +184,14 @@ class Edit:
     seconds: float | None
     guideline: str | None
     created: datetime
+    out: bool = False
 
     def preferences(self) -> list[Preference]:
-        """The edit over what was edited, as a training record."""
+        """What of it is trained on."""
+        return [] if self.out else self.said()
+
+    def said(self) -> list[Preference]:
+        """The edit over what was edited, as a record."""
         return [
             Preference(
                 id=self.token,

@@ -13,6 +13,7 @@ from sqlalchemy import Row
 from keel.store.records import Response
 from keel.types import Message, Prompt, UserError
 
+MARK = "[erased]"  # stands where personal data was (erase.py)
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 

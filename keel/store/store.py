@@ -12,11 +12,12 @@ from pathlib import Path
 from types import TracebackType
 
 from sqlalchemy import Connection, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from keel.config import SamplingConfig
-from keel.store import exchange, given, imports, ingest, queue, work
-from keel.store.engine import WAIT_SECONDS, open_engine, parse_url
+from keel.store import exchange, given, imports, ingest, overview, queue, work
+from keel.store.engine import WAIT_SECONDS, compact, open_engine, parse_url
 from keel.store.records import (
     AnnotatorKind,
     Assignment,
@@ -27,11 +28,15 @@ from keel.store.records import (
     Progress,
     Ranking,
     Response,
+    Unavailable,
     WorkKind,
 )
 from keel.store.rows import checked_json, prompt_record, response_record
 from keel.store.tables import events, guidelines, prompts, responses
 from keel.types import Completion, Demonstration, Preference, Prompt, UserError
+
+# What the database says of a statement that is wrong. All else that it says is about itself, and passes.
+_OURS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)
 
 
 def _now() -> datetime:
@@ -50,8 +55,8 @@ class Store:
 
     A Store may be shared by threads; what ``session()`` gives belongs to one thread.
 
-    ``seed`` decides which side a response is shown on; ``lease`` is how long an annotator may hold an item before it
-    can go to somebody else; ``clock`` gives the time (aware).
+    ``seed`` decides which side a response is shown on to simulated annotators; ``lease`` is how long an annotator may
+    hold an item before it can go to somebody else; ``clock`` gives the time (aware).
     """
 
     def __init__(
@@ -80,6 +85,13 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def compact(self) -> None:
+        """Rewrite a SQLite file without what was deleted or overwritten in it, which else stays readable in free pages
+        and in the write-ahead log until it is written over. Somebody who is reading just now holds it up: it is then
+        left to the next time. (PostgreSQL's own VACUUM does it there.)"""
+        if self._engine.dialect.name == "sqlite":
+            compact(self._engine)
 
     # ------------------------------------------------------------------------------------------- transactions
 
@@ -133,9 +145,11 @@ class Store:
                 connection.begin(),
             ):
                 yield connection
-        except OperationalError as error:  # locked for too long, disk full, server gone
-            reason = str(error.orig).strip().splitlines()[0]
-            raise UserError(f"store {self._url}: {reason}; nothing of this step was kept, try it again") from error
+        except _OURS:
+            raise
+        except (DBAPIError, NoConnection) as error:  # locked for too long, disk full, server gone, pool empty
+            reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+            raise Unavailable(f"store {self._url}: {reason}; nothing of this step was kept, try it again") from error
 
     # --------------------------------------------------------------------------------------- what is judged
 
@@ -212,20 +226,26 @@ class Store:
         self,
         annotator_id: int,
         batch: str | None = None,
-        holding: Collection[int] = (),
+        holding: Collection[str] = (),
         kind: WorkKind = "compare",
-        gold: bool = False,
+        seeded: bool = False,
     ) -> Assignment | None:
-        """What this annotator does next (of one batch, or of any); None when there is nothing left for them.
+        """What this annotator does next (of one batch, or of any), gold items left out; None when there is nothing left
+        for them. (The app's people get theirs by ``keel.store.blind``.)
 
-        ``gold``: of the items with a known answer, which are given out in no other way.
+        ``seeded``: the sides follow from the store's seed, for simulated annotators, whose work is to be the same each
+        time. Whoever knows the seed knows these sides, so it is a UserError for any other kind of annotator: theirs are
+        drawn.
 
-        An assignment that the annotator holds already comes again, unless ``holding`` names it (a page that fetches
-        ahead says what it has). Else the first item with a free slot that they have not judged is leased to them.
+        An assignment that the annotator holds already comes again, unless ``holding`` has its handle (a page that
+        fetches ahead says what it has). Else the first item with a free slot that they have not judged is leased to
+        them.
         Inside ``session()`` an item that another transaction is just taking is passed over: there None means that
         nothing is free now.
         """
         with self._begin(writes=True) as connection:
+            if seeded:
+                ingest.check_simulated(connection, annotator_id)
             return queue.next_assignment(
                 connection,
                 annotator_id,
@@ -234,9 +254,8 @@ class Store:
                 wait=self._connection is None,
                 now=self._clock(),
                 lease=self._lease,
-                seed=self._seed,
+                seed=self._seed if seeded else None,
                 kind=kind,
-                gold=gold,
             )
 
     def submit(
@@ -284,7 +303,7 @@ class Store:
     def progress(self, batch: str | None = None) -> Progress:
         """How far the queue of one batch is, or of all."""
         with self._begin(writes=False) as connection:
-            return queue.progress(connection, batch)
+            return overview.progress(connection, batch)
 
     # ------------------------------------------------------------------------------------------ what was said
 

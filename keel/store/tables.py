@@ -2,11 +2,12 @@
 queries are written against, and a test holds the two together.
 
 What people did is never overwritten: a judgement that is taken back keeps its row (``undone_at``), and ``events``
-refuses updates and deletes by trigger.
+refuses updates and deletes by trigger, but for the erasure of personal data (erase.py).
 """
 
 from __future__ import annotations
 
+import secrets
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +27,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -58,6 +60,12 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 def json_column() -> JSON:
     return JSON(none_as_null=True)
+
+
+def handle_column() -> Column[str]:
+    """What a browser calls a row by: 128 random bits, which tell nothing of its number, its kind or its neighbours.
+    (It is never NULL; SQLite can't add a column that says so.)"""
+    return Column("handle", Text, default=lambda: secrets.token_urlsafe(16))
 
 
 prompts = Table(
@@ -120,6 +128,10 @@ items = Table(
     Column("turn", Float, nullable=False, server_default="0"),  # lower comes first
     # a gold item's known answer: first (the response that was stored first), second, or tie; NULL: no gold item
     Column("gold", Text),
+    # the order in which people get what has the same turn: the queue's number and a random fraction (blind.py)
+    Column("place", Float, nullable=False, server_default="0"),
+    # it, its prompt or a response of it was taken out of use (removals.py): given to nobody, never trained on
+    Column("out", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("batch", "key"),
     # the last guard of "never more than overlap", should a transaction ever be wrong
     CheckConstraint("taken >= 0 AND taken <= overlap", name="taken"),
@@ -142,6 +154,9 @@ Index(
     sqlite_where=_OPEN,
     postgresql_where=_OPEN,
 )
+Index("ix_items_place", items.c.kind, items.c.turn, items.c.place, sqlite_where=_OPEN, postgresql_where=_OPEN)
+_GOLD = text("gold IS NOT NULL")
+Index("ix_items_gold", items.c.kind, items.c.id, sqlite_where=_GOLD, postgresql_where=_GOLD)
 
 item_responses = Table(
     "item_responses",
@@ -163,8 +178,11 @@ assignments = Table(
     Column("leased_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime, nullable=False),
     Column("skipped_at", UtcDateTime),
+    Column("skip_token", Text),  # of the last skip, by the browser: sent again after an undo, it skips nothing
+    handle_column(),
     UniqueConstraint("item_id", "annotator_id"),
 )
+Index("uq_assignments_handle", assignments.c.handle, unique=True)
 Index(
     "ix_assignments_leased",
     assignments.c.annotator_id,

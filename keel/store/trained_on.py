@@ -1,6 +1,6 @@
 """What training takes of a store, as hashes: whether a stage must be trained again is told without reading the texts.
 
-The texts of prompts and responses never change, so their numbers stand for them.
+The texts of prompts and responses never change (erased ones are out), so their numbers stand for them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, or_, select
 
 from keel.store.engine import exists
 from keel.store.people_tables import adjudications, rankings, writings
@@ -22,9 +22,10 @@ from keel.store.tables import annotators, assignments, items, judgements
 
 @dataclass(frozen=True, slots=True)
 class VoteHashes:
-    """``people``: of all judgements that stand and are trained on (gold items are not), but those of simulated
-    annotators. ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made their items
-    gold items or settled them. ``written``: of all replies that people wrote or edited. Empty where there are none."""
+    """``people``: of all judgements that stand and are trained on (none on gold items and on what is out), but those of
+    simulated annotators. ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made
+    their items gold items, took them out or settled them. ``written``: of all replies that people wrote or edited, on
+    what is in use. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
@@ -51,7 +52,9 @@ def people_votes(connection: Connection, since: datetime | None) -> PeopleVotes:
     """How many there are, and how many came after ``since`` (None: all of them did)."""
     count, new = 0, 0
     for table in (judgements, rankings, writings):
-        query = _standing(table).with_only_columns(table.c.created).where(items.c.gold.is_(None))
+        query = (
+            _standing(table).with_only_columns(table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
+        )
         query = query.where(annotators.c.kind != "simulated")
         if table is writings:
             query = query.where(writings.c.original_id.is_not(None))
@@ -69,7 +72,7 @@ def _people(connection: Connection) -> Iterable[tuple[Any, ...]]:
     }
     for table, columns in values.items():
         query = _standing(table).with_only_columns(*columns, annotators.c.name)
-        query = query.where(items.c.gold.is_(None), annotators.c.kind != "simulated")
+        query = query.where(items.c.gold.is_(None), items.c.out.is_(False), annotators.c.kind != "simulated")
         if table is writings:  # a demonstration is no preference
             query = query.where(writings.c.original_id.is_not(None))
         for row in connection.execute(query):
@@ -79,13 +82,13 @@ def _people(connection: Connection) -> Iterable[tuple[Any, ...]]:
 
 def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
     simulated = annotators.c.kind == "simulated"
-    query = _standing(judgements).where(items.c.gold.is_not(None), simulated)
+    query = _standing(judgements).where(or_(items.c.gold.is_not(None), items.c.out), simulated)
     yield from map(tuple, connection.execute(query))
     yield from _settled(connection, simulated)
 
 
 def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:
-    query = _standing(writings).with_only_columns(writings.c.token, writings.c.text)
+    query = _standing(writings).with_only_columns(writings.c.token, writings.c.text).where(items.c.out.is_(False))
     yield from map(tuple, connection.execute(query))
 
 
@@ -95,7 +98,8 @@ def _settled(connection: Connection, whose: ColumnElement[bool]) -> Iterable[tup
     query = (
         select(adjudications.c.item_id, adjudications.c.choice)
         .join(items, items.c.id == adjudications.c.item_id)
-        .where(adjudications.c.undone_at.is_(None), items.c.gold.is_(None), adjudications.c.item_id.in_(judged))
+        .where(adjudications.c.undone_at.is_(None), items.c.gold.is_(None), items.c.out.is_(False))
+        .where(adjudications.c.item_id.in_(judged))
         .order_by(adjudications.c.item_id)
     )
     yield from (("settled", *row) for row in connection.execute(query))

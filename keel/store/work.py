@@ -12,9 +12,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, Table, insert, select, update
 
 from keel.store import queue
-from keel.store.ingest import insert_missing
+from keel.store.ingest import in_places, insert_missing
 from keel.store.people_tables import flags, rankings, writings
 from keel.store.records import Assignment, LeaseLost, WorkKind
+from keel.store.removals import refresh_new
 from keel.store.rows import storable
 from keel.store.tables import (
     annotators,
@@ -90,13 +91,15 @@ def _add(
         raise UserError(f"overlap is {overlap}; each item needs at least 1 person")
     here = select(items.c.key).where(items.c.batch.in_({row["batch"] for row in rows}))
     known = set(connection.execute(here).scalars())
-    insert_missing(connection, items, rows)
+    if rows:
+        insert_missing(connection, items, in_places(connection, rows[0]["batch"], rows))
     ids = []
     for row in rows:
         query = select(items.c.id).where(items.c.batch == row["batch"], items.c.key == row["key"])
         ids.append(connection.execute(query).scalar_one())
         parts = [{"item_id": ids[-1], "response_id": response} for response in members.get(row["key"], ())]
         insert_missing(connection, item_responses, parts)
+    refresh_new(connection, ids)
     if added := sum(row["key"] not in known for row in rows):
         new = {"items": added, "overlap": overlap, "kind": rows[0]["kind"]}
         connection.execute(insert(events), event(now, "keel", "added", "batch", rows[0]["batch"], None, new))
@@ -129,7 +132,7 @@ def rank(
         select(assignments.c.shown).where(assignments.c.id == assignment_id, assignments.c.annotator_id == annotator_id)
     ).scalar_one_or_none()
     if shown is None:
-        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+        raise queue.not_yours()
     if sorted(place for tier in tiers for place in tier) != list(range(len(shown))) or not all(tiers):
         raise UserError("a ranking places each response once")
     values = {
@@ -155,7 +158,8 @@ def write(
     annotator_id: int,
     now: datetime,
 ) -> int:
-    """Count a demonstration or an edit and return its id."""
+    """Count a demonstration or an edit and return its id. It counts also when its lease ran out and somebody else was
+    given the item: one more text does no harm, and takes long to write."""
     queue.check_common(seconds, token)
     text = storable(text).strip()
     if not text:
@@ -170,21 +174,29 @@ def write(
         raise UserError("the reply is as it was; improve it, or skip when it needs nothing")
     values = {"text": text, "original_id": original, "seconds": seconds, "guideline": guideline}
     id, _ = queue.record(
-        connection, writings, "wrote", "writing", assignment_id, values, ("write", "edit"), token, now, annotator_id
-    )
+        connection, writings, "wrote", "writing", assignment_id, values, ("write", "edit"), token, now, annotator_id,
+        widen=True,
+    )  # fmt: skip
     return id
 
 
 def skip(
-    connection: Connection, assignment_id: int, reason: str, guideline: str | None, annotator_id: int, now: datetime
+    connection: Connection,
+    assignment_id: int,
+    reason: str,
+    *,
+    token: str | None,
+    guideline: str | None,
+    annotator_id: int,
+    now: datetime,
 ) -> None:
-    """Give an item back for good. Skipped once more, it stays skipped."""
+    """Give an item back for good. Skipped once more, it stays skipped; the same token counts once."""
     assignment = _mine(connection, assignment_id, annotator_id)
-    if assignment.state == "skipped":
+    if assignment.state == "skipped" or (token is not None and assignment.skip_token == token):
         return
     if assignment.state == "judged":
-        raise UserError(f"assignment {assignment_id} is judged already; undo that judgement to skip it")
-    changes = {"state": "skipped", "skipped_at": now}
+        raise UserError("this item is judged already; undo that judgement to skip it")
+    changes = {"state": "skipped", "skipped_at": now, "skip_token": token}
     connection.execute(update(assignments).where(assignments.c.id == assignment_id).values(**changes))
     if assignment.state == "leased":
         given_back = items.c.taken - 1
@@ -217,45 +229,57 @@ def flag(
 
 
 def undo_last(
-    connection: Connection, kind: WorkKind, annotator_id: int, guideline: str | None, now: datetime, lease: timedelta
+    connection: Connection,
+    kind: WorkKind,
+    annotator_id: int,
+    *,
+    guideline: str | None,
+    now: datetime,
+    lease: timedelta,
+    assignment_id: int | None = None,
 ) -> tuple[Assignment, str] | None:
     """Take back what this annotator did last in this kind of work, a skip included: the assignment, theirs again, and
-    what was taken back (judged, skipped); None when there is nothing to take back."""
+    what was taken back (judged, skipped); None when there is nothing to take back. ``assignment_id``: what was done
+    with this one, whatever came after it; when it is in their hands already, that comes as "held", and sent again an
+    undo takes back nothing else."""
     table, entity = TABLES[kind]
-    last = connection.execute(
+    mine = [assignments.c.annotator_id == annotator_id, items.c.kind == kind]
+    if assignment_id is not None:
+        mine.append(assignments.c.id == assignment_id)
+    done = (
         select(table.c.id, table.c.created)
         .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
-        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, table.c.undone_at.is_(None))
-        .order_by(table.c.id.desc())
-        .limit(1)
-    ).first()
-    skipped = connection.execute(
-        select(assignments)
-        .join(items)
-        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, assignments.c.state == "skipped")
-        .order_by(assignments.c.skipped_at.desc())
-        .limit(1)
-    ).first()
+        .where(*mine, table.c.undone_at.is_(None))
+    )
+    last = connection.execute(done.order_by(table.c.id.desc()).limit(1)).first()
+    given_back = select(assignments).join(items).where(*mine, assignments.c.state == "skipped")
+    skipped = connection.execute(given_back.order_by(assignments.c.skipped_at.desc()).limit(1)).first()
     if skipped is not None and (last is None or skipped.skipped_at > last.created):
         return _unskip(connection, skipped, kind, guideline, now, lease), "skipped"
-    if last is None:
+    if last is not None:
+        undone = queue.undo(
+            connection, last.id, now=now, lease=lease, table=table, entity=entity, annotator_id=annotator_id
+        )
+        return undone, "judged"
+    held = select(assignments).join(items).where(*mine, assignments.c.state == "leased")
+    row = None if assignment_id is None else connection.execute(held).first()
+    if row is None:
         return None
-    back = queue.undo(connection, last.id, now=now, lease=lease, table=table, entity=entity, annotator_id=annotator_id)
-    return back, "judged"
+    return queue.screen(connection, row.id, row.item_id, row.shown, row.expires_at, kind, row.handle), "held"
 
 
 def _unskip(
     connection: Connection, skipped: Row[Any], kind: WorkKind, guideline: str | None, now: datetime, lease: timedelta
 ) -> Assignment:
     try:
-        queue.retake(connection, skipped.id, skipped.item_id)
+        queue.retake(connection, skipped)
     except LeaseLost:
         raise UserError("somebody else has the item that you skipped now; it can't be taken back") from None
     queue.lease_again(connection, skipped.id, now, lease)
     name = connection.execute(select(annotators.c.name).where(annotators.c.id == skipped.annotator_id)).scalar_one()
     log = event(now, name, "unskipped", "assignment", skipped.id, {"item": skipped.item_id}, None, guideline)
     connection.execute(insert(events), log)
-    return queue.screen(connection, skipped.id, skipped.item_id, skipped.shown, now + lease, kind)
+    return queue.screen(connection, skipped.id, skipped.item_id, skipped.shown, now + lease, kind, skipped.handle)
 
 
 def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[Any]:
@@ -267,7 +291,7 @@ def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[
     )
     assignment = connection.execute(query).first()
     if assignment is None:
-        raise UserError(f"assignment {assignment_id} is not in the store; ask for the next one")
+        raise queue.not_yours()
     return assignment
 
 
@@ -281,7 +305,7 @@ def demonstrations(connection: Connection, batch: str | None) -> list[Demonstrat
         .select_from(writings.join(assignments, assignments.c.id == writings.c.assignment_id))
         .join(items, items.c.id == assignments.c.item_id)
         .join(prompts, prompts.c.id == items.c.prompt_id)
-        .where(writings.c.undone_at.is_(None))
+        .where(writings.c.undone_at.is_(None), items.c.out.is_(False))
         .order_by(writings.c.id)
     )
     found = []

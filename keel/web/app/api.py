@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from keel.store.people import Session
-from keel.web.app.fields import Flagged, Judged, Kind, Next, PathId, Ranked, Said, Skipped, Undone, Voted, Wrote
+from keel.web.app.fields import (
+    Flagged,
+    Held,
+    Judged,
+    Kind,
+    Next,
+    PathHandle,
+    Ranked,
+    Said,
+    Skipped,
+    Undone,
+    Voted,
+    Wrote,
+)
 from keel.web.app.markdown import render
+from keel.web.app.render import person
 from keel.web.app.security import may
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling, Screen
+from keel.web.service.streams import Stream
 
 router = APIRouter(prefix="/api")
 Annotator = Annotated[Session, Depends(may("annotator"))]
@@ -40,6 +58,12 @@ def _labelling(request: Request) -> Labelling:
 def _progress(request: Request, session: Session, kind: Kind) -> dict[str, Any]:
     done = _labelling(request).progress(session.account, kind)
     return {"today": done.today, "done": done.done, "wanted": done.wanted}
+
+
+@router.get("/me")
+def me(request: Request, session: Annotator) -> dict[str, Any]:
+    """Who is signed in on this browser, and the token that their calls carry: it changes with each sign-in."""
+    return {"person": person(request, session.account), "name": session.account.name, "csrf": session.csrf}
 
 
 @router.post("/next")
@@ -88,9 +112,17 @@ def write(request: Request, session: Annotator, given: Wrote) -> dict[str, Any]:
     return {"progress": _progress(request, session, given.kind)}
 
 
+@router.post("/hold")
+def hold(request: Request, session: Annotator, asked: Held) -> dict[str, Any]:
+    """The page with these assignments is still open. Which are gone, and which are done."""
+    found = _labelling(request).hold(session.account, asked.assignments)
+    gone = [id for id in asked.assignments if id not in (*found.held, *found.done)]
+    return {"gone": gone, "done": list(found.done)}
+
+
 @router.post("/skip")
 def skip(request: Request, session: Annotator, given: Skipped) -> dict[str, Any]:
-    _labelling(request).skip(session.account, given.assignment, given.reason)
+    _labelling(request).skip(session.account, given.assignment, given.reason, given.token)
     return {"progress": _progress(request, session, given.kind)}
 
 
@@ -102,7 +134,7 @@ def flag(request: Request, session: Annotator, given: Flagged) -> dict[str, Any]
 
 @router.post("/undo")
 def undo(request: Request, session: Annotator, asked: Undone) -> dict[str, Any]:
-    back = _labelling(request).undo(session.account, asked.kind)
+    back = _labelling(request).undo(session.account, asked.kind, asked.assignment)
     return {"item": item_json(back), "progress": _progress(request, session, asked.kind)}
 
 
@@ -116,25 +148,53 @@ def _arena(request: Request) -> Arena:
 
 @router.post("/arena")
 def start(request: Request, session: Annotator) -> dict[str, Any]:
-    return {"id": _arena(request).start(session.account)}
+    arena = _arena(request)
+    return {"id": arena.handle(arena.start(session.account))}
 
 
-@router.post("/arena/{id}/say", response_class=StreamingResponse)
-def say(request: Request, session: Annotator, id: PathId, said: Said) -> StreamingResponse:
-    pieces = _arena(request).say(session.account, id, said.message)
+@router.post("/arena/{handle}/say", response_class=StreamingResponse)
+def say(request: Request, session: Annotator, handle: PathHandle, said: Said) -> StreamingResponse:
+    arena = _arena(request)
+    id = arena.find(session.account, handle)
+    stream = arena.say(session.account, id, said.message, said.token, said.turn)
 
     def lines() -> Iterator[str]:
         whole = {"left": "", "right": ""}
-        for side, piece in pieces:
+        for side, piece in stream:
             whole[side] += piece
             line = {"side": side, "text": piece} if piece else {"side": side, "html": render(whole[side])}
             yield json.dumps(line, ensure_ascii=False) + "\n"
+        if stream.why:
+            yield json.dumps({"error": stream.why}) + "\n"
 
-    return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"x-accel-buffering": "no"})
+    return Streamed(stream, lines())
 
 
-@router.post("/arena/{id}/vote")
-def vote(request: Request, session: Annotator, id: PathId, given: Voted) -> dict[str, Any]:
-    shown = _arena(request).vote(session.account, id, given.choice, given.token, given.reason.strip())
+class Streamed(StreamingResponse):
+    """Lines that end when the browser goes: a model that says nothing would hold its place for minutes."""
+
+    def __init__(self, stream: Stream, lines: Iterator[str]) -> None:
+        super().__init__(lines, media_type="application/x-ndjson", headers={"x-accel-buffering": "no"})
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def until_gone() -> None:
+            await self.listen_for_disconnect(receive)
+            self._stream.close()
+
+        watching = asyncio.create_task(until_gone())
+        try:
+            with suppress(OSError):  # the browser went while something was sent
+                await self.stream_response(send)
+        finally:
+            watching.cancel()
+            self._stream.close()
+
+
+@router.post("/arena/{handle}/vote")
+def vote(request: Request, session: Annotator, handle: PathHandle, given: Voted) -> dict[str, Any]:
+    arena = _arena(request)
+    id = arena.find(session.account, handle)
+    shown = arena.vote(session.account, id, given.choice, given.token, given.reason.strip(), given.turn)
     assert shown.names is not None, "a vote shows the names"
     return {"left": shown.names[0], "right": shown.names[1]}

@@ -11,12 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from keel.store import LeaseLost, Store
+from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
 from keel.web.app import api, manage, models, pages, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
-from keel.web.service.arena import Arena
+from keel.web.service.arena import Arena, Busy
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.models import Models
@@ -24,8 +24,18 @@ from keel.web.service.ordering import Ordering
 from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
+from keel.web.service.start import name_of
 
 log = logging.getLogger("keel.web")
+
+RETRY_SECONDS = 5
+# What a UserError is answered with; the words where its own are not for everybody ("": they are). All others are 400.
+# A browser keeps what was answered with 503 and sends it again; 400 and 409 are the last word on it.
+REFUSALS: tuple[tuple[type[UserError], int, str], ...] = (
+    (LeaseLost, 409, ""),
+    (Unavailable, 503, "the database does not answer just now; nothing of this was kept, try it again in a moment"),
+    (Busy, 503, ""),
+)
 
 
 def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
@@ -34,6 +44,7 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     # no pages about the routes: whoever labels has no use for them
     app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.store = store
+    app.state.store_name = name_of(store)
     app.state.sources = sources
     app.state.people = People(store)
     app.state.labelling = Labelling(store)
@@ -78,13 +89,13 @@ def _errors(app: FastAPI) -> None:
     async def too_large(request: Request, error: Exception) -> Response:
         return _problem(request, 413, "this is too large")
 
-    @app.exception_handler(LeaseLost)
-    async def lease_lost(request: Request, error: Exception) -> Response:
-        return _problem(request, 409, "you took longer than the item was kept for you; somebody else has it now")
-
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: Exception) -> Response:
-        return _problem(request, 400, str(error))
+        status, said = next(((code, words) for kind, code, words in REFUSALS if isinstance(error, kind)), (400, ""))
+        response = _problem(request, status, said or str(error))
+        if status == 503:
+            response.headers["Retry-After"] = str(RETRY_SECONDS)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -11,6 +11,8 @@ from keel.store.rows import storable
 
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PathId = Annotated[int, Path(ge=1, le=2**31 - 1)]
+Handle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{22}$")]
+PathHandle = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$")]
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Line = Annotated[str, AfterValidator(storable), StringConstraints(max_length=500)]
@@ -25,6 +27,7 @@ FormCount = Annotated[int, Form(ge=0, le=100_000)]
 Kind = Literal["compare", "rank", "write", "edit"]
 Choice = Literal["left", "right", "tie", "both_bad"]
 Role = Literal["annotator", "reviewer", "admin"]
+TurnNumber = Annotated[int, Field(ge=1, le=1000)]
 Rating = Annotated[int, Field(ge=1, le=5)]
 
 
@@ -34,11 +37,11 @@ class Strict(BaseModel):
 
 class Next(Strict):
     kind: Kind
-    holding: list[Id] = Field(default_factory=list, max_length=16)
+    holding: list[Handle] = Field(default_factory=list, max_length=16)
 
 
 class Judged(Strict):
-    assignment: Id
+    assignment: Handle
     token: Token
     choice: Choice
     strength: Literal[1, 2, 3] | None = None
@@ -49,7 +52,7 @@ class Judged(Strict):
 
 
 class Ranked(Strict):
-    assignment: Id
+    assignment: Handle
     token: Token
     tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
     seconds: Seconds | None = None
@@ -58,7 +61,7 @@ class Ranked(Strict):
 
 
 class Wrote(Strict):
-    assignment: Id
+    assignment: Handle
     kind: Literal["write", "edit"]
     token: Token
     text: Text
@@ -66,27 +69,36 @@ class Wrote(Strict):
     guideline: Line | None = None  # the version that the page was made with; by default the one in force
 
 
+class Held(Strict):
+    assignments: list[Handle] = Field(max_length=16)
+
+
 class Skipped(Strict):
-    assignment: Id
+    assignment: Handle
     kind: Kind
+    token: Token | None = None
     reason: Line = ""
 
 
 class Flagged(Strict):
-    assignment: Id
+    assignment: Handle
     token: Token
     text: Annotated[str, AfterValidator(storable), StringConstraints(max_length=2_000)] = ""
 
 
 class Undone(Strict):
     kind: Kind
+    assignment: Handle | None = None  # the one that the page did last; by default what its person did last anywhere
 
 
 class Said(Strict):
+    token: Token | None = None  # the browser's name for the message: sent again, it is the same turn
+    turn: TurnNumber | None = None  # which one the page takes it for
     message: Annotated[str, AfterValidator(storable), StringConstraints(min_length=1, max_length=8_000)]
 
 
 class Voted(Strict):
     token: Token
+    turn: TurnNumber | None = None  # the last one that the page shows
     choice: Choice
     reason: Text = ""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
+from keel.store import Unavailable
 from keel.store.people import Session
+from keel.store.removals import What
 from keel.types import UserError
 from keel.web.app.charts import agreement_chart, pace_chart
-from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Kind, Line, PathId, Role
+from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Kind, Line, PathId, Role
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
 from keel.web.service.manage import Export, Manage
@@ -22,6 +25,7 @@ from keel.web.service.manage import Export, Manage
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
 Reviewer = Annotated[Session, Depends(may("reviewer"))]
 Admin = Annotated[Session, Depends(may("admin"))]
+T = TypeVar("T")
 Answer = Literal["first", "second", "tie"]
 
 
@@ -77,7 +81,36 @@ def adjudicate(
 
 @router.get("/flags")
 def flags(request: Request, session: Reviewer) -> Response:
-    return page(request, "manage/flags.html", session, flags=_manage(request).flags())
+    manage = _manage(request)
+    context: dict[str, Any] = {"flags": manage.flags(), "removed": manage.out()}
+    return page(request, "manage/flags.html", session, **context)
+
+
+@router.post("/flags/out")
+def take_out(
+    request: Request,
+    session: Reviewer,
+    what: Annotated[What, Form()],
+    id: FormLine,
+    reason: FormLine = "",
+    flag: Annotated[Id | None, Form()] = None,
+) -> Response:
+    _manage(request).take_out(what, id, reason, flag, session.account)
+    return done("/flags", "Taken out: nobody gets it any more, and votes on it train nothing. It can be put back.")
+
+
+@router.post("/flags/back")
+def put_back(request: Request, session: Reviewer, removal: FormId) -> Response:
+    _manage(request).put_back(removal, session.account)
+    return done("/flags", "Put back.")
+
+
+@router.post("/flags/erase")
+def erase(
+    request: Request, session: Admin, what: Annotated[Literal["response", "prompt"], Form()], id: FormLine
+) -> Response:
+    _manage(request).erase(what, id, session.account)
+    return done("/flags", "Erased.")
 
 
 @router.post("/flags/{id}")
@@ -97,6 +130,7 @@ def prompts(request: Request, session: Admin) -> Response:
         "models": state.sampling.models,
         "requests": state.sampling.requests(),
         "can_read": state.sources.read_prompts is not None,
+        "can_read_responses": state.sources.read_unjudged is not None,
     }
     return page(request, "manage/prompts.html", session, **context)
 
@@ -106,17 +140,38 @@ def import_prompts(request: Request, session: Admin, file: UploadFile) -> Respon
     read = request.app.state.sources.read_prompts
     if read is None:
         raise UserError("this server can't read files of prompts")
-    name = Path(file.filename or "prompts.jsonl").name
+    found = _uploaded(file, read)
+    added = _manage(request).add_prompts(found, session.account.name)
+    return done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
+
+
+@router.post("/prompts/responses")
+def import_responses(
+    request: Request,
+    session: Admin,
+    file: UploadFile,
+    overlap: FormCount = 1,
+    pairs: FormCount = 0,
+    unlabelled: Annotated[bool, Form()] = False,
+) -> Response:
+    read = request.app.state.sources.read_unjudged
+    if read is None:
+        raise UserError("this server can't read files of responses")
+    groups = _uploaded(file, lambda path: read(path, unlabelled))
+    added = _manage(request).add_unjudged(groups, pairs or None, overlap, session.account.name)
+    return done("/prompts", f"{added}.")
+
+
+def _uploaded(file: UploadFile, read: Callable[[Path], T]) -> T:
+    name = Path(file.filename or "upload.jsonl").name
     with tempfile.TemporaryDirectory() as folder:
         # the reader names the file in its messages; its ending says what it is
         path = Path(folder) / f"upload{Path(name).suffix[:10] or '.jsonl'}"
         path.write_bytes(file.file.read())
         try:
-            found = read(path)
+            return read(path)
         except UserError as error:
             raise UserError(str(error).replace(str(path), name)) from None
-    added = _manage(request).add_prompts(found, session.account.name)
-    return done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
 
 
 @router.post("/prompts/sample")
@@ -261,6 +316,12 @@ def change(
     return done("/people", "Saved.")
 
 
+@router.post("/people/erase")
+def erase_person(request: Request, session: Admin, name: FormLine, texts: Annotated[bool, Form()] = False) -> Response:
+    new = request.app.state.people.erase(name, texts, session.account.name)
+    return done("/people", f"Erased. What they judged is kept as {new}’s.")
+
+
 # ------------------------------------------------------------------------------------- admins: guideline, export, log
 
 
@@ -285,6 +346,8 @@ def _guideline_page(request: Request, session: Session, status: int = 200, **typ
 def add_guideline(request: Request, session: Admin, text: FormText, aspects: FormText = "") -> Response:
     try:
         version = _manage(request).add_guideline(text, aspects, session.account.name)
+    except Unavailable:
+        raise
     except UserError as error:
         return _guideline_page(request, session, 400, text=text, aspects=aspects, problem=str(error))
     request.app.state.labelling.forget()

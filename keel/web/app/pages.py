@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Form, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from keel.store import Unavailable
 from keel.store.people import Session
 from keel.types import UserError
 from keel.web.app.fields import FormLine, Secret
@@ -129,6 +130,8 @@ def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, pas
         return page(request, "link_gone.html", status=404)
     try:
         cookie = _people(request).accept(secret, name, password)
+    except Unavailable:
+        raise
     except UserError as error:
         context = {"secret": secret, "role": found["role"], "name": name, "shortest": SHORTEST_PASSWORD}
         return page(request, "join.html", status=400, problem=str(error), **context)
@@ -148,7 +151,8 @@ def _work(request: Request, session: Session, template: str, **context: Any) -> 
     """A working page. It knows the guideline that it was made with: what is done on it counts under that version."""
     guideline = request.app.state.labelling.guideline()
     version = guideline.version if guideline else None
-    found: Response = page(request, template, session, guideline_version=version, **context)
+    lease = request.app.state.store.lease.total_seconds()
+    found: Response = page(request, template, session, guideline_version=version, lease=lease, **context)
     return found
 
 
@@ -170,7 +174,9 @@ def edit(request: Request, session: Annotator) -> Response:
 @router.get("/arena")
 def arena(request: Request, session: Annotator) -> Response:
     place = request.app.state.arena
-    return page(request, "arena.html", session, ready=place.ready, conversation=place.current(session.account))
+    current = place.current(session.account)
+    context = {"conversation": current, "handle": place.handle(current.id) if current else ""}
+    return page(request, "arena.html", session, ready=place.ready, **context)
 
 
 @router.get("/mine")
@@ -193,6 +199,8 @@ def set_password(request: Request, session: Annotator, password: Password) -> Re
     context: dict[str, Any] = {"shortest": SHORTEST_PASSWORD}
     try:
         cookie = _people(request).set_password(session.account, password)
+    except Unavailable:
+        raise
     except UserError as error:
         return page(request, "account.html", session, status=400, problem=str(error), **context)
     return _signed_in(request, cookie)

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
-from keel.store.people import ROLES, Session
+from keel.store.people import ROLES, Account, Session
 from keel.web.app.markdown import render
 
 SAID = "keel_said"  # the cookie with what the last form did
@@ -31,17 +31,23 @@ def page(request: Request, template: str, session: Session | None = None, status
         .get_template(template)
         .render(
             me=account,
+            person=person(request, account) if account else "",
             rank=ROLES.index(account.role) if account else -1,
             csrf=csrf,
             csrf_field=Markup('<input type="hidden" name="csrf" value="{}">').format(csrf),
             path=request.url.path,
-            **{"problem": "", "name": "", "said": told, "guideline_version": None} | context,
+            **{"problem": "", "name": "", "said": told, "guideline_version": None, "lease": None} | context,
         )
     )
     response = HTMLResponse(html, status)
     if told:
         response.delete_cookie(SAID, path="/manage")
     return response
+
+
+def person(request: Request, account: Account) -> str:
+    """Whose a browser's letters are: another store on the same address has a person of the same number."""
+    return f"{request.app.state.store_name}-{account.annotator_id}"
 
 
 @cache

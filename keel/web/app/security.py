@@ -19,7 +19,7 @@ COOKIE = "keel_session"
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 LARGEST_BODY = 1_000_000
 LARGEST_UPLOAD = 64_000_000
-UPLOAD = "/manage/prompts/import"
+UPLOADS = frozenset({"/manage/prompts/import", "/manage/prompts/responses"})
 
 CONTENT_POLICY = "; ".join(
     (
@@ -96,7 +96,7 @@ class Shield:
         if scope["method"] not in SAFE and _foreign(headers):
             await PlainTextResponse("this request comes from another site", 403)(scope, receive, with_headers)
             return
-        largest = LARGEST_UPLOAD if scope["path"] == UPLOAD else LARGEST_BODY
+        largest = LARGEST_UPLOAD if scope["path"] in UPLOADS else LARGEST_BODY
         try:
             length = int(headers.get(b"content-length", b"0"))
         except ValueError:

@@ -3,7 +3,6 @@ a page may send before the vote: no model, no score, no item's or response's num
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from keel.store import Assignment, Store, people, work
+from keel.store import Assignment, Store, blind, leases, people, work
+from keel.store.leases import Renewed
 from keel.store.people import Account, Guideline
 from keel.store.records import Choice, WorkKind
 from keel.store.tables import annotators, assignments, items
@@ -26,9 +26,9 @@ _KEPT_SECONDS = 5.0  # how old a figure of progress may be
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """One item as a page shows it. ``id`` names the assignment."""
+    """One item as a page shows it. ``id``: the assignment's handle."""
 
-    id: int
+    id: str
     kind: WorkKind
     messages: tuple[Message, ...]
     shown: tuple[str, ...]
@@ -36,7 +36,9 @@ class Screen:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """``today``: what this annotator did since midnight UTC; ``done`` of ``wanted``: all people's, for this kind."""
+    """``today``: what this annotator did since midnight UTC; ``done`` of ``wanted``: all people's, for this kind. What
+    is done counts gold items like others, lest the figure tell them apart; what is wanted counts none, so at the end
+    ``wanted`` is as many as are ``done``."""
 
     today: int
     done: int
@@ -54,43 +56,31 @@ class PastWork:
 
 
 class Labelling:
-    def __init__(self, store: Store, seed: int = 0) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._seed = seed
         self._progress: dict[str, tuple[float, tuple[int, int]]] = {}
         self._guideline: tuple[float, Guideline | None] = (-_KEPT_SECONDS, None)
         self._gold_every: tuple[float, int] = (-_KEPT_SECONDS, GOLD_EVERY)
 
     # ----------------------------------------------------------------------------------------------------- the queue
 
-    def next(self, person: Account, kind: WorkKind, holding: Collection[int] = ()) -> Screen | None:
-        """What this person does next; ``holding``: the assignments that their page has already."""
+    def next(self, person: Account, kind: WorkKind, holding: Collection[str] = ()) -> Screen | None:
+        """What this person does next; ``holding``: the handles of what their page has already."""
         if len(holding) >= MOST_HELD:
             return None
-        plain = self._store.next_assignment(person.annotator_id, holding=holding, kind=kind)
-        if plain is None:
-            return None  # not a gold item either: what comes when nothing is left could be nothing else
-        if kind == "compare" and self._gold_is_due(person.annotator_id):
-            held = [*holding, plain.id]  # the plain one stays theirs, and comes the next time
-            gold = self._store.next_assignment(person.annotator_id, holding=held, kind=kind, gold=True)
-            return screen(gold or plain)
-        return screen(plain)
-
-    def _gold_is_due(self, annotator_id: int) -> bool:
-        """Drawn anew for each item, so that nobody can count them out."""
-        asked, every = self._gold_every
-        with self._store.transaction(writes=False) as connection:
+        with self._store.transaction(writes=True) as connection:
+            asked, every = self._gold_every
             if time.monotonic() - asked > _KEPT_SECONDS:
                 every = int(people.setting(connection, "gold_every", GOLD_EVERY))
                 self._gold_every = time.monotonic(), every
-            mine = select(func.max(assignments.c.id)).where(assignments.c.annotator_id == annotator_id)
-            last = connection.execute(mine).scalar_one()
-        return every > 0 and random.Random(f"gold/{self._seed}/{annotator_id}/{last}").random() < 1 / every
+            now, lease = self._store.now, self._store.lease
+            found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease)
+        return None if found is None else screen(found)
 
     def judge(
         self,
         person: Account,
-        assignment_id: int,
+        handle: str,
         choice: Choice,
         *,
         token: str,
@@ -107,24 +97,25 @@ class Labelling:
             side: {aspect: value for aspect, value in given.items() if aspect in asked}
             for side, given in (ratings or {}).items()
         }
-        id = self._store.submit(
-            assignment_id,
-            choice,
-            client_token=token,
-            strength=strength,
-            seconds=seconds,
-            guideline=rules.version if rules else None,
-            reason=reason or None,
-            ratings={side: given for side, given in kept.items() if given} or None,
-            annotator_id=person.annotator_id,
-        )
+        with self._store.session() as session, session.transaction(writes=True) as connection:
+            id = session.submit(
+                blind.find(connection, handle, person.annotator_id),
+                choice,
+                client_token=token,
+                strength=strength,
+                seconds=seconds,
+                guideline=rules.version if rules else None,
+                reason=reason or None,
+                ratings={side: given for side, given in kept.items() if given} or None,
+                annotator_id=person.annotator_id,
+            )
         self._count("compare", 1)
         return id
 
     def rank(
         self,
         person: Account,
-        assignment_id: int,
+        handle: str,
         tiers: Sequence[Sequence[int]],
         *,
         token: str,
@@ -136,7 +127,7 @@ class Labelling:
         with self._store.transaction(writes=True) as connection:
             return work.rank(
                 connection,
-                assignment_id,
+                blind.find(connection, handle, person.annotator_id),
                 tiers,
                 token=token,
                 seconds=seconds,
@@ -149,7 +140,7 @@ class Labelling:
     def write(
         self,
         person: Account,
-        assignment_id: int,
+        handle: str,
         text: str,
         *,
         token: str,
@@ -160,7 +151,7 @@ class Labelling:
         with self._store.transaction(writes=True) as connection:
             return work.write(
                 connection,
-                assignment_id,
+                blind.find(connection, handle, person.annotator_id),
                 text,
                 token=token,
                 seconds=seconds,
@@ -169,15 +160,28 @@ class Labelling:
                 now=self._store.now,
             )
 
-    def skip(self, person: Account, assignment_id: int, reason: str) -> None:
+    def hold(self, person: Account, handles: Collection[str]) -> Renewed:
+        """The person's page is open with these before them: they stay theirs for longer."""
         with self._store.transaction(writes=True) as connection:
-            work.skip(connection, assignment_id, reason, self._version(), person.annotator_id, self._store.now)
+            return leases.renew(connection, handles, person.annotator_id, self._store.now, self._store.lease)
 
-    def flag(self, person: Account, assignment_id: int, text: str, token: str) -> None:
+    def skip(self, person: Account, handle: str, reason: str, token: str | None = None) -> None:
+        with self._store.transaction(writes=True) as connection:
+            work.skip(
+                connection,
+                blind.find(connection, handle, person.annotator_id),
+                reason,
+                token=token,
+                guideline=self._version(),
+                annotator_id=person.annotator_id,
+                now=self._store.now,
+            )
+
+    def flag(self, person: Account, handle: str, text: str, token: str) -> None:
         with self._store.transaction(writes=True) as connection:
             work.flag(
                 connection,
-                assignment_id,
+                blind.find(connection, handle, person.annotator_id),
                 text,
                 token=token,
                 guideline=self._version(),
@@ -185,11 +189,19 @@ class Labelling:
                 now=self._store.now,
             )
 
-    def undo(self, person: Account, kind: WorkKind) -> Screen | None:
-        """Take back what this person did last; None when there is nothing."""
+    def undo(self, person: Account, kind: WorkKind, handle: str | None = None) -> Screen | None:
+        """Take back what this person did last, or did with this assignment; None when there is nothing."""
         store = self._store
         with store.transaction(writes=True) as connection:
-            back = work.undo_last(connection, kind, person.annotator_id, self._version(), store.now, store.lease)
+            back = work.undo_last(
+                connection,
+                kind,
+                person.annotator_id,
+                guideline=self._version(),
+                now=store.now,
+                lease=store.lease,
+                assignment_id=None if handle is None else blind.find(connection, handle, person.annotator_id),
+            )
         if back is None:
             return None
         if back[1] == "judged":
@@ -245,17 +257,19 @@ class Labelling:
     def _of_all(self, kind: WorkKind) -> tuple[int, int]:
         asked, figures = self._progress.get(kind, (-_KEPT_SECONDS, (0, 0)))
         if time.monotonic() - asked > _KEPT_SECONDS:
-            counted = items.c.kind == kind, items.c.gold.is_(None)
-            still = select(func.coalesce(func.sum(items.c.overlap - items.c.taken), 0)).where(*counted)
-            hands = select(func.count()).select_from(assignments.join(items).join(annotators)).where(*counted)
+            plain = items.c.kind == kind, items.c.gold.is_(None), items.c.out.is_(False)
+            still = select(func.coalesce(func.sum(items.c.overlap - items.c.taken), 0)).where(*plain)
+            hands = select(func.count()).select_from(assignments.join(items).join(annotators))
+            hands = hands.where(items.c.kind == kind)
             with self._store.transaction(writes=False) as connection:
                 wanted = int(connection.execute(still.where(items.c.taken < items.c.overlap)).scalar_one())
-                held = int(connection.execute(hands.where(assignments.c.state == "leased")).scalar_one())
-                people_did = hands.where(assignments.c.state == "judged", annotators.c.kind == "person")
-                done = int(connection.execute(people_did).scalar_one())
-            figures = done, done + held + wanted
+                held = int(connection.execute(hands.where(*plain, assignments.c.state == "leased")).scalar_one())
+                judged = hands.where(assignments.c.state == "judged", annotators.c.kind == "person")
+                done = int(connection.execute(judged).scalar_one())
+                of_wanted = int(connection.execute(judged.where(*plain)).scalar_one())
+            figures = done, of_wanted + held + wanted
             self._progress[kind] = time.monotonic(), figures
-        return figures
+        return figures[0], max(figures)
 
     def mine(self, person: Account, limit: int = 100) -> list[PastWork]:
         """What this person did last, newest first. Their own work alone."""
@@ -275,7 +289,7 @@ class Labelling:
 
 def screen(assignment: Assignment) -> Screen:
     """What may be sent of an assignment."""
-    return Screen(assignment.id, assignment.kind, assignment.prompt.messages, assignment.shown)
+    return Screen(assignment.handle, assignment.kind, assignment.prompt.messages, assignment.shown)
 
 
 STRENGTHS: Mapping[int, str] = {1: "slightly better", 2: "better", 3: "much better"}

@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 from sqlalchemy import select
 
-from keel.store import Store, arena, exchange, overview, people, work
+from keel.store import Store, arena, erase, exchange, gold, overview, people, removals, unjudged, work
 from keel.store.lineage import other_work
 from keel.store.overview import Queue
 from keel.store.people import Account, Guideline
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
+from keel.store.removals import What
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
 from keel.store.trained_on import PeopleVotes, people_votes
-from keel.types import Prompt, UserError
+from keel.store.unjudged import Added
+from keel.types import Prompt, Unjudged, UserError
 from keel.web.service.labelling import GOLD_EVERY
 from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
@@ -103,7 +105,7 @@ class Manage:
 
     def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
-            overview.set_gold(connection, item_id, answer, actor, self._store.now)
+            gold.set_gold(connection, item_id, answer, actor, self._store.now)
 
     def gold_every(self) -> int:
         with self._store.transaction(writes=False) as connection:
@@ -135,6 +137,11 @@ class Manage:
             session.add_prompts(prompts)
             people.log(connection, self._store.now, actor, "imported", "prompts", len(prompts), None, None)
         return len(prompts)
+
+    def add_unjudged(self, groups: list[Unjudged], pairs: int | None, overlap: int, actor: str) -> Added:
+        """Import responses and queue pairs of them (None: all), each for ``overlap`` people."""
+        with self._store.transaction(writes=True) as connection:
+            return unjudged.add_unjudged(connection, groups, pairs, overlap, unjudged.BATCH, actor, self._store.now)
 
     def ask_for_writing(self, prompts: int, overlap: int, actor: str) -> int:
         """Queue prompts that were not yet (those with the fewest responses first) for people to reply to; how many."""
@@ -202,6 +209,35 @@ class Manage:
         with self._store.transaction(writes=True) as connection:
             overview.resolve_flag(connection, id, actor, self._store.now)
 
+    # ---------------------------------------------------------------------------------------------- out, and erased
+
+    def out(self) -> list[dict[str, Any]]:
+        """What is taken out of use, the last first."""
+        with self._store.transaction(writes=False) as connection:
+            return removals.standing(connection)
+
+    def take_out(self, what: What, id: str, reason: str, flag: int | None, person: Account) -> None:
+        """``flag``: that which it answers, which is resolved by it."""
+        now = self._store.now
+        with self._store.transaction(writes=True) as connection:
+            removals.take_out(connection, what, _key(what, id), reason, person.annotator_id, now)
+            if flag is not None:
+                overview.resolve_flag(connection, flag, person.name, now)
+
+    def put_back(self, removal_id: int, person: Account) -> None:
+        with self._store.transaction(writes=True) as connection:
+            removals.put_back(connection, removal_id, person.annotator_id, self._store.now)
+
+    def erase(self, what: Literal["response", "prompt"], id: str, person: Account) -> None:
+        """Overwrite the texts of a response or a prompt for good, with what was written about them."""
+        now, key = self._store.now, _key(what, id)
+        with self._store.transaction(writes=True) as connection:
+            if what == "prompt":
+                erase.erase_prompt(connection, str(key), person.annotator_id, person.name, now)
+            else:
+                erase.erase_response(connection, int(key), person.annotator_id, person.name, now)
+        self._store.compact()
+
     def arena_results(self) -> list[Standing]:
         """What was voted in the arena, the model that won most first."""
         with self._store.transaction(writes=False) as connection:
@@ -267,6 +303,14 @@ class Manage:
             with store.transaction(writes=False) as connection:
                 rows = arena.votes(connection) if what == "arena.jsonl" else _plain(connection, what)
             yield from rows
+
+
+def _key(what: What, id: str) -> int | str:
+    if what == "prompt":
+        return id
+    if not id.isdecimal() or len(id) > 9:
+        raise UserError(f"there is no {what} {id}")
+    return int(id)
 
 
 def _plain(connection: Any, what: Export) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
+from sqlalchemy import Connection
 
-from keel.store import Store, people
+from keel.store import Store, erase, people
 from keel.store.people import Account, AccountRole, Session
 from keel.types import UserError
 
@@ -44,15 +45,25 @@ class People:
         """The secret of a one-time link for the owner's account, an admin; made with it when it is missing."""
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
-            owner = people.account(connection, OWNER)
-            if owner is None:
-                owner = people.add_account(connection, OWNER, "admin", None, "keel", now)
+            owner = self._owner(connection, now)
             if owner.role != "admin" or not owner.active:
-                people.change_account(connection, OWNER, "keel", now, role="admin", active=True)
+                people.change_account(connection, owner.name, "keel", now, role="admin", active=True)
             secret, digest = _secret()
             expires = now + SIGN_IN_LINK_LASTS
             people.add_link(connection, digest, "admin", owner.annotator_id, "keel", now, expires)
         return secret
+
+    def _owner(self, connection: Connection, now: datetime) -> Account:
+        """The owner's account. Judgements that were imported may be somebody else's of that name: a setting says whose
+        account it is, and not the name."""
+        id = people.setting(connection, OWNER, None)
+        owner = people.account(connection, OWNER) if id is None else people.account_of(connection, id)
+        if owner is None:
+            name = people.free_name(connection, OWNER)
+            owner = people.add_account(connection, name, "admin", None, "keel", now)
+        if id is None:
+            people.set_setting(connection, OWNER, owner.annotator_id, "keel", now)
+        return owner
 
     def invite(self, role: AccountRole, actor: str) -> str:
         """The secret of an invitation to make an account with this role."""
@@ -84,6 +95,8 @@ class People:
         name = " ".join(name.split())
         if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
             raise UserError(f"the name must have 1 to {LONGEST_NAME} characters")
+        if name in people.ACTORS:
+            raise UserError(f"the name {name!r} is one of Keel's own; choose another one")
         hashed = self._hash(password)
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
@@ -160,6 +173,19 @@ class People:
         if changes:
             with self._store.transaction(writes=True) as connection:
                 people.change_account(connection, name, actor, self._store.now, **changes)
+
+    def erase(self, name: str, texts: bool, actor: str) -> str:
+        """Make somebody nobody (keel.store.erase); the name under which their judgements stay."""
+        now = self._store.now
+        with self._store.transaction(writes=True) as connection:
+            found = people.account(connection, name)
+            if found is not None and found.annotator_id == self._owner(connection, now).annotator_id:
+                raise UserError("the owner's account is that of whoever starts keel label, and nobody's name")
+            if found is not None and found.active:
+                people.change_account(connection, name, actor, now, active=False)  # refuses the only admin
+            new = erase.erase_person(connection, name, texts, actor, now)
+        self._store.compact()
+        return new
 
     # ---------------------------------------------------------------------------------------------------- passwords
 

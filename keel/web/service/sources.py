@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keel.config import SamplingConfig
-from keel.types import Completion, Message, Prompt
+from keel.types import Completion, Message, Prompt, Unjudged
 
 Reply = Callable[[Sequence[Message]], Iterator[str]]
 Sample = Callable[[Sequence[Prompt], int], list[list[Completion]]]
@@ -119,3 +119,4 @@ class Sources:
     trained: Callable[[], Sequence[TrainedModel]] = tuple
     ensemble: Ensemble | None = None
     training: Training | None = None
+    read_unjudged: Callable[[Path, bool], list[Unjudged]] | None = None  # True: without the answers in its rows

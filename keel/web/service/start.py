@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import secrets
 from itertools import combinations
 
 from sqlalchemy import Connection, select
 
 from keel.store import Store, people
+from keel.store.ingest import insert_missing
+from keel.store.people_tables import settings
+from keel.store.removals import in_use
 from keel.store.tables import items, responses
 
 FIRST_BATCH = "people"
@@ -46,7 +50,9 @@ def prepare(store: Store) -> None:
     with store.transaction(writes=False) as connection:
         ready = people.current_guideline(connection) is not None
         version = people.next_version(connection)
-        anything = connection.execute(select(items.c.id).where(items.c.taken < items.c.overlap).limit(1)).first()
+        anything = connection.execute(
+            select(items.c.id).where(items.c.taken < items.c.overlap, items.c.out.is_(False)).limit(1)
+        ).first()
         used = connection.execute(select(items.c.id).where(items.c.batch == FIRST_BATCH).limit(1)).first()
         wanted = anything is None and used is None
         pairs = first_pairs(connection, open_groups(connection), FIRST_ITEMS) if wanted else []
@@ -58,10 +64,22 @@ def prepare(store: Store) -> None:
         store.add_comparisons(pairs, overlap=1, batch=FIRST_BATCH)
 
 
+def name_of(store: Store) -> str:
+    """What tells this store from any other one: drawn the first time, and the same from then on."""
+    with store.transaction(writes=False) as connection:
+        name = people.setting(connection, "store_name", "")
+    if not name:
+        with store.transaction(writes=True) as connection:
+            insert_missing(connection, settings, [{"name": "store_name", "value": secrets.token_hex(8)}])
+            name = people.setting(connection, "store_name", "")
+    return str(name)
+
+
 def open_groups(connection: Connection) -> dict[str, list[int]]:
-    """Responses by prompt, oldest first; of two with the same text the first: nobody could tell them apart."""
+    """Responses in use by prompt, oldest first; of two with the same text the first: nobody could tell them apart."""
     texts: dict[str, dict[str, int]] = {}
     query = select(responses.c.prompt_id, responses.c.id, responses.c.text).order_by(responses.c.id)
+    query = query.where(in_use(responses.c.prompt_id, responses.c.id))
     for row in connection.execute(query):
         texts.setdefault(row.prompt_id, {}).setdefault(row.text.strip(), row.id)
     return {prompt: list(ids.values()) for prompt, ids in texts.items()}

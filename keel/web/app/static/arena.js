@@ -1,11 +1,19 @@
-import { Refused, byId, post, toast, token } from "./common.js";
+import { Refused, byId, toast } from "./common.js";
+import { draftOf, setDraft } from "./drafts.js";
+import { token } from "./outbox.js";
+import { drop, keep, read } from "./storage.js";
+import { PERSON, call, post } from "./wire.js";
 
+const VOTE = `keel-arena-vote-${PERSON}`; // a vote that the server has not answered yet
+const DRAFT = { id: "arena", kind: "arena" };
 const turns = byId("turns");
 const form = byId("say");
 const field = byId("message");
 let conversation = turns.dataset.conversation || null;
 let busy = false;
 let ended = false;
+let listening = new AbortController(); // to the answers that come
+let unanswered = { message: null, token: null }; // sent again under its name, so that it is the same turn
 
 const sides = { left: "A", right: "B" };
 
@@ -18,10 +26,17 @@ function problem(text) {
   byId("problem").hidden = !text;
 }
 
+/** What stands in the field; it is kept while it is typed. */
+function write(message) {
+  field.value = message;
+  setDraft(DRAFT, "message", message || null);
+}
+
 function refresh() {
-  byId("send").disabled = busy || ended;
+  const voting = read(VOTE) !== undefined;
+  byId("send").disabled = busy || ended || voting;
   field.disabled = ended;
-  byId("choices").hidden = ended || busy || !turns.querySelector(".turn");
+  byId("choices").hidden = ended || busy || voting || !turns.querySelector(".turn");
   form.hidden = ended;
 }
 
@@ -67,16 +82,15 @@ async function say(message) {
   let shown = null;
   try {
     conversation ??= (await post("/api/arena", {})).id;
-    const answer = await fetch(`/api/arena/${conversation}/say`, {
-      method: "POST",
-      headers: { "Content-Type": "application/json", "X-CSRF": document.querySelector("meta[name=csrf]").content },
-      body: JSON.stringify({ message }),
-    });
-    if (!answer.ok) throw new Refused(answer.status, (await answer.json()).error);
+    if (unanswered.message !== message) unanswered = { message, token: token() };
+    const turn = turns.children.length + 1;
+    listening = new AbortController();
+    const answer = await call(`/api/arena/${conversation}/say`, { ...unanswered, turn }, listening.signal);
     byId("hello").hidden = true;
-    field.value = "";
+    write("");
     shown = addTurn(message);
     for await (const line of lines(answer.body)) {
+      if (line.error) throw new Refused(409, line.error, 0, true);
       const place = shown.places[line.side];
       if (line.html === undefined) place.append(line.text);
       else {
@@ -85,11 +99,13 @@ async function say(message) {
       }
     }
     if (turns.querySelector(".streaming")) throw new TypeError("broken off");
+    unanswered = { message: null, token: null };
   } catch (error) {
+    if (listening.signal.aborted) return; // for a new conversation
     problem(error instanceof Refused ? error.message : "The connection broke. Send your message again.");
     if (shown) {
       shown.turn.remove();
-      field.value = message;
+      write(message);
     }
   } finally {
     busy = false;
@@ -98,10 +114,15 @@ async function say(message) {
   }
 }
 
-async function vote(choice) {
-  const given = { choice, token: token() };
+/** Sends the vote until the server has taken it, or refused it for good. */
+async function vote() {
+  const { conversation: voted, given } = read(VOTE);
+  const { choice } = given;
+  refresh();
   try {
-    const names = await post(`/api/arena/${conversation}/vote`, given);
+    const names = await post(`/api/arena/${voted}/vote`, given);
+    drop(VOTE);
+    problem("");
     ended = true;
     const place = byId("names");
     const said = { left: "You preferred A.", right: "You preferred B.", tie: "A tie.", both_bad: "Both bad." }[choice];
@@ -121,7 +142,14 @@ async function vote(choice) {
     refresh();
     byId("new").focus();
   } catch (error) {
-    problem(error instanceof Refused ? error.message : "No connection. Vote again in a moment.");
+    if (error.last) {
+      drop(VOTE);
+      problem(`Your vote was not counted: ${error.message}`);
+    } else {
+      problem("The server does not answer just now. Your vote is kept in this browser and sent again.");
+      setTimeout(vote, Math.max(3000, error.wait ?? 0));
+    }
+    refresh();
   }
 }
 
@@ -137,11 +165,18 @@ field.addEventListener("keydown", (event) => {
   }
 });
 for (const button of document.querySelectorAll("#choices [data-choice]")) {
-  button.addEventListener("click", () => vote(button.dataset.choice));
+  button.addEventListener("click", () => {
+    if (read(VOTE) !== undefined) return;
+    const given = { choice: button.dataset.choice, token: token(), turn: turns.children.length };
+    keep(VOTE, { conversation, given });
+    vote();
+  });
 }
 byId("new").addEventListener("click", () => {
+  listening.abort();
   conversation = null;
   ended = false;
+  unanswered = { message: null, token: null };
   turns.replaceChildren();
   byId("names").hidden = true;
   byId("hello").hidden = false;
@@ -149,4 +184,7 @@ byId("new").addEventListener("click", () => {
   refresh();
   field.focus();
 });
+field.addEventListener("input", () => write(field.value));
+field.value = draftOf(DRAFT.id).message ?? field.value;
+if (read(VOTE) !== undefined) vote(); // of an earlier visit
 refresh();

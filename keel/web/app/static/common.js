@@ -1,13 +1,17 @@
-// What the working pages share: requests that outlive a lost connection, the queue of items fetched ahead, the clock.
+// What the working pages share: the queue of items fetched ahead, what is said of them, the clock, the keys.
 
-const meta = (name) => document.querySelector(`meta[name="${name}"]`).content;
+import { dropDraft, draftOf, draftsOf, setDraft } from "./drafts.js";
+import { Leases } from "./leases.js";
+import { Outbox, token } from "./outbox.js";
+import { refuse, showRefused } from "./refused.js";
+import { GUIDELINE, PERSON, Refused, post } from "./wire.js";
+
 const byId = (id) => document.getElementById(id);
-const GUIDELINE = document.querySelector('meta[name="guideline"]')?.content ?? null; // the version this page was made with
-const OUTBOX = `keel-outbox-${meta("person")}`;
 const SETTLED = 250; // milliseconds: what comes sooner after a vote is its key or tap again, not a word on the next item
 const AHEAD = 3; // items fetched ahead: enough for a tunnel, few enough to keep nobody waiting for them
-
-export const token = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+const MOST_TRIES = 12; // of fetching at once
+const LONGEST_LOOK = 86_400; // seconds; the server takes no more, and a screen that stood there for a weekend was not read
+const LATE = ["write", "edit"]; // kinds of work that count also when the item went to somebody else: they take long
 
 export function toast(text) {
   const place = byId("toast");
@@ -15,121 +19,6 @@ export function toast(text) {
   place.classList.remove("fresh");
   void place.offsetWidth; // restarts the animation
   place.classList.add("fresh");
-}
-
-// ------------------------------------------------------------------------------------------------------ requests
-
-export class Refused extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
-}
-
-/** The answer's JSON. Throws Refused when the server said no, TypeError when there is no connection. */
-export async function post(path, body) {
-  const answer = await fetch(path, {
-    method: "POST",
-    headers: { "Content-Type": "application/json", "X-CSRF": meta("csrf") },
-    body: JSON.stringify(body),
-  });
-  if (answer.ok) return answer.json();
-  let said = "";
-  try {
-    said = (await answer.json()).error;
-  } catch {
-    said = answer.statusText;
-  }
-  throw new Refused(answer.status, said);
-}
-
-/** Whether it makes sense to send the same again later. */
-const passing = (error) => !(error instanceof Refused) || error.status >= 500 || [401, 429].includes(error.status);
-
-// ------------------------------------------------------------------------------------- the outbox: kept, then sent
-
-const load = () => {
-  try {
-    return JSON.parse(localStorage.getItem(OUTBOX) ?? "[]");
-  } catch {
-    return [];
-  }
-};
-const save = (letters) => localStorage.setItem(OUTBOX, JSON.stringify(letters));
-
-export class Outbox {
-  constructor(onProgress) {
-    this.onProgress = onProgress;
-    this.sending = null;
-    this.pause = 1000;
-    addEventListener("online", () => this.send());
-    addEventListener("storage", (event) => event.key === OUTBOX && this.tell());
-    this.send();
-  }
-
-  get waiting() {
-    return load().length;
-  }
-
-  /** Keeps a letter, then tries to send all that wait, oldest first. */
-  add(path, body) {
-    save([...load(), { path, body }]);
-    return this.send();
-  }
-
-  /** Takes the newest letter back if it was not sent: true when it could. */
-  recall(assignment) {
-    const letters = load();
-    const last = letters.at(-1);
-    if (this.sending && letters.length === 1) return false; // it is on its way
-    if (!last || last.body.assignment !== assignment) return false;
-    save(letters.slice(0, -1));
-    this.tell();
-    return true;
-  }
-
-  send() {
-    this.sending ??= this.sendAll().finally(() => (this.sending = null));
-    return this.sending;
-  }
-
-  async sendAll() {
-    clearTimeout(this.timer);
-    for (let letters = load(); letters.length; letters = load()) {
-      const [{ path, body }] = letters;
-      try {
-        const answer = await post(path, body);
-        if (answer.progress) this.onProgress(answer.progress);
-      } catch (error) {
-        if (passing(error)) {
-          this.tell(error);
-          this.timer = setTimeout(() => this.send(), this.pause);
-          this.pause = Math.min(this.pause * 2, 30_000);
-          return;
-        }
-        toast(error.message); // the server will never take it: an item that went to somebody else, for example
-      }
-      // by its token, not by its place: another window may have sent it, too
-      save(load().filter((letter) => letter.body.token !== body.token || letter.body.assignment !== body.assignment));
-      this.pause = 1000;
-    }
-    this.tell();
-  }
-
-  tell(error) {
-    const place = byId("offline");
-    const count = this.waiting;
-    place.hidden = !count || !error;
-    if (place.hidden) return;
-    const what = `${count} ${count === 1 ? "judgement is" : "judgements are"} kept in this browser`;
-    if (error instanceof Refused && error.status === 401) {
-      place.innerHTML = "";
-      const link = Object.assign(document.createElement("a"), { href: "/sign-in", textContent: "Sign in again" });
-      place.append(`${what}. `, link, " to send them.");
-    } else {
-      place.textContent = `No connection. ${what} and will be sent when it is back.`;
-    }
-  }
 }
 
 // ------------------------------------------------------------------------------------------------ items and time
@@ -150,7 +39,8 @@ export class Clock {
   }
 
   get seconds() {
-    return Math.round(this.sum + (document.hidden ? 0 : performance.now() - this.since)) / 1000;
+    const looked = this.sum + (document.hidden ? 0 : performance.now() - this.since);
+    return Math.min(LONGEST_LOOK, Math.round(looked) / 1000);
   }
 }
 
@@ -162,133 +52,206 @@ export function showProgress({ today, done, wanted }) {
   byId("done").value = done;
 }
 
-/** A page that shows one item after another. `show(item, said)` fills the page; `kind` is what is asked for. */
+/** A page that shows one item after another. `show(item, said)` fills the page; `kind` is what is asked for; `fields`
+ * are the inputs whose text is kept while it is typed, by their name in what is sent, and `start(item)` is what stands in
+ * them at first. */
 export class Work {
-  constructor(kind, show) {
-    this.kind = kind;
-    this.show = show;
-    this.items = []; // fetched ahead; the first is on the screen
+  constructor(kind, show, fields, start = () => "") {
+    Object.assign(this, { kind, show, fields, start });
+    this.items = []; // fetched ahead, with the one on the screen
+    this.current = null; // the one on the screen: what is said is said of it, whatever else goes wrong
     this.past = []; // the last few that were done, newest last, with what was said: undo without a connection
     this.clock = new Clock();
     this.doneAt = -Infinity;
     this.outbox = new Outbox(showProgress);
+    this.leases = new Leases(() => this.held(), (ids, gone) => ids.forEach((id) => this.lose(id, gone)));
+    this.windows = "BroadcastChannel" in globalThis ? new BroadcastChannel(`keel-${PERSON}`) : null;
+    this.windows?.addEventListener("message", ({ data }) => this.lose(data, false));
+    for (const [name, input] of Object.entries(fields)) input.addEventListener("input", () => this.typed(name, input));
     byId("again").addEventListener("click", () => this.fill());
     byId("flag").addEventListener("click", () => this.flag());
     byId("skip").addEventListener("click", () => this.skip());
     byId("undo").addEventListener("click", () => this.undo());
+    // the second press of a slow double click means what stood there before
+    const twice = (event) => event.detail > 1 && event.target.closest("#vote button:not(#undo, #flag)") && event.stopPropagation();
+    addEventListener("click", twice, { capture: true });
+    addEventListener("online", () => this.fill());
+    addEventListener("pageshow", ({ persisted }) => persisted && this.begin()); // what an old page shows may be gone
+    showRefused();
+    this.begin();
+  }
+
+  async begin() {
+    this.items = [];
+    this.leave();
+    await this.leases.renew(); // what was being written when the tab went comes first
     this.fill();
   }
 
-  get current() {
-    return this.items[0] ?? null;
+  /** Assignments that this page must not lose: those it has, and those of which something is being typed. */
+  held() {
+    return [...new Set([...this.items, ...draftsOf(this.kind)].map(({ id }) => id))];
   }
 
   /** Fetches until enough are here. */
   async fill() {
     if (this.filling) return;
     this.filling = true;
+    clearTimeout(this.timer);
     try {
       await this.outbox.send(); // what was done already must not come again
-      while (this.items.length <= AHEAD) {
-        const held = [...this.items, ...this.unsent()].map((item) => item.id);
+      for (let tries = 0; tries < MOST_TRIES && this.items.length <= AHEAD; tries += 1) {
+        const held = [...this.items.map(({ id }) => id), ...this.unsent()];
         const { item, progress, guideline } = await post("/api/next", { kind: this.kind, holding: held.slice(0, 8) });
         byId("changed").hidden = guideline === GUIDELINE;
-        if (!this.outbox.waiting) showProgress(progress);
-        if (!item || this.items.some((one) => one.id === item.id)) break;
+        if (!this.outbox.count) {
+          showProgress(progress);
+          this.outbox.tell(null);
+        }
+        if (!item || this.items.some(({ id }) => id === item.id)) break;
+        if (this.unsent().includes(item.id)) continue; // it was done while this was under way
         this.items.push(item);
-        if (this.items.length === 1) this.display();
+        if (!this.current) this.display();
       }
       if (!this.current) this.blank(false);
     } catch (error) {
-      if (error instanceof Refused && error.status === 401) location.href = "/sign-in";
+      this.outbox.tell(error);
       if (!this.current) this.blank(true);
-      setTimeout(() => this.fill(), 3000);
+      byId("waiting").textContent = "Nothing more is here to do until the server answers. This page goes on by itself.";
+      this.timer = setTimeout(() => this.fill(), Math.max(3000, error.wait ?? 0));
     } finally {
       this.filling = false;
     }
   }
 
-  /** Assignments whose judgement waits in the outbox. */
+  /** Assignments of this kind whose judgement waits in the outbox. */
   unsent() {
-    return load().map((letter) => ({ id: letter.body.assignment }));
+    return this.outbox.letters.filter(({ about }) => !about?.kind || about.kind === this.kind).map(({ body }) => body.assignment);
   }
 
-  /** `said`: what was said of it before it was taken back. */
+  /** Puts the first item on the screen. `said`: what was said of it before it was taken back. */
   display(said = {}) {
-    byId("waiting").hidden = true;
-    byId("empty").hidden = true;
-    byId("item").hidden = false;
-    byId("vote").hidden = false;
-    const talk = byId("messages");
-    talk.replaceChildren(...this.current.messages.map(bubble));
-    this.show(this.current, said);
+    const [item] = this.items;
+    this.current = null; // until all of it stands there
+    for (const place of ["waiting", "empty"]) byId(place).hidden = true;
+    for (const place of ["item", "vote"]) byId(place).hidden = false;
+    byId("messages").replaceChildren(...item.messages.map(bubble));
+    item.prompt = byId("messages").lastElementChild?.querySelector(".text").textContent.trim().slice(0, 120) ?? "";
+    this.show(item, said);
+    const draft = draftOf(item.id);
+    for (const [name, input] of Object.entries(this.fields)) input.value = draft[name] ?? said[name] ?? this.start(item);
+    this.current = item;
+    for (const input of Object.values(this.fields)) input.dispatchEvent(new Event("input"));
     scrollTo(0, 0);
     byId("prompt-h").focus({ preventScroll: true });
     this.clock.restart();
   }
 
-  blank(offline) {
-    byId("item").hidden = true;
-    byId("vote").hidden = true;
-    byId("empty").hidden = offline;
-    byId("waiting").hidden = !offline;
-    if (offline) byId("waiting").textContent = "No connection, and nothing fetched ahead. This page goes on by itself.";
+  /** Takes the item off the screen and goes on with the next one. */
+  leave() {
+    this.leases.changed();
+    if (this.current) this.items = this.items.filter(({ id }) => id !== this.current.id);
+    this.current = null;
+    if (this.items.length) this.display();
+    else this.blank(true);
   }
 
-  /** The item on the screen is done: keep and send what was said, and show the next one at once. */
-  done(path, body, said) {
-    if (performance.now() - this.doneAt < SETTLED) return;
+  blank(waiting) {
+    byId("item").hidden = true;
+    byId("vote").hidden = true;
+    byId("empty").hidden = waiting;
+    byId("waiting").hidden = !waiting;
+  }
+
+  typed(name, input) {
+    if (this.current) setDraft(this.current, name, input.value === this.start(this.current) ? null : input.value);
+  }
+
+  /** The item on the screen is done: keep and send what was said, and show the next one at once. True when it was. */
+  done(path, body, what) {
+    const item = this.current;
+    if (!item || performance.now() - this.doneAt < SETTLED) return false;
     this.doneAt = performance.now();
-    const item = this.items.shift();
-    this.past = [...this.past, { item, body }].slice(-8);
-    this.outbox.add(path, { assignment: item.id, token: token(), ...body });
-    toast(said);
-    if (this.current) this.display();
-    else this.blank(!navigator.onLine);
+    const letter = { assignment: item.id, token: token(), ...body };
+    const { kind, prompt } = item;
+    this.outbox.add(path, letter, { kind, what, prompt, text: body.text ?? body.reason ?? "" });
+    this.past = [...this.past, { item, said: { ...draftOf(item.id), ...body }, token: letter.token }].slice(-8);
+    dropDraft(item.id);
+    this.windows?.postMessage(item.id);
+    this.leave();
+    toast(what);
+    this.fill();
+    return true;
+  }
+
+  /** An item is its person's no longer (`gone`), or was done in another window. What was typed about it is kept in the
+   * list. */
+  lose(id, gone) {
+    const shown = this.current?.id === id;
+    if (shown && gone && LATE.includes(this.kind)) return; // it counts all the same
+    const why = gone ? "It is yours no longer: it went to somebody else, or was taken out" : "It was done in another window";
+    const draft = draftsOf(this.kind).find((one) => one.id === id);
+    const item = this.items.find((one) => one.id === id) ?? draft;
+    if (!item) return;
+    const values = shown ? Object.values(this.fields).map(({ value }) => value) : Object.values(draft?.fields ?? {});
+    const text = values.filter((value) => value.trim() && value !== (shown ? this.start(item) : "")).join("\n\n");
+    if (text) refuse(`${id}`, { what: "What you were writing", prompt: item.prompt, text }, why);
+    dropDraft(id);
+    this.items = this.items.filter((one) => one.id !== id);
+    if (shown) {
+      this.leave();
+      toast(why);
+    }
     this.fill();
   }
 
   skip() {
-    if (this.current) this.done("/api/skip", { kind: this.kind, token: undefined }, "Skipped");
+    this.done("/api/skip", { kind: this.kind }, "Skipped");
   }
 
   async undo() {
     const last = this.past.at(-1);
-    if (last && this.outbox.recall(last.item.id)) {
+    if (last && this.outbox.recall(last.token)) {
       this.past.pop();
-      this.back(last.item, last.body);
+      this.back(last.item, last.said);
       return;
     }
     try {
       await this.outbox.send();
-      const { item, progress } = await post("/api/undo", { kind: this.kind });
+      if (this.unsent().length) throw new TypeError("not sent yet");
+      const assignment = last?.item.id; // named, so that an undo that is sent again takes back nothing else
+      const { item, progress } = await post("/api/undo", { kind: this.kind, assignment });
       showProgress(progress);
       const known = this.past.find((one) => one.item.id === item?.id);
-      this.past = this.past.filter((one) => one !== known);
-      if (item) this.back(item, known?.body);
+      this.past = this.past.filter((one) => one !== known && one !== last);
+      if (item) this.back(item, known?.said);
       else toast("Nothing to take back");
     } catch (error) {
-      toast(error instanceof Refused ? error.message : "No connection: that one was sent already");
+      toast(error.last ? error.message : "It may have been sent already: take it back when the server answers again");
     }
   }
 
   back(item, said) {
-    this.items = [item, ...this.items.filter((one) => one.id !== item.id)];
+    this.leases.changed();
+    this.items = [item, ...this.items.filter(({ id }) => id !== item.id)];
     this.doneAt = -Infinity;
     this.display(said);
     toast("Taken back");
   }
 
   flag() {
-    if (!this.current) return;
-    const dialog = byId("flagging");
-    byId("flag-text").value = "";
+    const item = this.current;
+    if (!item) return;
+    const [dialog, text] = [byId("flagging"), byId("flag-text")];
+    text.value = draftOf(item.id).flag ?? "";
+    text.oninput = () => setDraft(item, "flag", text.value || null);
     dialog.returnValue = "cancel";
     dialog.showModal();
-    const { id } = this.current;
     dialog.onclose = () => {
       if (dialog.returnValue !== "flag") return;
-      this.outbox.add("/api/flag", { assignment: id, token: token(), text: byId("flag-text").value });
+      const about = { kind: "flag", what: "Flag", prompt: item.prompt, text: text.value };
+      this.outbox.add("/api/flag", { assignment: item.id, token: token(), text: text.value }, about);
+      setDraft(item, "flag", null);
       toast("Flagged for the reviewers");
     };
   }
@@ -317,4 +280,4 @@ export function keys(handlers) {
   });
 }
 
-export { GUIDELINE, byId };
+export { GUIDELINE, Refused, byId };

@@ -4,17 +4,18 @@ let plain = false;
 const buttons = [...document.querySelectorAll("[data-choice]")];
 const more = byId("more");
 
-const work = new Work("compare", (item, said) => {
+const work = new Work("compare", show, { reason: byId("reason") });
+
+function show(item, said) {
   more.reset();
-  byId("reason").value = said.reason ?? "";
   for (const [side, given] of Object.entries(said.ratings ?? {})) {
     for (const [aspect, value] of Object.entries(given)) more.elements[`${side}/${aspect}`].value = value;
   }
-  fill();
-});
+  fill(item);
+}
 
-function fill() {
-  for (const [side, shown] of [["left", work.current.shown[0]], ["right", work.current.shown[1]]]) {
+function fill(item) {
+  for (const [side, shown] of [["left", item.shown[0]], ["right", item.shown[1]]]) {
     const place = byId(side);
     place.classList.toggle("plain", plain);
     if (plain) place.textContent = shown.text;
@@ -71,6 +72,6 @@ keys({
   r: () => byId("reason").focus(),
   p: () => {
     plain = !plain;
-    if (work.current) fill();
+    if (work.current) fill(work.current);
   },
 });

@@ -3,8 +3,9 @@ import { GUIDELINE, Work, byId, keys } from "./common.js";
 const list = byId("ranked");
 let marked = 0;
 
-const work = new Work("rank", (item, said) => {
-  byId("reason").value = said.reason ?? "";
+const work = new Work("rank", show, { reason: byId("reason") });
+
+function show(item, said) {
   marked = 0;
   list.replaceChildren(...item.shown.map((shown, place) => card(shown, place, item.shown.length)));
   for (const [rank, places] of (said.tiers ?? []).entries()) {
@@ -12,7 +13,7 @@ const work = new Work("rank", (item, said) => {
   }
   mark(0);
   check();
-});
+}
 
 function card(shown, place, count) {
   const row = document.createElement("li");

@@ -1,0 +1,65 @@
+"""Gold items: pairs with a known answer, which show who is reading. Each function runs inside its caller's transaction.
+
+Nobody may tell one from the others. It has slots for everybody, and others have few: where that could show, it fares as
+one of the others would.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, exists, insert, select, update
+
+from keel.store.tables import assignments, event, events, items
+from keel.types import UserError
+
+SLOTS = 100_000  # a gold item is for everybody: so many more than have it already
+
+_OPEN_TO = select(items.c.id, items.c.key).where(
+    items.c.gold.is_not(None),
+    items.c.kind == bindparam("kind"),
+    items.c.taken < items.c.overlap,
+    items.c.out.is_(False),
+    ~exists().where(
+        assignments.c.item_id == items.c.id,
+        assignments.c.annotator_id == bindparam("annotator"),
+        assignments.c.state != "expired",
+    ),
+)
+
+
+def open_to(connection: Connection, annotator_id: int, kind: str) -> list[Row[Any]]:
+    """The gold items (id, key) that this annotator has not had."""
+    return list(connection.execute(_OPEN_TO, {"annotator": annotator_id, "kind": kind}))
+
+
+def would_be_gone(connection: Connection, assignment: Row[Any]) -> bool:
+    """Whether another item in its place would have gone to somebody else: after a skip as soon as anybody else was
+    given something, since what is given back is next in the queue; after its time as the annotator's other items did,
+    whose time ran out."""
+    others = assignments.join(items)
+    mine = assignments.c.annotator_id == assignment.annotator_id
+    plain = items.c.gold.is_(None), items.c.kind == "compare"
+    if assignment.state == "skipped":
+        later = select(assignments.c.id).select_from(others)
+        later = later.where(~mine, *plain, assignments.c.leased_at > assignment.skipped_at).limit(1)
+        return connection.execute(later).first() is not None
+    beside = select(items.c.taken, items.c.overlap).select_from(others)
+    beside = beside.where(mine, *plain, assignments.c.state == "expired")
+    row = connection.execute(beside.order_by(assignments.c.expires_at.desc(), assignments.c.id).limit(1)).first()
+    return row is not None and row.taken >= row.overlap
+
+
+def set_gold(connection: Connection, item_id: int, answer: str | None, actor: str, now: datetime) -> None:
+    """Make an item a gold item with this answer, or (None) no longer."""
+    item = connection.execute(select(items).where(items.c.id == item_id).with_for_update()).first()
+    if item is None or item.kind != "compare":
+        raise UserError(f"there is no comparison {item_id}")
+    if answer not in (None, "first", "second", "tie"):
+        raise UserError(f"the answer {answer!r} is unknown; give first, second or tie")
+    overlap = max(1, item.taken) if answer is None else item.taken + SLOTS
+    connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
+    old = {"gold": item.gold, "overlap": item.overlap}
+    new = {"gold": answer, "overlap": overlap, "batch": item.batch}
+    connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))
