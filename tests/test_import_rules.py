@@ -50,7 +50,7 @@ OPTIONAL = {
     "markdown_it": None,
     "matplotlib": set(),
     "trl": set(),
-    "triton": {"rollout/triton_kernels.py"},
+    "triton": {"model/gpu_passes.py", "rollout/triton_kernels.py"},
 }
 STDLIB = sys.stdlib_module_names | {"__future__"}
 
