@@ -69,7 +69,8 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
     evaluations: list[ModelEvaluation] = []
     extra: dict[str, dict[str, Any]] = {}
     for name, place in inputs.models.items():
-        evaluation, figures = _one_model(name, place, (baseline, reads), inputs)
+        loaded = (baseline, reads) if name == inputs.baseline else load_policy(place, device=inputs.device)
+        evaluation, figures = _one_model(name, loaded, (baseline, reads), inputs)
         evaluations.append(evaluation)
         extra[name] = figures
         score = evaluation.figures.score
@@ -102,9 +103,12 @@ def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
 
 
 def _one_model(
-    name: str, place: Place, baseline: tuple[nn.Module, PreTrainedTokenizerBase], inputs: EvaluationInputs
+    name: str,
+    loaded: tuple[nn.Module, PreTrainedTokenizerBase],
+    baseline: tuple[nn.Module, PreTrainedTokenizerBase],
+    inputs: EvaluationInputs,
 ) -> tuple[ModelEvaluation, dict[str, Any]]:
-    model, tokenizer = load_policy(place, device=inputs.device)
+    model, tokenizer = loaded
     frozen(model)
     chat = Chat(tokenizer)
     stops = stop_token_ids(chat, inputs.sampling)

@@ -155,24 +155,36 @@ def prepared(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
-        from peft import LoraConfig as PeftLora
-        from peft import get_peft_model
-
-        settings = PeftLora(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            modules_to_save=[n for n in trained_whole if any(m.endswith(n) for m, _ in model.named_modules())] or None,
-            task_type=task,
-        )
-        wrapped = get_peft_model(model, settings)
+        wrapped = _with_new_adapters(model, lora, task, trained_whole)
         measure_whole(wrapped)
         if trained_rows:
             marks.train_rows(model, trained_rows)
     wrapped = wrapped.to(device)
     _leave_the_file(wrapped)
     return wrapped
+
+
+def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trained_whole: list[str]) -> nn.Module:
+    """UserError for targets that the model does not have."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    # Routers of experts that are linear layers by class and give more than a product, which peft would add to.
+    odd = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    settings = PeftLora(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=odd or None,
+        modules_to_save=[n for n in trained_whole if any(m.endswith(n) for m, _ in model.named_modules())] or None,
+        task_type=task,
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"model.lora.targets: {first}; name linear layers of {type(model).__name__}") from error
 
 
 def _leave_the_file(model: nn.Module) -> None:
@@ -188,12 +200,21 @@ def frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def _forget_graphs(model: nn.Module) -> None:
+    """Some recurrent layers keep their last state, and with it what it was computed from, which cannot be copied."""
+    for module in model.modules():
+        for name, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+
+
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a checkpoint that transformers and vLLM load as it is; adapters are merged into a copy first.
 
     ``folder`` exists; making the write atomic is the caller's (``StageDir.checkpoint``).
     """
     if hasattr(model, "merge_and_unload"):
+        _forget_graphs(model)
         model = copy.deepcopy(model)
         marks.settle_rows(inner_model(model))
         model = model.merge_and_unload()  # type: ignore[operator]
