@@ -90,8 +90,8 @@ def matrix(names: Sequence[str]) -> list[tuple[str, str, bool]]:
 OTHERS = [name for name in zoo.names() if name not in FAMILIES]
 MATRIX = [*matrix(FAMILIES), ("llama", "words", False), ("qwen3_moe", "sentencepiece", True)]
 # Here each type goes through some of the stages, so that it is quickly done; with `-m wide` all through all of them.
-IN_TURN = [(*row, (("ppo",), ("sample", "dpo"), ("grpo",))[i // 3 % 3]) for i, row in enumerate(MATRIX)]
-EVERYTHING = ("sample", "dpo", "ppo", "grpo")
+IN_TURN = [(*row, (("ppo",), ("sample", "dpo", "eval"), ("grpo", "eval"))[i // 3 % 3]) for i, row in enumerate(MATRIX)]
+EVERYTHING = ("sample", "dpo", "ppo", "grpo", "eval")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def recipe_of(base: Path, data: dict[str, str], lora: bool, scalar: bool, also: Sequence[str]) -> Recipe:
-    """SFT, the stages of ``also``, and an evaluation, on next to nothing. ``scalar``: with a reward model (and PPO)."""
+    """SFT and the stages of ``also``, on next to nothing. ``scalar``: with a reward model; else GRPO stands for PPO."""
     source = {"kind": "model", "model": "reward"} if scalar else {"kind": "python", "ref": data["taste"]}
     short = {"max_new_tokens": 5, "batch_size": 8}
     offline = {"epochs": 0.5, "batch_size": 16, "model": "sft"}
@@ -123,7 +123,9 @@ def recipe_of(base: Path, data: dict[str, str], lora: bool, scalar: bool, also: 
     ]
     wanted = {"sft", *also, "reward" if scalar else "grpo"} - ({"reward", "ppo"} if not scalar else set())
     stages = [{"name": stage["kind"], **stage} for stage in stages if stage["kind"] in wanted]
-    last = {"models": [stages[-1]["name"]], "baseline": "base", "judge": source, "sampling": short, "bootstrap": 100}
+    if "eval" in also:
+        last = {"models": [stages[-1]["name"]], "baseline": "base", "judge": source, "bootstrap": 100}
+        stages.append({"kind": "eval", "name": "eval", **last, "sampling": short})
     return Recipe.model_validate(
         {
             "model": {"path": str(base), "lora": {"rank": 2} if lora else None},
@@ -131,7 +133,7 @@ def recipe_of(base: Path, data: dict[str, str], lora: bool, scalar: bool, also: 
             | {"max_length": 120, "max_prompt_length": 60},
             "store": data["store"],
             "device": "cpu",
-            "stages": [*stages, {"kind": "eval", "name": "eval", **last}],
+            "stages": stages,
         }
     )
 
@@ -202,7 +204,7 @@ def test_a_model_that_no_sampler_can_decode_is_found(
     asks: str, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where no road gives the numbers of the forward pass."""
-    recipe = recipe_of(save_base(tmp_path / "base", "qwen3", "bytes"), data, False, False, ("sample", "grpo"))
+    recipe = recipe_of(save_base(tmp_path / "base", "qwen3", "bytes"), data, False, False, ("sample", "grpo", "eval"))
     recipe = recipe.model_copy(update={"stages": [s for s in recipe.stages if s.name in ("sft", asks)]})
     if asks == "eval":
         recipe = with_stage(recipe, "eval", models=["sft"])
@@ -229,7 +231,7 @@ def test_facts_beyond_a_models_positions_are_found(data: dict[str, str], tmp_pat
     base = save_base(tmp_path / "base", "gpt2", "bytes")  # of 256 positions
     long = {"prompt": "no " * 300, "choices": [" day", " no"], "answer": 0}
     facts = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "good", "choices": [" a", " no"], "answer": 1}, long])
-    recipe = recipe_of(base, data | {"facts": facts}, False, False, ())
+    recipe = recipe_of(base, data | {"facts": facts}, False, False, ("eval",))
     errors = errors_of(recipe, tmp_path)
     assert errors
     assert all("data.facts row 2: it has" in error and "the model takes 256" in error for error in errors)
