@@ -129,7 +129,7 @@ def _forward(model: Any, ids: Tensor) -> Tensor:
 def _sampled(model: Any) -> Found:
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW, batch_size=3)
     replies = TransformersSampler(model, ()).generate(PROMPTS, sampling, seed=0)
-    (way,) = model.keel_roads.values()
+    way = model.keel_road_of_samples
     errors, notes = [], []
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         ids = torch.tensor([*prompt, *reply.ids])

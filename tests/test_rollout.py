@@ -29,6 +29,7 @@ from keel.rollout.llama import why_unsupported
 from keel.rollout.sampler import choose, filtered_weights, mix64, stream_key, uniforms
 from keel.rollout.step import decode
 from keel.types import Completion, Message, Prompt, UserError
+from tests import zoo
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -327,6 +328,21 @@ def test_merged_weights_are_those_of_a_merged_checkpoint(kind: str) -> None:
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert "model.embed_tokens.weight" in changed
     assert "model.layers.0.self_attn.k_proj.weight" not in changed
+
+
+def test_below_adapters_on_experts_lie_the_weights_that_were_there() -> None:
+    import peft
+
+    model = zoo.make("qwen3_moe")
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    tuned = peft.get_peft_model(model, lora)
+    with tuned.disable_adapter():
+        got = dict(merged_weights(tuned))
+    assert got.keys() == plain.keys()
+    assert all(torch.equal(got[name], plain[name]) for name in plain)
+    with pytest.raises(UserError, match="only plain LoRA"):
+        list(merged_weights(tuned))
 
 
 def test_adapters_of_other_kinds_are_not_merged() -> None:

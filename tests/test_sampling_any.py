@@ -32,8 +32,7 @@ def one_thread() -> None:
 
 
 def road(model: Any) -> Road:
-    (found,) = model.keel_roads.values()
-    return found
+    return model.keel_road_of_samples
 
 
 def peer(model: Any, prompt: list[int], n: int) -> tuple[int, ...]:
@@ -147,7 +146,7 @@ def test_stretched_positions_do_not_depend_on_the_batch(kind: str) -> None:
     for prompt, completion in zip(prompts, got, strict=True):
         fresh = stretched(kind)  # the frequencies of one that has seen nothing yet
         assert completion.ids == peer(fresh, prompt, 8)
-    assert all(r.batch == "equal" for r in model.keel_roads.values())
+    assert road(model).batch == "equal"
 
 
 # ------------------------------------------------------------------------------------------------- no numbers

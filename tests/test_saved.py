@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_held import BATCH, BF16, F32, ROW, made, saved
@@ -21,6 +22,7 @@ from keel.config import LoraConfig, Source
 from keel.model import merged
 from keel.model.checkpoint import load_policy, load_scalar, save
 from keel.model.logprobs import token_logprobs
+from keel.model.modules import own_attention
 from keel.model.packed import inner_model
 
 
@@ -89,6 +91,27 @@ def test_adapters_are_merged_as_peft_merges_them_and_kept(name: str, products: A
         found_C = token_logprobs(named, BATCH).logp_C[:16]
     wanted = torch.stack([exact[i - 1, ROW[i]] for i in range(4, 20)])
     torch.testing.assert_close(found_C, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "recurrent_gemma"])
+def test_what_is_written_computes_as_the_adapters_do(name: str, tmp_path: Path) -> None:
+    """Experts have adapters one inside another; a recurrent layer keeps its state, with what it was computed from."""
+    zoo.make(name).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    policy, tokenizer = load_policy(tmp_path / "base", lora=LoraConfig(rank=2))
+    shaken(policy)
+    with own_attention(inner_model(policy)):
+        wanted = policy(input_ids=torch.tensor([ROW]), use_cache=False).logits
+    if name == "recurrent_gemma":
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(policy)
+    else:
+        assert any("experts.base_layer.lora_A" in name for name, _ in policy.named_parameters())
+    written(policy, tokenizer, tmp_path / "out")
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        found = own(input_ids=torch.tensor([ROW]), use_cache=False).logits
+    torch.testing.assert_close(found, wanted.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_reward_head_stays_in_float32(tmp_path: Path) -> None:

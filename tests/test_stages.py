@@ -67,11 +67,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def data_files(tmp: Path) -> dict[str, str]:
-    messages = [{"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in demonstrations(40)]
+def data_files(tmp: Path, rows: int = 40) -> dict[str, str]:
+    messages = [
+        {"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in demonstrations(rows)
+    ]
     pairs = [
         {"prompt": p.prompt.messages[0].content, "chosen": p.chosen, "rejected": p.rejected, "tie": p.tie}
-        for p in preferences(40)
+        for p in preferences(rows)
     ]
     return {
         "demonstrations": write_jsonl(tmp / "demos.jsonl", messages),

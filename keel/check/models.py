@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,31 +9,33 @@ import torch
 from torch import Tensor
 
 from keel.check.data import data_findings
-from keel.check.finding import Finding, broken
+from keel.check.finding import Finding, broken, stage_names
+from keel.check.starting import own_numbers, root
 from keel.config import (
     DpoStage,
     EvalStage,
     OnlineBase,
-    PpoStage,
     Recipe,
     RewardModelRef,
     RewardStage,
-    SampleStage,
     SftStage,
-    Source,
     Stage,
     TrainBase,
 )
 from keel.data.chat import Chat, install_template
 from keel.data.collate import pack
+from keel.data.rows import Reading
+from keel.data.sources import read_facts, read_prompts
+from keel.eval.capability import encode_facts
 from keel.graph import sources
-from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, load_tokenizer, positions
+from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
 from keel.model.heads import ScalarModel
 from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
 from keel.model.modules import inner_model, own_attention
-from keel.model.probe import slow_road
+from keel.model.vocabulary import unreadable
 from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
+from keel.rollout.episodes import encode_prompts
 from keel.run import RunDir, Silent, StageContext
 from keel.types import Message, UserError
 
@@ -69,12 +70,15 @@ def tokenizer_findings(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[
 
 def _chat(path: str, recipe: Recipe) -> Chat:
     """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
+    return _chat_of(path, any(isinstance(stage, SftStage) for stage in recipe.stages), recipe)
+
+
+def _chat_of(path: str, templated: bool, recipe: Recipe) -> Chat:
+    """The chat of a model that begins with the checkpoint at ``path``, before or after SFT (``templated``)."""
     tokenizer = load_tokenizer(recipe.model.source(path))
-    if not any(isinstance(stage, SftStage) for stage in recipe.stages):
-        return Chat(tokenizer)
-    if recipe.model.chat_template is not None:
+    if templated and recipe.model.chat_template is not None:
         install_template(tokenizer, recipe.model.chat_template)
-    elif Chat(tokenizer).plain:
+    elif templated and Chat(tokenizer).plain:
         install_template(tokenizer, "keel")
     return Chat(tokenizer)
 
@@ -112,7 +116,8 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     found += data_findings(recipe, chat, context)
     for stage in recipe.stages:
         try:
-            found += _reference(stage, recipe, run, chat)
+            found += _reference(stage, recipe, run)
+            found += _evaluated(stage, recipe)
             found += _reward_models(stage, recipe, run)
             found += _adapter_dropout(stage, recipe)
         except UserError as error:
@@ -120,77 +125,21 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     return found
 
 
-def own_numbers(recipe: Recipe) -> Iterator[Finding]:
-    """Whether each model that a stage starts from can be loaded, for all that is made of it, and is computed as by
-    itself; where its weights are on this machine."""
-    for path, roles in _starting_points(recipe).items():
-        source, place = recipe.model.source(path), f"model ({path})"
-        if not _weights_here(source):
-            continue
-        slower = ""
-        try:
-            if "policy" in roles:
-                slower = slow_road(load_policy(source)[0])
-            if "scalar" in roles:
-                loaded = load_scalar(source, new_head_seed=None if has_reward_head(source) else 0)
-                slower = slower or slow_road(loaded.model)
-        except UserError as error:
-            yield broken(error, place)
-        if slower:
-            yield Finding("warning", place, slower, "choose another architecture, or give it time")
-
-
-def _starting_points(recipe: Recipe) -> dict[str, set[str]]:
-    """Every checkpoint that is there before the run and that a stage starts from, with what is made of it or of a stage
-    that goes on from it: a policy, or a model with a scalar head (a reward model, PPO's critic)."""
-    stages = {stage.name: stage for stage in recipe.stages}
-
-    def root(name: str) -> str:
-        for _ in recipe.stages:  # a stage that names itself is another finding
-            stage = stages.get(name)
-            if not isinstance(stage, TrainBase | SampleStage):
-                break
-            name = stage.model
-        return name if name not in stages and name != "base" else recipe.model.path
-
-    points: dict[str, set[str]] = {recipe.model.path: set()}
-    for stage in recipe.stages:
-        if isinstance(stage, TrainBase | SampleStage):
-            made = points.setdefault(root(stage.model), set())
-            made.add("scalar" if isinstance(stage, RewardStage) else "policy")
-            if isinstance(stage, PpoStage):
-                made.add("scalar")
-        elif isinstance(stage, EvalStage):
-            for name in (*stage.models, stage.baseline):
-                points.setdefault(root(name), set()).add("policy")
-    return points
-
-
-def _weights_here(source: Source) -> bool:
-    """Whether the weights lie in a folder or the hub's cache: a check downloads nothing so large."""
-    if Path(source.path).is_dir():
-        return True
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return False
-    named: set[str] = set()
-    for index in folder.glob("*.index.json"):
-        named |= set(json.loads(index.read_text()).get("weight_map", {}).values())
-    return all((folder / name).exists() for name in named) and any(
-        file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
-    )
-
-
-def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterator[Finding]:
-    """The policy must be its own reference before the first step: else the KL penalty does not start at 0."""
+def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
+    """The reference must read the policy's tokens, and the policy must be its own reference before the first step: else
+    the KL penalty does not start at 0."""
     if not isinstance(stage, DpoStage | OnlineBase) or stage.reference in (None, stage.model):
         return
     context = StageContext(recipe, run, run.stage(stage.name), Silent(), "cpu")
     places = [context.source(name) for name in (stage.model, str(stage.reference))]
+    if stage.reference == "base" or stage.reference not in stage_names(recipe):
+        policy = _chat_of(*root(recipe, stage.model), recipe)
+        problem = unreadable(*load_policy(places[1]), policy.tokenizer)
+        if problem is not None:
+            sentence = f"the reference ({stage.reference}) cannot read what the policy writes: {problem}"
+            remedy = "leave reference out, or name a model with the policy's tokens"
+            yield Finding("error", f"{stage.name}.reference", sentence, remedy)
+            return
     if not all(is_checkpoint(Path(place.path)) for place in places):
         sentence = f"the reference ({stage.reference}) is not the model that training starts from ({stage.model})"
         yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out: the KL at step 0 is 0 then")
@@ -205,6 +154,25 @@ def _reference(stage: Stage, recipe: Recipe, run: RunDir, chat: Chat) -> Iterato
     if gap > KL_TOLERANCE:
         sentence = f"policy and reference differ by {gap:.3g} nats a token before the first step"
         yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out, unless this is meant")
+
+
+def _evaluated(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
+    """Each model that is evaluated may have a tokenizer and positions of its own: prompts and facts must fit all."""
+    if not isinstance(stage, EvalStage):
+        return
+    data, how = recipe.data, Reading(recipe.data.on_bad_row)
+    asked = stage.prompts or data.heldout_prompts or data.prompts
+    prompts = read_prompts(asked, how) if asked else []
+    facts = read_facts(data.facts, how) if data.facts else []
+    for path, templated in dict.fromkeys(root(recipe, name) for name in (*stage.models, stage.baseline)):
+        chat = _chat_of(path, templated, recipe)
+        try:
+            if facts:
+                encode_facts(chat.tokenizer, facts, positions(recipe.model.source(path)))
+            if prompts:
+                encode_prompts(chat, prompts, data, Silent())
+        except UserError as error:
+            yield broken(error, f"{stage.name}.models ({path})")
 
 
 def _adapter_dropout(stage: Stage, recipe: Recipe) -> Iterator[Finding]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from keel.data.collate import micro_batches, micro_batches_by_prompt, pack, pack_by_prompt, pieces
 from keel.eval.evaluate import Estimate
 from keel.model.logprobs import sequence_sums, token_logprobs
+from keel.model.modules import evaluating
 from keel.types import Encoded, UserError
 
 
@@ -126,21 +126,9 @@ def _summed_logprobs(model: nn.Module, sequences: Sequence[Encoded], batch_token
     shared = any(sequence.prompt_ids for sequence in sequences)
     lengths = [len(sequence.ids) for sequence in sequences]
     groups = micro_batches_by_prompt(sequences, batch_tokens) if shared else micro_batches(lengths, batch_tokens)
-    with _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for indices in groups:
             batch = (pack_by_prompt if shared else pack)([sequences[i] for i in indices], device)
             logp_C = token_logprobs(model, batch).logp_C
             sums_N[indices] = sequence_sums(logp_C.double(), batch).cpu()
     return sums_N
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients; the model's mode is put back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

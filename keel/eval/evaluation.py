@@ -64,12 +64,17 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
     """The run's ``summary.json`` but for times and lineage: a table of models x figures, samples side by side, the
     guardrail and alarms."""
     reporter.start("eval", len(inputs.models))
-    baseline, reads = load_policy(inputs.models[inputs.baseline], device=inputs.device, products=inputs.precision)
+
+    def load(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        return load_policy(inputs.models[name], device=inputs.device, products=inputs.precision)
+
+    baseline, reads = load(inputs.baseline)
     frozen(baseline)
     evaluations: list[ModelEvaluation] = []
     extra: dict[str, dict[str, Any]] = {}
-    for name, place in inputs.models.items():
-        evaluation, figures = _one_model(name, place, (baseline, reads), inputs)
+    for name in inputs.models:
+        loaded = (baseline, reads) if name == inputs.baseline else load(name)
+        evaluation, figures = _one_model(name, loaded, (baseline, reads), inputs)
         evaluations.append(evaluation)
         extra[name] = figures
         score = evaluation.figures.score
@@ -102,9 +107,12 @@ def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
 
 
 def _one_model(
-    name: str, place: Place, baseline: tuple[nn.Module, PreTrainedTokenizerBase], inputs: EvaluationInputs
+    name: str,
+    loaded: tuple[nn.Module, PreTrainedTokenizerBase],
+    baseline: tuple[nn.Module, PreTrainedTokenizerBase],
+    inputs: EvaluationInputs,
 ) -> tuple[ModelEvaluation, dict[str, Any]]:
-    model, tokenizer = load_policy(place, device=inputs.device, products=inputs.precision)
+    model, tokenizer = loaded
     frozen(model)
     chat = Chat(tokenizer)
     stops = stop_token_ids(chat, inputs.sampling)

@@ -189,24 +189,36 @@ def prepared(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
-        from peft import LoraConfig as PeftLora
-        from peft import get_peft_model
-
-        settings = PeftLora(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            modules_to_save=[n for n in trained_whole if any(m.endswith(n) for m, _ in model.named_modules())] or None,
-            task_type=task,
-        )
-        wrapped = get_peft_model(model, settings)
+        wrapped = _with_new_adapters(model, lora, task, trained_whole)
         measure_whole(wrapped)
         if trained_rows:
             marks.train_rows(model, trained_rows)
     wrapped = wrapped.to(device)
     _leave_the_file(wrapped)
     return wrapped
+
+
+def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trained_whole: list[str]) -> nn.Module:
+    """UserError for targets that the model does not have."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    # Routers of experts that are linear layers by class and give more than a product, which peft would add to.
+    odd = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    settings = PeftLora(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=odd or None,
+        modules_to_save=[n for n in trained_whole if any(m.endswith(n) for m, _ in model.named_modules())] or None,
+        task_type=task,
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"model.lora.targets: {first}; name linear layers of {type(model).__name__}") from error
 
 
 def _leave_the_file(model: nn.Module) -> None:

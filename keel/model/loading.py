@@ -79,6 +79,10 @@ def _checked(source: Source, what: str, load: Callable[[], T]) -> T:
             return load()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{path}: transformers has no {what} of type {read_config(source).model_type}; use another architecture"
+            ) from error
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{path}: this model brings Python code of its own; read it, and set model.trust_remote_code: true in "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel.model.modules import accepted, head_of, inner_model, own_attention
+from keel.model.modules import accepted, evaluating, head_of, inner_model, own_attention
 from keel.types import UserError
 
 ASKED = (0.0, 1e-3, -1e-3, 1.0, -1.0, 7.0, -7.0, 40.0, -40.0, 1e6, -1e6)  # what the head seems to have said
@@ -50,15 +50,13 @@ def _asked(inner: Any) -> LogitForm:
         said.append(torch.tensor(ASKED, dtype=output.dtype, device=output.device)[columns][None])
         return said[0].clone()
 
-    hook, training = head_of(inner).register_forward_hook(say), inner.training
-    inner.eval()
+    hook = head_of(inner).register_forward_hook(say)
     try:
         ids = torch.zeros(1, len(ASKED), dtype=torch.int64, device=next(inner.parameters()).device)
-        with own_attention(inner):
+        with own_attention(inner), evaluating(inner):
             logits = inner(**accepted(inner, input_ids=ids, use_cache=False)).logits
     finally:
         hook.remove()
-        inner.train(training)
     if not said or said[0].shape != logits.shape:
         raise _unknown(inner)
     z, y = said[0].double().flatten(), logits.double().flatten()

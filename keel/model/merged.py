@@ -50,6 +50,13 @@ def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     return weight, getattr(base, "bias", None)
 
 
+def _bare(layer: Any) -> nn.Module:
+    """A layer without its adapters, of which experts have one inside another."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in a checkpoint, tensor) of every weight of the language model; tied ones under each of their names.
@@ -57,14 +64,20 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     One layer is merged at a time, so no second copy of the model is made. The tensors are the model's own where there
     is nothing to add: copy them, do not change them. UserError for adapters that are not plain LoRA.
     """
-    inner = inner_model(model)
-    for path, module in inner.named_modules():
-        if _within_wrapper(path):
+    yield from _weights(inner_model(model), "")
+
+
+def _weights(within: nn.Module, outer: str) -> Iterator[tuple[str, Tensor]]:
+    for path, module in within.named_modules(prefix=outer):
+        if _within_wrapper(path.removeprefix(outer)):
             continue  # comes with the layer that it wraps
         prefix = path + "." if path else ""
         if hasattr(module, "base_layer"):
-            if not module.disable_adapters and not is_plain_lora(module):
-                raise UserError(f"{path}: only plain LoRA on linear layers can be merged while training goes on")
+            if not is_plain_lora(module):
+                if not module.disable_adapters:
+                    raise UserError(f"{path}: only plain LoRA on linear layers can be merged while training goes on")
+                yield from _weights(_bare(module), path)  # experts, whose weights are of any name and number
+                continue
             yield prefix + "weight", merged_weight(module)
             if module.base_layer.bias is not None:
                 yield prefix + "bias", module.base_layer.bias
@@ -118,12 +131,13 @@ def _merged_layer(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the tensor that it was made of) of a layer with its adapters."""
     own = layer.get_base_layer()
     merged = copy.deepcopy(layer)
-    base = merged.get_base_layer()
-    marks.settle_rows(base)
-    base.float()
-    merged.merge()
+    marks.settle_rows(merged.get_base_layer())
+    merged.get_base_layer().float()
+    while hasattr(merged, "base_layer"):  # experts have one inside another
+        merged.merge()
+        merged = merged.base_layer
     origins = {name: origin for name, _, origin in _own_state(own)}
-    for name, tensor, _ in _own_state(base):
+    for name, tensor, _ in _own_state(merged):
         yield name, tensor, origins[name]
 
 

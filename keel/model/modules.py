@@ -56,6 +56,19 @@ def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; then each module's own mode, as some are in evaluation while the rest is trained
+    (``keel.model.dropout``)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def own_attention(inner: Any) -> Iterator[None]:
     """The model with the attention that it was loaded with, for a forward pass of its own."""
     implementation, own = inner.config._attn_implementation, getattr(inner, "keel_attention", None)

@@ -79,7 +79,7 @@ def probe(model: PreTrainedModel) -> Verdict:
     """Finds the road on which ``model`` (a causal language model, or a classifier with one score) is computed as by
     itself, and puts it there. UserError when there is none, and for a model that is no causal one, that draws at random
     in training, or whose numbers are not finite."""
-    key = _key(model)
+    key = identity(model)
     if key not in _KEPT:
         with torch.no_grad(), _exact(model):
             _KEPT[key] = _find(model)
@@ -97,7 +97,8 @@ def slow_road(model: nn.Module) -> str:
     )
 
 
-def _key(model: PreTrainedModel) -> str:
+def identity(model: PreTrainedModel) -> str:
+    """A hash of all but the weights: class, config, kind of numbers, device."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "architectures", "transformers_version", "keel_reward"):
         config.pop(name, None)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from keel.config import SamplingConfig
 from keel.model.held import in_float32
-from keel.model.modules import accepted, inner_model
+from keel.model.modules import accepted, evaluating, inner_model
 from keel.model.packed import ATTENTION
 from keel.model.padded import stretched_beyond
 from keel.model.precision import autocast
@@ -47,12 +47,16 @@ class TransformersSampler:
         limits = room(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
-        longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        plain = TransformersSampler(self.model, ())  # as the road is tried: without stops, in full precision
-        with _ready(self.model), torch.compiler.set_stance("force_eager"):  # `compile: true` is for training
-            with in_float32(self.model):
-                road = passable(self.model, longest, plain.along)
+        road = self.road(max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
+        with _ready(self.model):
             return finite(self.along(road, prompts, limits, sampling, seed))
+
+    @torch.inference_mode()
+    def road(self, longest: int) -> Road:
+        """How sequences of up to ``longest`` tokens are decoded. UserError as from ``generate``."""
+        plain = TransformersSampler(self.model, ())  # as the road is tried: without stops, in full precision
+        with _ready(self.model), in_float32(self.model):
+            return passable(self.model, longest, plain.along)
 
     def along(
         self, road: Road, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingConfig, seed: int
@@ -192,17 +196,16 @@ def _ready(model: nn.Module) -> Iterator[None]:
     """Inference mode of the modules (no dropout), with an attention that knows caches and none of the settings that a
     checkpoint brings for ``generate``; all are put back."""
     inner: Any = inner_model(model)
-    training, packed = model.training, inner.config._attn_implementation == ATTENTION
+    packed = inner.config._attn_implementation == ATTENTION
     settings = inner.generation_config
-    model.eval()
     inner.generation_config = GenerationConfig()
     if packed:
         loaded = getattr(inner, "keel_attention", None)
         inner.set_attn_implementation(loaded or ("sdpa" if inner._supports_sdpa else "eager"))
     try:
-        yield
+        with evaluating(model), torch.compiler.set_stance("force_eager"):  # `compile: true` is for training
+            yield
     finally:
-        model.train(training)
         inner.generation_config = settings
         if packed:
             inner.set_attn_implementation(ATTENTION)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from keel.config import SamplingConfig
 from keel.model.modules import accepted, inner_model
 from keel.model.padded import stretched_beyond
+from keel.model.probe import identity
 from keel.rollout.sampler import not_finite
 from keel.types import Completion, UserError
 
@@ -44,18 +45,22 @@ ROADS = (
     Road("plain", "equal"), Road("plain", "alone"),
 )  # fmt: skip
 
+_KEPT: dict[tuple[str, frozenset[int]], Road] = {}
+
 Decode = Callable[[Road, Sequence[Sequence[int]], Sequence[int], SamplingConfig, int], list[Completion]]
 
 
 def passable(model: nn.Module, longest: int, decode: Decode) -> Road:
-    """The fastest road that is right for ``model`` and sequences of up to ``longest`` tokens; found out once for a
-    model. UserError naming the architecture where none is, or where its logits are not finite."""
+    """The fastest road that is right for ``model`` and sequences of up to ``longest`` tokens; found out once in a
+    process for an architecture with its config. UserError naming the architecture where none is, or where its logits
+    are not finite."""
     inner: Any = inner_model(model)
     crossed = frozenset(span for span in spans(inner.config.get_text_config()) if span < longest)
-    known: dict[frozenset[int], Road] = inner.__dict__.setdefault("keel_roads", {})
-    if crossed not in known:
-        known[crossed] = _find(model, crossed, longest, decode)
-    return known[crossed]
+    key = identity(inner), crossed
+    if key not in _KEPT:
+        _KEPT[key] = _find(model, crossed, longest, decode)
+    inner.keel_road_of_samples = _KEPT[key]
+    return _KEPT[key]
 
 
 def spans(config: Any) -> set[int]:
