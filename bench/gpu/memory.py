@@ -72,7 +72,7 @@ def _head(setting: Setting, name: str, trained: bool) -> dict[str, Any]:
 def _sft(setting: Setting, name: str, lora: bool, length: int) -> dict[str, Any]:
     """One sequence a step."""
     rows = data.whole(1, length, architecture(setting, name).vocab)
-    config = SftStage(**settings_of(setting, True, False), batch_tokens=length, batch_size=1, epochs=FOREVER)
+    config = SftStage(**settings_of(setting, True), batch_tokens=length, batch_size=1, epochs=FOREVER)
     model = policy(setting, name, lora=LORA if lora else None, checkpointing=True)
     algorithm = Sft(model, rows, [], config, setting.device, setting.precision, 0)
     found = timed_steps(algorithm, config, setting.device, setting.precision, 0.0)
