@@ -175,6 +175,11 @@ def scalar(
     head = scalar_head(model, name)
     with torch.no_grad():
         nn.init.normal_(head.weight, std=(shape.hidden + 1) ** -0.5)  # type: ignore[arg-type]
-    return ScalarModel(
-        prepared(model, setting.device, lora, checkpointing, "SEQ_CLS", ["score"]), tokenizer(shape.vocab)
-    )
+    prepared_model = prepared(model, setting.device, lora, checkpointing, "SEQ_CLS", ["score"])
+    return keels(ScalarModel(prepared_model, tokenizer(shape.vocab)))
+
+
+def keels(model: ScalarModel) -> ScalarModel:
+    """Marked as Keel's own, which scores a reply at its end."""
+    model.set_scale(0.0, 1.0)
+    return model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.models import LORA, architecture, policy, reader, scalar, tokenizer
+from bench.gpu.models import LORA, architecture, keels, policy, reader, scalar, tokenizer
 from bench.gpu.setting import Record, Setting
 from bench.gpu.timing import timed_steps
 from bench.gpu.training import settings_of
@@ -117,7 +117,7 @@ def one_base_step(record: Record, name: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         trunk = OneBase(setting, name, Path(folder))
         trained, _ = trunk.policy(config.gradient_checkpointing)
-        scorer = frozen_scorer(trunk.new_critic(1, False), setting.precision)
+        scorer = frozen_scorer(keels(trunk.new_critic(1, False)), setting.precision)
         critic = trunk.new_critic(2, config.gradient_checkpointing)
         rollouts = _rollouts(setting, name, work, config, trained, trunk.reference(), scorer)
         return timed_online(setting, Ppo(rollouts, critic, config), config, work)
