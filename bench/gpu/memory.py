@@ -33,7 +33,7 @@ def run(setting: Setting) -> dict[str, Any]:
             kind = "trained" if trained else "frozen"
             record.case(f"head of {model}, {kind}", 20, lambda *of: _head(setting, *of), model, trained)
     for model in setting.chosen("llama-3.1-8b"):
-        record.case(f"ppo {model}, LoRA, one base", 100, lambda *of: one_base_step(record, *of), model)
+        record.case(f"ppo {model}, LoRA, one base", 100, lambda *of: one_base_step(record, *of), model, False)
     for model, lora in (("qwen3-1.7b", False), ("llama-3.1-8b", True)):
         if model in setting.chosen(model):
             for length in LENGTHS[:1] if setting.tiny else LENGTHS:

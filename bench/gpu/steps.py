@@ -50,9 +50,9 @@ def online_work(setting: Setting, task: str) -> Work:
     return Work(task, count, count, (prompt, prompt), (reply, reply), group=4 if task == "grpo" else 1)
 
 
-def _config(setting: Setting, work: Work, checkpointing: bool) -> OnlineBase:
+def _config(setting: Setting, work: Work, checkpointing: bool, compiled: bool = True) -> OnlineBase:
     given = {
-        **settings_of(setting, checkpointing),
+        **settings_of(setting, checkpointing, compiled),
         "rewards": [RewardTerm(source=PythonRef(ref="bench:none"))],  # the scorer itself is handed over
         "episodes": ITERATIONS * work.examples,
         "rollout_batch": work.examples,
@@ -109,10 +109,10 @@ class OneBase(Trunk):
         self.model: Any = reader(setting, name)
 
 
-def one_base_step(record: Record, name: str) -> dict[str, Any]:
+def one_base_step(record: Record, name: str, compiled: bool = True) -> dict[str, Any]:
     """Policy, reference, reward model and critic as adapters and heads on one base."""
     setting, work = record.setting, online_work(record.setting, "ppo")
-    config = _config(setting, work, checkpointing=True)
+    config = _config(setting, work, checkpointing=True, compiled=compiled)
     assert isinstance(config, PpoStage)
     with TemporaryDirectory() as folder:
         trunk = OneBase(setting, name, Path(folder))
