@@ -115,11 +115,11 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def plain(setting: Setting, name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """The causal language model as transformers makes it."""
+    """The causal language model as transformers makes it, of the same numbers in either precision: bfloat16's."""
     torch.manual_seed(seed)
     with torch.device(setting.device):
-        model = AutoModelForCausalLM.from_config(architecture(setting, name).config(), dtype=dtype)
-    return model  # type: ignore[no-any-return]
+        model = AutoModelForCausalLM.from_config(architecture(setting, name).config(), dtype=torch.bfloat16)
+    return model.to(dtype)  # type: ignore[no-any-return]
 
 
 def held(setting: Setting, model: PreTrainedModel) -> PreTrainedModel:
