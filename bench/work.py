@@ -109,7 +109,7 @@ def work_of(task: str, model: str, device: str, quick: bool) -> Work:
     if device != "cpu":  # GPUs: longer texts, and enough of them to fill the machine
         work = replace(
             work,
-            examples=(2 if task in ("ppo", "grpo") else 4 if task in SAMPLING else 8) * work.examples,
+            examples=(4 if task in SAMPLING else 2) * work.examples,
             batch=4 * work.batch if task in SAMPLING else work.batch,
             prompt=(8 * work.prompt[0], 8 * work.prompt[1]),
             reply=(work.reply[0] if task == "sample_varied" else 8 * work.reply[0], 8 * work.reply[1]),

@@ -50,7 +50,7 @@ def sharded(model: Any, device: str) -> Measured:
 
 def comparisons(device: str) -> Iterator[Gap]:
     if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device))
+        torch.cuda.set_device(torch.device(device).index or 0)
     with tempfile.TemporaryDirectory() as folder:
         store = (Path(folder) / "store").as_uri()
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store, rank=0, world_size=1)

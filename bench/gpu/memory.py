@@ -33,7 +33,7 @@ def run(setting: Setting) -> dict[str, Any]:
             kind = "trained" if trained else "frozen"
             record.case(f"head of {model}, {kind}", 20, lambda *of: _head(setting, *of), model, trained)
     for model in setting.chosen("llama-3.1-8b"):
-        record.case(f"ppo {model}, LoRA, one base", 100, lambda *of: one_base_step(record, *of), model)
+        record.case(f"ppo {model}, LoRA, one base", 100, lambda *of: one_base_step(record, *of), model, False)
     for model, lora in (("qwen3-1.7b", False), ("llama-3.1-8b", True)):
         if model in setting.chosen(model):
             for length in LENGTHS[:1] if setting.tiny else LENGTHS:
@@ -72,7 +72,7 @@ def _head(setting: Setting, name: str, trained: bool) -> dict[str, Any]:
 def _sft(setting: Setting, name: str, lora: bool, length: int) -> dict[str, Any]:
     """One sequence a step."""
     rows = data.whole(1, length, architecture(setting, name).vocab)
-    config = SftStage(**settings_of(setting, True, False), batch_tokens=length, batch_size=1, epochs=FOREVER)
+    config = SftStage(**settings_of(setting, True), batch_tokens=length, batch_size=1, epochs=FOREVER)
     model = policy(setting, name, lora=LORA if lora else None, checkpointing=True)
     algorithm = Sft(model, rows, [], config, setting.device, setting.precision, 0)
     found = timed_steps(algorithm, config, setting.device, setting.precision, 0.0)

@@ -26,7 +26,7 @@ from bench.gpu.setting import Setting
 from bench.models import word_tokenizer
 from bench.work import EOS, PAD, Shape
 from keel.config import LoraConfig
-from keel.model.checkpoint import prepared, scalar_head
+from keel.model.checkpoint import frozen, prepared, scalar_head
 from keel.model.heads import ScalarModel
 from keel.model.held import KINDS, settle
 
@@ -115,45 +115,71 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def plain(setting: Setting, name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """The causal language model as transformers makes it."""
+    """The causal language model as transformers makes it, of the same numbers in either precision: bfloat16's."""
     torch.manual_seed(seed)
     with torch.device(setting.device):
-        model = AutoModelForCausalLM.from_config(architecture(setting, name).config(), dtype=dtype)
-    return model  # type: ignore[no-any-return]
+        model = AutoModelForCausalLM.from_config(architecture(setting, name).config(), dtype=torch.bfloat16)
+    return model.to(dtype)  # type: ignore[no-any-return]
 
 
-def held(setting: Setting, name: str, seed: int = 0) -> PreTrainedModel:
+def held(setting: Setting, model: PreTrainedModel) -> PreTrainedModel:
     """As Keel reads a bfloat16 checkpoint that nothing trains: matrices in bfloat16, all else in float32."""
-    model = plain(setting, name, torch.bfloat16 if setting.cuda else torch.float32, seed)
+    if not setting.cuda:
+        return model
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if type(module) not in KINDS or parameter.ndim != 2:
-                parameter.data = parameter.data.float()
+            matrix = type(module) in KINDS and parameter.ndim == 2
+            parameter.data = parameter.data.to(torch.bfloat16 if matrix else torch.float32)
     settle(model)
     return model
+
+
+def reader(setting: Setting, name: str, seed: int = 0) -> nn.Module:
+    """A reference, or a base that roles share."""
+    model = held(setting, plain(setting, name, read_in(setting), seed))
+    return frozen(prepared(model, setting.device, None, False, "CAUSAL_LM", []))
+
+
+def read_in(setting: Setting) -> torch.dtype:
+    return torch.bfloat16 if setting.cuda else torch.float32
 
 
 def policy(
     setting: Setting, name: str, *, lora: LoraConfig | None = None, checkpointing: bool = False, seed: int = 0
 ) -> nn.Module:
     """As ``load_policy`` hands it over: float32 master weights; below adapters the device's own precision."""
-    model = plain(setting, name, torch.float32, seed) if lora is None else held(setting, name, seed)
+    if lora is None:
+        model = plain(setting, name, torch.float32, seed)
+    else:
+        model = held(setting, plain(setting, name, read_in(setting), seed))
     return prepared(model, setting.device, lora, checkpointing, "CAUSAL_LM", [])
 
 
 def scalar(
-    setting: Setting, name: str, head_seed: int, *, lora: LoraConfig | None = None, checkpointing: bool = False
+    setting: Setting,
+    name: str,
+    head_seed: int,
+    *,
+    lora: LoraConfig | None = None,
+    checkpointing: bool = False,
+    read: bool = False,
 ) -> ScalarModel:
-    """As ``load_scalar`` hands it over, with a new head."""
+    """As ``load_scalar`` hands it over, with a new head; ``read``: nothing of it is trained."""
     shape = architecture(setting, name)
     config = shape.config()
     config.num_labels = 1
     torch.manual_seed(head_seed)
     with torch.device(setting.device):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = held(setting, model) if read or lora is not None else model
     head = scalar_head(model, name)
     with torch.no_grad():
         nn.init.normal_(head.weight, std=(shape.hidden + 1) ** -0.5)  # type: ignore[arg-type]
-    return ScalarModel(
-        prepared(model, setting.device, lora, checkpointing, "SEQ_CLS", ["score"]), tokenizer(shape.vocab)
-    )
+    prepared_model = prepared(model, setting.device, lora, checkpointing, "SEQ_CLS", ["score"])
+    return keels(ScalarModel(prepared_model, tokenizer(shape.vocab)))
+
+
+def keels(model: ScalarModel) -> ScalarModel:
+    """Marked as Keel's own, which scores a reply at its end."""
+    model.set_scale(0.0, 1.0)
+    return model

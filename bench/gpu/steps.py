@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.models import LORA, architecture, plain, policy, scalar, tokenizer
+from bench.gpu.models import LORA, architecture, keels, policy, reader, scalar, tokenizer
 from bench.gpu.setting import Record, Setting
 from bench.gpu.timing import timed_steps
 from bench.gpu.training import settings_of
@@ -20,13 +20,13 @@ from bench.worker import clock
 from bench.workers.keel import Stopwatch, even_words
 from keel.config import GrpoStage, OnlineBase, PpoStage, PythonRef, RewardTerm, SamplingConfig, Source
 from keel.data.chat import Chat
-from keel.model.checkpoint import frozen, prepared
 from keel.model.packed import compute_alike
 from keel.model.trunk import Trunk
 from keel.reward.scorer import PythonScorer, frozen_scorer
 from keel.rollout.sampler import make_sampler
 from keel.train import online
 from keel.train.grpo import Grpo
+from keel.train.loop import compile_as_asked
 from keel.train.online import Rollouts
 from keel.train.ppo import Ppo
 from keel.types import Message, Prompt, Scorer
@@ -50,9 +50,9 @@ def online_work(setting: Setting, task: str) -> Work:
     return Work(task, count, count, (prompt, prompt), (reply, reply), group=4 if task == "grpo" else 1)
 
 
-def _config(setting: Setting, work: Work, checkpointing: bool) -> OnlineBase:
+def _config(setting: Setting, work: Work, checkpointing: bool, compiled: bool = True) -> OnlineBase:
     given = {
-        **settings_of(setting, checkpointing, False),
+        **settings_of(setting, checkpointing, compiled),
         "rewards": [RewardTerm(source=PythonRef(ref="bench:none"))],  # the scorer itself is handed over
         "episodes": ITERATIONS * work.examples,
         "rollout_batch": work.examples,
@@ -64,32 +64,35 @@ def _config(setting: Setting, work: Work, checkpointing: bool) -> OnlineBase:
 
 
 def _rollouts(
-    setting: Setting, name: str, work: Work, config: OnlineBase, held: Any, reference: Any, scorer: Scorer
+    setting: Setting, name: str, work: Work, config: OnlineBase, policy: Any, reference: Any, scorer: Scorer
 ) -> Rollouts:
     vocab = architecture(setting, name).vocab
     ids = prompts(
         Work(work.task, ITERATIONS * work.examples, work.batch, work.prompt, work.reply, 1, work.group), vocab
     )
     records = [Prompt(f"p{n}", (Message("user", text(row)),)) for n, row in enumerate(ids)]
-    sampler = make_sampler(held, "auto", [], setting.precision)  # nothing ends a completion
+    sampler = make_sampler(policy, "auto", [], setting.precision)  # nothing ends a completion
     chat = Chat(tokenizer(vocab))
+    compile_as_asked(policy, config)
     if reference is not None:
-        compute_alike(reference, held)
-    return Rollouts(held, reference, scorer, sampler, chat, records, ids, config, setting.device, setting.precision, 0)
+        compute_alike(reference, policy)
+    return Rollouts(
+        policy, reference, scorer, sampler, chat, records, ids, config, setting.device, setting.precision, 0
+    )
 
 
 def _step(record: Record, task: str, name: str) -> dict[str, Any]:
     """Every model trained whole, in memory by itself; policy and reference have the same weights."""
     setting, work = record.setting, online_work(record.setting, task)
     config = _config(setting, work, checkpointing=False)
-    held, reference = policy(setting, name), frozen(policy(setting, name))
+    trained, reference = policy(setting, name), reader(setting, name)
     if isinstance(config, GrpoStage):
         scorer: Scorer = PythonScorer(lambda _, completion: even_words(completion))
-        algorithm: Ppo | Grpo = Grpo(_rollouts(setting, name, work, config, held, reference, scorer), config)
+        algorithm: Ppo | Grpo = Grpo(_rollouts(setting, name, work, config, trained, reference, scorer), config)
     else:
         assert isinstance(config, PpoStage)
-        scorer = frozen_scorer(scalar(setting, name, 1), setting.precision)
-        rollouts = _rollouts(setting, name, work, config, held, reference, scorer)
+        scorer = frozen_scorer(scalar(setting, name, 1, read=True), setting.precision)
+        rollouts = _rollouts(setting, name, work, config, trained, reference, scorer)
         algorithm = Ppo(rollouts, scalar(setting, name, 2), config)
     return timed_online(setting, algorithm, config, work)
 
@@ -103,21 +106,20 @@ class OneBase(Trunk):
         self.tokenizer = tokenizer(shape.vocab)
         self.tokenizer.save_pretrained(folder)
         self.source, self.device, self.lora = Source.of(folder), setting.device, LORA.whole()
-        model = plain(setting, name, torch.bfloat16 if setting.cuda else torch.float32)
-        self.model: Any = frozen(prepared(model, setting.device, None, False, "CAUSAL_LM", []))
+        self.model: Any = reader(setting, name)
 
 
-def one_base_step(record: Record, name: str) -> dict[str, Any]:
+def one_base_step(record: Record, name: str, compiled: bool = True) -> dict[str, Any]:
     """Policy, reference, reward model and critic as adapters and heads on one base."""
     setting, work = record.setting, online_work(record.setting, "ppo")
-    config = _config(setting, work, checkpointing=True)
+    config = _config(setting, work, checkpointing=True, compiled=compiled)
     assert isinstance(config, PpoStage)
     with TemporaryDirectory() as folder:
         trunk = OneBase(setting, name, Path(folder))
-        held, _ = trunk.policy(config.gradient_checkpointing)
-        scorer = frozen_scorer(trunk.new_critic(1, False), setting.precision)
+        trained, _ = trunk.policy(config.gradient_checkpointing)
+        scorer = frozen_scorer(keels(trunk.new_critic(1, False)), setting.precision)
         critic = trunk.new_critic(2, config.gradient_checkpointing)
-        rollouts = _rollouts(setting, name, work, config, held, trunk.reference(), scorer)
+        rollouts = _rollouts(setting, name, work, config, trained, trunk.reference(), scorer)
         return timed_online(setting, Ppo(rollouts, critic, config), config, work)
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bench.worker import clock
 from keel.config import TrainBase
-from keel.model.packed import compile_passes
-from keel.train.loop import Algorithm, Micro, Stats, _update
+from keel.train.loop import Algorithm, Micro, Stats, _update, compile_as_asked
 from keel.train.optim import make_optimizer
 
 Mark = Any
@@ -96,9 +95,8 @@ def timed_steps(
 
     ``algorithm`` has as many iterations as it is asked for. ``begin`` is called before what is timed."""
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
-    if config.compile:
-        for module in algorithm.modules.values():
-            compile_passes(module)
+    for module in algorithm.modules.values():
+        compile_as_asked(module, config)
     parts = Parts(device)
     hook = optimizer.register_step_post_hook(parts.optimizer_over)
     iteration = steps = 0

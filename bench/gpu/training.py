@@ -38,7 +38,7 @@ class Case:
     micro: int
     lora: bool = False
     documents: bool = False
-    compiled: bool = True
+    compiled: bool = True  # where `compile: auto` does
     checkpointing: bool = False
     optimizer: str = "adamw"
     seconds: float = 25.0
@@ -150,13 +150,15 @@ def _sft_steps(record: Record, case: Case, micro: int) -> dict[str, Any]:
     return _figures(record, shape, sum(lengths), flops, found) | {"sequences_a_pass": micro, "documents": len(rows)}
 
 
-def settings_of(setting: Setting, checkpointing: bool, compiled: bool, optimizer: str = "adamw") -> dict[str, Any]:
+def settings_of(
+    setting: Setting, checkpointing: bool, compiled: bool = True, optimizer: str = "adamw"
+) -> dict[str, Any]:
     return {
         "name": "bench",
         "optim": OptimConfig(**OPTIM, kind=optimizer, warmup=0, schedule="constant"),  # type: ignore[arg-type]
         "precision": setting.precision,
         "gradient_checkpointing": checkpointing,
-        "compile": compiled,
+        "compile": "auto" if compiled else False,
     }
 
 
@@ -198,20 +200,20 @@ Made = tuple[Algorithm, Any]
 def _dpo(setting: Setting, model: str, count: int, half: int) -> Made:
     groups = data.pairs(count, half, half, architecture(setting, model).vocab)
     reference = {id(pair): (-100.0, -100.0) for group in groups for pair in group}
-    config = DpoStage(**settings_of(setting, False, setting.cuda), epochs=FOREVER, batch_size=count)
+    config = DpoStage(**settings_of(setting, False), epochs=FOREVER, batch_size=count)
     return Dpo(policy(setting, model), groups, [], reference, config, setting.device, setting.precision, 0), config
 
 
 def _reward(setting: Setting, model: str, count: int, half: int) -> Made:
     groups = data.pairs(count, half, half, architecture(setting, model).vocab)
-    config = RewardStage(**settings_of(setting, False, setting.cuda), epochs=FOREVER, batch_size=count)
+    config = RewardStage(**settings_of(setting, False), epochs=FOREVER, batch_size=count)
     scorer = scalar(setting, model, 0)
     return RewardTraining(scorer, groups, [], config, setting.device, setting.precision, 0), config
 
 
 def _online(setting: Setting, count: int, group: int) -> dict[str, Any]:
     return {
-        **settings_of(setting, False, setting.cuda),
+        **settings_of(setting, False),
         "rewards": [RewardTerm(source=PythonRef(ref="bench:none"))],  # never asked
         "rollout_batch": count,
         "episodes": count,

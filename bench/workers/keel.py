@@ -28,12 +28,13 @@ from keel.config import (
 )
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy, load_scalar
+from keel.model.packed import compute_alike
 from keel.reward.scorer import PythonScorer, RewardModelScorer
 from keel.rollout.sampler import make_sampler
 from keel.run import Silent, StageDir
 from keel.train.dpo import Dpo, reference_logps
 from keel.train.grpo import Grpo
-from keel.train.loop import Algorithm, train
+from keel.train.loop import Algorithm, compile_as_asked, train
 from keel.train.online import Rollouts
 from keel.train.pairs import Pair
 from keel.train.ppo import Ppo
@@ -138,12 +139,15 @@ def dpo(job: Job) -> Repetition:
         groups = encoded_pairs(job, work)
         flat = [pair for group in groups for pair in group]
         config = DpoStage(**stage_settings(job, work), epochs=1, batch_size=work.batch)
+        trained = policy(job)
+        compile_as_asked(trained, config)
+        compute_alike(reference, trained)
         began = clock(job.device)
         logps = reference_logps(reference, flat, config.batch_tokens, job.device, precision(job)).tolist()
         before = clock(job.device) - began
         del reference  # as in training: from here on its log-probabilities will do
         by_pair = {id(pair): (float(c), float(r)) for pair, (c, r) in zip(flat, logps, strict=True)}
-        algorithm = Dpo(policy(job), groups, [], by_pair, config, job.device, precision(job), work.seed)
+        algorithm = Dpo(trained, groups, [], by_pair, config, job.device, precision(job), work.seed)
         seconds = timed(job, algorithm, config)
         return Outcome(len(flat), before + seconds, precision(job), {"reference": before, "training": seconds})
 

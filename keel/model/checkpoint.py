@@ -33,7 +33,7 @@ from keel.model.loading import (
     read_tokenizer,
 )
 from keel.model.merged import file_weights
-from keel.model.modules import inner_model, stated_positions
+from keel.model.modules import inner_model, set_attention, stated_positions
 from keel.model.padding import give_pad
 from keel.model.precision import Precision
 from keel.model.probe import probe
@@ -246,7 +246,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     implementation, dtype = inner.config._attn_implementation, getattr(inner, "keel_saved", torch.float32)
     plain = inner is model and dtype == torch.float32
     with quiet(), as_configured(inner):
-        inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
+        set_attention(inner, "sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
         try:
             inner.save_pretrained(str(folder), state_dict=None if plain else file_weights(model, dtype))
             tokenizer.save_pretrained(str(folder))
@@ -255,7 +255,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
                 GenerationConfig(eos_token_id=list(ends)).save_pretrained(str(folder))
         finally:
             if implementation is not None:
-                inner.set_attn_implementation(implementation)
+                set_attention(inner, implementation)
         if inner is not model and not marks.trains_rows(inner):
             save_adapter(model, tokenizer, folder)
     name = str(dtype).removeprefix("torch.")

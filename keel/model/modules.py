@@ -55,6 +55,15 @@ def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
 
+def set_attention(inner: Any, implementation: str) -> None:
+    """transformers' attention of that name, everywhere: a classifier's decoder may be another role's, with a config of
+    its own, which older versions (5.17) pass over."""
+    inner.set_attn_implementation(implementation)
+    decoder = inner.base_model
+    if decoder is not inner and decoder.config._attn_implementation != implementation:
+        decoder.set_attn_implementation(implementation)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within; then each module's own mode, as some are in evaluation while the rest is trained
@@ -75,11 +84,11 @@ def own_attention(inner: Any) -> Iterator[None]:
     if own is None or own == implementation:
         yield
         return
-    inner.set_attn_implementation(own)
+    set_attention(inner, own)
     try:
         yield
     finally:
-        inner.set_attn_implementation(implementation)
+        set_attention(inner, implementation)
 
 
 class _AtTheHead(Exception):

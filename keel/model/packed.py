@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from keel.model import fused
 from keel.model.layout import ROUND_TOKENS, ROUND_WANTED, Layout, MaskFunction, rounded
 from keel.model.modules import backbone as backbone
-from keel.model.modules import before_head, check_reach
+from keel.model.modules import before_head, check_reach, set_attention
 from keel.model.modules import inner_model as inner_model
 from keel.model.padded import alone_hidden_states, by_reach
 from keel.model.padded import padded_hidden_states as padded_hidden_states
@@ -165,7 +165,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
         return False
     if model.config._attn_implementation != ATTENTION:
         model.keel_attention = model.config._attn_implementation  # type: ignore[assignment]
-        model.set_attn_implementation(ATTENTION)
+        set_attention(model, ATTENTION)
     model.keel_road = "packed"  # type: ignore[assignment]
     return True
 

@@ -28,7 +28,7 @@ from keel.model import fused
 from keel.model.held import in_float32
 from keel.model.logits import LogitForm, logit_form
 from keel.model.logprobs import masked_offsets, token_logprobs
-from keel.model.modules import accepted, backbone, head_of, stated_positions
+from keel.model.modules import accepted, backbone, head_of, set_attention, stated_positions
 from keel.model.packed import ATTENTION, Road, enable_packing, hidden_states, road
 from keel.types import Encoded, PackedBatch, UserError
 
@@ -187,6 +187,8 @@ def _as_loaded(model: Any) -> str | None:
     attention = model.config._attn_implementation
     if attention == ATTENTION:
         attention = model.keel_attention
+    if attention == "sdpa" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        attention = "eager"  # older versions of transformers (5.17) offer Gemma 2 torch's, and leave out the cap
     _set_attention(model, attention)
     return attention  # type: ignore[no-any-return]
 
@@ -195,7 +197,7 @@ def _set_attention(model: Any, attention: str | None) -> None:
     """Everywhere: a classifier's decoder may be another role's, with a config of its own."""
     below: Any = backbone(model)
     if attention is not None and {model.config._attn_implementation, below.config._attn_implementation} != {attention}:
-        model.set_attn_implementation(attention)
+        set_attention(model, attention)
 
 
 def _verdicts(

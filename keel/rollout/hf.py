@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from keel.config import SamplingConfig
 from keel.model.held import in_float32
-from keel.model.modules import accepted, evaluating, inner_model
+from keel.model.modules import accepted, evaluating, inner_model, set_attention
 from keel.model.packed import ATTENTION
 from keel.model.padded import stretched_beyond
 from keel.model.precision import autocast
@@ -201,11 +201,11 @@ def _ready(model: nn.Module) -> Iterator[None]:
     inner.generation_config = GenerationConfig()
     if packed:
         loaded = getattr(inner, "keel_attention", None)
-        inner.set_attn_implementation(loaded or ("sdpa" if inner._supports_sdpa else "eager"))
+        set_attention(inner, loaded or ("sdpa" if inner._supports_sdpa else "eager"))
     try:
         with evaluating(model), torch.compiler.set_stance("force_eager"):  # `compile: true` is for training
             yield
     finally:
         inner.generation_config = settings
         if packed:
-            inner.set_attn_implementation(ATTENTION)
+            set_attention(inner, ATTENTION)

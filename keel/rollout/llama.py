@@ -86,7 +86,7 @@ def _linear(
     if not copied and not products:
         return norm, Linear(weights, [b.to(dtype) for b in biases], outputs)
     if apart:
-        weight = torch.cat([weight.to(dtype) for weight in weights])
+        weight = weights[0].to(dtype) if len(weights) == 1 else torch.cat([weight.to(dtype) for weight in weights])
         return norm, Linear([weight], [torch.cat(biases).to(dtype)] if biases else [], outputs)
     weight = (weights[0] if len(weights) == 1 and norm is None else torch.cat(weights)).float()
     if norm is not None:
