@@ -18,7 +18,7 @@ from keel.config import DataConfig, Recipe, SamplingConfig
 from keel.data.chat import Chat
 from keel.data.sources import read_preferences, read_prompts
 from keel.eval.evaluation import _one_model
-from keel.model.checkpoint import load_scalar
+from keel.model.checkpoint import load_policy, load_scalar
 from keel.reward.scorer import RewardModelScorer
 from keel.rollout.collect import sample_replies
 from keel.rollout.episodes import encode_prompts
@@ -57,7 +57,7 @@ def chat_of(folder: Path) -> Chat:
 def evaluated(folder: Path, prompts: list[Prompt]) -> Any:
     inputs: Any = SimpleNamespace(device="cpu", precision="fp32", sampling=SamplingConfig(), prompts=prompts, seed=0)
     baseline: Any = None
-    return _one_model("base", folder, baseline, inputs)
+    return _one_model("base", load_policy(folder), baseline, inputs)
 
 
 def scored(folder: Path, prompts: list[Prompt]) -> torch.Tensor:
