@@ -18,6 +18,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 
+# Files that take a minute or more begin first, or one process waits at the end for the other to end one of them.
+LONG = (
+    "test_train.py", "test_label_outbox.py", "test_check_against_run.py", "test_label_browser.py", "test_cli.py",
+    "test_label_kill.py", "test_label_quality.py", "test_kernels.py", "test_label_odd.py", "test_agreement.py",
+    "test_memory.py", "test_label_attack.py", "test_bench_gpu.py", "test_store.py", "test_label_log.py",
+    "test_label_training.py", "test_bench_gpu_correctness.py", "test_label_fuzz.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
