@@ -213,6 +213,13 @@ class PackedBatch:
         """Tokens that each sequence holds itself: [B]."""
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
+    def reached(self) -> tuple[int, int]:
+        """``reach``; asked of the device where it is not there."""
+        if self.reach is not None:
+            return self.reach
+        token, position = torch.stack([self.ids_T.max(), self.positions_T.max()]).tolist()
+        return token, position
+
     def to(self, device: torch.device | str) -> PackedBatch:
         fork_B = None if self.fork_B is None else self.fork_B.to(device)
         return PackedBatch(
@@ -221,13 +228,8 @@ class PackedBatch:
             self.cu_seqlens.to(device),
             self.mask_T.to(device),
             fork_B,
-            self.reach or _reach(self),
+            self.reached(),
         )
-
-
-def _reach(batch: PackedBatch) -> tuple[int, int]:
-    token, position = torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
-    return token, position
 
 
 @dataclass(frozen=True, slots=True)

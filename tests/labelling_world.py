@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from keel.web.service.start import prepare
 PASSWORD = "a long enough password"
 SECRET_MODEL = "runs/hidden-model"
 SECRET_META = "the graders' note"
+
+
+def token() -> str:
+    return uuid.uuid4().hex
 
 
 def fill(store: Store, items: int, overlap: int = 1, replies: int = 2) -> list[int]:

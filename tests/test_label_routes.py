@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from labelling_world import PASSWORD, SECRET_META, SECRET_MODEL, Client, World
+from labelling_world import PASSWORD, SECRET_META, SECRET_MODEL, Client, World, token
 
 from keel.store import Store
 from keel.store.people import ROLES
@@ -24,10 +23,6 @@ from keel.web.app.security import CONTENT_POLICY
 def world(tmp_path: Path) -> Iterator[World]:
     with Store(tmp_path / "feedback.db") as store:
         yield World(store)
-
-
-def token() -> str:
-    return uuid.uuid4().hex
 
 
 def vote_on(client: Client, item: dict, choice: str = "left", **more: Any):  # type: ignore[no-untyped-def]

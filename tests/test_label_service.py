@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pg_server
 import pytest
-from databases import postgres_urls, sqlite_urls
-from labelling_world import PASSWORD, World, fake_sources, fill, person
+from databases import Clock, postgres_urls, sqlite_urls
+from labelling_world import PASSWORD, World, fake_sources, fill, person, token
 from sqlalchemy import select, text
 from test_label_models import Judged
 
@@ -47,14 +46,6 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
             yield make
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.time = datetime(2026, 11, 1, 12, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.time
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -64,10 +55,6 @@ def clock() -> Clock:
 def store(new_url: Callable[[], str], clock: Clock) -> Iterator[Store]:
     with Store(new_url(), clock=clock) as store:
         yield store
-
-
-def token() -> str:
-    return uuid.uuid4().hex
 
 
 def judge_all(labelling: Labelling, who: people.Account, choice: str = "left") -> int:

@@ -7,17 +7,17 @@ import http.client
 import json
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import uvicorn
 from alembic import command
+from databases import Clock
 from label_server import postgres_that_stops, sqlite_that_locks
-from labelling_world import World, fake_sources, fill, person, words
+from labelling_world import World, fake_sources, fill, person, token, words
 from sqlalchemy import create_engine, event, insert, select
 from sqlalchemy.exc import InterfaceError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
@@ -37,14 +37,6 @@ from keel.web.service.start import name_of, prepare
 from keel.web.service.streams import MOST_STREAMS
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.time = datetime(2026, 11, 1, 12, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.time
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -54,10 +46,6 @@ def clock() -> Clock:
 def store(new_url: Callable[[], str], clock: Clock) -> Iterator[Store]:
     with Store(new_url(), clock=clock) as store:
         yield store
-
-
-def token() -> str:
-    return uuid.uuid4().hex
 
 
 # ----------------------------------------------------------------------------------------------- 503, and nothing else

@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pg_server
@@ -22,6 +22,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from databases import Clock
 from sqlalchemy import create_engine, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -72,14 +73,6 @@ def url(new_url: Callable[[], str]) -> str:
 def store(url: str) -> Iterator[Store]:
     with Store(url) as store:
         yield store
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = datetime(2026, 11, 1, 12, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.time
 
 
 def prompt(name: str = "p", content: str = "Who keeps the light?") -> Prompt:

@@ -34,10 +34,11 @@ class Keys:
 
 @dataclass(frozen=True)
 class Forks:
-    """Where sequences share a beginning, in the layout's grid: ``sequence`` and ``fork`` [B, L], the number of a
-    token's sequence and the place of the last token that this one shares (-1: it is whole); ``positions`` ([B, L]) are
-    the tokens' places in their own sequence."""
+    """Where sequences share a beginning: ``fork_B`` as in ``PackedBatch``; in the layout's grid ``sequence`` and
+    ``fork`` [B, L], the number of a token's sequence and the place of the last token that this one shares (-1: it is
+    whole), and ``positions`` ([B, L]), the tokens' places in their own sequence."""
 
+    fork_B: Tensor
     sequence: Tensor
     fork: Tensor
     positions: Tensor
@@ -59,7 +60,6 @@ class Layout:
     cu_seqlens: Tensor
     longest_own: int
     even: bool = False
-    fork_B: Tensor | None = None
     forks: Forks | None = None
 
     @staticmethod
@@ -70,8 +70,7 @@ class Layout:
         sequence_T = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), lengths)
         cu_seqlens = batch.cu_seqlens.int()
         if batch.fork_B is None:
-            most = int(lengths.max()) if batch.reach is None else batch.reach[1] + 1
-            rows, longest = batch.num_sequences, rounded(most, ROUND_LENGTH, device)
+            rows, longest = batch.num_sequences, rounded(batch.reached()[1] + 1, ROUND_LENGTH, device)
             even = rows * longest == batch.num_tokens and _takes_grids(device)
             return Layout(sequence_T * longest + batch.positions_T, rows, longest, cu_seqlens, longest, even)
         whole_B = batch.fork_B < 0
@@ -83,8 +82,8 @@ class Layout:
         longest = rounded(most, ROUND_LENGTH, device)
         grid = Layout(row_T * longest + place_T, len(begin_R), longest, cu_seqlens, own)
         fork_B = torch.where(whole_B, -1, batch.fork_B - begin_R[row_B])  # as a place in the row
-        forks = Forks(grid.spread(sequence_T, -1), grid.spread(fork_B[sequence_T], -1), grid.spread(batch.positions_T))
-        return replace(grid, fork_B=batch.fork_B, forks=forks)
+        in_grid = grid.spread(sequence_T, -1), grid.spread(fork_B[sequence_T], -1), grid.spread(batch.positions_T)
+        return replace(grid, forks=Forks(batch.fork_B, *in_grid))
 
     @cached_property
     def allowed(self) -> Tensor | None:
@@ -98,12 +97,13 @@ class Layout:
     @cached_property
     def keys(self) -> Keys:
         """For kernels that take sequences one behind another: the keys of what is shared once for each that shares."""
-        if self.fork_B is None:
+        if self.forks is None:
             return Keys(None, self.cu_seqlens, self.longest_own)
+        fork_B = self.forks.fork_B
         begin_B, own_B = self.cu_seqlens[:-1].long(), self.cu_seqlens.long().diff()
-        whole_B = self.fork_B < 0
+        whole_B = fork_B < 0
         root_B = begin_B[whole_B][whole_B.long().cumsum(0) - 1]  # where what is shared begins
-        shared_B = torch.where(whole_B, 0, self.fork_B + 1 - root_B)
+        shared_B = torch.where(whole_B, 0, fork_B + 1 - root_B)
         length_B = shared_B + own_B
         offsets = torch.cat([length_B.new_zeros(1), length_B.cumsum(0)])
         sequence_K = torch.repeat_interleave(torch.arange(len(own_B), device=own_B.device), length_B)

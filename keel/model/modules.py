@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,12 +54,14 @@ def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
 
-def set_attention(inner: Any, implementation: str) -> None:
+def set_attention(inner: Any, implementation: str | None) -> None:
     """transformers' attention of that name, everywhere: a classifier's decoder may be another role's, with a config of
-    its own, which older versions (5.17) pass over."""
+    its own, which older versions (5.17) pass over. None: as it is."""
+    decoder: Any = backbone(inner)
+    if implementation is None or {part.config._attn_implementation for part in (inner, decoder)} == {implementation}:
+        return
     inner.set_attn_implementation(implementation)
-    decoder = inner.base_model
-    if decoder is not inner and decoder.config._attn_implementation != implementation:
+    if decoder.config._attn_implementation != implementation:
         decoder.set_attn_implementation(implementation)
 
 
@@ -68,13 +69,22 @@ def set_attention(inner: Any, implementation: str) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within; then each module's own mode, as some are in evaluation while the rest is trained
     (``keel.model.dropout``)."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Each module's own, in training or not, for :func:`set_modes`."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 @contextlib.contextmanager
@@ -142,7 +152,7 @@ def stated_positions(config: Any) -> int | None:
 def check_reach(model: nn.Module, batch: PackedBatch) -> None:
     """UserError for a token that the model has no embedding for, and for a text longer than its positions."""
     inner: Any = inner_model(model)
-    token, position = batch.reach or torch.stack([batch.ids_T.max(), batch.positions_T.max()]).tolist()
+    token, position = batch.reached()
     rows, limit = embedding_rows(model), stated_positions(inner.config)
     if rows is not None and token >= rows:
         raise UserError(

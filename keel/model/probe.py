@@ -28,7 +28,7 @@ from keel.model import fused
 from keel.model.held import in_float32
 from keel.model.logits import LogitForm, logit_form
 from keel.model.logprobs import masked_offsets, token_logprobs
-from keel.model.modules import accepted, backbone, head_of, set_attention, stated_positions
+from keel.model.modules import accepted, backbone, head_of, modes_of, set_attention, set_modes, stated_positions
 from keel.model.packed import ATTENTION, Road, enable_packing, hidden_states, road
 from keel.types import Encoded, PackedBatch, UserError
 
@@ -112,7 +112,7 @@ def identity(model: PreTrainedModel) -> str:
 def _exact(model: PreTrainedModel) -> Iterator[None]:
     """Float32 as it is, and every generator of random numbers, mode and setting as it was."""
     device, precision = next(model.parameters()).device, torch.get_float32_matmul_precision()
-    modes, state = _modes(model), random.getstate()
+    modes, state = modes_of(model), random.getstate()
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -126,24 +126,14 @@ def _exact(model: PreTrainedModel) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(precision)
             random.setstate(state)
-            _set_modes(modes)
-
-
-def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Each module's own: some are kept in evaluation while the rest is trained (``keel.model.dropout``)."""
-    return [(module, module.training) for module in model.modules()]
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
+            set_modes(modes)
 
 
 def _find(model: PreTrainedModel) -> Verdict:
     scores = getattr(model, "score", None) is not None
     measure: _Measure = _own_scores if scores else _own_logps
     ours = _our_scores if scores else _our_logps
-    modes, attention = _modes(model), _as_loaded(model)
+    modes, attention = modes_of(model), _as_loaded(model)
     case = _case(model, LENGTHS, measure)
     _check_causal(model, case, 0 if scores else 1)
     _check_training(model, modes, case, measure)
@@ -189,15 +179,8 @@ def _as_loaded(model: Any) -> str | None:
         attention = model.keel_attention
     if attention == "sdpa" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         attention = "eager"  # older versions of transformers (5.17) offer Gemma 2 torch's, and leave out the cap
-    _set_attention(model, attention)
+    set_attention(model, attention)
     return attention  # type: ignore[no-any-return]
-
-
-def _set_attention(model: Any, attention: str | None) -> None:
-    """Everywhere: a classifier's decoder may be another role's, with a config of its own."""
-    below: Any = backbone(model)
-    if attention is not None and {model.config._attn_implementation, below.config._attn_implementation} != {attention}:
-        set_attention(model, attention)
 
 
 def _verdicts(
@@ -221,7 +204,7 @@ def _take(model: Any, verdict: Verdict) -> None:
     if verdict.road == "packed":
         enable_packing(model)
     else:
-        _set_attention(model, verdict.attention)
+        set_attention(model, verdict.attention)
         model.keel_road = verdict.road
 
 
@@ -327,7 +310,7 @@ def _check_training(
     model: PreTrainedModel, modes: list[tuple[nn.Module, bool]], case: _Case, measure: _Measure
 ) -> None:
     """A policy is measured and trained in training mode: that must not draw anything at random."""
-    _set_modes(modes)
+    set_modes(modes)
     found, _ = measure(model, torch.tensor([case.sequences[1].ids], device=next(model.parameters()).device))
     model.eval()
     gap = float((found - case.values[1]).abs().max())
