@@ -17,7 +17,6 @@ import numpy as np
 import yaml
 
 import keel
-from keel.config import Recipe, RewardStage
 from keel.eval.calibration import temperature
 from keel.eval.winrate import TIE_WIDTH
 from keel.feedback.simulated import SimulatedAnnotator, draw, true_probability
@@ -25,13 +24,15 @@ from keel.harbor.annotators import population
 from keel.harbor.export import export
 from keel.harbor.judge import judge
 from keel.model.checkpoint import load_scalar
-from keel.model.precision import pick_precision
-from keel.pipeline import run_pipeline
+from keel.pipeline.run import run_pipeline
+from keel.precision import pick_precision
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
 from keel.reward.ensemble import Candidate, leads
 from keel.reward.scorer import RewardModelScorer, frozen_scorer
 from keel.run import RunDir, Silent, cpu_count, resolve_device, write_json
 from keel.run.rundir import StageDir
-from keel.stages import RUNNERS
+from keel.stages.registry import RUNNERS
 from keel.store import Store
 from keel.train.context import TrainContext
 from keel.train.reward import Aggregate, train_reward

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.annotators import AnnotatorFigures, annotator_figures, doubtful
 from bench.harbor import World, command, prompt_weights, seeds_of, world_of, write_results
 from keel.feedback.aggregate import How, aggregate
-from keel.feedback.annotators import AnnotatorFigures, annotator_figures, doubtful
 from keel.feedback.pairing import PairChoice, make_comparisons
 from keel.feedback.simulated import SimulatedAnnotator, label
 from keel.harbor.annotators import ADVERSARIAL, LAZY, with_bad

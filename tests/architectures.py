@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from keel.config import SamplingConfig
 from keel.data.collate import pack_shared
 from keel.model import packed
 from keel.model.checkpoint import prepared
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.modules import accepted
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.hf import TransformersSampler
 from keel.types import Encoded, UserError
 from tests import zoo

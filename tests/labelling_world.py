@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastapi.testclient import TestClient
 
-from keel.config import SamplingConfig
+from keel.recipe.sections import SamplingConfig
 from keel.store import Store, people
 from keel.store.people import Account, AccountRole
 from keel.types import Completion, Message, Prompt

@@ -16,12 +16,12 @@ import torch
 from test_stages import loop_recipe, run
 from transformers import AutoModelForSequenceClassification
 
-from keel.config import Recipe
 from keel.data.chat import Chat
 from keel.feedback.pairing import PairChoice, make_comparisons
 from keel.feedback.uncertainty import bald, best_first
 from keel.model.checkpoint import load_tokenizer
-from keel.pipeline import plan
+from keel.pipeline.run import plan
+from keel.recipe.recipe import Recipe
 from keel.store import Response, Store
 from keel.types import UserError
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.annotators import annotator_figures, doubtful
 from keel.feedback.agreement import (
     FIRST,
     MIRROR,
@@ -23,7 +24,6 @@ from keel.feedback.agreement import (
     fleiss_kappa,
     named_votes,
 )
-from keel.feedback.annotators import annotator_figures, doubtful
 from keel.feedback.crowd_bt import Comparison, crowd_bt
 from keel.feedback.dawid_skene import dawid_skene, reliabilities
 from keel.feedback.krippendorff import Scale, krippendorff_alpha, signed_strength

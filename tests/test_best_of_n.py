@@ -17,14 +17,15 @@ from tiny import Counting, prompt, save_tiny, tiny_tokenizer
 from torch import Tensor
 
 from keel.check import check_recipe
-from keel.config import Recipe, SamplingConfig
 from keel.data.chat import Chat
-from keel.inputs import KEPT
 from keel.model.checkpoint import load_scalar
-from keel.pipeline import plan
+from keel.pipeline.run import plan
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import SamplingConfig
 from keel.reward.scorer import RewardModelScorer
 from keel.rollout.collect import sample_replies
 from keel.run import RunDir
+from keel.stages.inputs import KEPT
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
 

@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 from keel.check import check_recipe
 from keel.cli import main
 from keel.cli.exchange import read_votes
-from keel.config import Recipe
 from keel.data.chat import install_template
 from keel.data.columns import MESSAGE, PAIRED, SYSTEM, TAUGHT, TRAINED, WEIGHTS
 from keel.data.rows import Reading
@@ -40,8 +39,10 @@ from keel.data.sources import (
     read_steps,
     read_texts,
 )
-from keel.inputs import BAD_ROWS, demonstrations, preferences, training_prompts, write_kept
-from keel.run import RunDir, Silent, StageContext
+from keel.recipe.recipe import Recipe
+from keel.run import RunDir, Silent
+from keel.stages.context import StageContext
+from keel.stages.inputs import BAD_ROWS, demonstrations, preferences, training_prompts, write_kept
 from keel.store import Store
 from keel.store.foreign import Names
 from keel.types import Completion, Message, Prompt, UserError

@@ -20,12 +20,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from keel.check import check_recipe
-from keel.config import OnlineBase, Recipe, SamplingConfig
 from keel.model.loading import quiet
-from keel.pipeline import run_pipeline
+from keel.pipeline.run import run_pipeline
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import SamplingConfig
+from keel.recipe.stage import OnlineBase
 from keel.rollout import roads
 from keel.run import RunDir, Silent
-from keel.stages import RUNNERS
+from keel.stages.registry import RUNNERS
 from keel.types import UserError
 
 # One a family, and where a family's members compute differently, several; those of which a stage is quickly done.

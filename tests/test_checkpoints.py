@@ -28,16 +28,19 @@ from transformers import (
 )
 
 from keel.check import check_recipe
-from keel.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, Recipe, RewardStage, SftStage, Source
 from keel.data.chat import Chat
 from keel.model import marks
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, load_tokenizer, positions, save
 from keel.model.dropout import adapters_thinned, of_adapters, turn_off
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
-from keel.pipeline import run_pipeline
+from keel.pipeline.run import run_pipeline
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig, Source
+from keel.recipe.sft import SftStage
 from keel.run import RunDir, Silent
-from keel.stages import RUNNERS
+from keel.stages.registry import RUNNERS
 from keel.train.context import TrainContext
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft

@@ -25,11 +25,12 @@ from keel.cli import main
 from keel.cli.chat import find_model, stream_ids, stream_text
 from keel.cli.live import Progress, closing
 from keel.cli.process import MALLOC, restart_with_malloc_settings
-from keel.config import Recipe, Source
 from keel.data.chat import Chat, install_template
-from keel.pipeline import run_pipeline
+from keel.pipeline.run import run_pipeline
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import Source
 from keel.run import RunDir, Silent
-from keel.stages import RUNNERS
+from keel.stages.registry import RUNNERS
 from keel.types import Message, UserError
 
 RECIPE = """\

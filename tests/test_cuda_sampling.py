@@ -13,15 +13,15 @@ import transformers
 from test_rollout import EMBEDDED, PROMPTS, VOCABULARY, build, forward_logprobs, peer_greedy
 from torch import Tensor
 
-from keel.config import SamplingConfig
+from keel.recipe.sections import SamplingConfig
 from keel.rollout import cuda, plain_kernels
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout.embedded import EmbeddedSampler
 from keel.rollout.llama import Weights
-from keel.rollout.sampler import choose, filtered_weights, nearest_positive
 from keel.rollout.slots import Slots
 from keel.rollout.step import Layer, Linear, Shape
+from keel.rollout.tokens import choose, filtered_weights, nearest_positive
 from keel.types import Completion, UserError
 
 GPU = torch.cuda.is_available()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny import Counting, prompt
 
-from keel.config import EndpointRef
+from keel.recipe.judges import EndpointRef
 from keel.reward.judge import EndpointJudge
 from keel.types import Completion, Grade, Message, Prompt, UserError
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from keel.eval.alarms import Limits, find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
-from keel.eval.evaluate import Estimate, compare, evaluate_model, kl_from_reference, repetition, side_by_side, versus
+from keel.eval.grading import Estimate, compare, evaluate_model, kl_from_reference, repetition, side_by_side, versus
 from keel.eval.overoptimisation import at_equal_kl, at_equal_steps, curve, gao_fit, guardrail
 from keel.eval.winrate import win_rate
 from keel.types import Completion, Encoded, Grade, Message, Prompt, UserError

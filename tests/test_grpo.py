@@ -16,10 +16,13 @@ from test_train import FAST, LikesO, context
 from tiny import demonstrations, prompt, save_tiny
 from torch import Tensor
 
-from keel.config import GrpoStage, OptimConfig, PpoStage, SamplingConfig, SftStage
 from keel.data.collate import pack, pack_by_prompt
 from keel.model.checkpoint import load_policy
 from keel.objective import group
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.sections import OptimConfig, SamplingConfig
+from keel.recipe.sft import SftStage
 from keel.rollout.cpu import CpuDecoder
 from keel.rollout.sampler import Sampler, make_sampler
 from keel.train import grpo, online

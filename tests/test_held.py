@@ -32,25 +32,18 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from keel.config import (
-    DataConfig,
-    GrpoStage,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    SamplingConfig,
-    SftStage,
-    Source,
-)
 from keel.data.collate import pack
 from keel.model import held
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.held import in_float32, is_held, stored_dtype
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compute_alike, inner_model
-from keel.model.precision import autocast, held_dtype
 from keel.model.trunk import Trunk
+from keel.precision import autocast, held_dtype
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig, Source
+from keel.recipe.sft import SftStage
 from keel.reward.scorer import PythonScorer
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.sampler import make_sampler

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,21 +14,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keel"
 
-# Rule 4. A room imports rooms of lower rank only. Everyone may import types and config.
+# Rule 4. A room imports rooms of lower rank only. Everyone may import types and recipe.
 RANKS = {
-    "stats": -1,  # plain numbers, below every room that has figures
+    "stats": -2,  # plain numbers, below every room that has figures
+    "precision": -2,
+    "kernels": -1,
     **dict.fromkeys(("run", "data", "store", "objective"), 0),
     "model": 1,
     "rollout": 2,
     "reward": 3,
     **dict.fromkeys(("train", "feedback", "eval"), 4),
-    **dict.fromkeys(("report", "inputs"), 5),
-    **dict.fromkeys(("stages", "graph"), 6),
+    "report": 5,
+    "stages": 6,
     "pipeline": 7,
     "check": 8,
     "cli": 9,
 }
-EVERYONE_MAY = {"types", "config", ""}  # "" is the package itself: its version
+EVERYONE_MAY = {"types", "recipe", ""}  # "" is the package itself: its version
 PARTS = {"run", "data", "store", "objective"}  # rule 3
 ALSO = {"web": {"store", "feedback"}}  # rule 5
 USES_HARBOR = {"cli", "__main__"}
@@ -52,6 +53,8 @@ OPTIONAL = {
     "trl": set(),
     "triton": {"model/gpu_passes.py", "rollout/triton_kernels.py"},
 }
+# So many modules may be read, Python's own among them, before there is an answer.
+HELP, SETTINGS = 120, 300
 STDLIB = sys.stdlib_module_names | {"__future__"}
 
 
@@ -114,19 +117,21 @@ def broken(found: list[Import]) -> list[str]:
             elif there == "web" and here not in ("cli", "__main__"):
                 wrong.append(f"{where}: only cli imports web (rule 5)")
             elif here == "web" and there not in EVERYONE_MAY | ALSO["web"]:
-                wrong.append(f"{where}: web imports store, types, config and feedback's statistics only (rule 5)")
+                wrong.append(f"{where}: web imports store, types, recipe and feedback's statistics only (rule 5)")
             elif here == "objective" and there != "types":
                 wrong.append(f"{where}: objective imports torch and types only (rule 2)")
             elif here in PARTS and there in PARTS:
                 wrong.append(f"{where}: {here} and {there} never import each other (rule 3)")
             elif here in RANKS and there in RANKS and RANKS[there] >= RANKS[here]:
                 wrong.append(f"{where}: {there} does not rank below {here} (rule 4)")
-            elif here in ("types", "config", "__init__"):
+            elif here in ("types", "recipe", "__init__") and there not in (
+                {"types", ""} if here == "recipe" else set()
+            ):
                 wrong.append(f"{where}: {here} imports nothing of Keel (rule 1)")
         if there is None and here == "types" and top not in STDLIB | {"torch"}:
             wrong.append(f"{where}: types imports the standard library and torch (rule 1)")
-        if there is None and here == "config" and top not in STDLIB | {"pydantic"}:
-            wrong.append(f"{where}: config imports the standard library and pydantic (rule 1)")
+        if there is None and here == "recipe" and top not in STDLIB | {"pydantic", "pydantic_core", "yaml"}:
+            wrong.append(f"{where}: recipe imports the standard library, pydantic and yaml (rule 1)")
         if there is None and here == "objective" and top not in STDLIB | {"torch"}:
             wrong.append(f"{where}: objective imports torch and types only (rule 2)")
         optional = "tensorboard" if i.module.startswith("torch.utils.tensorboard") else top
@@ -147,16 +152,16 @@ def test_the_rules_hold() -> None:
 
 def test_every_room_has_a_rank() -> None:
     rooms = {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert rooms - RANKS.keys() - {"types", "config", "__init__", "__main__", "harbor", "web"} == set()
+    assert rooms - RANKS.keys() - {"types", "recipe", "__init__", "__main__", "harbor", "web"} == set()
 
 
 @pytest.mark.parametrize(
     ("file", "module"),
     [
         ("types.py", "numpy"),
-        ("config.py", "torch"),
+        ("recipe/sft.py", "torch"),
         ("objective/kl.py", "keel.run"),
-        ("objective/kl.py", "keel.config"),
+        ("objective/kl.py", "keel.recipe.sections"),
         ("objective/kl.py", "numpy"),
         ("stats.py", "keel.store"),
         ("data/chat.py", "keel.store.records"),
@@ -164,10 +169,10 @@ def test_every_room_has_a_rank() -> None:
         ("model/heads.py", "keel.rollout"),
         ("train/ppo.py", "keel.eval.winrate"),
         ("report/build.py", "keel.pipeline"),
-        ("stages.py", "keel.pipeline"),
-        ("pipeline.py", "keel.cli"),
+        ("stages/sft.py", "keel.pipeline"),
+        ("pipeline/run.py", "keel.cli"),
         ("train/ppo.py", "keel.harbor.judge"),
-        ("stages.py", "keel.web"),
+        ("stages/sft.py", "keel.web"),
         ("web/app.py", "keel.train"),
         ("train/loop.py", "wandb"),
         ("run/rundir.py", "torch.utils.tensorboard"),
@@ -218,22 +223,23 @@ def test_no_zip_lets_lists_drift_apart() -> None:
     assert loose == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppo", "--help"]])
-def test_help_imports_no_torch_and_is_quick(arguments: list[str], subprocess_env: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "modules"),
+    [(["--help"], HELP), (["--version"], HELP), (["ppo", "--help"], SETTINGS)],
+)
+def test_help_imports_no_torch_and_little_else(
+    arguments: list[str], modules: int, subprocess_env: dict[str, str]
+) -> None:
     script = (
         "import sys\n"
         "from keel.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'sqlalchemy', 'rich', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "print(len(sys.modules))"
     )
-    best = float("inf")
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=subprocess_env)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        # Processor time, not the clock's: the tests share the machine, and nothing here waits.
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=subprocess_env)
+    assert done.returncode == 0, done.stderr
     assert "keel" in done.stdout
-    assert best < 0.5
+    # How many modules are read stands for the time that it takes, which on a shared machine says little.
+    assert int(done.stdout.split()[-1]) < modules

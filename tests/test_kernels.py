@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keel.config import SamplingConfig
-from keel.model import numeric
-from keel.rollout import kernels
+from keel.kernels import decoding as kernels
+from keel.kernels import intrinsics as numeric
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.cpu import raw
-from keel.rollout.sampler import choose, stream_key, uniforms
+from keel.rollout.tokens import choose, stream_key, uniforms
 
 LOW = [torch.float32, torch.bfloat16]
 NONE = np.zeros(0, np.float32)
@@ -162,8 +162,8 @@ import hashlib, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_rollout import PROMPTS, build
-from keel.config import SamplingConfig
-from keel.model.passes import passes
+from keel.recipe.sections import SamplingConfig
+from keel.kernels.plain import passes
 from keel.rollout.sampler import make_sampler
 completions = make_sampler(build("llama"), "embedded", ()).generate(PROMPTS, SamplingConfig(max_new_tokens=8), 0)
 logits_CV = torch.randn(27, 328, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from labelling_world import Client, fake_sources, fill, person
 
-from keel.store import Store, exchange, people
+from keel.store import Store, exchange, guidelines
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.service.labelling import Labelling
@@ -107,6 +107,6 @@ def test_an_imported_guideline_is_not_taken_for_one_that_is_here(new_url: Callab
         assert store.guideline("1") == "Ours."
         prepare(store)
         with store.transaction(writes=False) as connection:
-            current = people.current_guideline(connection)
+            current = guidelines.current_guideline(connection)
         assert current is not None
         assert (current.version, current.text) == ("1", "Ours.")

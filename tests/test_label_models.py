@@ -13,7 +13,7 @@ from labelling_world import Client, World, fake_sources, fill, person
 
 from keel.cli.label import with_models
 from keel.cli.models import trained_stages
-from keel.store import Store, overview, people, work
+from keel.store import Store, guidelines, review, work
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.service.models import Models, Part, Shaped
@@ -69,8 +69,8 @@ class Judged:
         again = store.undo(ids["bo-0"])
         store.submit(again.id, "right", client_token="bo-again", guideline="1")
         with store.transaction(writes=True) as connection:
-            overview.adjudicate(connection, items[1], self.ann.annotator_id, "first", "clear", "ann", store.now)
-            version = people.next_version(connection)
+            review.adjudicate(connection, items[1], self.ann.annotator_id, "first", "clear", "ann", store.now)
+            version = guidelines.next_version(connection)
         store.add_guideline(version, "Other words")
         assignment = store.next_assignment(self.bo.annotator_id)
         assert assignment is not None

@@ -23,7 +23,7 @@ from keel.cli.ensemble import RunEnsemble
 from keel.cli.label import _RunModels
 from keel.cli.retrain import FOLDER, Retraining
 from keel.run import RunDir, write_json
-from keel.store import Store, gold, overview, priority
+from keel.store import Store, gold, priority, review
 from keel.types import Completion, Prompt, UserError
 from keel.web.app.create import create_app
 from keel.web.service.ordering import Ordering
@@ -102,14 +102,14 @@ def test_ranked_pairs_stay_within_their_queue(store: Store) -> None:
             pairs.append((ids[0], ids[1]))
         s.add_comparisons(pairs, batch="urgent")
     with store.transaction(writes=True) as connection:
-        overview.put_first(connection, "urgent", "compare", "admin", store.now)
+        review.put_first(connection, "urgent", "compare", "admin", store.now)
     ordering = Ordering(store, Odd())
     for _ in range(2):  # again is the same
         ordering.uncertain_first("admin")
         ordering.wait()
     fresh = fill_more(store)
     with store.transaction(writes=True) as connection:
-        overview.put_first(connection, "last word", "compare", "admin", store.now)
+        review.put_first(connection, "last word", "compare", "admin", store.now)
     assert given_out(store, "ann", 9) == ["q", "p8", "p7", "p3", "p2", "p1", "p0", fresh]
 
 

@@ -11,11 +11,11 @@ from labelling_world import person
 from test_pipeline import World
 from test_stages import loop_recipe, run, write_jsonl
 
-from keel.config import Recipe
 from keel.feedback.stored import training_demonstrations, training_votes
-from keel.pipeline import plan
+from keel.pipeline.run import plan
+from keel.recipe.recipe import Recipe
 from keel.run import RunDir, read_json
-from keel.store import Store
+from keel.store import Store, review
 from keel.store.people import Account
 from keel.store.trained_on import VoteHashes, vote_hashes
 from keel.types import Completion, Message, Preference, Prompt, UserError
@@ -133,7 +133,6 @@ def test_gold_items_are_no_training_votes(world: World) -> None:
 
 @pytest.mark.parametrize("kind", ["simulated", "person"])
 def test_a_reviewers_last_word_redoes_what_learns_from_the_votes(world: World, kind: str) -> None:
-    from keel.store import overview
 
     with store_of(world.run) as store:
         judge(store, 1, kind=kind)
@@ -141,7 +140,7 @@ def test_a_reviewers_last_word_redoes_what_learns_from_the_votes(world: World, k
 
         def settle(choice: str) -> None:
             with store.transaction(writes=True) as connection:
-                overview.adjudicate(connection, 1, 1, choice, None, "boss", store.now)
+                review.adjudicate(connection, 1, 1, choice, None, "boss", store.now)
 
         for choice in ("second", "tie"):
             settle(choice)

@@ -14,22 +14,16 @@ import torch
 from tiny import demonstrations, preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 
-from keel.config import (
-    DataConfig,
-    DpoStage,
-    GrpoStage,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    PpoStage,
-    RewardStage,
-    SamplingConfig,
-    SftStage,
-)
 from keel.data.collate import pack, pack_by_prompt
 from keel.model.checkpoint import load_policy
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compile_passes
+from keel.recipe.dpo import DpoStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig
+from keel.recipe.sft import SftStage
 from keel.rollout import make_sampler
 from keel.run import RunDir, Silent
 from keel.train.context import TrainContext

@@ -27,7 +27,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from keel.config import LoraConfig
 from keel.data.collate import pack, pack_shared
 from keel.model import logprobs as logprobs_module
 from keel.model import packed as packed_module
@@ -36,6 +35,7 @@ from keel.model.checkpoint import load_policy, load_scalar, save
 from keel.model.logits import LogitForm
 from keel.model.logprobs import head_logprobs, masked_offsets, sequence_sums, token_logprobs
 from keel.model.packed import enable_packing, hidden_states, padded_hidden_states
+from keel.recipe.sections import LoraConfig
 from keel.types import Encoded, PackedBatch, UserError
 
 LENGTHS = [5, 9, 3, 12, 1]

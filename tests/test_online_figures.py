@@ -15,8 +15,10 @@ from test_train import context
 from tiny import Counting, prompt, save_tiny
 from torch import Tensor, nn
 
-from keel.config import GrpoStage, OptimConfig, PpoStage
 from keel.objective.policy import discounted_reward
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.sections import OptimConfig
 from keel.reward.judge import JudgeFromPython
 from keel.train.grpo import train_grpo
 from keel.train.online import Episodes, make_rollouts

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from keel.model import passes as plain
-from keel.model.passes import Grid, Rotary
+from keel.kernels import plain
+from keel.kernels.plain import Grid, Rotary
 
-loops = pytest.importorskip("keel.model.loops", reason="numba is not installed, or torch has no OpenMP of its own")
+loops = pytest.importorskip("keel.kernels.training", reason="numba is not installed, or torch has no OpenMP of its own")
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 T, H, D = 37, 40, 8

@@ -1,4 +1,4 @@
-"""keel.pipeline: what is run again and what is not, with runners that only write down that they were called."""
+"""keel.pipeline.run: what is run again and what is not, with runners that only write down that they were called."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from keel.config import Recipe, Stage
-from keel.graph import ancestors, parents
-from keel.pipeline import plan, run_pipeline
-from keel.run import RunDir, Silent, StageContext
+from keel.pipeline.run import plan, run_pipeline
+from keel.recipe.graph import ancestors, parents
+from keel.recipe.recipe import Recipe, Stage
+from keel.run import RunDir, Silent
+from keel.stages.context import StageContext
 from keel.types import UserError
 
 STAGES: list[dict[str, Any]] = [

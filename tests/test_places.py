@@ -14,11 +14,12 @@ from test_trunk import context
 from tiny import tiny_llama, tiny_tokenizer
 
 from keel.check.data import data_findings
-from keel.config import DataConfig, Recipe, SamplingConfig
 from keel.data.chat import Chat
 from keel.data.sources import read_preferences, read_prompts
-from keel.eval.evaluation import _one_model
+from keel.eval.models import _one_model
 from keel.model.checkpoint import load_policy, load_scalar
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.reward.scorer import RewardModelScorer
 from keel.rollout.collect import sample_replies
 from keel.rollout.episodes import encode_prompts

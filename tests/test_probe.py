@@ -31,7 +31,6 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from zoo import config, make
 
-from keel.config import LoraConfig
 from keel.data.collate import pack, pack_shared
 from keel.model import probe as probe_module
 from keel.model.checkpoint import load_policy, load_scalar, prepared
@@ -40,6 +39,7 @@ from keel.model.logits import LogitForm, logit_form
 from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
 from keel.model.packed import backbone, hidden_states, road
 from keel.model.probe import probe, slow_road
+from keel.recipe.sections import LoraConfig
 from keel.rollout.llama import why_unsupported
 from keel.types import Encoded, UserError
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from keel.kernels.matmul import Packed, multiply
+from keel.kernels.plain import products_of
 from keel.model import logprobs as logprobs_module
-from keel.model.passes import products_of
-from keel.model.products import Packed, multiply
 
 LOW = [torch.float32, torch.bfloat16]
 

@@ -17,11 +17,18 @@ from tiny import WORDS, demonstrations, preferences, prompt, save_tiny
 from transformers import AutoModelForCausalLM
 
 from keel.check import check_recipe
-from keel.config import DpoStage, GrpoStage, OptimConfig, PpoStage, PtxConfig, Recipe, RewardStage, SftStage
 from keel.data.chat import Chat
 from keel.eval.capability import text_loss
 from keel.model.checkpoint import load_policy
-from keel.pipeline import plan
+from keel.pipeline.run import plan
+from keel.recipe.dpo import DpoStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import OptimConfig
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import PtxConfig
 from keel.train.context import TrainContext
 from keel.train.dpo import train_dpo
 from keel.train.grpo import train_grpo

@@ -9,9 +9,12 @@ import yaml
 
 import keel
 from keel.cli.parser import STAGES
-from keel.cli.recipe import finish, load_recipe, packaged, read_draft, split_words
-from keel.cli.settings import STAGE_MODELS, nearest, settings
-from keel.config import PpoStage, Recipe, SftStage
+from keel.recipe.file import finish, load_recipe, packaged, read_draft, split_words
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import STAGES as KINDS
+from keel.recipe.recipe import Recipe
+from keel.recipe.settings import nearest, settings
+from keel.recipe.sft import SftStage
 from keel.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +69,7 @@ def test_the_demo_recipe_loads() -> None:
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_stage_command_has_a_recipe_of_its_own(kind: str) -> None:
     assert kind in {stage.kind for stage in load_recipe(packaged(kind)).stages}
-    assert set(STAGES) == set(STAGE_MODELS)
+    assert set(STAGES) == set(KINDS)
 
 
 def test_settings_are_overridden_by_key(recipe: Path) -> None:

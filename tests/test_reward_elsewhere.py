@@ -14,13 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from keel.check.models import _reward_models
-from keel.config import EvalStage, LoraConfig, OptimConfig, Recipe, RewardStage
 from keel.data.chat import Chat, install_template
 from keel.data.collate import pack
 from keel.model.checkpoint import load_scalar, load_tokenizer, save
 from keel.model.heads import ScalarModel
 from keel.model.padding import choose_pad
 from keel.model.trunk import Trunk
+from keel.recipe.eval import EvalStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import LoraConfig, OptimConfig
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir
 from keel.train.ppo import _critic

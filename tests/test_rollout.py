@@ -13,11 +13,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from keel.config import SamplingConfig
 from keel.data.chat import Chat
+from keel.kernels.plain import products_of
 from keel.model.merged import merged_weights
 from keel.model.packed import ATTENTION, enable_packing
-from keel.model.passes import products_of
+from keel.recipe.sections import SamplingConfig
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
@@ -26,8 +26,8 @@ from keel.rollout.cpu import CpuDecoder
 from keel.rollout.embedded import EmbeddedSampler, Request
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.llama import why_unsupported
-from keel.rollout.sampler import choose, filtered_weights, mix64, stream_key, uniforms
 from keel.rollout.step import decode
+from keel.rollout.tokens import choose, filtered_weights, mix64, stream_key, uniforms
 from keel.types import Completion, Message, Prompt, UserError
 from tests import zoo
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from keel.config import LoggingConfig
+from keel.recipe.sections import LoggingConfig
 from keel.run import (
     MetricsLog,
     RunDir,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from keel.config import SamplingConfig
 from keel.model.padded import stretched_beyond
+from keel.recipe.sections import SamplingConfig
 from keel.rollout import llama as llama_module
 from keel.rollout.embedded import EmbeddedSampler
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.roads import Road
-from keel.rollout.sampler import choose, filtered_weights, finite
+from keel.rollout.tokens import choose, filtered_weights, finite
 from keel.types import Completion, UserError
 from tests import zoo
 

@@ -18,12 +18,12 @@ from tiny import save_tiny, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.config import LoraConfig, Source
 from keel.model import merged
 from keel.model.checkpoint import load_policy, load_scalar, save
 from keel.model.logprobs import token_logprobs
 from keel.model.modules import own_attention
 from keel.model.packed import inner_model
+from keel.recipe.sections import LoraConfig, Source
 
 
 def written(model: nn.Module, tokenizer: Any, folder: Path) -> dict[str, Tensor]:

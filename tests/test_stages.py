@@ -32,11 +32,11 @@ from transformers import (
 
 from keel.check import check_recipe
 from keel.cli.models import trained_stages
-from keel.config import Recipe
 from keel.feedback.simulated import SimulatedAnnotator
-from keel.pipeline import run_pipeline
+from keel.pipeline.run import run_pipeline
+from keel.recipe.recipe import Recipe
 from keel.run import RunDir, Silent
-from keel.stages import RUNNERS
+from keel.stages.registry import RUNNERS
 from keel.store import Store
 from keel.types import Grade, Prompt, UserError
 from keel.web.service.models import Models

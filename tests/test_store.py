@@ -26,9 +26,9 @@ from databases import Clock
 from sqlalchemy import create_engine, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from keel.config import SamplingConfig
 from keel.data.sources import read_preferences
-from keel.store import Assignment, Judgement, LeaseLost, Store, exchange, overview, tables
+from keel.recipe.sections import SamplingConfig
+from keel.store import Assignment, Judgement, LeaseLost, Store, exchange, review, tables
 from keel.store.engine import VERSION_TABLE, alembic_config, parse_url
 from keel.store.settled import settle
 from keel.types import Completion, Message, Preference, Prompt, UserError
@@ -644,8 +644,8 @@ def test_a_reviewers_word_goes_with_the_votes_out_and_in(new_url: Callable[[], s
         first, second, *_ = by_item
         with store.transaction(writes=True) as connection:
             for item, word in ((first, "second"), (second, "tie")):
-                overview.adjudicate(connection, item, boss, "first", "too quick", "boss", store.now)
-                overview.adjudicate(connection, item, boss, word, None, "boss", store.now)
+                review.adjudicate(connection, item, boss, "first", "too quick", "boss", store.now)
+                review.adjudicate(connection, item, boss, word, None, "boss", store.now)
         later = {reply.id for reply in (by_item[first][0].left, by_item[first][0].right)}
         for vote in store.judgements():
             if vote.item_id == first:  # the word is told in terms of each vote's own sides

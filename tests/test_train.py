@@ -17,31 +17,26 @@ import torch
 from tiny import WORDS, demonstrations, preferences, prompt, save_tiny, tiny_llama
 from torch import Tensor
 
-from keel.config import (
-    DataConfig,
-    DpoStage,
-    GrpoStage,
-    ModelConfig,
-    OptimConfig,
-    PpoStage,
-    RewardStage,
-    SamplingConfig,
-    SftStage,
-)
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order
 from keel.feedback.aggregate import aggregate
 from keel.model.checkpoint import load_policy, load_scalar
+from keel.recipe.dpo import DpoStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig
+from keel.recipe.sft import SftStage
 from keel.rollout.sampler import make_sampler
 from keel.run import RunDir, Silent, read_json
 from keel.train.context import TrainContext
 from keel.train.dpo import Dpo, train_dpo
 from keel.train.grpo import train_grpo
 from keel.train.loop import _update
-from keel.train.offline import Schedule
 from keel.train.optim import lr_factor, make_optimizer
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
+from keel.train.schedule import Schedule
 from keel.train.sft import Sft, train_sft
 from keel.types import Completion, Demonstration, Message, Preference, Prompt, UserError
 

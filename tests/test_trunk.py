@@ -17,12 +17,15 @@ from tiny import preferences, prompt, save_tiny, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, PpoStage, Recipe, RewardStage, SamplingConfig
 from keel.data.collate import pack
 from keel.model.checkpoint import load_scalar
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import backbone
 from keel.model.trunk import Trunk
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent
 from keel.train.context import TrainContext

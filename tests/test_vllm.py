@@ -16,11 +16,13 @@ import torch
 import transformers
 from tiny import WORDS, prompt, tiny_llama, tiny_tokenizer
 
-from keel.config import DataConfig, GrpoStage, LoraConfig, ModelConfig, OptimConfig, PpoStage, SamplingConfig
 from keel.data.collate import pack
 from keel.model.checkpoint import load_policy
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import enable_packing
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig
 from keel.rollout import make_sampler
 from keel.rollout.vllm import VllmSampler
 from keel.run import RunDir, Silent

@@ -10,12 +10,16 @@ from test_train import PPO, LikesO, context
 from tiny import demonstrations, preferences, prompt, save_tiny, tiny_llama
 from torch import Tensor
 
-from keel.config import DpoStage, GrpoStage, PpoStage, SamplingConfig, SftStage
 from keel.data.chat import Chat
 from keel.data.sources import Fact
 from keel.eval.capability import encode_facts, text_loss
-from keel.eval.evaluation import EvaluationInputs, evaluate_models
+from keel.eval.models import EvaluationInputs, evaluate_models
 from keel.model.checkpoint import load_policy
+from keel.recipe.dpo import DpoStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.sections import SamplingConfig
+from keel.recipe.sft import SftStage
 from keel.reward.judge import JudgeFromPython
 from keel.run import Silent
 from keel.train.context import TrainContext

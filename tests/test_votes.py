@@ -14,11 +14,12 @@ import torch
 from tiny import preferences, save_tiny
 from torch import Tensor
 
-from keel.config import Recipe, RewardStage
 from keel.data.sources import read_preferences
 from keel.eval.reward_quality import gold_accuracy, reward_quality
 from keel.feedback.aggregate import aggregate
 from keel.model.checkpoint import load_scalar
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
 from keel.store.settled import settle
 from keel.train.pairs import Pair, encode_pairs
 from keel.train.reward import RewardTraining

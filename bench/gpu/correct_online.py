@@ -15,13 +15,16 @@ from transformers import LlamaForSequenceClassification
 
 from bench.gpu.correct import Check, Gap, Said, Setting, copied, drawn, forked, llama, row_logps, saved, tokenizer
 from bench.gpu.correct_training import BOUNDS, PRECISIONS, VOCAB, PlainAdamW, flat, policy_config, trained, weights
-from keel.config import KlConfig, PpoStage, PythonRef, Recipe, RewardTerm, SamplingConfig
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, prepared
 from keel.model.heads import ScalarModel
-from keel.pipeline import run_pipeline
+from keel.pipeline.run import run_pipeline
+from keel.recipe.judges import PythonRef, RewardTerm
+from keel.recipe.ppo import KlConfig, PpoStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import SamplingConfig
 from keel.run import RunDir, Silent
-from keel.stages import RUNNERS
+from keel.stages.registry import RUNNERS
 from keel.train.online import Rollouts
 from keel.train.ppo import Ppo
 from keel.types import Completion, Encoded, Message, Prompt

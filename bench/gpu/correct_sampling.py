@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from bench.gpu.correct import Check, Gap, Said, Setting, copied, furthest, llama, low, row_logps, small, text
-from keel.config import SamplingConfig
 from keel.data.collate import pack_by_prompt
 from keel.model.checkpoint import prepared
 from keel.model.logprobs import token_logprobs
-from keel.rollout.sampler import Precision, choose, make_sampler
+from keel.precision import Precision
+from keel.recipe.sections import SamplingConfig
+from keel.rollout.sampler import make_sampler
+from keel.rollout.tokens import choose
 from keel.types import Completion, Encoded
 
 VOCAB = 512

@@ -36,12 +36,14 @@ from bench.gpu.correct import (
     text,
     tokenizer,
 )
-from keel.config import DpoStage, LoraConfig, OptimConfig, SftStage
 from keel.data.collate import pack_shared
 from keel.model.checkpoint import frozen, load_policy, load_scalar, prepared, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compute_alike
 from keel.model.trunk import Trunk
+from keel.recipe.dpo import DpoStage
+from keel.recipe.sections import LoraConfig, OptimConfig
+from keel.recipe.sft import SftStage
 from keel.run import Silent, StageDir
 from keel.train.dpo import Dpo, reference_logps
 from keel.train.loop import Algorithm, train

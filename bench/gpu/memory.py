@@ -16,10 +16,10 @@ from bench.gpu.steps import one_base_step
 from bench.gpu.timing import peak, reset_peak, timed_steps
 from bench.gpu.training import FOREVER, settings_of
 from bench.worker import clock
-from keel.config import SftStage
 from keel.model.logprobs import head_logprobs
 from keel.model.packed import inner_model
-from keel.model.precision import autocast
+from keel.precision import autocast
+from keel.recipe.sft import SftStage
 from keel.train.sft import Sft
 
 TOKENS = 32_768

@@ -25,10 +25,10 @@ from transformers import (
 from bench.gpu.setting import Setting
 from bench.models import word_tokenizer
 from bench.work import EOS, PAD, Shape
-from keel.config import LoraConfig
 from keel.model.checkpoint import frozen, prepared, scalar_head
 from keel.model.heads import ScalarModel
 from keel.model.held import KINDS, settle
+from keel.recipe.sections import LoraConfig
 
 LORA = LoraConfig(rank=16, alpha=32.0)  # on all linear layers
 

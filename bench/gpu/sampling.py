@@ -15,8 +15,8 @@ from bench.gpu.timing import peak, reset_peak
 from bench.work import RESERVED, Job, Work, prompts
 from bench.worker import clock
 from bench.workers import generate
-from keel.config import SamplingConfig
 from keel.model.checkpoint import frozen
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.sampler import make_sampler
 
 STOP_EVERY = 256  # varied lengths: 1 token in so many ends a completion, and an untrained model draws about evenly

@@ -20,7 +20,7 @@ import torch
 from bench.cost import Limits
 from bench.files import now, slug, write_json
 from bench.machine import rates
-from keel.model.precision import Precision
+from keel.precision import Precision
 from keel.run.machine import cpu_count
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "numba")

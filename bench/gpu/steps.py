@@ -18,10 +18,14 @@ from bench.gpu.training import settings_of
 from bench.work import Work, prompts, text
 from bench.worker import clock
 from bench.workers.keel import Stopwatch, even_words
-from keel.config import GrpoStage, OnlineBase, PpoStage, PythonRef, RewardTerm, SamplingConfig, Source
 from keel.data.chat import Chat
 from keel.model.packed import compute_alike
 from keel.model.trunk import Trunk
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.judges import PythonRef, RewardTerm
+from keel.recipe.ppo import PpoStage
+from keel.recipe.sections import SamplingConfig, Source
+from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import PythonScorer, frozen_scorer
 from keel.rollout.sampler import make_sampler
 from keel.train import online

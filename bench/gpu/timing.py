@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.worker import clock
-from keel.config import TrainBase
+from keel.recipe.stage import TrainBase
 from keel.train.loop import Algorithm, Micro, Stats, _update, compile_as_asked
 from keel.train.optim import make_optimizer
 

@@ -15,7 +15,13 @@ from bench.gpu.need import trained
 from bench.gpu.setting import Record, Setting, release, share
 from bench.gpu.timing import timed_steps
 from bench.work import OPTIM
-from keel.config import DpoStage, GrpoStage, OptimConfig, PpoStage, PythonRef, RewardStage, RewardTerm, SftStage
+from keel.recipe.dpo import DpoStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.judges import PythonRef, RewardTerm
+from keel.recipe.ppo import PpoStage
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import OptimConfig
+from keel.recipe.sft import SftStage
 from keel.train import grpo, ppo
 from keel.train.dpo import Dpo
 from keel.train.loop import Algorithm

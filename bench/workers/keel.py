@@ -14,21 +14,17 @@ import torch
 
 from bench.work import OPTIM, SAMPLING, Job, Work, conversations, pairs, prompts, stop_ids, text
 from bench.worker import Outcome, Repetition, clock, serve
-from keel.config import (
-    DpoStage,
-    GrpoStage,
-    OnlineBase,
-    OptimConfig,
-    PpoStage,
-    PythonRef,
-    RewardStage,
-    RewardTerm,
-    SamplingConfig,
-    SftStage,
-)
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.packed import compute_alike
+from keel.recipe.dpo import DpoStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.judges import PythonRef, RewardTerm
+from keel.recipe.ppo import PpoStage
+from keel.recipe.reward import RewardStage
+from keel.recipe.sections import OptimConfig, SamplingConfig
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import PythonScorer, RewardModelScorer
 from keel.rollout.sampler import make_sampler
 from keel.run import Silent, StageDir

@@ -6,11 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from keel.check.finding import Finding, broken, stage_names
-from keel.config import PEOPLE, DataConfig, EvalStage, OnlineBase, PreferenceBase, Recipe, SampleStage, SftStage
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
+from keel.recipe.eval import EvalStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.sample import SampleStage
+from keel.recipe.sections import DataConfig
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import PEOPLE, OnlineBase, PreferenceBase
 from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError, place_of
 
 FEW = 100  # records below which a stage can hardly learn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from keel.config import Recipe
+from keel.recipe.recipe import Recipe
 from keel.types import UserError
 
 

@@ -9,9 +9,14 @@ from pathlib import Path
 import torch
 
 from keel.check.finding import Finding, broken
-from keel.config import EvalStage, OnlineBase, PpoStage, PythonRef, Recipe, SampleStage, Stage, TrainBase
-from keel.graph import sources
-from keel.model.precision import pick_precision
+from keel.precision import pick_precision
+from keel.recipe.eval import EvalStage
+from keel.recipe.graph import sources
+from keel.recipe.judges import PythonRef
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.sample import SampleStage
+from keel.recipe.stage import OnlineBase, TrainBase
 from keel.reward.python_ref import load_python
 from keel.rollout import vllm
 from keel.run import RunDir

@@ -11,32 +11,29 @@ from torch import Tensor
 from keel.check.data import data_findings
 from keel.check.finding import Finding, broken, stage_names
 from keel.check.starting import own_numbers, root
-from keel.config import (
-    DpoStage,
-    EvalStage,
-    OnlineBase,
-    Recipe,
-    RewardModelRef,
-    RewardStage,
-    SftStage,
-    Stage,
-    TrainBase,
-)
 from keel.data.chat import Chat, install_template
 from keel.data.collate import pack
 from keel.data.rows import Reading
 from keel.data.sources import read_facts, read_prompts
 from keel.eval.capability import encode_facts
-from keel.graph import sources
 from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
 from keel.model.heads import ScalarModel
 from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
 from keel.model.modules import inner_model, own_attention
 from keel.model.vocabulary import unreadable
+from keel.recipe.dpo import DpoStage
+from keel.recipe.eval import EvalStage
+from keel.recipe.graph import sources
+from keel.recipe.judges import RewardModelRef
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.reward import RewardStage
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import OnlineBase, TrainBase
 from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
 from keel.rollout.episodes import encode_prompts
-from keel.run import RunDir, Silent, StageContext
+from keel.run import RunDir, Silent
+from keel.stages.context import StageContext
 from keel.types import Message, UserError
 
 KL_TOLERANCE = 1e-4  # nats a token between a policy and its reference before the first step

@@ -9,9 +9,11 @@ from __future__ import annotations
 from keel.check.finding import Finding, broken, stage_names
 from keel.check.machine import disk, extras, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
-from keel.config import Recipe, Stage, TrainBase
-from keel.graph import parents
-from keel.run import RunDir, StageContext, resolve_device
+from keel.recipe.graph import parents
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.stage import TrainBase
+from keel.run import RunDir, resolve_device
+from keel.stages.context import StageContext
 from keel.types import UserError
 
 

@@ -13,14 +13,22 @@ import torch
 from torch import nn
 
 from keel.check.finding import Finding, broken
-from keel.config import EvalStage, OnlineBase, PpoStage, Recipe, RewardStage, SampleStage, SftStage, Source, TrainBase
 from keel.data.collate import pack
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import merged_weights
 from keel.model.probe import slow_road
+from keel.recipe.eval import EvalStage
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
+from keel.recipe.sample import SampleStage
+from keel.recipe.sections import Source
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import OnlineBase, TrainBase
 from keel.rollout.hf import TransformersSampler
-from keel.rollout.sampler import Backend, context_length, make_sampler
+from keel.rollout.sampler import Backend, make_sampler
+from keel.rollout.tokens import context_length
 from keel.types import Encoded, UserError
 
 ADAPTER_TOLERANCE = 1e-3  # nats: new adapters add zero

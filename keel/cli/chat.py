@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from keel.config import PpoStage, Recipe, Source
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
 from keel.model.packed import inner_model
-from keel.model.precision import autocast, pick_precision
+from keel.precision import autocast, pick_precision
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import Source
 from keel.run import RunDir, resolve_device
 from keel.types import Message, UserError
 

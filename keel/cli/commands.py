@@ -13,10 +13,12 @@ import keel
 from keel.cli.live import Progress, closing
 from keel.cli.parser import STAGES
 from keel.cli.process import set_threads
-from keel.cli.recipe import Draft, finish, load_recipe, packaged, read_draft, split_words
-from keel.config import Recipe, Stage
-from keel.pipeline import Runner, ancestors, plan, run_pipeline
-from keel.run import RunDir, StageContext
+from keel.pipeline.run import Runner, plan, run_pipeline
+from keel.recipe.file import Draft, finish, load_recipe, packaged, read_draft, split_words
+from keel.recipe.graph import ancestors
+from keel.recipe.recipe import Recipe, Stage
+from keel.run import RunDir
+from keel.stages.context import StageContext
 from keel.types import UserError
 
 # `keel demo --quick` runs every stage of the demo, so that one sees each work, on too little to learn much from.
@@ -101,7 +103,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _execute(recipe: Recipe, out: Path, targets: list[str] | None = None) -> int:
     """Runs a recipe, shows it live, and ends with what each stage did."""
     from keel.check import preflight
-    from keel.stages import RUNNERS
+    from keel.stages.registry import RUNNERS
 
     console = Console()
     console.print(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from keel.config import ModelConfig
+from keel.recipe.sections import ModelConfig
 from keel.run import RunDir
 from keel.types import Completion, Prompt
 
@@ -28,7 +28,7 @@ class RunEnsemble:
         from keel.cli.chat import LOADING
         from keel.feedback.uncertainty import disagreement
         from keel.model.checkpoint import load_scalar
-        from keel.model.precision import pick_precision
+        from keel.precision import pick_precision
         from keel.reward.ensemble import Candidate
         from keel.reward.scorer import frozen_scorer
         from keel.run import resolve_device

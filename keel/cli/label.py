@@ -13,9 +13,11 @@ from keel.cli.chat import LOADING, Talker, find_model, trained_models
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
 from keel.cli.retrain import Retraining
-from keel.config import Recipe, SampleStage, SamplingConfig, Source
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
+from keel.recipe.recipe import Recipe
+from keel.recipe.sample import SampleStage
+from keel.recipe.sections import SamplingConfig, Source
 from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
@@ -173,7 +175,7 @@ def sample_with(source: Source, sampling: SamplingConfig) -> Callable[[Sequence[
     def sample(prompts: Sequence[Prompt], per_prompt: int) -> list[list[Completion]]:
         from keel.data.chat import Chat
         from keel.model.checkpoint import frozen, load_policy
-        from keel.model.precision import pick_precision
+        from keel.precision import pick_precision
         from keel.rollout.collect import sample_replies, stop_token_ids
         from keel.rollout.sampler import make_sampler
         from keel.run import resolve_device

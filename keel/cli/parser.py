@@ -33,7 +33,7 @@ class _CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         if not self.kind:
             return super().format_help()
-        from keel.cli.settings import stage_help  # pydantic: only here
+        from keel.recipe.settings import stage_help
 
         return f"{super().format_help()}\n{stage_help(self.kind)}"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.data.collate import micro_batches, micro_batches_by_prompt, pack, pack_by_prompt, pieces
-from keel.eval.evaluate import Estimate
+from keel.eval.grading import Estimate
 from keel.model.logprobs import sequence_sums, token_logprobs
 from keel.model.modules import evaluating
 from keel.types import Encoded, UserError

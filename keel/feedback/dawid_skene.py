@@ -218,3 +218,17 @@ def _with_known(coded: _Coded, posterior_IK: np.ndarray) -> np.ndarray:
     if not gold.any():
         return posterior_IK
     return np.where(gold[:, None], np.eye(len(coded.classes))[np.maximum(coded.known_I, 0)], posterior_IK)
+
+
+# One whose reliability is, with 95% confidence, below that of most others by this much is worth a look.
+NOTABLE = 0.1
+
+
+def unreliable(reliable: Mapping[str, Agreement], notable: float = NOTABLE) -> set[str]:
+    """Whose whole interval lies ``notable`` or more below the median of those that there is something to tell by."""
+    known = [one.point for one in reliable.values() if one.items]
+    return {
+        name
+        for name, one in reliable.items()
+        if one.interval is not None and one.interval[1] < float(np.median(known)) - notable
+    }

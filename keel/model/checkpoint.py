@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from keel.config import LoraConfig, Source
 from keel.data.chat import install_template
 from keel.model import held, marks
 from keel.model.adapters import save_adapter
@@ -35,8 +34,9 @@ from keel.model.loading import (
 from keel.model.merged import file_weights
 from keel.model.modules import inner_model, set_attention, stated_positions
 from keel.model.padding import give_pad
-from keel.model.precision import Precision
 from keel.model.probe import probe
+from keel.precision import Precision
+from keel.recipe.sections import LoraConfig, Source
 from keel.types import UserError
 
 Place = str | Path | Source  # a path alone: no revision, no code of its own
@@ -83,7 +83,7 @@ def load_policy(
     """A causal LM, packed attention on, dropout off, with its tokenizer.
 
     ``products``: where nothing but new adapters is trained, the precision that it is to compute in; its weights may
-    then be held in that (``keel.model.precision.held_dtype``). None: they are float32, to be trained.
+    then be held in that (``keel.precision.held_dtype``). None: they are float32, to be trained.
     ``chat_template`` (a built-in name or a Jinja file) replaces the tokenizer's own; the special tokens that it brings
     begin at the mean of the embeddings. ``learn_marks``: adapters train the rows of those tokens too, and of the
     template's other marks where the model has never learned them. ``note`` is told of it, and of what was mended in the

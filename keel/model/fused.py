@@ -9,7 +9,7 @@ passes over memory cost more than the matrix products. Here a layer is six opera
 
 What a half layer adds to the residual stream (``delta``) is added by the next norm, which reads the stream anyway, and
 on the way back the norm hands out the stream's gradient in both precisions. The last layer's second half runs only for
-the tokens that somebody asks for. What happens between the products is in ``keel.model.passes``.
+the tokens that somebody asks for. What happens between the products is in ``keel.kernels.plain``.
 
 The numbers are transformers' own to rounding, values and gradients (tests/test_fused.py compares them with the padded
 reference). In bfloat16 the residual stream, the norms and the rotary positions stay in float32, as under autocast.
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from keel.model.passes import Grid, Rotary, passes
-from keel.model.passes import inverse_rms as inverse_rms  # the sampler's too
+from keel.kernels.plain import Grid, Rotary, passes
+from keel.kernels.plain import inverse_rms as inverse_rms
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 WINDOWS: dict[str, Callable[[Any], int | None]] = {  # where each takes its window from, whatever else its config says

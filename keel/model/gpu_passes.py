@@ -1,5 +1,5 @@
-"""``keel.model.passes`` for the head on a GPU: each one or two readings of the logits, where torch's operations are six
-to ten. The only file of the trainer that imports Triton, which comes with torch's CUDA builds."""
+"""``keel.kernels.plain`` for the head on a GPU: each one or two readings of the logits, where torch has six to ten
+operations. The only file of the trainer that imports Triton, which comes with torch's CUDA builds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 4096  # columns that a program holds at once
 def probabilities(
     logits_CV: Tensor, ids_C: Tensor, logp_C: Tensor, entropy_C: Tensor | None, probs_CV: Tensor | None
 ) -> None:
-    """See ``keel.model.passes.probabilities``. The sums are carried along with the greatest logit so far (Milakov and
+    """See ``keel.kernels.plain.probabilities``. The sums are carried along with the greatest logit so far (Milakov and
     Gimelshein 2018), so that one reading gives them."""
     rows, columns = logits_CV.shape
     if rows == 0:
@@ -28,7 +28,7 @@ def probabilities(
 
 
 def logit_gradient_(probs_CV: Tensor, ids_C: Tensor, gradient_C: Tensor) -> Tensor:
-    """See ``keel.model.passes.logit_gradient_``."""
+    """See ``keel.kernels.plain.logit_gradient_``."""
     rows, columns = probs_CV.shape
     if rows:
         grid = (rows, triton.cdiv(columns, BLOCK))
@@ -41,7 +41,7 @@ def logit_gradient(
     logits_CV: Tensor, total_C: Tensor, ids_C: Tensor, gradient_C: Tensor, entropy_C: Tensor,
     entropy_gradient_C: Tensor | None, out_CV: Tensor,
 ) -> None:  # fmt: skip
-    """See ``keel.model.passes.logit_gradient``."""
+    """See ``keel.kernels.plain.logit_gradient``."""
     rows, columns = logits_CV.shape
     if rows == 0:
         return

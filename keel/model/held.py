@@ -5,7 +5,7 @@ copies on the way. All else stays as it would be: norms, biases, heads with scor
 small), and embeddings hand out float32, so that the residual stream is. A policy in float32 and its reference in
 bfloat16 therefore agree where they are equal.
 
-Such a model computes in bfloat16 alone, under ``keel.model.precision.autocast``; what must be exact runs within
+Such a model computes in bfloat16 alone, under ``keel.precision.autocast``; what must be exact runs within
 :func:`in_float32`.
 """
 
@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from keel.config import Source
 from keel.data.collate import pack
 from keel.model.modules import accepted, backbone, own_attention
 from keel.model.packed import hidden_states
+from keel.recipe.sections import Source
 from keel.types import Encoded
 
 LOW = torch.bfloat16

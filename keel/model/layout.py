@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from keel.model.passes import Grid
+from keel.kernels.plain import Grid
 from keel.types import PackedBatch
 
 # oneDNN generates code for every new shape of a matrix product, which can cost as much as the product. Batches of

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from keel.config import Source
 from keel.model.held import matrices_in, settle, stored_dtype
-from keel.model.precision import Precision, held_dtype
+from keel.precision import Precision, held_dtype
+from keel.recipe.sections import Source
 from keel.types import UserError
 
 T = TypeVar("T")

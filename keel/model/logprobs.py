@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keel.kernels.plain import passes, products_of
 from keel.model.logits import logit_form
 from keel.model.merged import head_weight
 from keel.model.modules import head_of, inner_model
 from keel.model.packed import hidden_states
-from keel.model.passes import passes, products_of
 from keel.types import PackedBatch
 
 # Logits made at once: on a CPU 16 MB in float32, what its last-level cache can take; on a GPU 256 MB, products large

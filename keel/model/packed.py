@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from keel.kernels.plain import Grid, Rotary, turned
 from keel.model import fused
 from keel.model.layout import ROUND_TOKENS, ROUND_WANTED, Layout, MaskFunction, rounded
 from keel.model.modules import backbone as backbone
@@ -32,7 +33,6 @@ from keel.model.modules import before_head, check_reach, set_attention
 from keel.model.modules import inner_model as inner_model
 from keel.model.padded import alone_hidden_states, by_reach
 from keel.model.padded import padded_hidden_states as padded_hidden_states
-from keel.model.passes import Grid, Rotary, turned
 from keel.model.varlen import attend, half_on_gpu
 from keel.types import PackedBatch, UserError
 

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.config import LoraConfig, Source
 from keel.model.adapters import ADAPTER, digest
 from keel.model.checkpoint import Place, frozen, load_policy, load_tokenizer, prepared, scalar_head
 from keel.model.dropout import measure_whole
 from keel.model.heads import ScalarModel
 from keel.model.loading import put_adapters, read_config
-from keel.model.precision import Precision
+from keel.precision import Precision
+from keel.recipe.sections import LoraConfig, Source
 from keel.types import UserError
 
 

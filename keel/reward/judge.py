@@ -15,7 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from keel.config import EndpointRef
+from keel.recipe.judges import EndpointRef
 from keel.reward.grades import KeptGrades, key
 from keel.reward.python_ref import Grader, grades_of
 from keel.types import Completion, Grade, Prompt, Reporter, Scorer, UserError

@@ -11,9 +11,9 @@ from torch import Tensor
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen
 from keel.model.heads import ScalarModel
-from keel.model.precision import autocast
+from keel.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
-from keel.rollout.sampler import context_length
+from keel.rollout.tokens import context_length
 from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
@@ -38,7 +38,7 @@ class RewardModelScorer:
     behind one copy of it: a score depends on neither batch mates nor order.
 
     ``max_length``: tokens of prompt and reply that are allowed; by default what the reward model has positions for.
-    ``precision``: of the matrix products (``keel.model.precision``); the head is float32 always.
+    ``precision``: of the matrix products (``keel.precision``); the head is float32 always.
     """
 
     def __init__(

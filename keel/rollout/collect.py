@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from keel.config import SamplingConfig
 from keel.data.chat import Chat
-from keel.rollout.sampler import Sampler, stream_key
+from keel.recipe.sections import SamplingConfig
+from keel.rollout.sampler import Sampler
+from keel.rollout.tokens import stream_key
 from keel.types import Completion, Prompt, Reporter, Scorer, UserError, place_of
 
 CHUNK = 2048  # sequences between two signs of life; a constant, because the seed of a chunk depends on where it starts

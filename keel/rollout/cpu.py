@@ -1,5 +1,5 @@
-"""Decoding on a CPU in compiled code: the matrix products of ``keel.model.products``, and everything between them in
-the kernels of ``keel.rollout.kernels``.
+"""Decoding on a CPU in compiled code: the matrix products of ``keel.kernels.matmul``, and everything between them in
+the kernels of ``keel.kernels.decoding``.
 
 A small model's step is hundreds of passes over memory when each operation is torch's own, and between any two of them
 threads wait for the interpreter lock. Here steps are one compiled call, a layer in it four products and six kernels.
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keel.config import SamplingConfig
-from keel.model import products
-from keel.rollout import kernels
+from keel.kernels import decoding as kernels
+from keel.kernels import matmul as products
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.llama import ROWS, Weights, rotary_tables, round_up
 from keel.rollout.slots import Slots
 from keel.rollout.step import Linear

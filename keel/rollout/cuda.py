@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keel.config import SamplingConfig
+from keel.recipe.sections import SamplingConfig
 from keel.rollout import plain_kernels
 from keel.rollout.llama import Weights, rotary_tables
 from keel.rollout.slots import Slots

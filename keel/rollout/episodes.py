@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keel.config import DataConfig, SamplingConfig
 from keel.data.chat import Chat
+from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.rollout.collect import with_decoded_text
 from keel.rollout.sampler import Sampler
 from keel.types import Prompt, Reporter, Trajectory, UserError, place_of

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from keel.config import SamplingConfig
 from keel.model.held import in_float32
 from keel.model.modules import accepted, evaluating, inner_model, set_attention
 from keel.model.packed import ATTENTION
 from keel.model.padded import stretched_beyond
-from keel.model.precision import autocast
+from keel.precision import Precision, autocast
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.roads import Road, passable
-from keel.rollout.sampler import Precision, choose, context_length, finite, room, stream_key, uniforms
+from keel.rollout.tokens import choose, context_length, finite, room, stream_key, uniforms
 from keel.types import Completion
 
 

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keel.config import SamplingConfig
+from keel.kernels.plain import products_of
 from keel.model.fused import window
 from keel.model.merged import is_plain_lora, merged_weight
 from keel.model.packed import inner_model
-from keel.model.passes import products_of
-from keel.rollout.sampler import choose
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.slots import Slots
 from keel.rollout.step import Layer, Linear, Shape, after_attention, decode, linear, normed, project
+from keel.rollout.tokens import choose
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
@@ -126,7 +126,7 @@ class Weights:
     head: Linear
     shape: Shape
     dtype: torch.dtype
-    packed: bool  # by ``keel.model.products``, for ``keel.rollout.cpu``
+    packed: bool  # by ``keel.kernels.matmul``, for ``keel.rollout.cpu``
 
     @staticmethod
     def of(model: nn.Module, dtype: torch.dtype, apart: bool = False) -> Weights:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keel.model.fused import inverse_rms, rotate
-from keel.rollout.sampler import choose as choose  # one of the operations
 from keel.rollout.slots import Slots
 from keel.rollout.step import Layer, Shape
+from keel.rollout.tokens import choose as choose
 
 
 def add_norm(x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

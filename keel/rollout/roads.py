@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from keel.config import SamplingConfig
 from keel.model.modules import accepted, inner_model
 from keel.model.padded import stretched_beyond
 from keel.model.probe import identity
-from keel.rollout.sampler import not_finite
+from keel.recipe.sections import SamplingConfig
+from keel.rollout.tokens import not_finite
 from keel.types import Completion, UserError
 
 TOLERANCE, LOW_TOLERANCE = 1e-3, 2e-2  # nats; the second on GPUs and in half precision, whose products round

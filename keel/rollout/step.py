@@ -21,7 +21,7 @@ from keel.model.fused import inverse_rms, rotate
 class Linear(NamedTuple):
     """A linear layer's weights, or those of several that read the same input, whose outputs stand side by side."""
 
-    weights: list[Tensor]  # of a CPU's compiled steps one, as ``keel.model.products`` packs it
+    weights: list[Tensor]  # of a CPU's compiled steps one, as ``keel.kernels.matmul`` packs it
     biases: list[Tensor]  # none, or one for each weight
     outputs: int
 

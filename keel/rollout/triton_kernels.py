@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keel.config import SamplingConfig
-from keel.rollout.sampler import filtered_weights
+from keel.recipe.sections import SamplingConfig
 from keel.rollout.slots import Slots
 from keel.rollout.step import Layer, Shape
+from keel.rollout.tokens import filtered_weights
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PROGRAMS = 1024  # that an attention is split into at least, if its keys are many enough

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from keel.config import SamplingConfig
 from keel.data.collate import micro_batches, pack
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
-from keel.model.precision import autocast
-from keel.rollout.sampler import Precision, context_length, finite, room, stream_key
+from keel.precision import Precision, autocast
+from keel.recipe.sections import SamplingConfig
+from keel.rollout.tokens import context_length, finite, room, stream_key
 from keel.run import restore_rng, rng_state
 from keel.types import Completion, Encoded, UserError
 

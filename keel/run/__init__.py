@@ -1,6 +1,5 @@
 """Run directories: where a run's results, state and lineage are kept, and how they are written safely."""
 
-from keel.run.context import StageContext, stages_there
 from keel.run.files import (
     atomic_dir,
     atomic_files,
@@ -23,7 +22,6 @@ __all__ = [
     "MetricsLog",
     "RunDir",
     "Silent",
-    "StageContext",
     "StageDir",
     "atomic_dir",
     "atomic_files",
@@ -41,7 +39,6 @@ __all__ = [
     "rng_state",
     "save_state",
     "seed_rng",
-    "stages_there",
     "versions",
     "write_json",
 ]

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from keel.config import LoggingConfig
+from keel.recipe.sections import LoggingConfig
 from keel.run import state as state_file
 from keel.run.files import atomic_files, read_json, recover, write_json
 from keel.run.metrics import MetricsLog, Sink

@@ -11,10 +11,10 @@ from sqlalchemy import Connection, Row, Select, case, insert, select, update
 
 from keel.store.imports import Entry, as_new, assign, guideline_here
 from keel.store.ingest import add_prompts, add_responses, rows_of
-from keel.store.overview import last_words, ratings
 from keel.store.people_tables import rankings, writings
 from keel.store.records import Edit, Judgement, Ranking
 from keel.store.removals import take_out
+from keel.store.review import last_words, ratings
 from keel.store.rows import prompt_record, response_record, storable
 from keel.store.tables import annotators, assignments, event, events, items, judgements, prompts, responses
 from keel.store.work import add_edits, add_rankings

@@ -10,9 +10,9 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from keel.store.overview import last_words
 from keel.store.people_tables import rankings, writings
 from keel.store.records import AnnotatorKind, WorkKind
+from keel.store.review import last_words
 from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
 
 TABLES = (judgements, rankings, writings)

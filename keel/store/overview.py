@@ -3,22 +3,21 @@ function runs inside its caller's transaction."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, select
 
-from keel.store.people_tables import adjudications, aspect_ratings, flags
+from keel.store.people_tables import adjudications, flags
 from keel.store.records import Progress
 from keel.store.removals import in_use
+from keel.store.review import LastWord, last_words, vote_of
 from keel.store.tables import (
     annotators,
     assignments,
-    event,
     events,
     item_responses,
     items,
@@ -26,7 +25,6 @@ from keel.store.tables import (
     prompts,
     responses,
 )
-from keel.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +152,6 @@ def skips(connection: Connection) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in connection.execute(query)}
 
 
-# --------------------------------------------------------------------------------------------------- items, gold items
-
-
 def browse(connection: Connection, batch: str | None, gold: bool, offset: int, limit: int) -> list[dict[str, Any]]:
     """Comparisons with their texts, newest batch first: what gold items are picked from."""
     query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == "compare", items.c.out.is_(False))
@@ -179,33 +174,6 @@ def with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[
     for row in connection.execute(query):
         texts.setdefault(row.item_id, []).append(row.text)
     return [row | {"responses": texts.get(row["id"], [])} for row in rows]
-
-
-def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, actor: str, now: datetime) -> int:
-    """How many people are to judge each item of a queue; where more have, that many. Returns how many items changed."""
-    if not 1 <= overlap <= 1000:
-        raise UserError(f"overlap is {overlap}; give 1 to 1000 people an item")
-    value = case((items.c.taken > overlap, items.c.taken), else_=overlap)
-    plain = items.c.batch == batch, items.c.kind == kind, items.c.gold.is_(None), items.c.out.is_(False)
-    wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*plain)
-    old = {"kind": kind, "wanted": int(connection.execute(wanted).scalar_one())}
-    changed = connection.execute(update(items).where(*plain, items.c.overlap != value).values(overlap=value)).rowcount
-    new = {"kind": kind, "overlap": overlap, "items": changed, "wanted": int(connection.execute(wanted).scalar_one())}
-    connection.execute(insert(events), event(now, actor, "changed", "batch", batch, old, new))
-    return changed
-
-
-def put_first(connection: Connection, batch: str, kind: str, actor: str, now: datetime) -> None:
-    """A queue's items come before all others from now on."""
-    # a whole number: ranked pairs lie between two (priority.py)
-    first = math.floor(connection.execute(select(func.coalesce(func.min(items.c.turn), 0.0))).scalar_one())
-    connection.execute(update(items).where(items.c.batch == batch, items.c.kind == kind).values(turn=first - 1))
-    connection.execute(
-        insert(events), event(now, actor, "put first", "batch", batch, None, {"kind": kind, "turn": first - 1})
-    )
-
-
-# ------------------------------------------------------------------------------------------ disagreements and flags
 
 
 def disagreements(connection: Connection, limit: int = 50) -> list[dict[str, Any]]:
@@ -257,67 +225,11 @@ def votes_on(connection: Connection, item_ids: Sequence[int]) -> dict[int, list[
     for start in range(0, len(item_ids), 500):
         part = item_ids[start : start + 500]
         for row in connection.execute(query.where(assignments.c.item_id.in_(part))):
-            vote = _vote_of(row.choice, row.shown)
+            vote = vote_of(row.choice, row.shown)
             said[row.item_id].append(
                 {"annotator": row.name, "vote": vote, "strength": row.strength, "reason": row.reason}
             )
     return said
-
-
-def _vote_of(choice: str, shown: Sequence[int]) -> str:
-    if choice not in ("left", "right"):
-        return choice  # tie, both_bad
-    preferred, other = shown if choice == "left" else reversed(shown)
-    return "first" if preferred < other else "second"
-
-
-def adjudicate(
-    connection: Connection,
-    item_id: int,
-    annotator_id: int,
-    choice: str | None,
-    reason: str | None,
-    actor: str,
-    now: datetime,
-) -> None:
-    """A reviewer's last word on an item, or (None) none any more; an earlier one is taken back."""
-    if choice not in (None, "first", "second", "tie"):
-        raise UserError(f"the choice {choice!r} is unknown; give first, second or tie")
-    if connection.execute(select(items.c.id).where(items.c.id == item_id, items.c.kind == "compare")).first() is None:
-        raise UserError(f"there is no comparison {item_id}")
-    standing = adjudications.c.item_id == item_id, adjudications.c.undone_at.is_(None)
-    old = connection.execute(select(adjudications.c.choice).where(*standing)).scalar_one_or_none()
-    connection.execute(update(adjudications).where(*standing).values(undone_at=now))
-    new = None
-    if choice is not None:
-        new = {"choice": choice, "reason": reason}
-        row = {"item_id": item_id, "annotator_id": annotator_id, "created": now}
-        connection.execute(insert(adjudications), row | new)
-    connection.execute(insert(events), event(now, actor, "adjudicated", "item", item_id, old and {"choice": old}, new))
-
-
-@dataclass(frozen=True, slots=True)
-class LastWord:
-    """A reviewer's word on an item that stands: first (the response that was stored first), second or tie."""
-
-    choice: str
-    by: str
-    reason: str | None
-    created: datetime
-
-
-def last_words(connection: Connection) -> dict[int, LastWord]:
-    """By item."""
-    query = select(adjudications, annotators.c.name).join(annotators).where(adjudications.c.undone_at.is_(None))
-    return {row.item_id: LastWord(row.choice, row.name, row.reason, row.created) for row in connection.execute(query)}
-
-
-def ratings(connection: Connection) -> dict[int, dict[int, dict[str, int]]]:
-    """By judgement and response, what was given on each aspect."""
-    found: dict[int, dict[int, dict[str, int]]] = {}
-    for row in connection.execute(select(aspect_ratings)):
-        found.setdefault(row.judgement_id, {}).setdefault(row.response_id, {})[row.aspect] = row.value
-    return found
 
 
 def open_flags(connection: Connection) -> list[dict[str, Any]]:
@@ -337,16 +249,6 @@ def open_flags(connection: Connection) -> list[dict[str, Any]]:
     query = query.where(responses.c.id.in_({id for row in found for id in row["shown"]}))
     replies = {row["id"]: dict(row) for row in connection.execute(query).mappings()}
     return [row | {"responses": [replies[id] for id in row["shown"]]} for row in found]
-
-
-def resolve_flag(connection: Connection, id: int, actor: str, now: datetime) -> None:
-    where = flags.c.id == id, flags.c.resolved_at.is_(None)
-    if connection.execute(update(flags).where(*where).values(resolved_at=now)).rowcount:
-        old, new = {"resolved": False}, {"resolved": True}
-        connection.execute(insert(events), event(now, actor, "resolved", "flag", id, old, new))
-
-
-# -------------------------------------------------------------------------------------------------- prompts and the log
 
 
 def prompt_figures(connection: Connection) -> dict[str, int]:

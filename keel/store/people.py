@@ -11,11 +11,15 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import accounts, links, sessions, settings
-from keel.store.tables import annotators, event, events, guidelines
+from keel.store.tables import annotators, event, events
 from keel.types import UserError
 
 AccountRole = Literal["annotator", "reviewer", "admin"]
+
+
 ACTORS = ("keel", "keel label", "somebody invited")  # what the log calls those who are nobody: no person's names
+
+
 ROLES: tuple[AccountRole, ...] = ("annotator", "reviewer", "admin")
 
 
@@ -34,16 +38,6 @@ class Account:
 class Session:
     account: Account
     csrf: str
-
-
-@dataclass(frozen=True, slots=True)
-class Guideline:
-    """``aspects``: (name, question) of what a response may be rated on."""
-
-    version: str
-    text: str
-    aspects: tuple[tuple[str, str], ...]
-    created: datetime
 
 
 _ACCOUNT = select(
@@ -113,9 +107,6 @@ def change_account(connection: Connection, name: str, actor: str, now: datetime,
         end_sessions(connection, old.annotator_id, now)
     told = {key: value for key, value in changes.items() if key != "password"} or {"password": "changed"}
     log(connection, now, actor, "changed", "account", name, was or None, told)
-
-
-# ---------------------------------------------------------------------------------------------------- links, sessions
 
 
 def add_link(
@@ -198,32 +189,6 @@ def end_session(connection: Connection, digest: str, now: datetime) -> None:
 def end_sessions(connection: Connection, annotator_id: int, now: datetime) -> None:
     mine = sessions.c.annotator_id == annotator_id, sessions.c.ended_at.is_(None)
     connection.execute(update(sessions).where(*mine).values(ended_at=now))
-
-
-# ---------------------------------------------------------------------------------------------- guideline, settings
-
-
-def current_guideline(connection: Connection) -> Guideline | None:
-    """The newest version that has a text."""
-    return next((guideline for guideline in all_guidelines(connection) if guideline.text), None)
-
-
-def all_guidelines(connection: Connection) -> list[Guideline]:
-    """Newest first; of two made at one instant, the one with the higher number."""
-    found = [_guideline(row) for row in connection.execute(select(guidelines))]
-    numbers = {g.version: int(g.version) if g.version.isdecimal() else 0 for g in found}
-    return sorted(found, key=lambda g: (g.created, numbers[g.version], g.version), reverse=True)
-
-
-def next_version(connection: Connection) -> str:
-    """One more than the highest whole number among the versions."""
-    versions = connection.execute(select(guidelines.c.version)).scalars()
-    return str(1 + max((int(version) for version in versions if version.isdecimal()), default=0))
-
-
-def _guideline(row: Any) -> Guideline:
-    aspects = tuple((aspect["name"], aspect["question"]) for aspect in row.aspects or ())
-    return Guideline(row.version, row.text, aspects, row.created)
 
 
 def setting(connection: Connection, name: str, default: Any) -> Any:

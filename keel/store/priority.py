@@ -1,6 +1,6 @@
 """The order in which open comparisons are given out: ``items.turn``, lower first.
 
-Whole numbers are queues put before others (overview.put_first). Within one of them, what was ranked lies between it and
+Whole numbers are queues put before others (review.put_first). Within one of them, what was ranked lies between it and
 the number below: ranked pairs come before those that were not, and behind every queue that was put before theirs.
 """
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
-from keel.config import SamplingConfig
+from keel.recipe.sections import SamplingConfig
 from keel.store import exchange, given, imports, ingest, overview, queue, work
 from keel.store.engine import WAIT_SECONDS, compact, open_engine, parse_url
 from keel.store.records import (

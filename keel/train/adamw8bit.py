@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from keel.config import OptimConfig
+from keel.recipe.sections import OptimConfig
 from keel.types import UserError
 
 

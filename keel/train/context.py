@@ -10,11 +10,11 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from keel.config import DataConfig, LoraConfig, ModelConfig, Source
 from keel.model.checkpoint import frozen, load_policy
-from keel.model.precision import Precision
 from keel.model.trunk import Trunk
 from keel.model.vocabulary import unreadable
+from keel.precision import Precision
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, Source
 from keel.run import StageDir, write_json
 from keel.types import Encoded, Reporter, UserError
 

@@ -11,17 +11,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from keel.config import DpoStage
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy, save
 from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
 from keel.model.packed import compute_alike
-from keel.model.precision import autocast
 from keel.objective.preference import dpo_sigmoid, implicit_reward, ipo, per_token
+from keel.precision import autocast
+from keel.recipe.dpo import DpoStage
 from keel.run import atomic_write
 from keel.train.context import TrainContext, load_reference
 from keel.train.loop import Micro, Stats, compile_as_asked, train
-from keel.train.offline import Schedule
 from keel.train.pairs import (
     Aggregate,
     PackedPairs,
@@ -33,6 +32,7 @@ from keel.train.pairs import (
     split_pairs,
 )
 from keel.train.ptx import Ptx
+from keel.train.schedule import Schedule
 from keel.types import Preference
 
 

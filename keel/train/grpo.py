@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel.config import GrpoStage
 from keel.data.collate import pack_by_prompt
 from keel.model.logprobs import token_logprobs
 from keel.objective.group import group_advantages, grpo_loss, token_weights, without_spread
+from keel.recipe.grpo import GrpoStage
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.online import Rollouts, finish, make_rollouts, minibatches, policy_stats

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from keel.config import TrainBase
 from keel.model.dropout import adapters_thinned, of_adapters
 from keel.model.packed import compile_passes, pays_to_compile
-from keel.model.precision import autocast
+from keel.precision import autocast
+from keel.recipe.stage import TrainBase
 from keel.run import StageDir, restore_rng, rng_state
 from keel.train.optim import lr_factor, make_optimizer, set_lr
 from keel.types import Reporter, UserError

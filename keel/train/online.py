@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from keel.config import OnlineBase
 from keel.data.chat import Chat
 from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import load_policy, save
 from keel.model.logprobs import masked_offsets, token_logprobs
 from keel.model.packed import compute_alike
-from keel.model.precision import Precision, autocast
 from keel.objective.kl import k1, k2, k3
 from keel.objective.policy import episode_scores
+from keel.precision import Precision, autocast
+from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts, repetition, rollout
@@ -31,7 +31,7 @@ from keel.run import Silent
 from keel.stats import clustered_error
 from keel.train.context import TrainContext, load_reference
 from keel.train.loop import Stats, compile_as_asked
-from keel.train.offline import Schedule
+from keel.train.schedule import Schedule
 from keel.types import Completion, Encoded, Judge, PackedBatch, Prompt, Reporter, Scorer, Trajectory, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from

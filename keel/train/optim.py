@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from keel.config import OptimConfig
+from keel.recipe.sections import OptimConfig
 from keel.train.adamw8bit import adamw8bit
 
 

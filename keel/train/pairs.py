@@ -17,7 +17,7 @@ from keel.data.collate import (
     shared_rows,
     split_by_prompt,
 )
-from keel.model.precision import autocast
+from keel.precision import autocast
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, Totals
 from keel.types import Encoded, PackedBatch, Preference, place_of

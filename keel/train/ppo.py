@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel.config import PpoStage
 from keel.data.collate import pack_by_prompt
 from keel.model.checkpoint import has_reward_head, load_scalar, load_tokenizer
 from keel.model.heads import ScalarModel
@@ -27,6 +26,7 @@ from keel.objective.policy import (
     gae,
     token_rewards,
 )
+from keel.recipe.ppo import PpoStage
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
 from keel.train.online import Rollouts, finish, make_rollouts, minibatches, policy_stats

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from keel.config import PolicyBase
 from keel.data.chat import Chat
 from keel.data.collate import micro_batches, pack, pieces
 from keel.model.logprobs import token_logprobs
+from keel.recipe.stage import PolicyBase
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats
-from keel.train.offline import Schedule
+from keel.train.schedule import Schedule
 from keel.types import Encoded
 
 

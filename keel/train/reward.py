@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel.config import RewardStage
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import has_reward_head, load_scalar, save
 from keel.model.heads import ScalarModel
-from keel.model.precision import autocast
 from keel.objective.preference import bradley_terry, center_penalty
+from keel.precision import autocast
+from keel.recipe.reward import RewardStage
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats, train
-from keel.train.offline import Schedule
 from keel.train.pairs import (
     Aggregate,
     PackedPairs,
@@ -28,6 +27,7 @@ from keel.train.pairs import (
     pair_update,
     split_pairs,
 )
+from keel.train.schedule import Schedule
 from keel.types import Encoded, Preference, UserError
 
 SCALED_ON = 4096  # replies: enough for the standard deviation to within 1%

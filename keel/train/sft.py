@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel.config import SftStage
 from keel.data.chat import Chat
 from keel.data.collate import micro_batches, pack, split_by_prompt
 from keel.model.checkpoint import load_policy, load_tokenizer, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import inner_model
-from keel.model.precision import autocast
+from keel.precision import autocast
+from keel.recipe.sft import SftStage
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, train
-from keel.train.offline import Schedule
 from keel.train.ptx import Ptx
+from keel.train.schedule import Schedule
 from keel.types import Demonstration, Encoded
 
 # Of the end token where a reply ends: below it, nineteen replies in twenty run past their end.

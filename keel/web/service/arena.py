@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keel.store import Store, arena, people
+from keel.store import Store, arena, guidelines
 from keel.store.arena import Conversation, Turn
 from keel.store.people import Account
 from keel.store.records import Choice
@@ -107,7 +107,7 @@ class Arena:
         if self._places.answering(person.annotator_id, id):
             raise UserError("the models are still answering; vote once both have answered")
         with self._store.transaction(writes=True) as connection:
-            guideline = people.current_guideline(connection)
+            guideline = guidelines.current_guideline(connection)
             found = arena.vote(
                 connection,
                 id,

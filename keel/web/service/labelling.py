@@ -11,9 +11,10 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from keel.store import Assignment, Store, blind, leases, people, work
+from keel.store import Assignment, Store, blind, guidelines, leases, people, work
+from keel.store.guidelines import Guideline
 from keel.store.leases import Renewed
-from keel.store.people import Account, Guideline
+from keel.store.people import Account
 from keel.store.records import Choice, WorkKind
 from keel.store.tables import annotators, assignments, items
 from keel.store.work import TABLES
@@ -214,7 +215,7 @@ class Labelling:
         asked, found = self._guideline
         if time.monotonic() - asked > _KEPT_SECONDS:
             with self._store.transaction(writes=False) as connection:
-                found = people.current_guideline(connection)
+                found = guidelines.current_guideline(connection)
             self._guideline = time.monotonic(), found
         return found
 
@@ -224,7 +225,7 @@ class Labelling:
         if version is None or (current is not None and current.version == version):
             return current
         with self._store.transaction(writes=False) as connection:
-            found = [one for one in people.all_guidelines(connection) if one.version == version and one.text]
+            found = [one for one in guidelines.all_guidelines(connection) if one.version == version and one.text]
         if not found:
             raise UserError(f"there is no guideline {version!r}; load the page again")
         return found[0]

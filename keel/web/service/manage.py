@@ -13,10 +13,24 @@ from typing import Any, Literal
 
 from sqlalchemy import select
 
-from keel.store import Store, arena, erase, exchange, gold, overview, people, removals, unjudged, work
+from keel.store import (
+    Store,
+    arena,
+    erase,
+    exchange,
+    gold,
+    guidelines,
+    overview,
+    people,
+    removals,
+    review,
+    unjudged,
+    work,
+)
+from keel.store.guidelines import Guideline
 from keel.store.lineage import other_work
 from keel.store.overview import Queue
-from keel.store.people import Account, Guideline
+from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
 from keel.store.removals import What
 from keel.store.settled import settle
@@ -119,11 +133,11 @@ class Manage:
 
     def set_overlap(self, batch: str, kind: str, overlap: int, actor: str) -> int:
         with self._store.transaction(writes=True) as connection:
-            return overview.set_overlap(connection, batch, kind, overlap, actor, self._store.now)
+            return review.set_overlap(connection, batch, kind, overlap, actor, self._store.now)
 
     def put_first(self, batch: str, kind: str, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
-            overview.put_first(connection, batch, kind, actor, self._store.now)
+            review.put_first(connection, batch, kind, actor, self._store.now)
 
     # ------------------------------------------------------------------------------------------------ prompts, writing
 
@@ -197,7 +211,7 @@ class Manage:
 
     def adjudicate(self, item_id: int, choice: str | None, reason: str, person: Account) -> None:
         with self._store.transaction(writes=True) as connection:
-            overview.adjudicate(
+            review.adjudicate(
                 connection, item_id, person.annotator_id, choice, reason or None, person.name, self._store.now
             )
 
@@ -207,7 +221,7 @@ class Manage:
 
     def resolve_flag(self, id: int, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
-            overview.resolve_flag(connection, id, actor, self._store.now)
+            review.resolve_flag(connection, id, actor, self._store.now)
 
     # ---------------------------------------------------------------------------------------------- out, and erased
 
@@ -222,7 +236,7 @@ class Manage:
         with self._store.transaction(writes=True) as connection:
             removals.take_out(connection, what, _key(what, id), reason, person.annotator_id, now)
             if flag is not None:
-                overview.resolve_flag(connection, flag, person.name, now)
+                review.resolve_flag(connection, flag, person.name, now)
 
     def put_back(self, removal_id: int, person: Account) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -247,7 +261,7 @@ class Manage:
 
     def guidelines(self) -> list[Guideline]:
         with self._store.transaction(writes=False) as connection:
-            return people.all_guidelines(connection)
+            return guidelines.all_guidelines(connection)
 
     def add_guideline(self, text: str, aspects: str, actor: str) -> str:
         """A new version, which is in force from now on. ``aspects``: a line each, ``name: question``."""
@@ -256,7 +270,7 @@ class Manage:
             raise UserError("the guideline is empty; write what annotators should go by")
         parsed = parse_aspects(aspects)
         with self._store.session() as session, session.transaction(writes=True) as connection:
-            version = people.next_version(connection)
+            version = guidelines.next_version(connection)
             session.add_guideline(version, text, parsed)
             now = self._store.now
             people.log(connection, now, actor, "added", "guideline", version, None, {"aspects": parsed}, version)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from keel.store import Store, lineage, overview
+from keel.store import Store, lineage, review
 from keel.store.lineage import Work
 from keel.types import UserError
 from keel.web.service.sources import TrainedModel
@@ -111,7 +111,7 @@ class Models:
 
     def _known(self) -> _Known:
         with self._store.transaction(writes=False) as connection:
-            words = [word.created for word in overview.last_words(connection).values()]
+            words = [word.created for word in review.last_words(connection).values()]
             return _Known(lineage.works(connection), words, lineage.guideline_dates(connection))
 
 

@@ -8,9 +8,8 @@ from statistics import median
 
 from keel.feedback.agreement import TIE, Agreement
 from keel.feedback.agreement import Vote as Label
-from keel.feedback.annotators import unreliable
 from keel.feedback.crowd_bt import Comparison, crowd_bt
-from keel.feedback.dawid_skene import reliabilities
+from keel.feedback.dawid_skene import reliabilities, unreliable
 from keel.store.overview import Vote
 
 # Decided votes a response from which Crowd-BT can tell annotators apart. With fewer a response's score explains any

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from keel.config import SamplingConfig
+from keel.recipe.sections import SamplingConfig
 from keel.types import Completion, Message, Prompt, Unjudged
 
 Reply = Callable[[Sequence[Message]], Iterator[str]]

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from sqlalchemy import Connection, select
 
-from keel.store import Store, people
+from keel.store import Store, guidelines, people
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import settings
 from keel.store.removals import in_use
@@ -48,8 +48,8 @@ def prepare(store: Store) -> None:
     """
     now = store.now
     with store.transaction(writes=False) as connection:
-        ready = people.current_guideline(connection) is not None
-        version = people.next_version(connection)
+        ready = guidelines.current_guideline(connection) is not None
+        version = guidelines.next_version(connection)
         anything = connection.execute(
             select(items.c.id).where(items.c.taken < items.c.overlap, items.c.out.is_(False)).limit(1)
         ).first()

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 import keel
-from keel.cli.settings import STAGE_MODELS, nearest, settings
-from keel.config import Recipe
+from keel.recipe.recipe import STAGES, Recipe
+from keel.recipe.settings import nearest, settings
 from keel.types import UserError
 
 Path_ = tuple[str | int, ...]
@@ -130,7 +130,7 @@ def valid_keys(tree: dict[str, Any]) -> list[str]:
     """Every key that ``key=value`` may set in this recipe; ``N`` stands for an index."""
     keys = [setting.key for setting in settings(Recipe) if setting.key.split(".")[0] != "stages"]
     for stage in _stage_trees(tree):
-        model = STAGE_MODELS.get(str(stage.get("kind")))
+        model = STAGES.get(str(stage.get("kind")))
         if model is not None:
             own = [setting.key for setting in settings(model)]
             keys += [f"{stage.get('name')}.{key}" for key in own if key not in ("kind", "name")]
@@ -209,7 +209,7 @@ def _plain_path(loc: Sequence[str | int]) -> Path_:
     """An error's place without the kinds that pydantic adds to it where it chose among several models."""
     plain: list[str | int] = []
     for i, part in enumerate(loc):
-        if i == 2 and loc[0] == "stages" and part in STAGE_MODELS:
+        if i == 2 and loc[0] == "stages" and part in STAGES:
             continue
         if i and loc[i - 1] in _TAGGED and part in ("python", "model", "mixed", "endpoint"):
             continue

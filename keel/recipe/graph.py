@@ -6,28 +6,17 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keel.config import (
-    PEOPLE,
-    AnnotateStage,
-    DpoStage,
-    EndpointRef,
-    EvalStage,
-    MixedRef,
-    OnlineBase,
-    PpoStage,
-    PreferenceBase,
-    PythonRef,
-    Recipe,
-    ReportStage,
-    RewardModelRef,
-    RewardStage,
-    RewardTerm,
-    SampleStage,
-    SftStage,
-    Stage,
-    TrainBase,
-)
-from keel.run import stages_there
+from keel.recipe.annotate import AnnotateStage
+from keel.recipe.dpo import DpoStage
+from keel.recipe.eval import EvalStage
+from keel.recipe.judges import EndpointRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.ppo import PpoStage
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.report import ReportStage
+from keel.recipe.reward import RewardStage
+from keel.recipe.sample import SampleStage
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import PEOPLE, OnlineBase, PreferenceBase, TrainBase
 from keel.types import UserError
 
 
@@ -97,6 +86,11 @@ def _named(field: str, value: str | list[str] | None, kinds: tuple[str, ...]) ->
     for i, name in enumerate(value if isinstance(value, list) else [value]):
         if name is not None and name != PEOPLE:
             yield Reference(f"{field}.{i}" if isinstance(value, list) else field, name, kinds)
+
+
+def stages_there(recipe: Recipe) -> str:
+    """The end of a sentence about a stage that is not there."""
+    return "the stages there are: " + ", ".join(["base", *(stage.name for stage in recipe.stages)])
 
 
 def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:

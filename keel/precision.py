@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from keel.config import Weights
+from keel.recipe.sections import Weights
 
 Precision = Literal["fp32", "bf16"]
 

@@ -8,7 +8,7 @@ reach 480 to 520 GFLOP/s a core in bfloat16 from 32 rows on, where the linear la
 A packed weight is cut into blocks of ``BLOCK`` outputs, in each of which the numbers that are multiplied together lie
 side by side: [blocks, inputs, BLOCK] in float32, [blocks, inputs / 2, BLOCK, 2] in bfloat16.
 
-Importing this file raises ImportError where compiled loops cannot run (``keel.model.native``).
+Importing this file raises ImportError where compiled loops cannot run (``keel.kernels.openmp``).
 
 Shape suffixes besides those of ``keel.types``: ``I`` inputs, ``O`` outputs of a product.
 """
@@ -27,8 +27,8 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from keel.model.native import I64, Loop, f4, floats, inner, load, lows, number, share, store
-from keel.model.precision import pick_precision
+from keel.kernels.openmp import I64, Loop, f4, floats, inner, load, lows, number, share, store
+from keel.precision import pick_precision
 
 BLOCK = 64  # outputs
 TILE = 64  # rows of one call

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from keel.feedback.agreement import Agreement, named_votes
-from keel.feedback.dawid_skene import reliabilities
+from keel.feedback.dawid_skene import NOTABLE, reliabilities, unreliable
 from keel.stats import Proportion, proportion
 from keel.store import Judgement
-
-# One whose reliability is, with 95% confidence, below that of most others by this much is worth a look.
-NOTABLE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +74,6 @@ def doubtful(figures: Sequence[AnnotatorFigures], notable: float = NOTABLE) -> l
         if f.name in below or inattentive:
             names.append(f.name)
     return names
-
-
-def unreliable(reliable: Mapping[str, Agreement], notable: float = NOTABLE) -> set[str]:
-    """Whose whole interval lies ``notable`` or more below the median of those that there is something to tell by."""
-    known = [one.point for one in reliable.values() if one.items]
-    return {
-        name
-        for name, one in reliable.items()
-        if one.interval is not None and one.interval[1] < float(np.median(known)) - notable
-    }
 
 
 def _chose_longer(judgement: Judgement) -> bool | None:

@@ -1,4 +1,4 @@
-"""A decoding step on a CPU, compiled by numba: but for the matrix products (``keel.model.products``) each part is one
+"""A decoding step on a CPU, compiled by numba: but for the matrix products (``keel.kernels.matmul``) each part is one
 pass over memory.
 
 numba compiles a function when it is first called (some tenths of a second each) and keeps the result on disk. All of
@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
-from keel.model.native import in_threads, load, store
-from keel.model.numeric import (
+from keel.kernels.intrinsics import (
     LANES,
     all_lanes,
     exp,
@@ -34,8 +33,9 @@ from keel.model.numeric import (
     store_vector,
     sum_of,
 )
-from keel.model.products import BLOCK as OUTPUTS
-from keel.model.products import as_pointer, multiply_blocks
+from keel.kernels.matmul import BLOCK as OUTPUTS
+from keel.kernels.matmul import as_pointer, multiply_blocks
+from keel.kernels.openmp import in_threads, load, store
 
 # Sums may be reordered (or nothing would be vectorised); infinities are respected: a logit may be -inf. The order is
 # fixed when a function is compiled, so that two runs agree to the last bit.
@@ -44,7 +44,7 @@ kernel = njit(
     nogil=True,
     error_model="numpy",
     fastmath={"reassoc", "contract", "arcp", "nsz", "nnan"},
-    forceinline=True,  # see keel.model.native.inner
+    forceinline=True,  # see keel.kernels.openmp.inner
 )
 
 BLOCK = 64  # of the vocabulary: sums of so many weights are kept together when a token is drawn

@@ -1,5 +1,5 @@
 """What numba lacks, in its own terms: bfloat16, exponentials of many numbers at once, prefetching. For the compiled
-loops of training (``keel.model.loops``) and of sampling (``keel.rollout.kernels``)."""
+loops of training (``keel.kernels.training``) and of sampling (``keel.kernels.decoding``)."""
 
 from __future__ import annotations
 

@@ -14,14 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from keel import config
-from keel.config import Recipe, StageBase
-
-STAGE_MODELS: dict[str, type[StageBase]] = {
-    model.model_fields["kind"].default: model
-    for model in vars(config).values()
-    if isinstance(model, type) and issubclass(model, StageBase) and "kind" in model.model_fields
-}
+from keel.recipe.recipe import STAGES, Recipe
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def nearest(key: str, valid: Iterable[str]) -> str | None:
 def stage_help(kind: str) -> str:
     """The settings of a stage kind and the recipe's sections that it shares, as the end of a help text."""
     lines = [f"settings of a stage of kind {kind} (as STAGE.key=value):"]
-    lines += _lines(settings(STAGE_MODELS[kind]), skip=("name", "kind"))
+    lines += _lines(settings(STAGES[kind]), skip=("name", "kind"))
     lines += ["", "the recipe's sections (as key=value):"]
     lines += _lines(settings(Recipe), skip=("stages",))
     return "\n".join(lines) + "\n"

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from keel.config import SamplingConfig
 from keel.data.chat import Chat
 from keel.data.collate import batches_by_tokens, pack
 from keel.data.sources import Fact
 from keel.eval.alarms import find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
-from keel.eval.evaluate import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
+from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.logprobs import masked_offsets, token_logprobs
-from keel.model.precision import Precision, autocast
 from keel.model.vocabulary import unreadable
+from keel.precision import Precision, autocast
+from keel.recipe.sections import SamplingConfig
 from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids, with_decoded_text
-from keel.rollout.sampler import context_length, make_sampler
+from keel.rollout.sampler import make_sampler
+from keel.rollout.tokens import context_length
 from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer, place_of
 
 TOKENS = 8192  # tokens in one forward pass

@@ -1,5 +1,5 @@
-"""What a layer does between its matrix products, as plain tensor operations; ``keel.model.loops`` does the same in one
-pass over memory each, where numba is installed (:func:`passes`). These here are the reference and the fallback.
+"""What a layer does between its matrix products, as plain tensor operations; ``keel.kernels.training`` does the same in
+one pass over memory each, where numba is installed (:func:`passes`). These here are the reference and the fallback.
 
 Shape suffixes besides those of ``keel.types``: ``D`` width of a head; ``G`` heads side by side, ``N`` rows of a grid
 times heads.
@@ -25,8 +25,8 @@ def passes(device: torch.device | str = "cpu") -> ModuleType:
 
 
 def products_of(low: torch.dtype) -> ModuleType | None:
-    """``keel.model.products``, where it runs and knows this precision."""
-    products = _compiled("keel.model.products")
+    """``keel.kernels.matmul``, where it runs and knows this precision."""
+    products = _compiled("keel.kernels.matmul")
     return products if products is not None and products.supports(low) else None
 
 
@@ -39,7 +39,7 @@ def _compiled(module: str) -> ModuleType | None:
 
 
 _PLAIN = sys.modules[__name__]
-_FASTER = {"cpu": "keel.model.loops", "cuda": "keel.model.gpu_passes"}
+_FASTER = {"cpu": "keel.kernels.training", "cuda": "keel.model.gpu_passes"}
 
 
 @dataclass(frozen=True)

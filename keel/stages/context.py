@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from keel.config import Recipe, Source
+from keel.recipe.graph import stages_there
+from keel.recipe.recipe import Recipe
+from keel.recipe.sections import Source
 from keel.run.rundir import RunDir, StageDir
 from keel.types import Reporter, UserError
-
-
-def stages_there(recipe: Recipe) -> str:
-    """The end of a sentence about a stage that is not there."""
-    return "the stages there are: " + ", ".join(["base", *(stage.name for stage in recipe.stages)])
 
 
 @dataclass(frozen=True)
@@ -24,6 +21,13 @@ class StageContext:
     stage_dir: StageDir
     reporter: Reporter
     device: str
+
+    @property
+    def fingerprint(self) -> str:
+        """The stage's own; what it makes for others is marked with it."""
+        fingerprint = self.stage_dir.fingerprint
+        assert fingerprint is not None, "a stage runs in a folder that was begun"
+        return fingerprint
 
     def parent(self, name: str) -> StageDir:
         """The folder of an earlier stage. `UserError` when the recipe has no such stage."""

@@ -1,4 +1,4 @@
-"""``keel.model.passes`` as compiled loops: the same functions, each one pass over memory."""
+"""``keel.kernels.plain`` as compiled loops: the same functions, each one pass over memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keel.model.native import (
+from keel.kernels.intrinsics import exp
+from keel.kernels.openmp import (
     Loop,
     bytes_,
     f4,
@@ -24,10 +25,9 @@ from keel.model.native import (
     store,
     thread,
 )
-from keel.model.numeric import exp
 
 if TYPE_CHECKING:
-    from keel.model.passes import Grid, Rotary
+    from keel.kernels.plain import Grid, Rotary
 
 # ---------------------------------------------------------------------------------------------------------------- norms
 

@@ -29,7 +29,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from keel.model.numeric import narrowed, widened
+from keel.kernels.intrinsics import narrowed, widened
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 # All but "ninf" and "nnan": a number that is not finite must be seen.

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keel.config import PEOPLE, AnnotateStage, PreferenceBase, SampleStage, SftStage, StageBase
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
 from keel.feedback.stored import training_demonstrations, training_votes
-from keel.run import StageContext, atomic_write_text, read_json
+from keel.recipe.annotate import AnnotateStage
+from keel.recipe.sample import SampleStage
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import PEOPLE, PreferenceBase, StageBase
+from keel.run import atomic_write_text, read_json
+from keel.stages.context import StageContext
 from keel.store.rows import storable
 from keel.types import Completion, Demonstration, Message, Preference, Prompt, UserError
 

@@ -1,0 +1,1 @@
+"""Compiled CPU code, and the plain torch that it must agree with."""

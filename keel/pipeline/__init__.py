@@ -1,0 +1,1 @@
+"""Which stages are done, and the running of what is left."""

@@ -1,0 +1,38 @@
+"""Settings of judging pairs by simulated annotators."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from keel.recipe.judges import PythonRef
+from keel.recipe.stage import StageBase
+
+
+class AnnotateStage(StageBase):
+    kind: Literal["annotate"] = "annotate"
+    responses: str = "sample"
+    annotators: PythonRef = Field(description="returns the simulated population: a callable seed -> list of annotators")
+    pairs_per_prompt: int = Field(1, ge=1, description="pairs of one prompt, at most")
+    pairs: int | None = Field(None, ge=1, description="pairs in all, at most; default: those of every prompt")
+    choice: Literal["random", "uncertain"] = Field(
+        "random", description="which pairs: at random, or those on which the reward models named in rewards disagree"
+    )
+    rewards: list[str] = Field(
+        default_factory=list,
+        description="reward stages that choose (choice: uncertain); what they were trained on is not asked again",
+    )
+    overlap: float = Field(0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement")
+    guideline: str = "1"
+
+    @model_validator(mode="after")
+    def _who_chooses(self) -> AnnotateStage:
+        if self.choice == "uncertain" and len(set(self.rewards)) < 2:
+            raise ValueError(
+                "choice: uncertain compares reward models; name two reward stages or more in rewards, with seeds of "
+                "their own"
+            )
+        if self.choice == "random" and self.rewards:
+            raise ValueError("rewards choose pairs with choice: uncertain; set it, or leave rewards out")
+        return self

@@ -1,0 +1,27 @@
+"""Settings of DPO."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from keel.recipe.stage import PolicyBase, PreferenceBase
+
+
+class DpoStage(PreferenceBase, PolicyBase):
+    kind: Literal["dpo"] = "dpo"
+    reference: str | None = Field(None, description="default: model")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
+    beta: float = Field(0.1, gt=0)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    length_normalised: bool = Field(False, description="log-ratios per token instead of per sequence")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    heldout_fraction: float = Field(0.05, gt=0, lt=0.9)
+
+    @model_validator(mode="after")
+    def _check(self) -> DpoStage:
+        if self.loss == "ipo" and self.label_smoothing > 0:
+            raise ValueError("loss: ipo takes no label_smoothing; set label_smoothing: 0 or use loss: sigmoid")
+        return self

@@ -1,0 +1,20 @@
+"""Settings of a reward model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from keel.recipe.stage import PreferenceBase
+
+
+class RewardStage(PreferenceBase):
+    kind: Literal["reward"] = "reward"
+    seed: int | None = Field(None, ge=0, description="of its head and of the order of the pairs; default: the recipe's")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="pairs per optimizer step")
+    margin_weight: float = Field(0.0, ge=0, description="margin in the Bradley-Terry loss a unit of strength (Llama 2)")
+    center_coef: float = Field(0.01, ge=0, description="pulls the mean of a pair's rewards to zero")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    heldout_fraction: float = Field(0.1, gt=0, lt=0.9, description="prompts kept out for accuracy and calibration")

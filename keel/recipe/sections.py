@@ -1,0 +1,144 @@
+"""The recipe's sections: model, data, optimiser, sampling, logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    # Built at first use: a help page reads the fields alone.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+
+
+Weights = Literal["auto", "fp32", "bf16"]
+
+
+SaveAs = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint is read from: a folder or a hub id, of which ``revision`` may be named. One that brings Python
+    code of its own is loaded with ``trust_remote_code`` alone. ``weights``, ``save_as``: see ``ModelConfig``."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    weights: Weights = "auto"
+    save_as: SaveAs = "auto"
+
+    @staticmethod
+    def of(place: str | Path | Source) -> Source:
+        """A place alone means: no revision, no code."""
+        return place if isinstance(place, Source) else Source(str(place))
+
+
+class LoraConfig(Strict):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="in the losses of sft and reward stages; dpo, ppo and grpo compare models and have 0",
+    )
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+    def whole(self) -> LoraConfig:
+        """Without dropout: where log-probabilities of policy, old policy and reference must be of one model."""
+        return self.model_copy(update={"dropout": 0.0})
+
+
+class ModelConfig(Strict):
+    path: str = Field(description="folder or hub id of a transformers causal LM")
+    revision: str | None = Field(None, description="of a hub model: a branch, tag or commit")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja file, or one of Keel's built-in names (keel, chatml); default: the model's own, else keel",
+    )
+    lora: LoraConfig | None = None
+    trust_remote_code: bool = Field(
+        False,
+        description="run the Python code that the recipe's models and tokenizers bring; read it first",
+    )
+    weights: Weights = Field(
+        "auto",
+        description="how matrices that a stage does not train lie in memory (the base below adapters, references, "
+        "reward models, models that only sample). auto: in bfloat16 where the checkpoint is, products are, and the "
+        "device is a GPU; bf16: wherever products are, whatever the checkpoint is in, experts too (auto leaves "
+        "them in float32, in which autocast computes them); fp32: never. Trained ones are float32",
+    )
+    save_as: SaveAs = Field(
+        "auto", description="precision of the checkpoints that stages write; auto: that of the one they start from"
+    )
+
+    def source(self, path: str | Path | None = None) -> Source:
+        """Where the model is read from, or a checkpoint of another ``path`` that the recipe names."""
+        own = path is None or str(path) == self.path
+        return Source(
+            self.path if own else str(path),
+            self.revision if own else None,
+            self.trust_remote_code,
+            self.weights,
+            self.save_as,
+        )
+
+
+class DataConfig(Strict):
+    """Files (JSONL, JSON, CSV, Parquet), folders of them, or hub ids (``hub:owner/name:split``,
+    ``hub:owner/name:config:split``)."""
+
+    demonstrations: str | None = None
+    prompts: str | None = Field(None, description="prompts to sample from and to run PPO or GRPO on")
+    preferences: str | None = None
+    heldout_prompts: str | None = Field(None, description="evaluation prompts; default: split off by prompt")
+    heldout_fraction: float = Field(0.1, gt=0, lt=0.9)
+    pretraining: str | None = Field(None, description="plain text rows such as the base model learned from (ptx)")
+    base_text: str | None = Field(None, description="plain text rows: what the base model's loss is measured on")
+    facts: str | None = Field(None, description="multiple-choice rows prompt+choices+answer: capability kept")
+    max_length: int = Field(1024, ge=8, description="tokens of prompt and completion together")
+    max_prompt_length: int = Field(
+        512, ge=4, description="longer prompts are an error, or left out with over_length: skip"
+    )
+    over_length: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="skip: rows that cannot be read are left out, counted, and listed in bad_rows.jsonl"
+    )
+
+
+class OptimConfig(Strict):
+    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (an extra)")
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, description="share of the steps when below 1, else steps")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr: float = Field(0.1, ge=0, le=1, description="end of the schedule as a share of lr")
+    max_grad_norm: float = Field(1.0, gt=0)
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="the checkpoint is the mean of the weights over this last share of the run; 0: the last weights",
+    )
+
+
+class SamplingConfig(Strict):
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="0 is off")
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
+    max_new_tokens: int = Field(256, ge=1)
+    stop: list[str] = Field(default_factory=list, description="stop tokens besides the model's end tokens")
+    batch_size: int = Field(128, ge=1, description="sequences decoded together")
+    backend: Literal["auto", "embedded", "transformers", "vllm"] = "auto"
+
+
+class LoggingConfig(Strict):
+    tensorboard: bool = True
+    wandb_project: str | None = None

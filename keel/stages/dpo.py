@@ -1,0 +1,23 @@
+"""DPO."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from keel.feedback.aggregate import aggregate
+from keel.recipe.dpo import DpoStage
+from keel.stages.context import StageContext
+from keel.stages.inputs import (
+    preferences,
+)
+from keel.stages.training import require_chat_template, training_context
+from keel.train.dpo import train_dpo
+
+
+def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
+    learned = preferences(stage, context)
+    require_chat_template(stage, [pair.prompt for pair in learned.pairs], context)
+    reference = context.model_path(stage.reference or stage.model)
+    how = partial(aggregate, how=stage.votes)
+    return train_dpo(stage, learned.pairs, reference, training_context(stage, context), how) | learned.counts

@@ -1,0 +1,108 @@
+"""The evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keel.data.chat import Chat
+from keel.data.collate import messages_hash, split_by_prompt
+from keel.data.sources import read_facts, read_texts
+from keel.eval.capability import encode_facts
+from keel.eval.models import EvaluationInputs, OnlineRun, evaluate_models
+from keel.eval.reward_quality import gold_accuracy
+from keel.model.checkpoint import load_tokenizer, positions
+from keel.precision import Precision, pick_precision
+from keel.recipe.eval import EvalStage
+from keel.recipe.grpo import GrpoStage
+from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
+from keel.recipe.ppo import PpoStage
+from keel.recipe.reward import RewardStage
+from keel.rollout.episodes import encode_prompts
+from keel.stages.context import StageContext
+from keel.stages.inputs import (
+    heldout_prompts,
+    preferences,
+    reading,
+)
+from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
+from keel.types import Judge, Preference, Scorer
+
+
+def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
+    """Evaluates the models and writes the run's ``summary.json``."""
+    recipe = context.recipe
+    precision = pick_precision("auto", context.device)
+    models = {name: context.source(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
+    prompts = heldout_prompts(stage.prompts, context)
+    facts = read_facts(recipe.data.facts, reading(context)) if recipe.data.facts else []
+    for source in models.values():  # each may have a tokenizer of its own, and all are asked the same
+        tokenizer = load_tokenizer(source)
+        prompts, _ = encode_prompts(Chat(tokenizer), prompts, recipe.data, context.reporter)
+        if recipe.data.facts:
+            encode_facts(tokenizer, facts, positions(source))  # what is wrong with them is said before anything is paid
+    inputs = EvaluationInputs(
+        models=models,
+        baseline=stage.baseline,
+        prompts=prompts,
+        texts=read_texts(recipe.data.base_text, reading(context)) if recipe.data.base_text else [],
+        facts=facts,
+        judge=make_judge(stage.judge, context, precision),
+        scorer=_proxy(stage, context, precision),
+        sampling=stage.sampling,
+        seed=recipe.seed,
+        bootstrap=stage.bootstrap,
+        show=stage.show,
+        device=context.device,
+        precision=precision,
+        online_runs={
+            s.name: OnlineRun(s.kind, _kl_weight(s), context.run.stage(s.name).metrics.rows())
+            for s in recipe.stages
+            if isinstance(s, PpoStage | GrpoStage) and s.name in stage.models
+        },
+    )
+    summary = evaluate_models(inputs, context.reporter)
+    summary["judge"] = _judge_name(stage.judge)
+    reward = next((s for s in recipe.stages if isinstance(s, RewardStage)), None)
+    if reward is not None and context.run.stage(reward.name).done:
+        summary["reward_model"] = context.run.stage(reward.name).summary()
+    if isinstance(stage.judge, PythonRef):
+        summary["reward_models"] = _gold_accuracy(stage, inputs.judge, context, precision)
+    context.run.write_summary(summary)
+    return {name: summary[name] for name in ("stages", "order", "baseline", "judge", "alarms")}
+
+
+def _kl_weight(stage: PpoStage | GrpoStage) -> float:
+    return stage.kl.coef if isinstance(stage, PpoStage) else stage.beta
+
+
+def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precision: Precision) -> dict[str, Any]:
+    """The judge's comparison of the recipe's reward models, when there are several, on the pairs of prompts that all of
+    them held out; by name, empty for one."""
+    recipe = context.recipe
+    before = recipe.stages[: recipe.stages.index(stage)]
+    rewards = [s for s in before if isinstance(s, RewardStage)]
+    if len(rewards) < 2:
+        return {}
+    trained: set[str] = set()
+    heldout: list[Preference] = []
+    for reward in rewards:
+        kept, out = split_by_prompt(preferences(reward, context).pairs, reward.heldout_fraction, recipe.seed)
+        trained |= {messages_hash(pair.prompt.messages) for pair in kept}
+        heldout += out
+    pairs = [pair for pair in heldout if messages_hash(pair.prompt.messages) not in trained]
+    scorers = {reward.name: reward_model_scorer(reward.name, context, precision) for reward in rewards}
+    return gold_accuracy(pairs, judge, scorers, stage.bootstrap, recipe.seed)
+
+
+def _proxy(stage: EvalStage, context: StageContext, precision: Precision) -> Scorer | None:
+    """What stands for the reward that was trained on."""
+    if stage.rewards:
+        return mixed_scorer(stage.rewards, context, precision)
+    name = stage.reward or default_reward(context)
+    return reward_model_scorer(name, context, precision) if name else None
+
+
+def _judge_name(ref: JudgeRef | None) -> str:
+    if isinstance(ref, MixedRef):
+        return " + ".join(f"{term.weight:g} × {source_name(term.source)}" for term in ref.rewards)
+    return source_name(ref) if ref is not None else "the reward model"

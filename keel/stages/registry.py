@@ -1,0 +1,29 @@
+"""Which function runs a kind of stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from keel.stages.annotate import run_annotate
+from keel.stages.context import StageContext
+from keel.stages.dpo import run_dpo
+from keel.stages.eval import run_eval
+from keel.stages.grpo import run_grpo
+from keel.stages.ppo import run_ppo
+from keel.stages.report import run_report
+from keel.stages.reward import run_reward
+from keel.stages.sample import run_sample
+from keel.stages.sft import run_sft
+
+RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
+    "sft": run_sft,
+    "sample": run_sample,
+    "annotate": run_annotate,
+    "reward": run_reward,
+    "dpo": run_dpo,
+    "ppo": run_ppo,
+    "grpo": run_grpo,
+    "eval": run_eval,
+    "report": run_report,
+}

@@ -1,0 +1,64 @@
+"""What scores and judges for a stage, made from what its recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from keel.model.checkpoint import load_scalar
+from keel.model.trunk import Trunk
+from keel.precision import Precision
+from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.reward import RewardStage
+from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
+from keel.reward.python_ref import load_python
+from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
+from keel.stages.context import StageContext
+from keel.types import Judge, Scorer, UserError
+
+
+def reward_model_scorer(
+    name: str, context: StageContext, precision: Precision, trunk: Trunk | None = None
+) -> RewardModelScorer:
+    source = context.source(name)
+    if trunk:
+        return frozen_scorer(trunk.reward_model(Path(source.path)), precision)
+    return frozen_scorer(load_scalar(source, device=context.device, products=precision), precision)
+
+
+def mixed_scorer(
+    terms: Sequence[RewardTerm], context: StageContext, precision: Precision, trunk: Trunk | None = None
+) -> Scorer:
+    parts = []
+    for term in terms:
+        if isinstance(term.source, PythonRef):
+            scorer: Scorer = PythonScorer(load_python(term.source.ref))
+        else:
+            scorer = reward_model_scorer(term.source.model, context, precision, trunk)
+        parts.append(RewardPart(scorer, term.weight, source_name(term.source)))
+    if len(parts) == 1 and parts[0].weight == 1.0:
+        return parts[0].scorer
+    return MixedScorer(parts)
+
+
+def source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
+    return source.ref if isinstance(source, PythonRef) else source.model
+
+
+def default_reward(context: StageContext) -> str | None:
+    return next((stage.name for stage in context.recipe.stages if isinstance(stage, RewardStage)), None)
+
+
+def make_judge(ref: JudgeRef | None, context: StageContext, precision: Precision) -> Judge:
+    if isinstance(ref, PythonRef):
+        return JudgeFromPython(load_python(ref.ref))
+    if isinstance(ref, EndpointRef):
+        return EndpointJudge(ref, reporter=context.reporter, kept=context.stage_dir.path / "grades.jsonl")
+    if isinstance(ref, MixedRef):
+        return JudgeFromScorer(mixed_scorer(ref.rewards, context, precision))
+    name = ref.model if isinstance(ref, RewardModelRef) else default_reward(context)
+    if name is None:
+        raise UserError(
+            f"stage {context.stage_dir.name}: no judge; set {context.stage_dir.name}.judge, or have a reward stage"
+        )
+    return JudgeFromScorer(reward_model_scorer(name, context, precision))

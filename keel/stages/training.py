@@ -1,0 +1,62 @@
+"""What stages that train a model are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from keel.data.chat import Chat
+from keel.data.sources import read_texts
+from keel.model.checkpoint import load_tokenizer, positions
+from keel.model.trunk import Trunk
+from keel.precision import pick_precision
+from keel.recipe.reward import RewardStage
+from keel.recipe.sft import SftStage
+from keel.recipe.stage import OnlineBase, PolicyBase, TrainBase
+from keel.reward.judge import JudgeFromPython
+from keel.reward.python_ref import load_python
+from keel.stages.context import StageContext
+from keel.stages.inputs import (
+    reading,
+)
+from keel.train.context import TrainContext
+from keel.types import Judge, Prompt, UserError
+
+
+def require_chat_template(stage: TrainBase, prompts: Sequence[Prompt], context: StageContext) -> None:
+    """A model without a chat template is asked the last message alone: training would leave out the others unseen."""
+    source = context.source(stage.model)
+    several = sum(len(prompt.messages) > 1 for prompt in prompts)
+    if several and Chat(load_tokenizer(source)).plain:
+        raise UserError(
+            f"{stage.name}.model ({source.path}): it has no chat template, and of {several} of the "
+            f"{len(prompts)} prompts, which have several messages, it would see the last one alone; start from an SFT "
+            "stage, which gives it a template"
+        )
+
+
+def watching_judge(stage: OnlineBase) -> Judge | None:
+    return JudgeFromPython(load_python(stage.watch.ref)) if stage.watch else None
+
+
+def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
+    recipe = context.recipe
+    mixed = recipe.data.pretraining if isinstance(stage, PolicyBase) and stage.ptx is not None else None
+    source, lora = context.source(stage.model), recipe.model.lora
+    precision = pick_precision(stage.precision, context.device)
+    on_one_base = isinstance(stage, OnlineBase) and stage.one_base
+    if lora and lora.dropout and not isinstance(stage, SftStage | RewardStage):
+        context.reporter.note(f"{stage.name}: model.lora.dropout is 0 here, where log-probabilities are compared")
+    return TrainContext(
+        stage=context.stage_dir,
+        reporter=context.reporter,
+        model_path=Path(source.path),
+        base_model=recipe.model,
+        data=recipe.data,
+        device=context.device,
+        precision=precision,
+        seed=recipe.seed,
+        positions=positions(source),
+        texts=read_texts(mixed, reading(context)) if mixed is not None else (),
+        trunk=Trunk(source, context.device, lora, precision) if on_one_base and lora else None,
+    )

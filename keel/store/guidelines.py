@@ -1,0 +1,44 @@
+"""Versions of the text that annotators work by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from keel.store.tables import guidelines
+
+
+@dataclass(frozen=True, slots=True)
+class Guideline:
+    """``aspects``: (name, question) of what a response may be rated on."""
+
+    version: str
+    text: str
+    aspects: tuple[tuple[str, str], ...]
+    created: datetime
+
+
+def current_guideline(connection: Connection) -> Guideline | None:
+    """The newest version that has a text."""
+    return next((guideline for guideline in all_guidelines(connection) if guideline.text), None)
+
+
+def all_guidelines(connection: Connection) -> list[Guideline]:
+    """Newest first; of two made at one instant, the one with the higher number."""
+    found = [_guideline(row) for row in connection.execute(select(guidelines))]
+    numbers = {g.version: int(g.version) if g.version.isdecimal() else 0 for g in found}
+    return sorted(found, key=lambda g: (g.created, numbers[g.version], g.version), reverse=True)
+
+
+def next_version(connection: Connection) -> str:
+    """One more than the highest whole number among the versions."""
+    versions = connection.execute(select(guidelines.c.version)).scalars()
+    return str(1 + max((int(version) for version in versions if version.isdecimal()), default=0))
+
+
+def _guideline(row: Any) -> Guideline:
+    aspects = tuple((aspect["name"], aspect["question"]) for aspect in row.aspects or ())
+    return Guideline(row.version, row.text, aspects, row.created)
