@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -381,21 +382,42 @@ def test_too_long_is_an_error_or_left_out(sft_model: Path, tmp_path: Path) -> No
 
 # ------------------------------------------------------------------------------------------------------------- resuming
 
-SCRIPT = """
-import sys, time, torch
+# Reads a run a line and answers with its process, then with how that ended. Runs begin as copies of one process that has
+# imported everything and computed nothing.
+RUNS = """
+import os, sys, time, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from pathlib import Path
 import test_train as t
 import keel.train.loop as loop
-tmp, model, kind, slow = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 original = loop._update
 def slowed(*a):
-    time.sleep(slow)
+    time.sleep(pause)
     return original(*a)
 loop._update = slowed
-t.RESUMED[kind](tmp, model)
+for line in sys.stdin:
+    tmp, model, kind, seconds = line.rstrip().split("\\t")
+    process = os.fork()
+    if process == 0:
+        pause = float(seconds)
+        t.RESUMED[kind](Path(tmp), Path(model))
+        os._exit(0)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    script = tmp_path_factory.mktemp("runs") / "runs.py"
+    script.write_text(RUNS.format(tests=str(Path(__file__).parent)))
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def _sft(tmp: Path, model: Path) -> Path:
@@ -463,33 +485,38 @@ RESUMED: dict[str, Callable[[Path, Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", list(RESUMED))
-def test_killed_runs_end_with_the_same_weights_bit_for_bit(kind: str, sft_model: Path, tmp_path: Path) -> None:
+def test_killed_runs_end_with_the_same_weights_bit_for_bit(
+    kind: str, runs: subprocess.Popen[str], sft_model: Path, tmp_path: Path
+) -> None:
     """SIGKILL a run at two random moments, run it again: the same bytes as a run that was never killed."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = RESUMED[kind](tmp_path / "whole", sft_model)
-    finally:
-        torch.set_num_threads(threads)
+    assert runs.stdin is not None
+    assert runs.stdout is not None
+    whole = RESUMED[kind](tmp_path / "whole", sft_model)
     killed_stage = tmp_path / "killed" / "run" / kind
+    state = killed_stage / "state" / "state.pt"
     generator = torch.Generator().manual_seed(int(time.time()))
+
+    def begin(pause: float) -> int:
+        runs.stdin.write(f"{tmp_path / 'killed'}\t{sft_model}\t{kind}\t{pause}\n")
+        runs.stdin.flush()
+        return int(runs.stdout.readline())
+
     kills = 0
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed"), str(sft_model), kind, "0.1"])
-        state = killed_stage / "state" / "state.pt"
         before = state.stat().st_mtime_ns if state.exists() else 0
-        while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
-            time.sleep(0.02)
+        process = begin(pause=0.1)
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            while not (state.exists() and state.stat().st_mtime_ns > before):
+                os.kill(process, 0)
+                time.sleep(0.02)
         time.sleep(float(torch.rand(1, generator=generator)) * 0.4)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        kills += int(runs.stdout.readline()) == -signal.SIGKILL
     assert kills >= 1
     rows_before = (killed_stage / "metrics.jsonl").read_text().count("\n")
-    subprocess.run([sys.executable, str(script), str(tmp_path / "killed"), str(sft_model), kind, "0"], check=True)
+    begin(pause=0)
+    assert int(runs.stdout.readline()) == 0
     assert rows_before > 1
     assert (killed_stage / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (killed_stage / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
