@@ -382,8 +382,8 @@ def test_too_long_is_an_error_or_left_out(sft_model: Path, tmp_path: Path) -> No
 
 # ------------------------------------------------------------------------------------------------------------- resuming
 
-# Reads a run a line and answers with its process, then with how that ended. Runs begin as copies of one process that has
-# imported everything and computed nothing.
+# Reads a run a line and answers with its process, then with how that ended. Runs begin as copies of one process that
+# has imported everything and computed nothing.
 RUNS = """
 import os, sys, time, torch
 sys.path.insert(0, {tests!r})
