@@ -30,7 +30,7 @@ from keel.run import RunDir, Silent
 from keel.stages.registry import RUNNERS
 from keel.types import UserError
 
-# One a family that computes otherwise than the others, of those of which a stage is quickly done; `-m wide` has them all.
+# One a family that computes otherwise than the others, and in which a stage is quickly done; `-m wide` has them all.
 FAMILIES = (
     "llama", "qwen3", "qwen3_moe", "gpt2", "gptj", "gpt_neox", "gpt_oss", "opt", "bloom", "falcon", "mpt", "gemma2",
     "phi3", "phimoe", "cohere", "granite", "mixtral", "olmo2", "deepseek_v3", "lfm2", "mamba", "recurrent_gemma",
