@@ -68,16 +68,15 @@ def _keel(
 
 
 def test_run_killed_and_run_again_ends_with_the_same_weights(
-    folder: Path, keel_command: list[str], subprocess_env: dict[str, str]
+    folder: Path, keel_command: list[str], subprocess_env: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(folder / "recipe.yaml")
-    done = _keel(keel_command, subprocess_env, "run", recipe, "--out", str(folder / "whole"))
-    assert done.returncode == 0, done.stderr
-    assert "sft: started" in done.stdout
-    assert "What each stage did" in done.stdout
-    assert f"results: {folder / 'whole'}" in done.stdout
-    assert "computing with" in done.stdout
-    assert done.stdout.count("restarting once") == (sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"))
+    assert main(["run", recipe, "--out", str(folder / "whole")]) == 0
+    said = capfd.readouterr().out
+    assert "sft: started" in said
+    assert "What each stage did" in said
+    assert f"results: {folder / 'whole'}" in said
+    assert "computing with" in said
 
     state = folder / "killed" / "sft" / "state" / "state.pt"
     for _ in range(5):  # on a busy machine the run may end before this process looks again
@@ -93,6 +92,8 @@ def test_run_killed_and_run_again_ends_with_the_same_weights(
     resumed = _keel(keel_command, subprocess_env, "run", recipe, "--out", str(folder / "killed"))
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at" in resumed.stdout
+    restarts = sys.platform == "linux" and not os.path.exists("/dev/nvidiactl")
+    assert resumed.stdout.count("restarting once") == restarts
     whole, again = (folder / name / "sft" / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == again.read_bytes()
     rows = [[json.loads(line) for line in (folder / n / "sft" / "metrics.jsonl").open()] for n in ("whole", "killed")]
