@@ -17,7 +17,6 @@ from keel.model.checkpoint import pinned
 from keel.pipeline.fingerprint import Contents, stage_fingerprint, store_hashes, votes_of
 from keel.recipe.graph import ancestors, parents
 from keel.recipe.recipe import Recipe, Stage
-from keel.recipe.reward import RewardStage
 from keel.run import RunDir, peak_rss_mb, resolve_device, seed_rng, versions
 from keel.stages.context import StageContext
 from keel.store.trained_on import VoteHashes
@@ -161,8 +160,7 @@ def _run_stage(step: Step, context: StageContext, runner: Runner, preflight: Pre
     if preflight is not None:
         preflight(step.stage, context)
     stage_dir.begin(step.fingerprint)
-    own = step.stage.seed if isinstance(step.stage, RewardStage) else None
-    seed_rng(context.recipe.seed if own is None else own)
+    seed_rng(step.stage.seed_of(context.recipe.seed))
     context.run.manifest.update_stage(name, entry)
     started = time.monotonic()
 
