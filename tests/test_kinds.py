@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from keel.pipeline.fingerprint import Contents, stage_fingerprint
 from keel.recipe.annotate import AnnotateStage
 from keel.recipe.declared import StoreRead
 from keel.recipe.eval import EvalStage
 from keel.recipe.file import load_recipe, packaged
+from keel.recipe.graph import parents
 from keel.recipe.kinds import stage_kinds
 from keel.recipe.ppo import PpoStage
 from keel.recipe.recipe import STAGES, Recipe
@@ -31,6 +33,7 @@ from keel.stages.context import StageContext, UndeclaredRead
 from keel.stages.registry import RUNNERS
 from keel.stages.scoring import make_judge, mixed_scorer
 from keel.stages.training import watching_judge
+from keel.store.trained_on import VoteHashes
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -162,6 +165,27 @@ def test_an_evaluation_reads_what_its_reward_models_may_read(world: World) -> No
     assert context.seen_by("reward").parent("annotate").name == "annotate"
     with pytest.raises(UndeclaredRead, match="reads stage plain"):
         context.seen_by("plain")
+
+
+def test_held_out_prompts_count_once_people_have_worked(world: World) -> None:
+    """Their work on the evaluation's prompts is left out, so a stage that learns from them depends on which those are.
+    Runs in which nobody has worked keep their fingerprints."""
+
+    def fingerprints(votes: VoteHashes) -> dict[str, str]:
+        recipe = Recipe.model_validate(world.tree)
+        found: dict[str, str] = {}
+        for stage in recipe.stages:
+            above = dict.fromkeys(parents(recipe, stage), "same")
+            found[stage.name] = stage_fingerprint(recipe, stage, above, "cpu", Contents({}), votes)
+        return found
+
+    work = VoteHashes(people="p", written="w")
+    before, none_before = fingerprints(work), fingerprints(VoteHashes())
+    path = Path(world.tree["data"]["heldout_prompts"])
+    path.write_text(path.read_text() + '{"prompt": "b"}\n')
+    after, none_after = fingerprints(work), fingerprints(VoteHashes())
+    assert {n for n in before if before[n] != after[n]} == {"sft", "reward", "sample", "ppo", "eval"}
+    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "ppo", "eval"}
 
 
 # ------------------------------------------------------------------------------------------------------ a new kind

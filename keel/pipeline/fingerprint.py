@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keel import __version__
-from keel.recipe.declared import PEOPLE, StoreRead
+from keel.recipe.declared import PEOPLE, WITH_PEOPLE, StoreRead
 from keel.recipe.graph import store_read
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
@@ -70,7 +70,10 @@ def stage_fingerprint(
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     scored = [source for _, source in stage.scored_by()]
     settings["code"] = [contents.of_python(source.ref) for source in scored if isinstance(source, PythonRef)]
+    learned = votes_of(recipe, stage, votes)
     data = {name: getattr(recipe.data, name) for name in stage.reads(recipe.data)}
+    if learned.people or learned.written:  # else these change nothing, and a run made before they counted still stands
+        data |= {name: value for name in WITH_PEOPLE if (value := getattr(recipe.data, name)) is not None}
     facts = {
         "settings": settings,
         "data": {name: contents.of(v) if name in _PATHS and v is not None else v for name, v in data.items()},
@@ -80,8 +83,8 @@ def stage_fingerprint(
     }
     if stage.stored == "all":
         facts["store"] = recipe.store
-    if votes_of(recipe, stage, votes) != VoteHashes():  # what stands there besides the annotate stages' own
-        facts["votes"] = asdict(votes_of(recipe, stage, votes))
+    if learned != VoteHashes():  # what stands there besides the annotate stages' own
+        facts["votes"] = asdict(learned)
     if stage.uses_model:
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")

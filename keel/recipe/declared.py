@@ -63,6 +63,10 @@ class Doubt:
 # How rows are read: of ``data``, for every kind that reads any.
 ROWS = ("max_length", "max_prompt_length", "over_length", "on_bad_row")
 
+# What is read besides where people's work is learned from: they may have worked on any prompt, and what they did on the
+# evaluation's is left out.
+WITH_PEOPLE = ("heldout_prompts",)
+
 
 def prompt_pool(data: DataConfig) -> tuple[str, ...]:
     """The settings of ``data`` that say which prompts there are. Without ``data.prompts`` they are those of the

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from keel.recipe.declared import StoreRead
+from keel.recipe.declared import WITH_PEOPLE, StoreRead
 from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
@@ -69,8 +69,7 @@ class StageContext:
         recipe = self.recipe.model_copy(update={"data": whole})
         stage = recipe.stage(self.reads_as or self.stage_dir.name)
         learned = store_read(recipe, stage)
-        # People may have worked on any prompt: what they did on the evaluation's is left out.
-        of_people = ("heldout_prompts",) if learned.people or learned.written else ()
+        of_people = WITH_PEOPLE if learned.people or learned.written else ()
         declared = DeclaredData(whole, stage, (*stage.reads(whole), *of_people))
         narrowed = recipe.model_copy(update={"data": cast(DataConfig, declared)})
         object.__setattr__(self, "recipe", narrowed)
