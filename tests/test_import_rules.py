@@ -329,7 +329,7 @@ def test_another_question_is_not_found() -> None:
         assert not list(asks_for_a_kind(ast.parse(text), classes_of_stages()))
 
 
-# ------------------------------------------------------------------------------------- circles and lengths (rule 9)
+# --------------------------------------------------------------------------------- circles and lengths (rules 7, 8)
 
 
 def needed_at_import(file: Path) -> Iterator[str]:

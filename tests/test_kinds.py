@@ -81,6 +81,8 @@ class World:
                 {"kind": "reward", "name": "pairs"},
                 {"kind": "ppo", "name": "ppo", "rewards": [term], "watch": self.python},
                 {"kind": "sft", "name": "again", "demonstrations": "sample"},
+                {"kind": "reward", "name": "own", "preferences": [f"{folder}/preferences.jsonl"]},
+                {"kind": "sample", "name": "more", "prompts": f"{folder}/prompts.jsonl"},
                 {"kind": "eval", "name": "eval", "models": ["base", "ppo"], "judge": self.python, "reward": "reward"},
             ],
         }
@@ -119,6 +121,9 @@ FORGOTTEN: list[tuple[Any, str, Any, str, Callable[[Any, StageContext], object],
     (RewardStage, "reads", without("preferences"), "pairs", inputs.preferences, "data.preferences"),
     (RewardStage, "references", nothing, "reward", inputs.preferences, "stage annotate"),
     (RewardStage, "from_store", lambda *_: StoreRead(), "reward", inputs.preferences, "the store"),
+    (RewardStage, "files", lambda _: {}, "own", inputs.preferences, "the file .*preferences.jsonl"),
+    (SampleStage, "files", lambda _: {}, "more",
+     lambda s, c: inputs.training_prompts(s.prompts, c), "the file .*prompts.jsonl"),
     (SampleStage, "reads", without("prompts"), "sample",
      lambda s, c: inputs.training_prompts(s.prompts, c), "data.prompts"),
     (SampleStage, "reads", without("heldout_prompts"), "sample",
@@ -184,8 +189,8 @@ def test_held_out_prompts_count_once_people_have_worked(world: World) -> None:
     path = Path(world.tree["data"]["heldout_prompts"])
     path.write_text(path.read_text() + '{"prompt": "b"}\n')
     after, none_after = fingerprints(work), fingerprints(VoteHashes())
-    assert {n for n in before if before[n] != after[n]} == {"sft", "reward", "sample", "ppo", "eval"}
-    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "ppo", "eval"}
+    assert {n for n in before if before[n] != after[n]} == {"sft", "reward", "sample", "more", "ppo", "eval"}
+    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "more", "ppo", "eval"}
 
 
 # ------------------------------------------------------------------------------------------------------ a new kind

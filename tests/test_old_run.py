@@ -33,6 +33,8 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     with tarfile.open(ROOT / "tests" / "data" / "old_run.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path / "old_run")
+    for module in ("keel.pipeline.fingerprint", "keel.pipeline.run"):  # a later release makes everything again
+        monkeypatch.setattr(f"{module}.__version__", "0.1.0")
     return RunDir("run")
 
 
@@ -72,6 +74,14 @@ def test_only_what_must_be_is_made_again_and_it_is_said_why(old: RunDir) -> None
     Path("heldout.jsonl").write_text('{"prompt": "who sails"}\n')
     assert "sft" not in stale()
     assert {"sample", "eval"} <= set(stale())
+
+
+def test_another_release_makes_all_of_it_again_and_says_so(old: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("keel.pipeline.fingerprint", "keel.pipeline.run"):
+        monkeypatch.setattr(f"{module}.__version__", "0.9.3")
+    first, second, *_ = plan(load_recipe("recipe.yaml"), old)
+    assert (first.state, first.reason) == ("stale", "Keel 0.1.0 made it, and this is Keel 0.9.3")
+    assert second.reason == "sft changed"
 
 
 def test_what_is_made_again_is_what_it_was(old: RunDir) -> None:

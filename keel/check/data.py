@@ -82,7 +82,7 @@ def _texts(recipe: Recipe, found: list[Finding]) -> Iterator[Finding]:
     if both := len(measured & mixed):
         sentence = f"{both} of {len(measured)} texts are in data.pretraining too"
         yield Finding(
-            "error", "data.base_text", sentence, "take them out of either: the loss on them would measure memory"
+            "error", "data.base_text", sentence, "take them out of either: the loss on them would measure memorisation"
         )
 
 
@@ -123,10 +123,10 @@ def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> I
     place = HELDOUT
     if both := sum(h in learned for h in hashes):
         sentence = f"{both} of {len(heldout)} are in the demonstrations or preferences too"
-        yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memory")
+        yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memorisation")
     if both := sum(h in sampled for h in hashes):
         sentence = f"{both} of {len(heldout)} are in data.prompts too and will be left out there"
-        yield Finding("warning", place, sentence, "take them out of either to be rid of this line")
+        yield Finding("warning", place, sentence, "take them out of either to silence this warning")
 
 
 def _few(records: Sequence[object], place: str) -> Iterator[Finding]:
@@ -184,4 +184,4 @@ def _pairs(
     contrary = sum((prompt, worse, better) in seen for prompt, better, worse in seen) // 2
     if contrary:
         sentence = f"{contrary} pairs are judged both ways"
-        yield Finding("warning", place, sentence, "keep them if annotators truly disagree; else mend the rows")
+        yield Finding("warning", place, sentence, "keep them if annotators truly disagree; else fix the rows")

@@ -22,6 +22,11 @@ from keel.store.trained_on import VoteHashes, vote_hashes
 _PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "pretraining", "base_text", "facts")
 
 
+def release(version: str) -> str:
+    """The part of Keel's version that results depend on."""
+    return ".".join(version.split(".")[:2])
+
+
 class Contents:
     """Content hashes of files and folders, those of an earlier run reused while size and time are unchanged."""
 
@@ -78,7 +83,7 @@ def stage_fingerprint(
         "settings": settings,
         "data": {name: contents.of(v) if name in _PATHS and v is not None else v for name, v in data.items()},
         "seed": recipe.seed,
-        "keel": ".".join(__version__.split(".")[:2]),
+        "keel": release(__version__),
         "parents": dict(above),
     }
     if stage.stored == "all":

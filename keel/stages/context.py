@@ -52,7 +52,8 @@ class StageContext:
     """What a stage's runner is given. ``device`` is a torch device's name, never ``auto``.
 
     ``recipe.data`` has what the stage's kind declares. ``parent``, ``source`` and ``model_path`` lead to the stages and
-    folders that it declares, ``python`` to the functions, ``store_url`` to the store. All else is an `UndeclaredRead`.
+    folders that it declares, ``file`` to the files, ``python`` to the functions, ``store_url`` to the store. All else is
+    an `UndeclaredRead`.
     ``reads_as``: the stage whose declaration counts, where it is not the stage's own.
     """
 
@@ -126,6 +127,12 @@ class StageContext:
         if not self.stage.uses_model:
             raise _undeclared(self.stage, f"the checkpoint {name} and the recipe's model section", "uses_model")
         return Path(self.recipe.model.path if name == "base" else name)
+
+    def file(self, name: str) -> str:
+        """A file that a field of the stage names."""
+        if not any(name in ((named,) if isinstance(named, str) else named) for named in self.stage.files().values()):
+            raise _undeclared(self.stage, f"the file {name}", "files")
+        return name
 
     def python(self, ref: PythonRef) -> Callable[..., Any]:
         """The function that scores, judges or annotates for the stage."""

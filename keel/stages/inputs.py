@@ -54,7 +54,8 @@ def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonst
     if not sources:
         raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
     made = {other.name for other in context.recipe.stages if "demonstrations" in other.makes}
-    files = [context.parent(s).path / KEPT if s in made else s for s in sources if s != PEOPLE]
+    named = context.file if stage.sources else str
+    files = [context.parent(s).path / KEPT if s in made else named(s) for s in sources if s != PEOPLE]
     found = [row for file in files for row in read_demonstrations(file, reading(context))]
     if PEOPLE not in sources:
         return found, {}
@@ -109,7 +110,8 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     if not sources:
         raise UserError(f"stage {stage.name}: no preferences; set data.preferences=FILE or name a stage")
     annotated = {other.name for other in recipe.stages if "votes" in other.makes}
-    files = [name for name in sources if name not in {*annotated, PEOPLE}]
+    named = context.file if stage.sources else str
+    files = [named(name) for name in sources if name not in {*annotated, PEOPLE}]
     pairs = [pair for file in files for pair in read_preferences(file, reading(context))]
     if not {*annotated, PEOPLE} & set(sources):
         return Preferences(pairs)
@@ -172,7 +174,7 @@ def _pool(context: StageContext) -> list[Prompt]:
 def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
     if source is not None:
-        return read_prompts(source, reading(context))
+        return read_prompts(context.file(source), reading(context))
     data = context.recipe.data
     found = _pool(context)
     if data.heldout_prompts is None:
@@ -188,6 +190,8 @@ def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
 
 def heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     data = context.recipe.data
-    if source or data.heldout_prompts:
-        return read_prompts(source or data.heldout_prompts or "", reading(context))
+    if source:
+        return read_prompts(context.file(source), reading(context))
+    if data.heldout_prompts:
+        return read_prompts(data.heldout_prompts, reading(context))
     return split_by_prompt(_pool(context), data.heldout_fraction, context.recipe.seed)[1]
