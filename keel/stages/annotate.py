@@ -43,7 +43,8 @@ def _choice(stage: AnnotateStage, context: StageContext, store: Store) -> PairCh
         return PairChoice(stage.pairs_per_prompt, stage.pairs)
     batches = set()  # of the votes that its reward models have learned from
     for name in stage.rewards:
-        reward, reads = context.recipe.stage(name), context.seen_by(name)
+        reads = context.seen_by(name)
+        reward = reads.stage
         if isinstance(reward, PreferenceBase):
             batches |= {reads.parent(source).fingerprint for source in reward.sources if source in reads.parents}
     asked = {frozenset((j.left.id, j.right.id)) for j in store.judgements() if j.batch in batches}

@@ -52,8 +52,8 @@ class StageContext:
     """What a stage's runner is given. ``device`` is a torch device's name, never ``auto``.
 
     ``recipe.data`` has what the stage's kind declares. ``parent``, ``source`` and ``model_path`` lead to the stages and
-    folders that it declares, ``file`` to the files, ``python`` to the functions, ``store_url`` to the store. All else is
-    an `UndeclaredRead`.
+    folders that it declares, ``file`` to the files, ``python`` to the functions, ``store_url`` to the store. All else
+    is an `UndeclaredRead`.
     ``reads_as``: the stage whose declaration counts, where it is not the stage's own.
     """
 
