@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +66,13 @@ class Import(NamedTuple):
     top_level: bool
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports(file: Path) -> Iterator[Import]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = parsed(file)
     inside = {
         id(node)
         for f in ast.walk(tree)
@@ -205,7 +211,7 @@ def test_no_module_does_work_when_it_is_imported() -> None:
     triggers and indexes are definitions too, which have no other form."""
     calls = []
     for file in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in parsed(file).body:
             is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
             if is_call and "migrations" not in file.parts and not ast.unparse(node).startswith(("event.", "Index(")):
                 calls.append(f"{file.relative_to(ROOT)}:{node.lineno}")
@@ -216,7 +222,7 @@ def test_no_zip_lets_lists_drift_apart() -> None:
     """Every zip says strict=... (rule 7)."""
     loose = []
     for file in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(file)):
             is_zip = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip"
             if is_zip and not any(keyword.arg == "strict" for keyword in node.keywords):
                 loose.append(f"{file.relative_to(ROOT)}:{node.lineno}")
@@ -243,3 +249,157 @@ def test_help_imports_no_torch_and_little_else(
     assert "keel" in done.stdout
     # How many modules are read stands for the time that it takes, which on a shared machine says little.
     assert int(done.stdout.split()[-1]) < modules
+
+
+# ------------------------------------------------------------------------------------------- kinds of stages (rule 8)
+
+MAY_KNOW_KINDS = {"recipe", "stages"}
+TABLES_OF_KINDS = {"stages/registry.py", "report/kinds.py"}
+
+
+def classes_of_stages() -> set[str]:
+    """The names of `StageBase` and of all that is derived from it."""
+    found: dict[str, set[str]] = {}
+    for file in (PACKAGE / "recipe").glob("*.py"):
+        for node in parsed(file).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name] = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    names = {"StageBase"}
+    while more := {name for name, bases in found.items() if bases & names} - names:
+        names |= more
+    return names
+
+
+def asks_for_a_kind(tree: ast.AST, classes: set[str]) -> Iterator[int]:
+    """Lines that branch on a stage's class, or list kinds by name."""
+    kinds = {name.removesuffix("Stage").lower() for name in classes if name.endswith("Stage")}
+    for node in ast.walk(tree):
+        where: list[ast.AST] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            where = [*node.args[1:]] if node.func.id in ("isinstance", "issubclass") else []
+        elif isinstance(node, ast.Compare):  # type(stage) is PpoStage
+            where = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchClass):
+            where = [node.cls]
+        elif isinstance(node, ast.Dict):  # {PpoStage: ...}
+            where = [key for key in node.keys if key is not None]
+        names = {part.id for place in where for part in ast.walk(place) if isinstance(part, ast.Name)}
+        texts = {part.value for part in _listed(node) if isinstance(part, ast.Constant)}
+        if names & classes or len(texts & kinds) > 1:
+            yield node.lineno  # type: ignore[attr-defined]
+
+
+def _listed(node: ast.AST) -> list[ast.expr]:
+    """What stands in a list, a set, a tuple, or as the keys of a table."""
+    if isinstance(node, ast.Dict):
+        return [key for key in node.keys if key is not None]
+    return list(node.elts) if isinstance(node, ast.List | ast.Set | ast.Tuple) else []
+
+
+def test_who_needs_to_know_asks_the_stage() -> None:
+    classes, wrong = classes_of_stages(), []
+    assert {"StageBase", "TrainBase", "PpoStage", "ReportStage"} <= classes
+    for file in sorted(PACKAGE.rglob("*.py")):
+        place = file.relative_to(PACKAGE).as_posix()
+        if room(place) not in MAY_KNOW_KINDS and place not in TABLES_OF_KINDS:
+            wrong += [f"keel/{place}:{line}" for line in asks_for_a_kind(parsed(file), classes)]
+    assert wrong == [], "declare it on StageBase, and ask the stage"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "isinstance(stage, PpoStage)",
+        "issubclass(type(stage), TrainBase)",
+        "isinstance(stage, SftStage | recipe.DpoStage)",
+        "isinstance(stage, (EvalStage, int))",
+        "type(stage) is ReportStage",
+        "match stage:\n    case PpoStage():\n        pass",
+        "table = {PpoStage: 1}",
+        "stage.kind in ('ppo', 'grpo')",
+        "table = {'sft': 1, 'dpo': 2}",
+    ],
+)
+def test_a_question_for_the_class_is_found(text: str) -> None:
+    assert list(asks_for_a_kind(ast.parse(text), classes_of_stages()))
+
+
+def test_another_question_is_not_found() -> None:
+    for text in ("isinstance(value, str)", "PpoStage(name='ppo')", "kind == 'reward'", "{'eval', 'test'}"):
+        assert not list(asks_for_a_kind(ast.parse(text), classes_of_stages()))
+
+
+# --------------------------------------------------------------------------------- circles and lengths (rules 7, 8)
+
+
+def needed_at_import(file: Path) -> Iterator[str]:
+    """The modules that a file imports when it is imported itself; not what type checkers alone read."""
+    statements = list(parsed(file).body)
+    while statements:
+        node = statements.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                below = ROOT / node.module.replace(".", "/") / alias.name
+                whole = below.with_suffix(".py").exists() or (below / "__init__.py").exists()
+                yield f"{node.module}.{alias.name}" if whole else node.module
+        elif isinstance(node, ast.If):
+            statements += node.orelse if "TYPE_CHECKING" in ast.unparse(node.test) else [*node.body, *node.orelse]
+        elif isinstance(node, ast.Try):
+            handled = [inner for handler in node.handlers for inner in handler.body]
+            statements += [*node.body, *handled, *node.orelse, *node.finalbody]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A path through the graph that ends where it begins; empty when there is none."""
+    clear: set[str] = set()
+
+    def walk(here: str, path: list[str]) -> list[str]:
+        if here in path:
+            return [*path[path.index(here) :], here]
+        if here in clear:
+            return []
+        for there in sorted(graph.get(here, ())):
+            if found := walk(there, [*path, here]):
+                return found
+        clear.add(here)
+        return []
+
+    return next((found for start in sorted(graph) if (found := walk(start, []))), [])
+
+
+def test_no_import_leads_back() -> None:
+    graph = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        graph[".".join(parts).removesuffix(".__init__")] = set(needed_at_import(file))
+    assert len(graph) > 200
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b", "x"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 400, 80
+# Longer than that today. Take a file out once it is shorter: none may come in.
+LONG_FILES = {"data/chat.py", "kernels/decoding.py", "store/queue.py"}
+
+
+def test_files_and_functions_are_short() -> None:
+    """Migrations are history, which is not rewritten."""
+    long_files, long_functions = set(), []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        place = file.relative_to(PACKAGE).as_posix()
+        if "migrations" in file.parts:
+            continue
+        if len(file.read_text(encoding="utf-8").splitlines()) > LONGEST_FILE:
+            long_files.add(place)
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                long_functions += [f"keel/{place}:{node.lineno}"] if lines > LONGEST_FUNCTION else []
+    assert long_files == LONG_FILES
+    assert long_functions == []

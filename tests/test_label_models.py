@@ -100,7 +100,7 @@ class Judged:
         sft = replace(sft, trained=("a-writing",), settled=(), heldout=(), started=START)
         ppo = replace(sft, key="ppo", name="ppo", kind="ppo", trained=None, parents=("sft", "reward"))
         ppo = replace(ppo, started=self.trained_at + timedelta(minutes=30))
-        bare = replace(sft, key="grpo", name="grpo", kind="grpo", trained=None)
+        bare = replace(sft, key="grpo", name="grpo", kind="grpo", trained=None, learns_from="rewards")
         return [sft, self.reward(), ppo, bare]
 
 

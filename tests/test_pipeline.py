@@ -253,7 +253,7 @@ def test_a_folder_may_stand_in_for_a_stage(world: World) -> None:
 
 
 def test_the_context_finds_models(world: World) -> None:
-    recipe = world.recipe()
+    recipe = world.recipe({"ppo": {"reference": str(world.folder), "critic": "base"}})
     context = StageContext(recipe, world.run, world.run.stage("ppo"), Silent(), "cpu")
     assert context.model_path("base") == world.folder / "model"
     assert context.model_path("sft") == world.run.path / "sft"

@@ -8,10 +8,8 @@ import pytest
 import yaml
 
 import keel
-from keel.cli.parser import STAGES
-from keel.recipe.file import finish, load_recipe, packaged, read_draft, split_words
+from keel.recipe.file import finish, load_recipe, read_draft, split_words
 from keel.recipe.ppo import PpoStage
-from keel.recipe.recipe import STAGES as KINDS
 from keel.recipe.recipe import Recipe
 from keel.recipe.settings import nearest, settings
 from keel.recipe.sft import SftStage
@@ -64,12 +62,6 @@ def test_the_demo_recipe_loads() -> None:
     # The guardrail is shown by two runs that differ in the KL penalty alone.
     assert without.kl.coef == 0 < ppo.kl.coef
     assert without.model_copy(update={"kl": ppo.kl, "name": "ppo"}) == ppo
-
-
-@pytest.mark.parametrize("kind", STAGES)
-def test_every_stage_command_has_a_recipe_of_its_own(kind: str) -> None:
-    assert kind in {stage.kind for stage in load_recipe(packaged(kind)).stages}
-    assert set(STAGES) == set(KINDS)
 
 
 def test_settings_are_overridden_by_key(recipe: Path) -> None:

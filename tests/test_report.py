@@ -14,11 +14,12 @@ import pytest
 from fake_run import write_fake_run
 
 from keel.report import build_report
+from keel.report.kinds import title
 from keel.report.plots import Point, Series, axis, line_chart, thinned, ticks
 from keel.report.reading import read_run
 from keel.report.sections import pipeline
 from keel.report.table import table
-from keel.report.wording import duration, one_place, percent, plain, title, two_places
+from keel.report.wording import duration, one_place, percent, plain, two_places
 from keel.types import UserError
 
 VOID = {"meta", "line", "circle", "rect", "polyline", "polygon", "br", "link", "img"}

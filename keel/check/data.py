@@ -10,12 +10,9 @@ from keel.data.chat import Chat
 from keel.data.collate import messages_hash
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
-from keel.recipe.eval import EvalStage
+from keel.recipe.declared import PEOPLE
 from keel.recipe.recipe import Recipe
-from keel.recipe.sample import SampleStage
 from keel.recipe.sections import DataConfig
-from keel.recipe.sft import SftStage
-from keel.recipe.stage import PEOPLE, OnlineBase, PreferenceBase
 from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError, place_of
 
 FEW = 100  # records below which a stage can hardly learn
@@ -31,7 +28,7 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     preferences: list[Preference] = []
     try:
         for place, source in _demonstrations(recipe):
-            rows = read_demonstrations(_needed(source, place, "sft"), _reading(data, place, found))
+            rows = read_demonstrations(source, _reading(data, place, found))
             demonstrations += rows
             found += _few(rows, place)
             encoded = chat.encode_demonstrations(rows)
@@ -85,33 +82,39 @@ def _texts(recipe: Recipe, found: list[Finding]) -> Iterator[Finding]:
     if both := len(measured & mixed):
         sentence = f"{both} of {len(measured)} texts are in data.pretraining too"
         yield Finding(
-            "error", "data.base_text", sentence, "take them out of either: the loss on them would measure memory"
+            "error", "data.base_text", sentence, "take them out of either: the loss on them would measure memorisation"
         )
 
 
-def _demonstrations(recipe: Recipe) -> list[tuple[str, str | None]]:
-    """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store."""
-    stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
-    made = {PEOPLE, *stage_names(recipe)}
-    named = [(f"{s.name}.demonstrations", file) for s in stages for file in s.sources if file not in made]
-    default = [("data.demonstrations", recipe.data.demonstrations)] if any(not s.sources for s in stages) else []
-    return [*default, *named]
+def _demonstrations(recipe: Recipe) -> list[tuple[str, str]]:
+    """(the setting that names it, file) of everything that SFT stages learn from, but for what lies in the store.
+    UserError for a stage that names none where the recipe has none either."""
+    place, default = "data.demonstrations", recipe.data.demonstrations
+    leaning = [stage for stage in recipe.stages if stage.files().get("demonstrations") == ()]
+    if leaning and default is None:
+        raise UserError(f"{place} is not set and stage kind {leaning[0].kind} needs it; set {place}=FILE")
+    return [*([(place, default)] if leaning and default is not None else []), *_named(recipe, "demonstrations")]
 
 
 def _prompts(recipe: Recipe) -> list[tuple[str, str]]:
     """(the setting that names it, file) of the prompts that the recipe and its stages name."""
-    asking = [stage for stage in recipe.stages if isinstance(stage, SampleStage | OnlineBase | EvalStage)]
-    named = [("data.prompts", recipe.data.prompts), (HELDOUT, recipe.data.heldout_prompts)]
-    named += [(f"{stage.name}.prompts", stage.prompts) for stage in asking]
-    return [(place, source) for place, source in named if source is not None]
+    own = [("data.prompts", recipe.data.prompts), (HELDOUT, recipe.data.heldout_prompts)]
+    return [*((place, source) for place, source in own if source is not None), *_named(recipe, "prompts")]
 
 
 def _preferences(recipe: Recipe) -> list[tuple[str, str]]:
     """(the setting that names it, file) of the pairs that the recipe and its stages name."""
+    default = recipe.data.preferences
+    return [*([("data.preferences", default)] if default else []), *_named(recipe, "preferences")]
+
+
+def _named(recipe: Recipe, field: str) -> Iterator[tuple[str, str]]:
+    """(the setting that names it, file) of the files in one field of the stages."""
     made = {PEOPLE, *stage_names(recipe)}
-    stages = [stage for stage in recipe.stages if isinstance(stage, PreferenceBase)]
-    named = [(f"{s.name}.preferences", file) for s in stages for file in s.sources if file not in made]
-    return [("data.preferences", recipe.data.preferences), *named] if recipe.data.preferences else named
+    for stage in recipe.stages:
+        named = stage.files().get(field, ())
+        files = (named,) if isinstance(named, str) else [name for name in named if name not in made]
+        yield from ((f"{stage.name}.{field}", file) for file in files)
 
 
 def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> Iterator[Finding]:
@@ -120,16 +123,10 @@ def _leaks(heldout: Sequence[Prompt], learned: set[str], sampled: set[str]) -> I
     place = HELDOUT
     if both := sum(h in learned for h in hashes):
         sentence = f"{both} of {len(heldout)} are in the demonstrations or preferences too"
-        yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memory")
+        yield Finding("error", place, sentence, "take them out of either: the evaluation would measure memorisation")
     if both := sum(h in sampled for h in hashes):
         sentence = f"{both} of {len(heldout)} are in data.prompts too and will be left out there"
-        yield Finding("warning", place, sentence, "take them out of either to be rid of this line")
-
-
-def _needed(source: str | None, place: str, kind: str) -> str:
-    if source is None:
-        raise UserError(f"{place} is not set and stage kind {kind} needs it; set {place}=FILE")
-    return source
+        yield Finding("warning", place, sentence, "take them out of either to silence this warning")
 
 
 def _few(records: Sequence[object], place: str) -> Iterator[Finding]:
@@ -167,11 +164,12 @@ def _asked(prompts: Sequence[Prompt], place: str, recipe: Recipe, chat: Chat, co
 
 def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
     for stage in recipe.stages:
-        if context and isinstance(stage, SampleStage | OnlineBase | EvalStage):
+        sampling = stage.samples()
+        if context and sampling is not None:
             room = context - longest
-            if stage.sampling.max_new_tokens > room:
+            if sampling.max_new_tokens > room:
                 sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
-                remedy = f"lower {stage.name}.sampling.max_new_tokens ({stage.sampling.max_new_tokens})"
+                remedy = f"lower {stage.name}.sampling.max_new_tokens ({sampling.max_new_tokens})"
                 yield Finding("warning", place, sentence, remedy)
 
 
@@ -186,4 +184,4 @@ def _pairs(
     contrary = sum((prompt, worse, better) in seen for prompt, better, worse in seen) // 2
     if contrary:
         sentence = f"{contrary} pairs are judged both ways"
-        yield Finding("warning", place, sentence, "keep them if annotators truly disagree; else mend the rows")
+        yield Finding("warning", place, sentence, "keep them if annotators truly disagree; else fix the rows")

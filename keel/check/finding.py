@@ -26,7 +26,7 @@ class Finding:
 def broken(error: UserError, place: str = "") -> Finding:
     """A room's own sentence as a finding."""
     head, _, remedy = str(error).rpartition("; ")
-    return Finding("error", place or "recipe", head or remedy, remedy if head else "mend it")
+    return Finding("error", place or "recipe", head or remedy, remedy if head else "fix it")
 
 
 def stage_names(recipe: Recipe) -> set[str]:

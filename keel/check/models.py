@@ -22,14 +22,8 @@ from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
 from keel.model.modules import inner_model, own_attention
 from keel.model.vocabulary import unreadable
-from keel.recipe.dpo import DpoStage
-from keel.recipe.eval import EvalStage
-from keel.recipe.graph import sources
-from keel.recipe.judges import RewardModelRef
 from keel.recipe.recipe import Recipe, Stage
-from keel.recipe.reward import RewardStage
-from keel.recipe.sft import SftStage
-from keel.recipe.stage import OnlineBase, TrainBase
+from keel.recipe.stage import TrainBase
 from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
 from keel.rollout.episodes import encode_prompts
 from keel.run import RunDir, Silent
@@ -67,7 +61,7 @@ def tokenizer_findings(stage: TrainBase, path: str, recipe: Recipe) -> Iterator[
 
 def _chat(path: str, recipe: Recipe) -> Chat:
     """The chat as the stages set it up: the first SFT stage gives a base model without a template Keel's own."""
-    return _chat_of(path, any(isinstance(stage, SftStage) for stage in recipe.stages), recipe)
+    return _chat_of(path, any(stage.gives_template for stage in recipe.stages), recipe)
 
 
 def _chat_of(path: str, templated: bool, recipe: Recipe) -> Chat:
@@ -106,7 +100,8 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
     except UserError as error:
         return [broken(error, "model.path")]
     found: list[Finding] = []
-    first = next((stage for stage in recipe.stages if isinstance(stage, TrainBase) and stage.model == "base"), None)
+    trained = [training for stage in recipe.stages if (training := stage.training()) is not None]
+    first = next((training for training in trained if training.model == "base"), None)
     if first is not None:
         found += tokenizer_findings(first, recipe.model.path, recipe)
     found += own_numbers(recipe)
@@ -125,20 +120,22 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
 def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
     """The reference must read the policy's tokens, and the policy must be its own reference before the first step: else
     the KL penalty does not start at 0."""
-    if not isinstance(stage, DpoStage | OnlineBase) or stage.reference in (None, stage.model):
+    compared = stage.compares()
+    if compared is None or compared[0] == compared[1]:
         return
+    start, reference = compared
     context = StageContext(recipe, run, run.stage(stage.name), Silent(), "cpu")
-    places = [context.source(name) for name in (stage.model, str(stage.reference))]
-    if stage.reference == "base" or stage.reference not in stage_names(recipe):
-        policy = _chat_of(*root(recipe, stage.model), recipe)
+    places = [context.source(name) for name in compared]
+    if reference == "base" or reference not in stage_names(recipe):
+        policy = _chat_of(*root(recipe, start), recipe)
         problem = unreadable(*load_policy(places[1]), policy.tokenizer)
         if problem is not None:
-            sentence = f"the reference ({stage.reference}) cannot read what the policy writes: {problem}"
+            sentence = f"the reference ({reference}) cannot read what the policy writes: {problem}"
             remedy = "leave reference out, or name a model with the policy's tokens"
             yield Finding("error", f"{stage.name}.reference", sentence, remedy)
             return
     if not all(is_checkpoint(Path(place.path)) for place in places):
-        sentence = f"the reference ({stage.reference}) is not the model that training starts from ({stage.model})"
+        sentence = f"the reference ({reference}) is not the model that training starts from ({start})"
         yield Finding("warning", f"{stage.name}.reference", sentence, "leave reference out: the KL at step 0 is 0 then")
         return
     logps = []
@@ -155,13 +152,14 @@ def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
 
 def _evaluated(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     """Each model that is evaluated may have a tokenizer and positions of its own: prompts and facts must fit all."""
-    if not isinstance(stage, EvalStage):
+    if not stage.compares_models:
         return
     data, how = recipe.data, Reading(recipe.data.on_bad_row)
-    asked = stage.prompts or data.heldout_prompts or data.prompts
+    named = stage.files().get("prompts")
+    asked = str(named) if named else data.heldout_prompts or data.prompts
     prompts = read_prompts(asked, how) if asked else []
     facts = read_facts(data.facts, how) if data.facts else []
-    for path, templated in dict.fromkeys(root(recipe, name) for name in (*stage.models, stage.baseline)):
+    for path, templated in dict.fromkeys(root(recipe, use.name) for use in stage.loads()):
         chat = _chat_of(path, templated, recipe)
         try:
             if facts:
@@ -174,7 +172,8 @@ def _evaluated(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
 
 def _adapter_dropout(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     lora = recipe.model.lora
-    if lora and lora.dropout and isinstance(stage, DpoStage | OnlineBase):
+    training = stage.training()
+    if lora and lora.dropout and training is not None and not training.adapter_dropout:
         sentence = "log-probabilities of one model are compared with another's, so adapters have no dropout here"
         yield Finding("warning", f"{stage.name} (model.lora.dropout)", sentence, "nothing to do, or set it to 0")
 
@@ -182,11 +181,10 @@ def _adapter_dropout(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
 def _reward_models(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
     """A reply's score must not depend on what else is in its batch, and be what transformers says of it."""
     names: list[str] = []
-    if isinstance(stage, RewardStage) and run.stage(stage.name).done:
+    if "reward model" in stage.makes and run.stage(stage.name).done:
         names = [stage.name]
     else:
-        named = [source.model for _, source in sources(stage) if isinstance(source, RewardModelRef)]
-        named += [stage.reward] if isinstance(stage, EvalStage) and stage.reward else []
+        named = [reference.target for reference in stage.references() if reference.makes == ("reward model",)]
         names = [name for name in dict.fromkeys(named) if Path(name).is_dir()]
     for name in names:
         path = Path(name) if Path(name).is_dir() else run.stage(name).path

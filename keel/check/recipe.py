@@ -11,7 +11,6 @@ from keel.check.machine import disk, extras, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
 from keel.recipe.graph import parents
 from keel.recipe.recipe import Recipe, Stage
-from keel.recipe.stage import TrainBase
 from keel.run import RunDir, resolve_device
 from keel.stages.context import StageContext
 from keel.types import UserError
@@ -20,10 +19,12 @@ from keel.types import UserError
 def preflight(stage: Stage, context: StageContext) -> None:
     """The cheap checks before a stage: `UserError` for errors, a note for each warning."""
     found = list(disk(context.recipe, stage, context.run))
-    if isinstance(stage, TrainBase):
-        found += precision(stage, context.device)
-        if context.model_path(stage.model).is_dir() or stage.model == "base":
-            found += tokenizer_findings(stage, str(context.model_path(stage.model)), context.recipe)
+    training = stage.training()
+    if training is not None:
+        found += precision(training, context.device)
+        path = context.model_path(training.model)
+        if path.is_dir() or training.model == "base":
+            found += tokenizer_findings(training, str(path), context.recipe)
     for finding in found:
         if finding.level == "error":
             raise UserError(str(finding))
@@ -34,10 +35,9 @@ def preflight(stage: Stage, context: StageContext) -> None:
 def _first_to_start(stage: Stage, recipe: Recipe) -> bool:
     """Whether a warning about the model that ``stage`` starts from is news: a stage that made that model, or started
     from it too, has said it."""
-    starts = [
-        other for other in recipe.stages if isinstance(other, TrainBase) and other.model not in stage_names(recipe)
-    ]
-    first = {other.model: other.name for other in reversed(starts)}
+    trained = [training for other in recipe.stages if (training := other.training()) is not None]
+    starts = [training for training in trained if training.model not in stage_names(recipe)]
+    first = {training.model: training.name for training in reversed(starts)}
     return stage.name in first.values()
 
 
@@ -55,8 +55,9 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
         except UserError as error:
             found.append(broken(error, stage.name))
         found += disk(recipe, stage, run)
-        if isinstance(stage, TrainBase):
-            found += precision(stage, device)
+        training = stage.training()
+        if training is not None:
+            found += precision(training, device)
         found += python_refs(stage)
         found += extras(stage)
     found += model_findings(recipe, run)

@@ -18,14 +18,8 @@ from keel.model.checkpoint import has_reward_head, load_policy, load_scalar
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import merged_weights
 from keel.model.probe import slow_road
-from keel.recipe.eval import EvalStage
-from keel.recipe.ppo import PpoStage
 from keel.recipe.recipe import Recipe
-from keel.recipe.reward import RewardStage
-from keel.recipe.sample import SampleStage
-from keel.recipe.sections import Source
-from keel.recipe.sft import SftStage
-from keel.recipe.stage import OnlineBase, TrainBase
+from keel.recipe.sections import SamplingConfig, Source
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.sampler import Backend, make_sampler
 from keel.rollout.tokens import context_length
@@ -45,8 +39,8 @@ class Start:
     merged: bool = False
     sampled: dict[Backend, int] = field(default_factory=dict)
 
-    def samples(self, stage: SampleStage | OnlineBase | EvalStage) -> None:
-        backend, new = stage.sampling.backend, stage.sampling.max_new_tokens
+    def samples(self, sampling: SamplingConfig) -> None:
+        backend, new = sampling.backend, sampling.max_new_tokens
         self.sampled[backend] = max(new, self.sampled.get(backend, 0))
 
 
@@ -55,11 +49,11 @@ def root(recipe: Recipe, name: str) -> tuple[str, bool]:
     stages = {stage.name: stage for stage in recipe.stages}
     templated = False
     for _ in recipe.stages:  # a stage that names itself is another finding
-        stage = stages.get(name)
-        if not isinstance(stage, TrainBase | SampleStage):
+        training = stages[name].training() if name in stages else None
+        if training is None:
             break
-        templated = templated or isinstance(stage, SftStage)
-        name = stage.model
+        templated = templated or training.gives_template
+        name = training.model
     return (name if name not in stages and name != "base" else recipe.model.path), templated
 
 
@@ -71,18 +65,14 @@ def starting_points(recipe: Recipe) -> dict[str, Start]:
         return points.setdefault(root(recipe, name)[0], Start())
 
     for stage in recipe.stages:
-        if isinstance(stage, TrainBase | SampleStage):
-            made = start(stage.model)
-            made.policy = made.policy or not isinstance(stage, RewardStage)
-            made.scalar = made.scalar or isinstance(stage, RewardStage | PpoStage)
-            if isinstance(stage, SampleStage | OnlineBase):
-                made.samples(stage)
-            if isinstance(stage, OnlineBase):
-                made.merged = made.merged or stage.sampling.backend == "vllm"
-        elif isinstance(stage, EvalStage):
-            for name in (*stage.models, stage.baseline):
-                start(name).policy = True
-                start(name).samples(stage)
+        sampling = stage.samples()
+        for use in stage.loads():
+            made = start(use.name)
+            made.policy = made.policy or use.policy
+            made.scalar = made.scalar or use.scalar
+            if sampling is not None and use.policy:
+                made.samples(sampling)
+                made.merged = made.merged or (stage.training() is not None and sampling.backend == "vllm")
     return points
 
 

@@ -16,13 +16,11 @@ from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
 from keel.model.packed import inner_model
 from keel.precision import autocast, pick_precision
-from keel.recipe.ppo import PpoStage
-from keel.recipe.recipe import Recipe
+from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import Source
 from keel.run import RunDir, resolve_device
 from keel.types import Message, UserError
 
-TALKING = ("sft", "dpo", "ppo", "grpo")  # kinds of stages whose model answers
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
@@ -33,15 +31,20 @@ def trained_models(run: str) -> dict[str, Source]:
     if not manifest:
         return {}
     recipe = Recipe.model_validate(manifest["recipe"])
-    done = [s.name for s in recipe.stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
-    return {name: recipe.model.source(folder / name) for name in done}
+    return {stage.name: recipe.model.source(folder / stage.name) for stage in _finished(recipe, folder)}
+
+
+def _finished(recipe: Recipe, folder: Path) -> list[Stage]:
+    """The stages whose model answers, as far as they are done."""
+    run = RunDir(folder)
+    return [stage for stage in recipe.stages if "policy" in stage.makes and run.stage(stage.name).done]
 
 
 def find_model(run: str, stage: str | None) -> tuple[str, Source]:
     """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``.
 
-    Without a name: the last finished sft, dpo, ppo or grpo stage, but no PPO run without a KL penalty (they are there
-    to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
+    Without a name: the last finished stage that made a language model, but no PPO run without a KL penalty (they are
+    there to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
     """
     folder = Path(run)
     manifest = RunDir(folder).manifest.read()
@@ -50,10 +53,10 @@ def find_model(run: str, stage: str | None) -> tuple[str, Source]:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
         return run, Source(run)
     recipe = Recipe.model_validate(manifest["recipe"])
-    done = [s for s in recipe.stages if s.kind in TALKING and RunDir(folder).stage(s.name).done]
+    done = _finished(recipe, folder)
     names = ["base", *(s.name for s in done)]
     if stage is None:
-        kept = [s for s in done if not (isinstance(s, PpoStage) and s.kl.coef == 0 and s.kl.target is None)]
+        kept = [s for s in done if s.worth_talking_to()]
         stage = kept[-1].name if kept else "base"
     if stage not in names:
         raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")

@@ -11,12 +11,11 @@ from rich.console import Console
 
 import keel
 from keel.cli.live import Progress, closing
-from keel.cli.parser import STAGES
 from keel.cli.process import set_threads
 from keel.pipeline.run import Runner, plan, run_pipeline
 from keel.recipe.file import Draft, finish, load_recipe, packaged, read_draft, split_words
 from keel.recipe.graph import ancestors
-from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.recipe import STAGES, Recipe, Stage
 from keel.run import RunDir
 from keel.stages.context import StageContext
 from keel.types import UserError
@@ -48,7 +47,7 @@ def _stage(arguments: argparse.Namespace) -> int:
     kind, out = arguments.command, Path(arguments.out)
     file, overrides = split_words(arguments.words)
     earlier = None if file else RunDir(out).manifest.read().get("recipe")
-    if file is None and earlier is None and kind == "report":
+    if file is None and earlier is None and STAGES[kind].of_what_is_there:
         raise UserError(f"{out}: no run lies here, so there is nothing to report; name a run's folder with --out")
     if file is not None:
         draft = read_draft(Path(file))

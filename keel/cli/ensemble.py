@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keel.recipe.recipe import kinds_making
 from keel.recipe.sections import ModelConfig
 from keel.run import RunDir
 from keel.types import Completion, Prompt
@@ -18,7 +19,8 @@ class RunEnsemble:
         self._run = RunDir(run)
 
     def names(self) -> list[str]:
-        names = [str(stage["name"]) for stage in self._recipe().get("stages", []) if stage["kind"] == "reward"]
+        kinds = kinds_making("reward model")
+        names = [str(stage["name"]) for stage in self._recipe().get("stages", []) if stage["kind"] in kinds]
         return [name for name in names if self._run.stage(name).done]
 
     def _recipe(self) -> dict[str, Any]:

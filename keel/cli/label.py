@@ -16,7 +16,6 @@ from keel.cli.retrain import Retraining
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
 from keel.recipe.recipe import Recipe
-from keel.recipe.sample import SampleStage
 from keel.recipe.sections import SamplingConfig, Source
 from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
@@ -164,8 +163,8 @@ def sampled_models(run: str | None) -> list[tuple[str, Source, str, SamplingConf
     if not trained:
         return []
     recipe = Recipe.model_validate(RunDir(run).manifest.read()["recipe"])
-    stages = [stage for stage in recipe.stages if isinstance(stage, SampleStage)]
-    sampling = stages[0].sampling if stages else SamplingConfig()
+    samplings = [stage.samples() for stage in recipe.stages if "responses" in stage.makes]
+    sampling = next(filter(None, samplings), SamplingConfig())
     return [(name, source, RunDir(run).stage(name).fingerprint or "", sampling) for name, source in trained.items()]
 
 

@@ -7,11 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from keel.recipe.declared import MODELS
+from keel.recipe.recipe import STAGES, kinds_making
 from keel.run import RunDir, read_json
 from keel.types import UserError
 from keel.web.service.sources import TrainedModel
-
-KINDS = ("sft", "reward", "dpo", "ppo", "grpo")
 
 
 def trained_stages(runs: Sequence[str]) -> list[TrainedModel]:
@@ -30,7 +30,8 @@ def _stages(path: Path, run: str, many: bool) -> Iterator[TrainedModel]:
     if not manifest:
         raise UserError(f"{path}: not a run directory (no manifest.json); name one that keel run or keel demo made")
     entries: dict[str, dict[str, Any]] = manifest.get("stages", {})
-    models = [name for name, entry in entries.items() if entry.get("kind") in KINDS]
+    kinds = kinds_making(*MODELS)
+    models = [name for name, entry in entries.items() if entry.get("kind") in kinds]
 
     def key(name: str) -> str:
         return f"{run}:{name}" if many else name
@@ -44,6 +45,7 @@ def _stages(path: Path, run: str, many: bool) -> Iterator[TrainedModel]:
             run=run,
             name=name,
             kind=entry["kind"],
+            learns_from=STAGES[entry["kind"]].learns_from,
             status=entry.get("status", ""),
             started=datetime.fromisoformat(entry["started"]) if "started" in entry else None,
             seconds=entry.get("seconds"),

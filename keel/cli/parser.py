@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from keel import __version__
-
-STAGES = {
-    "sft": "fine-tune a model on demonstrations",
-    "sample": "sample responses to prompts",
-    "annotate": "have simulated annotators judge pairs of responses",
-    "reward": "train a reward model on preference pairs",
-    "ppo": "optimise a policy for a reward under a KL penalty",
-    "grpo": "optimise a policy for a reward without a critic, by groups of replies",
-    "dpo": "optimise a policy on preference pairs directly",
-    "eval": "compare models on held-out prompts",
-    "report": "write a run's HTML page",
-}
+from keel.recipe.kinds import stage_kinds
 
 _OVERRIDES = (
     "Settings are changed with key=value: section.key=value for the recipe's sections (model.path=./my-base, "
@@ -38,6 +28,9 @@ class _CommandParser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{stage_help(self.kind)}"
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[_CommandParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="keel", description="Turns a base language model into an assistant, with people's judgements."
@@ -45,12 +38,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"keel {__version__}")
     parser.set_defaults(computes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
+    _running(commands)
+    _chat(commands)
+    _exchange(commands)
+    _label(commands)
+    _harbor(commands)
+    return parser
 
-    run = commands.add_parser("run", help="run a whole recipe, but for what is done already", epilog=_OVERRIDES)
+
+def _running(commands: Commands) -> None:
+    """What runs recipes, and what looks at them."""
+    run = commands.add_parser("run", help="run a recipe; finished stages are skipped", epilog=_OVERRIDES)
     _recipe_arguments(run, "*", "the recipe (YAML; default: the one that made DIR), then key=value settings")
     run.set_defaults(computes=True)
 
-    for kind, what in STAGES.items():
+    for kind, what in stage_kinds().items():
         stage = commands.add_parser(kind, help=what, epilog=_OVERRIDES)
         stage.kind = kind
         _recipe_arguments(
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--out", default=None, metavar="DIR", help="run directory whose finished stages are looked at too"
     )
-    check.add_argument("--seed", type=natural_number, default=None)
+    check.add_argument("--seed", type=natural_number, default=None, help="default: the recipe's")
 
     demo = commands.add_parser("demo", help="the whole pipeline on Keel's built-in world, with its built-in model")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
@@ -74,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
 
+
+def _chat(commands: Commands) -> None:
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("run", metavar="RUN", help="a run directory, or a folder with a checkpoint")
     chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
@@ -81,20 +85,23 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.set_defaults(computes=True)
 
+
+def _exchange(commands: Commands) -> None:
+    """Votes and responses out of a store and into one."""
     store = "a run directory, a store's SQLite file, or postgresql://..."
     export = commands.add_parser("export", help="write a store's votes to a file, one row a vote")
     export.add_argument("store", metavar="STORE", help=store)
     export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
     export.add_argument("--form", choices=("trl", "openai"), default="trl", help="whose rows (default: %(default)s)")
-    export.add_argument("--plain", action="store_true", help="the form's own columns alone, without ties")
+    export.add_argument("--plain", action="store_true", help="only the columns of that format, without ties")
     export.add_argument("--batch", default=None, help="only what was judged for this (default: everything)")
 
     imports = commands.add_parser(
         "import", help="add votes of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
     )
     imports.add_argument("store", metavar="STORE", help=f"{store}; a file that is not there is made")
-    imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; what they hold is told by itself")
-    imports.add_argument("--annotator", default="import", help="who votes where a row names nobody (default: import)")
+    imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; the format is detected")
+    imports.add_argument("--annotator", default="import", help="annotator for rows without one (default: import)")
     imports.add_argument(
         "--batch", default=None, help="where to put them (default: where they were, or import; responses: responses)"
     )
@@ -111,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     imports.add_argument("--question", default=None, metavar="NAME", help="the question (control) that compares them")
 
+
+def _label(commands: Commands) -> None:
     label = commands.add_parser("label", help="serve the labelling app: people compare, rank, write, talk to models")
     label.add_argument("run", nargs="?", default=None, metavar="RUN", help="a run directory (keel demo leaves one)")
     label.add_argument("--db", default=None, metavar="URL", help="a feedback store instead: a file or postgresql://...")
@@ -136,13 +145,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
 
+
+def _harbor(commands: Commands) -> None:
     harbor = commands.add_parser("harbor", help="the built-in world: build its base model")
     builds = harbor.add_subparsers(dest="harbor_command", required=True, metavar="COMMAND")
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")
     build.add_argument("--out", required=True, metavar="DIR")
     build.add_argument("--seed", type=natural_number, default=0, help="default: 0")
     build.set_defaults(computes=True)
-    return parser
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser, count: str, what: str) -> None:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from keel.recipe.recipe import STAGES
 from keel.run import RunDir, read_json, write_json
 from keel.types import UserError
 from keel.web.service.sources import StageProgress, TrainingStatus
@@ -76,7 +77,8 @@ class Retraining:
         with self._starting, self._locked() as lock:
             state, free = self._state(), lock is not None
         known: dict[str, dict[str, Any]] = self._run.manifest.read().get("stages", {})
-        learned = [e["started"] for e in known.values() if e["kind"] in ("reward", "dpo") and e["status"] == "done"]
+        kinds = [kind for kind, stage in STAGES.items() if stage.learns_from == "preferences"]
+        learned = [e["started"] for e in known.values() if e["kind"] in kinds and e["status"] == "done"]
         trained_at = min(map(datetime.fromisoformat, learned), default=None)
         if not state:
             return TrainingStatus("never", trained_at=trained_at)

@@ -11,41 +11,20 @@ from typing import Any
 import torch
 
 from keel import __version__
-from keel.recipe.annotate import AnnotateStage
-from keel.recipe.dpo import DpoStage
-from keel.recipe.eval import EvalStage
-from keel.recipe.graph import references, sources
-from keel.recipe.grpo import GrpoStage
+from keel.recipe.declared import PEOPLE, WITH_PEOPLE, StoreRead
+from keel.recipe.graph import store_read
 from keel.recipe.judges import PythonRef
-from keel.recipe.ppo import PpoStage
 from keel.recipe.recipe import Recipe, Stage
-from keel.recipe.report import ReportStage
-from keel.recipe.reward import RewardStage
-from keel.recipe.sample import SampleStage
-from keel.recipe.sft import SftStage
-from keel.recipe.stage import PEOPLE, PolicyBase, PreferenceBase
 from keel.run import RunDir, hash_config, hash_file
-from keel.stages.inputs import reads_store
 from keel.store.trained_on import VoteHashes, vote_hashes
 
-# The data settings that a stage's result depends on, besides its own. The report has none: it reads the other stages.
-_ROWS = ("max_length", "max_prompt_length", "over_length", "on_bad_row")
-
-
-_DATA: dict[type[Any], tuple[str, ...]] = {
-    SftStage: ("demonstrations", "heldout_fraction", *_ROWS),
-    SampleStage: ("prompts", "heldout_prompts", "heldout_fraction", *_ROWS),
-    AnnotateStage: (),
-    RewardStage: ("preferences", *_ROWS),
-    DpoStage: ("preferences", *_ROWS),
-    PpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_ROWS),
-    GrpoStage: ("prompts", "heldout_prompts", "heldout_fraction", *_ROWS),
-    EvalStage: ("prompts", "heldout_prompts", "heldout_fraction", "base_text", "facts", *_ROWS),
-    ReportStage: (),
-}
-
-
+# The settings of ``data`` that name files: what lies there counts.
 _PATHS = ("demonstrations", "prompts", "preferences", "heldout_prompts", "pretraining", "base_text", "facts")
+
+
+def release(version: str) -> str:
+    """The part of Keel's version that results depend on."""
+    return ".".join(version.split(".")[:2])
 
 
 class Contents:
@@ -84,34 +63,34 @@ class Contents:
 def stage_fingerprint(
     recipe: Recipe, stage: Stage, above: Mapping[str, str], device: str, contents: Contents, votes: VoteHashes
 ) -> str:
+    """``above``: the fingerprints of the stages that it uses; ``votes``: of the run's store."""
     settings = stage.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds"})
-    if isinstance(settings.get("prompts"), str):
-        settings["prompts"] = contents.of(settings["prompts"])
-    if isinstance(stage, PreferenceBase):
-        settings["preferences"] = [s if s in above or s == PEOPLE else contents.of(s) for s in stage.sources]
-    if isinstance(stage, SftStage):
-        settings["demonstrations"] = [s if s in above or s == PEOPLE else contents.of(s) for s in stage.sources]
-    for reference in references(stage):
+    for field, named in stage.files().items():
+        if isinstance(named, str):
+            settings[field] = contents.of(named)
+        else:
+            settings[field] = [name if name in above or name == PEOPLE else contents.of(name) for name in named]
+    for reference in stage.references():
         if reference.target not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
-    settings["code"] = [contents.of_python(source.ref) for _, source in sources(stage) if isinstance(source, PythonRef)]
-    data = {name: getattr(recipe.data, name) for name in _DATA[type(stage)]}
-    if isinstance(stage, PolicyBase) and stage.ptx is not None:
-        data["pretraining"] = recipe.data.pretraining
-    if "prompts" in data and data["prompts"] is None:  # they are taken from the other data then
-        data |= {"demonstrations": recipe.data.demonstrations, "preferences": recipe.data.preferences}
+    scored = [source for _, source in stage.scored_by()]
+    settings["code"] = [contents.of_python(source.ref) for source in scored if isinstance(source, PythonRef)]
+    learned = votes_of(recipe, stage, votes)
+    data = {name: getattr(recipe.data, name) for name in stage.reads(recipe.data)}
+    if learned.people or learned.written:  # else these change nothing, and a run made before they counted still stands
+        data |= {name: value for name in WITH_PEOPLE if (value := getattr(recipe.data, name)) is not None}
     facts = {
         "settings": settings,
         "data": {name: contents.of(v) if name in _PATHS and v is not None else v for name, v in data.items()},
         "seed": recipe.seed,
-        "keel": ".".join(__version__.split(".")[:2]),
+        "keel": release(__version__),
         "parents": dict(above),
     }
-    if isinstance(stage, AnnotateStage):
-        facts["store"] = recipe.store  # the judgements lie there
-    if votes_of(recipe, stage, votes) != VoteHashes():  # what stands there besides the annotate stages' own
-        facts["votes"] = asdict(votes_of(recipe, stage, votes))
-    if not isinstance(stage, AnnotateStage | ReportStage):
+    if stage.stored == "all":
+        facts["store"] = recipe.store
+    if learned != VoteHashes():  # what stands there besides the annotate stages' own
+        facts["votes"] = asdict(learned)
+    if stage.uses_model:
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")
         model |= {"path": contents.of(recipe.model.path), "chat_template": contents.of(template) if template else None}
@@ -121,19 +100,16 @@ def stage_fingerprint(
 
 def votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
     """The hashes of what the stage learns from in the store."""
-    if isinstance(stage, SftStage) and PEOPLE in stage.sources:
-        return VoteHashes(written=votes.written)
-    annotated = {other.name for other in recipe.stages if isinstance(other, AnnotateStage)}
-    if not isinstance(stage, PreferenceBase) or not reads_store(stage, annotated):
-        return VoteHashes()
-    people = PEOPLE in stage.sources or stage.voters != "simulated"
-    simulated = bool(set(stage.sources) & annotated) and stage.voters != "people"
-    return VoteHashes(people=votes.people if people else "", withdrawn=votes.withdrawn if simulated else "")
+    read = store_read(recipe, stage)
+    return VoteHashes(
+        people=votes.people if read.people else "",
+        withdrawn=votes.withdrawn if read.simulated else "",
+        written=votes.written if read.written else "",
+    )
 
 
 def store_hashes(recipe: Recipe, run: RunDir) -> VoteHashes:
     """Of the run's store, when a stage learns from it."""
-    annotated = {stage.name for stage in recipe.stages if isinstance(stage, AnnotateStage)}
-    if not any(reads_store(stage, annotated) for stage in recipe.stages):
+    if all(store_read(recipe, stage) == StoreRead() for stage in recipe.stages):
         return VoteHashes()
     return vote_hashes(recipe.store or run.store_url)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from keel import __version__
 from keel.model.checkpoint import pinned
-from keel.pipeline.fingerprint import Contents, stage_fingerprint, store_hashes, votes_of
+from keel.pipeline.fingerprint import Contents, release, stage_fingerprint, store_hashes, votes_of
 from keel.recipe.graph import ancestors, parents
 from keel.recipe.recipe import Recipe, Stage
-from keel.recipe.reward import RewardStage
 from keel.run import RunDir, peak_rss_mb, resolve_device, seed_rng, versions
 from keel.stages.context import StageContext
 from keel.store.trained_on import VoteHashes
@@ -49,7 +49,7 @@ def plan(recipe: Recipe, run: RunDir) -> list[Step]:
 
 
 def _plan(recipe: Recipe, run: RunDir, device: str, contents: Contents, votes: VoteHashes) -> list[Step]:
-    known = run.manifest.read().get("votes")
+    manifest = run.manifest.read()
     fingerprints: dict[str, str] = {}
     steps: list[Step] = []
     for stage in recipe.stages:
@@ -64,15 +64,24 @@ def _plan(recipe: Recipe, run: RunDir, device: str, contents: Contents, votes: V
         elif folder.fingerprint == fingerprint:
             state, reason = "todo", "interrupted, goes on from its last saved state"
         elif folder.fingerprint is not None:
-            before = VoteHashes() if known is None else VoteHashes(**known)
-            voted = votes_of(recipe, stage, before) != votes_of(recipe, stage, votes)
-            said = "people judged or wrote more, settled something, or took something back"
-            reason = said if voted else "its settings or data changed"
-            state, reason = "stale", f"{', '.join(moved)} changed" if moved else reason
+            state = "stale"
+            reason = f"{', '.join(moved)} changed" if moved else _why(recipe, stage, manifest, votes)
         else:
             state, reason = "todo", "not run yet"
         steps.append(Step(stage, state, reason, fingerprint, tuple(above)))
     return steps
+
+
+def _why(recipe: Recipe, stage: Stage, manifest: Mapping[str, Any], votes: VoteHashes) -> str:
+    """Why a stage whose parents are as they were has another fingerprint than it had."""
+    made_with = str(manifest.get("versions", {}).get("keel", __version__))
+    if release(made_with) != release(__version__):
+        return f"Keel {made_with} made it, and this is Keel {__version__}"
+    known = manifest.get("votes")
+    before = VoteHashes() if known is None else VoteHashes(**known)
+    if votes_of(recipe, stage, before) != votes_of(recipe, stage, votes):
+        return "people judged or wrote more, settled something, or took something back"
+    return "its settings or data changed"
 
 
 def run_pipeline(
@@ -161,8 +170,7 @@ def _run_stage(step: Step, context: StageContext, runner: Runner, preflight: Pre
     if preflight is not None:
         preflight(step.stage, context)
     stage_dir.begin(step.fingerprint)
-    own = step.stage.seed if isinstance(step.stage, RewardStage) else None
-    seed_rng(context.recipe.seed if own is None else own)
+    seed_rng(step.stage.seed_of(context.recipe.seed))
     context.run.manifest.update_stage(name, entry)
     started = time.monotonic()
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.declared import Makes, Reference, Scoring
 from keel.recipe.judges import PythonRef
-from keel.recipe.stage import StageBase
+from keel.recipe.stage import PreferenceBase, StageBase, Surroundings
 
 
 class AnnotateStage(StageBase):
+    help: ClassVar[str] = "have simulated annotators judge pairs of responses"
+    makes: ClassVar[tuple[Makes, ...]] = ("votes",)
+    uses_model: ClassVar[bool] = False
+    stored: ClassVar[Literal["nothing", "copy", "all"]] = "all"
+
     kind: Literal["annotate"] = "annotate"
     responses: str = "sample"
     annotators: PythonRef = Field(description="returns the simulated population: a callable seed -> list of annotators")
@@ -25,6 +32,27 @@ class AnnotateStage(StageBase):
     )
     overlap: float = Field(0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement")
     guideline: str = "1"
+
+    def references(self) -> Iterator[Reference]:
+        yield from super().references()
+        yield Reference("responses", self.responses, ("responses",))
+        for i, reward in enumerate(self.rewards):
+            yield Reference(f"rewards.{i}", reward, ("reward model",))
+
+    def scored_by(self) -> Iterator[tuple[str, Scoring]]:
+        yield "annotators", self.annotators
+
+    def check_in(self, recipe: Surroundings) -> None:
+        super().check_in(recipe)
+        alone = {stage.name for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.overlap == 0}
+        for other in recipe.stages:
+            if not isinstance(other, PreferenceBase) or other.votes != "weighted":
+                continue
+            if self.name in other.sources and alone.issuperset(other.sources):
+                raise ValueError(
+                    f"{other.name}.votes: weighted tells annotators apart by what two of them judged, and "
+                    f"{other.sources[0]}.overlap is 0; raise it or use votes: raw"
+                )
 
     @model_validator(mode="after")
     def _who_chooses(self) -> AnnotateStage:

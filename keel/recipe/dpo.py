@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.declared import Reference
 from keel.recipe.stage import PolicyBase, PreferenceBase
 
 
 class DpoStage(PreferenceBase, PolicyBase):
+    help: ClassVar[str] = "optimise a policy on preference pairs directly"
+    adapter_dropout: ClassVar[bool] = False
+
     kind: Literal["dpo"] = "dpo"
     reference: str | None = Field(None, description="default: model")
     epochs: float = Field(1.0, gt=0)
@@ -19,6 +24,14 @@ class DpoStage(PreferenceBase, PolicyBase):
     length_normalised: bool = Field(False, description="log-ratios per token instead of per sequence")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     heldout_fraction: float = Field(0.05, gt=0, lt=0.9)
+
+    def references(self) -> Iterator[Reference]:
+        yield from super().references()
+        if self.reference is not None:
+            yield Reference("reference", self.reference, ("policy",))
+
+    def compares(self) -> tuple[str, str]:
+        return self.model, self.reference or self.model
 
     @model_validator(mode="after")
     def _check(self) -> DpoStage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from keel.recipe.stage import OnlineBase
 
 class GrpoStage(OnlineBase):
     """No critic: a completion's baseline is the mean score of its group, the completions of one prompt."""
+
+    help: ClassVar[str] = "optimise a policy for a reward without a critic, by groups of replies"
 
     kind: Literal["grpo"] = "grpo"
     reference: str | None = Field(None, description="default: model when beta is above 0, else none (no KL is logged)")
@@ -31,3 +33,6 @@ class GrpoStage(OnlineBase):
         description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's, "
         "and the trainer's at the step itself where each rollout gets one step",
     )
+
+    def kl_weight(self) -> float:
+        return self.beta

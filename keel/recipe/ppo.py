@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.declared import MODELS, ModelUse, Reference
 from keel.recipe.sections import Strict
 from keel.recipe.stage import OnlineBase
 
@@ -25,6 +27,9 @@ class KlConfig(Strict):
 
 
 class PpoStage(OnlineBase):
+    help: ClassVar[str] = "optimise a policy for a reward under a KL penalty"
+    weights_on_disk: ClassVar[int] = 8  # the critic's too
+
     kind: Literal["ppo"] = "ppo"
     critic: str | None = Field(
         None,
@@ -45,6 +50,23 @@ class PpoStage(OnlineBase):
         ge=0,
         description="rollouts in which only the critic learns; the policy's schedule and kl.target begin after them",
     )
+
+    def references(self) -> Iterator[Reference]:
+        yield from super().references()
+        if self.critic is not None:
+            yield Reference("critic", self.critic, MODELS)
+
+    def loads(self) -> Iterator[ModelUse]:
+        yield ModelUse(self.model, scalar=True)
+
+    def on_its_base(self) -> list[str]:
+        return [*super().on_its_base(), *([self.critic] if self.critic else [])]
+
+    def kl_weight(self) -> float:
+        return self.kl.coef
+
+    def worth_talking_to(self) -> bool:
+        return self.kl.coef > 0 or self.kl.target is not None
 
     @model_validator(mode="after")
     def _policy_learns(self) -> PpoStage:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.declared import ROWS, Makes, ModelUse, Reference, Scoring, prompt_pool, terms
 from keel.recipe.judges import RewardTerm
-from keel.recipe.sections import SamplingConfig
-from keel.recipe.stage import StageBase
+from keel.recipe.sections import DataConfig, SamplingConfig
+from keel.recipe.stage import StageBase, Surroundings, start_has_template
 
 
 class SampleStage(StageBase):
+    help: ClassVar[str] = "sample responses to prompts"
+    makes: ClassVar[tuple[Makes, ...]] = ("responses", "demonstrations")
+    stored: ClassVar[Literal["nothing", "copy", "all"]] = "copy"
+
     kind: Literal["sample"] = "sample"
     model: str = "sft"
     prompts: str | None = Field(None, description="default: data.prompts")
@@ -27,6 +33,29 @@ class SampleStage(StageBase):
     )
     min_reward: float | None = Field(None, description="responses whose reward is lower are left out")
     sampling: SamplingConfig = SamplingConfig()
+
+    def scored_by(self) -> Iterator[tuple[str, Scoring]]:
+        yield from terms("rewards", self.rewards)
+
+    def references(self) -> Iterator[Reference]:
+        yield Reference("model", self.model, ("policy",))
+        yield from super().references()
+
+    def reads(self, data: DataConfig) -> tuple[str, ...]:
+        return (*prompt_pool(data), *ROWS)
+
+    def files(self) -> Mapping[str, str | tuple[str, ...]]:
+        return {} if self.prompts is None else {"prompts": self.prompts}
+
+    def loads(self) -> Iterator[ModelUse]:
+        yield ModelUse(self.model)
+
+    def samples(self) -> SamplingConfig:
+        return self.sampling
+
+    def check_in(self, recipe: Surroundings) -> None:
+        super().check_in(recipe)
+        start_has_template(self, self.model, recipe)
 
     @model_validator(mode="after")
     def _something_to_choose(self) -> SampleStage:

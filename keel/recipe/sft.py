@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.recipe.stage import PolicyBase, listed
+from keel.recipe.declared import PEOPLE, ROWS, LearnsFrom, Reference, StoreRead, listed, source_references
+from keel.recipe.sections import DataConfig
+from keel.recipe.stage import PolicyBase
 
 
 class SftStage(PolicyBase):
+    help: ClassVar[str] = "fine-tune a model on demonstrations"
+    learns_from: ClassVar[LearnsFrom | None] = "demonstrations"
+    gives_template: ClassVar[bool] = True
+
     kind: Literal["sft"] = "sft"
     demonstrations: str | list[str] | None = Field(
         None,
@@ -25,6 +32,19 @@ class SftStage(PolicyBase):
     def sources(self) -> tuple[str, ...]:
         """``demonstrations`` as a list."""
         return listed(self.demonstrations)
+
+    def references(self) -> Iterator[Reference]:
+        yield from super().references()
+        yield from source_references("demonstrations", self.demonstrations, "demonstrations")
+
+    def reads(self, data: DataConfig) -> tuple[str, ...]:
+        return ("demonstrations", "heldout_fraction", *ROWS, *super().reads(data))
+
+    def files(self) -> Mapping[str, str | tuple[str, ...]]:
+        return {"demonstrations": self.sources}
+
+    def from_store(self, voted: Collection[str]) -> StoreRead:
+        return StoreRead(written=PEOPLE in self.sources)
 
     @model_validator(mode="after")
     def _keeps_its_best(self) -> SftStage:

@@ -9,10 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from keel.report.charts import Palette, guardrail_plots, learning_curves, reward_plots, scores_by_kind, win_rates
+from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles, StageFiles, read_run
 from keel.report.sections import Fact, headline, lineage, pipeline, samples, total_seconds
 from keel.report.table import table
-from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, title, two_places
+from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, two_places
 from keel.run import atomic_write_text
 
 
@@ -57,11 +58,11 @@ def render(run: RunFiles, heading: str = "") -> str:
                 reward_plots(stage, palette),
                 _annotators(stage),
             )
-            for stage in run.of_kind("reward")
-            if stage.summary
+            for stage in run.stages
+            if kind_of(stage.kind).judged and stage.summary
         ],
         samples=samples(run, palette),
-        watched=bool(run.of_kind("ppo") or run.of_kind("grpo")),
+        watched=any(kind_of(stage.kind).watched for stage in run.stages),
         alarms=run.summary.get("alarms", []),
         lineage=lineage(run),
     )

@@ -1,4 +1,4 @@
-"""A run's plots: which metrics are drawn for each kind of stage, and how."""
+"""A run's plots."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from keel.report.kinds import Panel, kind_of, title
 from keel.report.plots import (
     COLOURS,
     Axis,
@@ -24,7 +25,7 @@ from keel.report.plots import (
     scatter_chart,
 )
 from keel.report.reading import RunFiles, StageFiles
-from keel.report.wording import Format, number, percent, percent_range, phrase, plain, title, two_places
+from keel.report.wording import number, percent, percent_range, phrase, two_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,85 +43,15 @@ class Palette:
         return 1 + self.names.index(name) % (COLOURS - 1) if name in self.names else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A metric that is drawn: the first of ``keys`` that the rows have. ``measured``: sparse, each point is marked."""
-
-    label: str
-    keys: tuple[str, ...]
-    measured: bool = False
-    faint: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    title: str
-    unit: str
-    lines: tuple[Line, ...]
-    include: tuple[float, ...] = ()
-    format: Format = plain
-
-
-_LOSSES = (Line("training", ("loss",), faint=True), Line("held out", ("eval/loss",), measured=True))
-
-_ONLINE = (
-    Panel("learned reward (proxy)", "mean score", (Line("", ("objective/scores",)),)),
-    Panel("judge's score (gold)", "mean score", (Line("", ("eval/gold",), measured=True),)),
-    Panel("KL from the reference", "nats per reply", (Line("", ("objective/kl",)),), (0.0,)),
-    Panel("entropy", "nats per token", (Line("", ("policy/entropy_avg", "objective/entropy")),), (0.0,)),
-    Panel("reply length", "tokens", (Line("", ("completions/mean_length",)),), (0.0,)),
-)
-
-PANELS: Mapping[str, tuple[Panel, ...]] = {
-    "sft": (Panel("loss", "nats per token", _LOSSES),),
-    "reward": (
-        Panel("loss", "nats per pair", _LOSSES),
-        Panel(
-            "accuracy",
-            "share of pairs",
-            (Line("training", ("accuracy",), faint=True), Line("held out", ("eval/accuracy",), measured=True)),
-            (0.5,),
-            percent,
-        ),
-    ),
-    "dpo": (
-        Panel("loss", "nats per pair", _LOSSES),
-        Panel(
-            "implicit rewards",
-            "β × log-ratio, nats",
-            (Line("chosen", ("rewards/chosen",)), Line("rejected", ("rewards/rejected",), faint=True)),
-            (0.0,),
-        ),
-        Panel(
-            "margin",
-            "chosen − rejected, nats",
-            (
-                Line("training", ("rewards/margins",), faint=True),
-                Line("held out", ("eval/rewards/margins",), measured=True),
-            ),
-            (0.0,),
-        ),
-    ),
-    "ppo": (*_ONLINE, Panel("value loss", "squared error", (Line("", ("loss/value_avg",)),), (0.0,))),
-    "grpo": (
-        *_ONLINE,
-        Panel("groups without a signal", "share of prompts", (Line("", ("frac_reward_zero_std",)),), (0.0,), percent),
-    ),
-}
-_OTHER = (Panel("loss", "loss", _LOSSES),)
-
-
-_HEADINGS = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
-
-
 def learning_curves(run: RunFiles, palette: Palette) -> list[Markup]:
     """Stages of one kind share their panels, one line each, so that they can be compared."""
     kinds = dict.fromkeys(stage.kind for stage in run.stages if stage.rows)
     plots = []
     for kind in kinds:
         stages = [stage for stage in run.of_kind(kind) if stage.rows]
-        heading = _HEADINGS.get(kind) or ", ".join(title(stage.name) for stage in stages)
-        for panel in PANELS.get(kind, _OTHER):
+        row = kind_of(kind)
+        heading = row.heading or ", ".join(title(stage.name) for stage in stages)
+        for panel in row.panels:
             plot = _panel(panel, heading, stages, palette)
             if plot is not None:
                 plots.append(plot)

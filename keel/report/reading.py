@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keel.report.kinds import kind_of
 from keel.run import RunDir, read_json
 from keel.types import UserError
 
@@ -88,7 +89,7 @@ def read_run(path: Path) -> RunFiles:
     for name in folders:
         known.setdefault(name, _Known())
     stages = [_read_stage(path / name, facts) for name, facts in known.items()]
-    shown = [stage for stage in stages if stage.kind != "report"]
+    shown = [stage for stage in stages if kind_of(stage.kind).shown]
     return RunFiles(str(manifest.get("name", path.resolve().name)), manifest, summary, tuple(shown))
 
 

@@ -10,17 +10,15 @@ from typing import Any
 import yaml
 
 from keel.report.charts import Palette, win_interval
+from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles, StageFiles
 from keel.report.wording import (
-    Format,
     duration,
     number,
-    one_place,
     percent,
     percent_range,
     phrase,
     plain,
-    title,
     two_places,
 )
 
@@ -102,41 +100,6 @@ class Card:
     status: str
 
 
-_WHAT = {
-    "sft": "demonstrations → assistant",
-    "sample": "replies to judge",
-    "annotate": "judgements on pairs",
-    "reward": "pairs → a score",
-    "dpo": "learns from the pairs",
-    "ppo": "learns from the score",
-    "grpo": "learns from the score",
-    "eval": "held-out prompts",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    label: str
-    key: str
-    format: Format = plain
-
-
-_SHOWN: Mapping[str, tuple[_Shown, ...]] = {
-    "sft": (_Shown("demonstrations", "demonstrations"), _Shown("held-out loss", "heldout_loss", two_places)),
-    "sample": (_Shown("prompts", "prompts"), _Shown("replies", "responses")),
-    "annotate": (_Shown("judgements", "judgements"), _Shown("agreement", "annotator_agreement", percent)),
-    "reward": (
-        _Shown("pairs", "pairs"),
-        _Shown("accuracy", "accuracy", percent),
-        _Shown("ceiling", "ceiling", percent),
-    ),
-    "dpo": (_Shown("pairs", "pairs"), _Shown("held-out accuracy", "eval/rewards/accuracies", percent)),
-    "ppo": (_Shown("episodes", "episodes"), _Shown("KL, nats", "objective/kl", one_place)),
-    "grpo": (_Shown("episodes", "episodes"), _Shown("KL, nats", "objective/kl", one_place)),
-    "eval": (_Shown("prompts", "prompts"), _Shown("models", "order")),
-}
-
-
 def pipeline(run: RunFiles) -> list[list[Card]]:
     """The stages in columns: a stage stands to the right of everything that it was made from, as late as what was made
     from it allows, so that stages that learn from the same labels stand together."""
@@ -179,19 +142,14 @@ def _last_part(path: str) -> str:
 def _card(stage: StageFiles) -> Card:
     figures = dict(stage.rows[-1]) if stage.rows else {}
     figures |= stage.summary
-    shown = [
-        Fact(s.label, s.format(value))
-        for s in _SHOWN.get(stage.kind, ())
-        if (value := _size(figures.get(s.key))) is not None
-    ]
+    row = kind_of(stage.kind)
+    shown = [Fact(s.label, s.format(value)) for s in row.facts if (value := _size(figures.get(s.key))) is not None]
     if not shown:
         scalars = [(key, number(value)) for key, value in stage.summary.items()]
         shown = [Fact(phrase(key), plain(value)) for key, value in scalars if value is not None][:3]
     status = str(stage.entry.get("status", "done" if stage.summary else "not run"))
     seconds = duration(stage.seconds) if stage.seconds is not None else ""
-    what = (
-        "the best of many replies" if stage.config.get("rewards") and stage.kind == "sample" else _WHAT.get(stage.kind)
-    )
+    what = row.chooses if row.chooses and stage.config.get("rewards") else row.what
     return Card(title(stage.name), what or stage.kind, tuple(shown), seconds, "" if status == "done" else status)
 
 

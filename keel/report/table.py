@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from keel.report.kinds import title
 from keel.report.reading import RunFiles
 from keel.report.wording import (
     Format,
@@ -15,7 +16,6 @@ from keel.report.wording import (
     percent_range,
     phrase,
     three_places,
-    title,
     two_places,
 )
 

@@ -6,16 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-_ACRONYMS = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "ppo": "PPO",
-    "grpo": "GRPO",
-    "kl": "KL",
-    "ipo": "IPO",
-    "rm": "RM",
-    "kto": "KTO",
-}
+ACRONYMS = {"kl": "KL", "ipo": "IPO", "rm": "RM", "kto": "KTO"}  # besides the kinds of stage that are acronyms
 
 Format = Callable[[float], str]
 
@@ -25,13 +16,6 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def title(name: str) -> str:
-    """``ppo_no_kl`` -> ``PPO no KL``; ``base`` -> ``Base``."""
-    words = [_ACRONYMS.get(word, word) for word in name.split("_")]
-    text = " ".join(words)
-    return text[:1].upper() + text[1:]
 
 
 def phrase(name: str) -> str:

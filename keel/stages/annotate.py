@@ -9,23 +9,19 @@ from keel.feedback.pairing import PairChoice, annotate_responses
 from keel.feedback.uncertainty import disagreement
 from keel.precision import pick_precision
 from keel.recipe.annotate import AnnotateStage
-from keel.recipe.reward import RewardStage
+from keel.recipe.stage import PreferenceBase
 from keel.reward.ensemble import Candidate
-from keel.reward.python_ref import load_python
 from keel.run import write_json
 from keel.stages.context import StageContext
-from keel.stages.inputs import (
-    store_url,
-)
 from keel.stages.scoring import reward_model_scorer
 from keel.store import Response, Store
 
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
     """Has simulated annotators judge pairs of sampled responses through the store's queue; exports the votes."""
-    annotators = load_python(stage.annotators.ref)(context.recipe.seed)
+    annotators = context.python(stage.annotators)(context.recipe.seed)
     made_by = context.parent(stage.responses).summary()["fingerprint"]
-    with Store(store_url(context)) as store:
+    with Store(context.store_url) as store:
         summary, truth = annotate_responses(
             store,
             annotators,
@@ -45,10 +41,12 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
 def _choice(stage: AnnotateStage, context: StageContext, store: Store) -> PairChoice:
     if stage.choice == "random":
         return PairChoice(stage.pairs_per_prompt, stage.pairs)
-    recipe = context.recipe
-    rewards = [recipe.stage(name) for name in stage.rewards]
-    annotated = {source for reward in rewards if isinstance(reward, RewardStage) for source in reward.sources}
-    batches = {context.parent(s.name).fingerprint for s in recipe.stages if s.name in annotated}
+    batches = set()  # of the votes that its reward models have learned from
+    for name in stage.rewards:
+        reads = context.seen_by(name)
+        reward = reads.stage
+        if isinstance(reward, PreferenceBase):
+            batches |= {reads.parent(source).fingerprint for source in reward.sources if source in reads.parents}
     asked = {frozenset((j.left.id, j.right.id)) for j in store.judgements() if j.batch in batches}
     fitted = [context.parent(name).summary().get("temperature") or 1.0 for name in stage.rewards]
     precision = pick_precision("auto", context.device)

@@ -1,26 +1,84 @@
-"""What a stage's runner is given."""
+"""What a stage's runner is given: what its kind declares, and nothing else.
+
+A finished stage is known by a fingerprint of what its kind declares (`keel.recipe.stage.StageBase`). Whatever a runner
+read besides could change, and the stage would not run again. So that is refused here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
-from keel.recipe.graph import stages_there
-from keel.recipe.recipe import Recipe
-from keel.recipe.sections import Source
+from keel.recipe.declared import WITH_PEOPLE, StoreRead
+from keel.recipe.graph import parents, stages_there, store_read
+from keel.recipe.judges import PythonRef
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.sections import DataConfig, Source
+from keel.reward.python_ref import load_python
 from keel.run.rundir import RunDir, StageDir
 from keel.types import Reporter, UserError
 
 
+class UndeclaredRead(Exception):
+    """A runner reads what its kind of stage does not declare: a mistake in the program, not in a recipe."""
+
+
+class DeclaredData:
+    """The recipe's data section with the settings that a stage's kind declares, and no others."""
+
+    def __init__(self, data: DataConfig, stage: Stage, names: tuple[str, ...]) -> None:
+        self.whole = data
+        self._stage = stage
+        self._names = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DataConfig.model_fields and name not in self._names:
+            raise _undeclared(self._stage, f"data.{name}", "reads")
+        return getattr(self.whole, name)
+
+
+def _undeclared(stage: Stage, what: str, where: str) -> UndeclaredRead:
+    kind = type(stage).__name__
+    return UndeclaredRead(
+        f"stage {stage.name} reads {what}, which {kind} does not declare; add it to {kind}.{where}, so that the stage "
+        "runs again when it changes"
+    )
+
+
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage's runner is given. ``device`` is a torch device's name, never ``auto``."""
+    """What a stage's runner is given. ``device`` is a torch device's name, never ``auto``.
+
+    ``recipe.data`` has what the stage's kind declares. ``parent``, ``source`` and ``model_path`` lead to the stages and
+    folders that it declares, ``file`` to the files, ``python`` to the functions, ``store_url`` to the store. All else
+    is an `UndeclaredRead`.
+    ``reads_as``: the stage whose declaration counts, where it is not the stage's own.
+    """
 
     recipe: Recipe
     run: RunDir
     stage_dir: StageDir
     reporter: Reporter
     device: str
+    reads_as: str | None = None
+
+    def __post_init__(self) -> None:
+        data = self.recipe.data
+        whole = data.whole if isinstance(data, DeclaredData) else data
+        recipe = self.recipe.model_copy(update={"data": whole})
+        stage = recipe.stage(self.reads_as or self.stage_dir.name)
+        learned = store_read(recipe, stage)
+        of_people = WITH_PEOPLE if learned.people or learned.written else ()
+        declared = DeclaredData(whole, stage, (*stage.reads(whole), *of_people))
+        narrowed = recipe.model_copy(update={"data": cast(DataConfig, declared)})
+        object.__setattr__(self, "recipe", narrowed)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage whose declaration counts."""
+        return self.recipe.stage(self.reads_as or self.stage_dir.name)
 
     @property
     def fingerprint(self) -> str:
@@ -29,11 +87,27 @@ class StageContext:
         assert fingerprint is not None, "a stage runs in a folder that was begun"
         return fingerprint
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The names of the stages whose results the stage uses."""
+        return parents(self.recipe, self.stage)
+
     def parent(self, name: str) -> StageDir:
         """The folder of an earlier stage. `UserError` when the recipe has no such stage."""
         if name not in {stage.name for stage in self.recipe.stages}:
             raise UserError(f"stage {self.stage_dir.name}: no stage is called {name!r}; {stages_there(self.recipe)}")
+        if name not in self.parents:
+            raise _undeclared(self.stage, f"stage {name}", "references or also_uses")
         return self.run.stage(name)
+
+    def seen_by(self, name: str) -> StageContext:
+        """What the earlier stage ``name`` may read: its fingerprint is a part of this stage's."""
+        self.parent(name)
+        return replace(self, reads_as=name)
+
+    def own_folder(self) -> StageDir:
+        """The folder of the stage whose declaration counts."""
+        return self.run.stage(self.stage.name)
 
     def source(self, name: str) -> Source:
         """Where the checkpoint that a recipe calls ``name`` is read from."""
@@ -42,12 +116,32 @@ class StageContext:
     def model_path(self, name: str) -> Path:
         """Where the checkpoint that a recipe calls ``name`` lies: the recipe's own model for 'base' (possibly a hub
         id), a stage's folder, or an existing folder. `UserError` for anything else."""
-        if name == "base":
-            return Path(self.recipe.model.path)
         if name in {stage.name for stage in self.recipe.stages}:
-            return self.run.stage(name).path
-        if Path(name).is_dir():
-            return Path(name)
-        raise UserError(
-            f"stage {self.stage_dir.name}: {name!r} is neither a stage nor a folder; {stages_there(self.recipe)}"
-        )
+            return self.parent(name).path
+        if name != "base" and not Path(name).is_dir():
+            raise UserError(
+                f"stage {self.stage_dir.name}: {name!r} is neither a stage nor a folder; {stages_there(self.recipe)}"
+            )
+        if name not in {reference.target for reference in self.stage.references()}:
+            raise _undeclared(self.stage, f"the checkpoint {name}", "references")
+        if not self.stage.uses_model:
+            raise _undeclared(self.stage, f"the checkpoint {name} and the recipe's model section", "uses_model")
+        return Path(self.recipe.model.path if name == "base" else name)
+
+    def file(self, name: str) -> str:
+        """A file that a field of the stage names."""
+        if not any(name in ((named,) if isinstance(named, str) else named) for named in self.stage.files().values()):
+            raise _undeclared(self.stage, f"the file {name}", "files")
+        return name
+
+    def python(self, ref: PythonRef) -> Callable[..., Any]:
+        """The function that scores, judges or annotates for the stage."""
+        if all(source != ref for _, source in self.stage.scored_by()):
+            raise _undeclared(self.stage, f"the function {ref.ref}", "scored_by")
+        return load_python(ref.ref)
+
+    @property
+    def store_url(self) -> str:
+        if self.stage.stored == "nothing" and store_read(self.recipe, self.stage) == StoreRead():
+            raise _undeclared(self.stage, "the store", "from_store or stored")
+        return self.recipe.store or self.run.store_url

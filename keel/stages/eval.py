@@ -13,10 +13,9 @@ from keel.eval.reward_quality import gold_accuracy
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
 from keel.recipe.eval import EvalStage
-from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
-from keel.recipe.ppo import PpoStage
 from keel.recipe.reward import RewardStage
+from keel.recipe.stage import OnlineBase
 from keel.rollout.episodes import encode_prompts
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
@@ -55,24 +54,20 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         device=context.device,
         precision=precision,
         online_runs={
-            s.name: OnlineRun(s.kind, _kl_weight(s), context.run.stage(s.name).metrics.rows())
+            s.name: OnlineRun(s.kind, s.kl_weight(), context.parent(s.name).metrics.rows())
             for s in recipe.stages
-            if isinstance(s, PpoStage | GrpoStage) and s.name in stage.models
+            if isinstance(s, OnlineBase) and s.name in stage.models
         },
     )
     summary = evaluate_models(inputs, context.reporter)
     summary["judge"] = _judge_name(stage.judge)
-    reward = next((s for s in recipe.stages if isinstance(s, RewardStage)), None)
-    if reward is not None and context.run.stage(reward.name).done:
-        summary["reward_model"] = context.run.stage(reward.name).summary()
+    reward = default_reward(context)
+    if reward is not None:
+        summary["reward_model"] = context.parent(reward).summary()
     if isinstance(stage.judge, PythonRef):
         summary["reward_models"] = _gold_accuracy(stage, inputs.judge, context, precision)
     context.run.write_summary(summary)
     return {name: summary[name] for name in ("stages", "order", "baseline", "judge", "alarms")}
-
-
-def _kl_weight(stage: PpoStage | GrpoStage) -> float:
-    return stage.kl.coef if isinstance(stage, PpoStage) else stage.beta
 
 
 def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precision: Precision) -> dict[str, Any]:
@@ -86,12 +81,14 @@ def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precis
     trained: set[str] = set()
     heldout: list[Preference] = []
     for reward in rewards:
-        kept, out = split_by_prompt(preferences(reward, context).pairs, reward.heldout_fraction, recipe.seed)
+        kept, out = split_by_prompt(
+            preferences(reward, context.seen_by(reward.name)).pairs, reward.heldout_fraction, recipe.seed
+        )
         trained |= {messages_hash(pair.prompt.messages) for pair in kept}
         heldout += out
-    pairs = [pair for pair in heldout if messages_hash(pair.prompt.messages) not in trained]
+    unseen = [pair for pair in heldout if messages_hash(pair.prompt.messages) not in trained]
     scorers = {reward.name: reward_model_scorer(reward.name, context, precision) for reward in rewards}
-    return gold_accuracy(pairs, judge, scorers, stage.bootstrap, recipe.seed)
+    return gold_accuracy(unseen, judge, scorers, stage.bootstrap, recipe.seed)
 
 
 def _proxy(stage: EvalStage, context: StageContext, precision: Precision) -> Scorer | None:

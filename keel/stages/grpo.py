@@ -21,4 +21,4 @@ def run_grpo(stage: GrpoStage, context: StageContext) -> dict[str, Any]:
     reference = context.model_path(named) if named else None
     prompts = training_prompts(stage.prompts, context)
     require_chat_template(stage, prompts, context)
-    return train_grpo(stage, prompts, scorer, reference, training, watching_judge(stage))
+    return train_grpo(stage, prompts, scorer, reference, training, watching_judge(stage, context))

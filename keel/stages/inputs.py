@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
-from keel.feedback.stored import training_demonstrations, training_votes
-from keel.recipe.annotate import AnnotateStage
-from keel.recipe.sample import SampleStage
+from keel.feedback.stored import Voters, training_demonstrations, training_votes
+from keel.recipe.declared import PEOPLE
 from keel.recipe.sft import SftStage
-from keel.recipe.stage import PEOPLE, PreferenceBase, StageBase
+from keel.recipe.stage import PreferenceBase
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
@@ -23,14 +22,10 @@ from keel.types import Completion, Demonstration, Message, Preference, Prompt, U
 
 T = TypeVar("T")
 
-KEPT = "demonstrations.jsonl"  # in a sample stage's folder: the replies that it kept, with their rewards
+KEPT = "demonstrations.jsonl"  # in the folder of a stage that makes demonstrations
 
 
 BAD_ROWS = "bad_rows.jsonl"  # in a stage's folder: the rows that it left out, with what is wrong with each
-
-
-def store_url(context: StageContext) -> str:
-    return context.recipe.store or context.run.store_url
 
 
 def reading(context: StageContext) -> Reading:
@@ -53,17 +48,18 @@ def reading(context: StageContext) -> Reading:
 
 
 def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonstration], dict[str, int]]:
-    """What ``stage`` learns from, and how many of them people wrote in the store. A sample stage's are the replies that
-    it kept, as far as they ended by themselves."""
+    """What ``stage`` learns from, and how many of them people wrote in the store. A stage that makes demonstrations has
+    them in its folder; a sample stage's are the replies that it kept, as far as they ended by themselves."""
     sources = stage.sources or tuple(filter(None, [context.recipe.data.demonstrations]))
     if not sources:
         raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
-    sampled = {other.name for other in context.recipe.stages if isinstance(other, SampleStage)}
-    files = [context.parent(s).path / KEPT if s in sampled else s for s in sources if s != PEOPLE]
+    made = {other.name for other in context.recipe.stages if "demonstrations" in other.makes}
+    named = context.file if stage.sources else str
+    files = [context.parent(s).path / KEPT if s in made else named(s) for s in sources if s != PEOPLE]
     found = [row for file in files for row in read_demonstrations(file, reading(context))]
     if PEOPLE not in sources:
         return found, {}
-    stored = training_demonstrations(context.run.stage(stage.name).path, store_url(context))
+    stored = training_demonstrations(context.own_folder().path, context.store_url)
     people = _without_heldout(stored, prompt_messages, "demonstrations", context)
     if not found and not people:
         raise UserError(f"stage {stage.name}: nobody has written anything in the store yet; keel label serves it")
@@ -113,10 +109,11 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     sources = stage.sources or tuple(filter(None, [recipe.data.preferences]))
     if not sources:
         raise UserError(f"stage {stage.name}: no preferences; set data.preferences=FILE or name a stage")
-    annotated = {other.name for other in recipe.stages if isinstance(other, AnnotateStage)}
-    files = [name for name in sources if name not in {*annotated, PEOPLE}]
+    annotated = {other.name for other in recipe.stages if "votes" in other.makes}
+    named = context.file if stage.sources else str
+    files = [named(name) for name in sources if name not in {*annotated, PEOPLE}]
     pairs = [pair for file in files for pair in read_preferences(file, reading(context))]
-    if not reads_store(stage, annotated):
+    if not {*annotated, PEOPLE} & set(sources):
         return Preferences(pairs)
     truth: dict[str, float] = {}
     summaries: list[dict[str, Any]] = []
@@ -128,19 +125,14 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
             batches.append(parent.fingerprint)
             truth |= read_json(parent.path / "truth.json")
             summaries.append(parent.summary())
-    voters = "all" if PEOPLE in sources else stage.voters
-    stored = training_votes(context.run.stage(stage.name).path, store_url(context), batches, voters)
+    voters: Voters = "all" if PEOPLE in sources else stage.voters
+    stored = training_votes(context.own_folder().path, context.store_url, batches, voters)
     people = _without_heldout(stored["people"], lambda vote: vote.prompt.messages, "votes", context)
     if not pairs and not people and not stored["simulated"]:
         raise UserError(f"stage {stage.name}: nobody has judged anything in the store yet; keel label serves it")
     agreement = summaries[0].get("annotator_agreement") if summaries else None
     counts = {"simulated_votes": len(stored["simulated"]), "people_votes": len(people)}
     return Preferences([*pairs, *stored["simulated"], *people], truth, agreement, counts)
-
-
-def reads_store(stage: StageBase, annotated: set[str]) -> bool:
-    """Whether what the stage learns from lies in the store; ``annotated``: the annotate stages' names."""
-    return isinstance(stage, SftStage | PreferenceBase) and bool(set(stage.sources) & {*annotated, PEOPLE})
 
 
 def _without_heldout(
@@ -182,7 +174,7 @@ def _pool(context: StageContext) -> list[Prompt]:
 def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
     if source is not None:
-        return read_prompts(source, reading(context))
+        return read_prompts(context.file(source), reading(context))
     data = context.recipe.data
     found = _pool(context)
     if data.heldout_prompts is None:
@@ -198,6 +190,8 @@ def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
 
 def heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     data = context.recipe.data
-    if source or data.heldout_prompts:
-        return read_prompts(source or data.heldout_prompts or "", reading(context))
+    if source:
+        return read_prompts(context.file(source), reading(context))
+    if data.heldout_prompts:
+        return read_prompts(data.heldout_prompts, reading(context))
     return split_by_prompt(_pool(context), data.heldout_fraction, context.recipe.seed)[1]

@@ -24,4 +24,4 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     prompts = training_prompts(stage.prompts, context)
     require_chat_template(stage, prompts, context)
     critic_path = context.model_path(critic) if critic else None
-    return train_ppo(stage, prompts, scorer, reference, critic_path, training, watching_judge(stage))
+    return train_ppo(stage, prompts, scorer, reference, critic_path, training, watching_judge(stage, context))

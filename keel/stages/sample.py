@@ -15,7 +15,6 @@ from keel.rollout.sampler import make_sampler
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
     KEPT,
-    store_url,
     training_prompts,
     write_kept,
 )
@@ -54,7 +53,7 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
             f"{stage.sampling.max_new_tokens} or scored below min_reward; change one of the two"
         )
     fingerprint = context.fingerprint
-    with Store(store_url(context)) as store, store.session() as session:
+    with Store(context.store_url) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
             session.add_responses(prompt.id, group, source.path, stage.sampling, fingerprint)

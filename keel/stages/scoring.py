@@ -9,9 +9,7 @@ from keel.model.checkpoint import load_scalar
 from keel.model.trunk import Trunk
 from keel.precision import Precision
 from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
-from keel.recipe.reward import RewardStage
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
-from keel.reward.python_ref import load_python
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.stages.context import StageContext
 from keel.types import Judge, Scorer, UserError
@@ -32,7 +30,7 @@ def mixed_scorer(
     parts = []
     for term in terms:
         if isinstance(term.source, PythonRef):
-            scorer: Scorer = PythonScorer(load_python(term.source.ref))
+            scorer: Scorer = PythonScorer(context.python(term.source))
         else:
             scorer = reward_model_scorer(term.source.model, context, precision, trunk)
         parts.append(RewardPart(scorer, term.weight, source_name(term.source)))
@@ -46,12 +44,13 @@ def source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
 
 
 def default_reward(context: StageContext) -> str | None:
-    return next((stage.name for stage in context.recipe.stages if isinstance(stage, RewardStage)), None)
+    """The first reward model that the stage uses."""
+    return next((name for name in context.parents if "reward model" in context.recipe.stage(name).makes), None)
 
 
 def make_judge(ref: JudgeRef | None, context: StageContext, precision: Precision) -> Judge:
     if isinstance(ref, PythonRef):
-        return JudgeFromPython(load_python(ref.ref))
+        return JudgeFromPython(context.python(ref))
     if isinstance(ref, EndpointRef):
         return EndpointJudge(ref, reporter=context.reporter, kept=context.stage_dir.path / "grades.jsonl")
     if isinstance(ref, MixedRef):

@@ -10,11 +10,8 @@ from keel.data.sources import read_texts
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.model.trunk import Trunk
 from keel.precision import pick_precision
-from keel.recipe.reward import RewardStage
-from keel.recipe.sft import SftStage
 from keel.recipe.stage import OnlineBase, PolicyBase, TrainBase
 from keel.reward.judge import JudgeFromPython
-from keel.reward.python_ref import load_python
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
     reading,
@@ -35,8 +32,8 @@ def require_chat_template(stage: TrainBase, prompts: Sequence[Prompt], context: 
         )
 
 
-def watching_judge(stage: OnlineBase) -> Judge | None:
-    return JudgeFromPython(load_python(stage.watch.ref)) if stage.watch else None
+def watching_judge(stage: OnlineBase, context: StageContext) -> Judge | None:
+    return JudgeFromPython(context.python(stage.watch)) if stage.watch else None
 
 
 def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
@@ -45,7 +42,7 @@ def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
     source, lora = context.source(stage.model), recipe.model.lora
     precision = pick_precision(stage.precision, context.device)
     on_one_base = isinstance(stage, OnlineBase) and stage.one_base
-    if lora and lora.dropout and not isinstance(stage, SftStage | RewardStage):
+    if lora and lora.dropout and not stage.adapter_dropout:
         context.reporter.note(f"{stage.name}: model.lora.dropout is 0 here, where log-probabilities are compared")
     return TrainContext(
         stage=context.stage_dir,

@@ -93,7 +93,8 @@ class TrainedModel:
     """A stage of a run that trained a model, as its folder tells. ``key``: its name in addresses; ``parents``: keys of
     the models that it was made from, ``others``: names of the other stages whose results it used. ``trained``,
     ``settled``, ``heldout``: ids of the records that it learned from, of those in whose place a reviewer's word was,
-    and of those held out; ``trained`` is None when it recorded none. ``started``: when it began to read its data."""
+    and of those held out; ``trained`` is None when it recorded none. ``started``: when it began to read its data.
+    ``learns_from``: demonstrations, preferences or rewards."""
 
     key: str
     run: str
@@ -109,6 +110,7 @@ class TrainedModel:
     trained: tuple[str, ...] | None = None
     settled: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
+    learns_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

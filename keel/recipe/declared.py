@@ -1,0 +1,98 @@
+"""The words in which a kind of stage says what it is: what it makes, names, loads, reads, and learns from.
+
+Whoever needs to know asks the stage (see `keel.recipe.stage.StageBase`): no other file lists the kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from keel.recipe.judges import EndpointRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.sections import DataConfig
+
+# What other stages may take from a stage. "demonstrations": a file in its folder that SFT can learn from.
+Makes = Literal["policy", "reward model", "responses", "demonstrations", "votes"]
+
+# What a trained model was shaped by.
+LearnsFrom = Literal["demonstrations", "preferences", "rewards"]
+
+Scoring = PythonRef | RewardModelRef | EndpointRef
+
+MODELS: tuple[Makes, ...] = ("policy", "reward model")  # what can be trained further
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A field that names a stage. ``place``: the field's dotted name; ``target``: what it says; ``makes``: the stage
+    must make one of these. The target may be a folder or a file too."""
+
+    place: str
+    target: str
+    makes: tuple[Makes, ...]
+
+
+@dataclass(frozen=True)
+class StoreRead:
+    """What a stage learns from in the store: people's votes, simulated annotators' votes, people's own replies."""
+
+    people: bool = False
+    simulated: bool = False
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A checkpoint that a stage loads, by its name in the recipe: as a language model, with a scalar head, or both."""
+
+    name: str
+    policy: bool = True
+    scalar: bool = False
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A setting that will hardly do what is meant: the field, what is wrong with it, what to do."""
+
+    field: str
+    sentence: str
+    remedy: str
+
+
+# How rows are read: of ``data``, for every kind that reads any.
+ROWS = ("max_length", "max_prompt_length", "over_length", "on_bad_row")
+
+# What is read besides where people's work is learned from: they may have worked on any prompt, and what they did on the
+# evaluation's is left out.
+WITH_PEOPLE = ("heldout_prompts",)
+
+
+def prompt_pool(data: DataConfig) -> tuple[str, ...]:
+    """The settings of ``data`` that say which prompts there are. Without ``data.prompts`` they are those of the
+    demonstrations or of the preferences."""
+    names = ("prompts", "heldout_prompts", "heldout_fraction")
+    return names if data.prompts is not None else (*names, "demonstrations", "preferences")
+
+
+def terms(place: str, rewards: Sequence[RewardTerm]) -> Iterator[tuple[str, Scoring]]:
+    """(dotted name of the field, source) of a list of rewards."""
+    for i, term in enumerate(rewards):
+        yield f"{place}.{i}.source", term.source
+
+
+def listed(sources: str | list[str] | None) -> tuple[str, ...]:
+    """A field that holds nothing, a name, or a list of names, as a list."""
+    if sources is None:
+        return ()
+    return (sources,) if isinstance(sources, str) else tuple(sources)
+
+
+PEOPLE = "people"  # as a source: what people wrote or judged in the store
+
+
+def source_references(field: str, value: str | list[str] | None, makes: Makes) -> Iterator[Reference]:
+    """The references of a field that holds nothing, a name, or a list of names."""
+    for i, name in enumerate(listed(value)):
+        if name != PEOPLE:
+            yield Reference(f"{field}.{i}" if isinstance(value, list) else field, name, (makes,))
