@@ -24,6 +24,7 @@ from keel.cli.label import _RunModels
 from keel.cli.retrain import FOLDER, Retraining
 from keel.run import RunDir, write_json
 from keel.store import Store, gold, priority, review
+from keel.store.records import NewVote
 from keel.types import Completion, Prompt, UserError
 from keel.web.app.create import create_app
 from keel.web.service.ordering import Ordering
@@ -63,7 +64,7 @@ def given_out(store: Store, name: str, count: int) -> list[str]:
         assignment = store.next_assignment(who)
         if assignment is None:
             break
-        store.submit(assignment.id, "left", client_token=f"{name}-{n}-{assignment.id}")
+        store.submit(assignment.id, NewVote("left", token=f"{name}-{n}-{assignment.id}"))
         found.append(assignment.prompt.id)
     return found
 
@@ -157,7 +158,7 @@ def test_labelling_goes_on_while_the_queue_is_ordered(store: Store) -> None:
     def work(annotator: int) -> None:
         try:
             while (assignment := store.next_assignment(annotator)) is not None:
-                store.submit(assignment.id, "left", client_token=f"{annotator}-{assignment.id}")
+                store.submit(assignment.id, NewVote("left", token=f"{annotator}-{assignment.id}"))
                 votes.append((annotator, assignment.item_id))
         except Exception as error:
             problems.append(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def stage_fingerprint(
     if isinstance(stage, AnnotateStage):
         facts["store"] = recipe.store  # the judgements lie there
     if votes_of(recipe, stage, votes) != VoteHashes():  # what stands there besides the annotate stages' own
-        facts["votes"] = asdict(votes_of(recipe, stage, votes))
+        facts["votes"] = votes_of(recipe, stage, votes).facts()
     if not isinstance(stage, AnnotateStage | ReportStage):
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")
@@ -126,9 +125,12 @@ def votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
     annotated = {other.name for other in recipe.stages if isinstance(other, AnnotateStage)}
     if not isinstance(stage, PreferenceBase) or not reads_store(stage, annotated):
         return VoteHashes()
-    people = PEOPLE in stage.sources or stage.voters != "simulated"
-    simulated = bool(set(stage.sources) & annotated) and stage.voters != "people"
-    return VoteHashes(people=votes.people if people else "", withdrawn=votes.withdrawn if simulated else "")
+    whose = stage.whose(annotated)
+    return VoteHashes(
+        people=votes.people if "people" in whose else "",
+        withdrawn=votes.withdrawn if "simulated" in whose else "",
+        models=votes.models if "models" in whose else "",
+    )
 
 
 def store_hashes(recipe: Recipe, run: RunDir) -> VoteHashes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -44,6 +45,10 @@ class PolicyBase(TrainBase):
 
 
 PEOPLE = "people"  # as a source: what people wrote or judged in the store
+Voter = Literal["people", "models", "simulated"]
+VOTERS: tuple[Voter, ...] = ("people", "models", "simulated")
+Voters = Literal["all", Voter]
+How = Literal["raw", "majority", "weighted"]
 
 
 def listed(sources: str | list[str] | None) -> tuple[str, ...]:
@@ -58,15 +63,15 @@ class PreferenceBase(TrainBase):
     model: str = "sft"
     preferences: str | list[str] | None = Field(
         None,
-        description="annotate stages, 'people' (the store's votes by anybody but simulated annotators), or a file; "
-        "several in a list; default: data.preferences",
+        description="annotate stages, 'people' (people's votes in the store), or a file; several in a list; default: "
+        "data.preferences",
     )
-    voters: Literal["all", "people", "simulated"] = Field(
+    voters: Voters = Field(
         "all",
-        description="of annotate stages: the simulated votes and whatever people have judged in the store so far, or "
-        "one of the two alone",
+        description="with an annotate stage: its simulated votes, and whatever people and models have judged in the "
+        "store so far; or one of the three alone",
     )
-    votes: Literal["raw", "majority", "weighted"] = Field(
+    votes: How = Field(
         "raw",
         description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
     )
@@ -75,6 +80,13 @@ class PreferenceBase(TrainBase):
     def sources(self) -> tuple[str, ...]:
         """``preferences`` as a list."""
         return listed(self.preferences)
+
+    def whose(self, annotated: Collection[str]) -> frozenset[Voter]:
+        """Whose votes in the store this learns from; ``annotated``: the names of the recipe's annotate stages."""
+        asked: set[Voter] = {"people"} if PEOPLE in self.sources else set()
+        if not set(self.sources).isdisjoint(annotated):
+            asked |= set(VOTERS) if self.voters == "all" else {self.voters}
+        return frozenset(asked)
 
 
 class OnlineBase(PolicyBase):

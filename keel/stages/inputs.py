@@ -108,7 +108,7 @@ class Preferences:
 
 def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     """What ``stage`` learns from: the files and annotate stages that it names, else ``data.preferences``; beside the
-    votes of annotate stages those that people gave in the store (``voters``)."""
+    votes of annotate stages those that people and models gave in the store (``voters``)."""
     recipe = context.recipe
     sources = stage.sources or tuple(filter(None, [recipe.data.preferences]))
     if not sources:
@@ -128,14 +128,17 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
             batches.append(parent.fingerprint)
             truth |= read_json(parent.path / "truth.json")
             summaries.append(parent.summary())
-    voters = "all" if PEOPLE in sources else stage.voters
-    stored = training_votes(context.run.stage(stage.name).path, store_url(context), batches, voters)
-    people = _without_heldout(stored["people"], lambda vote: vote.prompt.messages, "votes", context)
-    if not pairs and not people and not stored["simulated"]:
+    whose = stage.whose(annotated)
+    stored = training_votes(context.run.stage(stage.name).path, store_url(context), batches, whose)
+    models, people = (
+        _without_heldout(stored[who], lambda vote: vote.prompt.messages, "votes", context)
+        for who in ("models", "people")
+    )
+    if not pairs and not any((people, models, stored["simulated"])):
         raise UserError(f"stage {stage.name}: nobody has judged anything in the store yet; keel label serves it")
     agreement = summaries[0].get("annotator_agreement") if summaries else None
-    counts = {"simulated_votes": len(stored["simulated"]), "people_votes": len(people)}
-    return Preferences([*pairs, *stored["simulated"], *people], truth, agreement, counts)
+    counts = {"simulated_votes": len(stored["simulated"]), "model_votes": len(models), "people_votes": len(people)}
+    return Preferences([*pairs, *stored["simulated"], *models, *people], truth, agreement, counts)
 
 
 def reads_store(stage: StageBase, annotated: set[str]) -> bool:

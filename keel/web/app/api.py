@@ -13,11 +13,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from keel.store.people import Session
+from keel.store.records import WorkKind
 from keel.web.app.fields import (
     Flagged,
     Held,
     Judged,
-    Kind,
     Next,
     PathHandle,
     Ranked,
@@ -55,7 +55,7 @@ def _labelling(request: Request) -> Labelling:
     return labelling
 
 
-def _progress(request: Request, session: Session, kind: Kind) -> dict[str, Any]:
+def _progress(request: Request, session: Session, kind: WorkKind) -> dict[str, Any]:
     done = _labelling(request).progress(session.account, kind)
     return {"today": done.today, "done": done.done, "wanted": done.wanted}
 
@@ -75,40 +75,20 @@ def next_item(request: Request, session: Annotator, asked: Next) -> dict[str, An
 
 
 @router.post("/judge")
-def judge(request: Request, session: Annotator, vote: Judged) -> dict[str, Any]:
-    _labelling(request).judge(
-        session.account,
-        vote.assignment,
-        vote.choice,
-        token=vote.token,
-        strength=vote.strength,
-        seconds=vote.seconds,
-        reason=vote.reason.strip(),
-        ratings={side: dict(given) for side, given in vote.ratings.items()},
-        guideline=vote.guideline,
-    )
+def judge(request: Request, session: Annotator, given: Judged) -> dict[str, Any]:
+    _labelling(request).judge(session.account, given.assignment, given.vote())
     return {"progress": _progress(request, session, "compare")}
 
 
 @router.post("/rank")
 def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
-    _labelling(request).rank(
-        session.account,
-        given.assignment,
-        given.tiers,
-        token=given.token,
-        seconds=given.seconds,
-        reason=given.reason.strip(),
-        guideline=given.guideline,
-    )
+    _labelling(request).rank(session.account, given.assignment, given.ranking())
     return {"progress": _progress(request, session, "rank")}
 
 
 @router.post("/write")
 def write(request: Request, session: Annotator, given: Wrote) -> dict[str, Any]:
-    labelling = _labelling(request)
-    said = {"token": given.token, "seconds": given.seconds, "guideline": given.guideline}
-    labelling.write(session.account, given.assignment, given.text, **said)  # type: ignore[arg-type]
+    _labelling(request).write(session.account, given.assignment, given.writing())
     return {"progress": _progress(request, session, given.kind)}
 
 

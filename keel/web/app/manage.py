@@ -13,20 +13,21 @@ from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from keel.store import Unavailable
-from keel.store.people import Session
+from keel.store.people import AccountRole, Session
+from keel.store.records import WorkKind
 from keel.store.removals import What
+from keel.store.sides import InStore
 from keel.types import UserError
 from keel.web.app.charts import agreement_chart, pace_chart
-from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Kind, Line, PathId, Role
+from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Line, PathId
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
-from keel.web.service.manage import Export, Manage
+from keel.web.service.manage import Export, Manage, Whose
 
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
 Reviewer = Annotated[Session, Depends(may("reviewer"))]
 Admin = Annotated[Session, Depends(may("admin"))]
 T = TypeVar("T")
-Answer = Literal["first", "second", "tie"]
 
 
 def _manage(request: Request) -> Manage:
@@ -52,8 +53,8 @@ def overview(request: Request, session: Reviewer) -> Response:
 
 
 @router.get("/quality")
-def quality(request: Request, session: Reviewer, who: Literal["people", "all"] = "people") -> Response:
-    found = _manage(request).quality(who == "people")
+def quality(request: Request, session: Reviewer, who: Whose = "people") -> Response:
+    found = _manage(request).quality(who)
     context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
     return page(request, "manage/quality.html", session, **context)
 
@@ -70,7 +71,7 @@ def adjudicate(
     request: Request,
     session: Reviewer,
     item: PathId,
-    choice: Annotated[Literal[Answer, "none"], Form()],
+    choice: Annotated[Literal[InStore, "none"], Form()],
     reason: FormLine = "",
 ) -> Response:
     _manage(request).adjudicate(item, None if choice == "none" else choice, reason, session.account)
@@ -192,7 +193,7 @@ def sample(
 def ask(
     request: Request,
     session: Admin,
-    kind: Annotated[Kind, Form()],
+    kind: Annotated[WorkKind, Form()],
     prompts: FormCount,
     overlap: FormCount,
 ) -> Response:
@@ -224,7 +225,7 @@ def order(request: Request, session: Admin, by: Annotated[Literal["uncertain", "
 
 @router.post("/queue/overlap")
 def overlap(
-    request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()], overlap: FormCount
+    request: Request, session: Admin, batch: FormLine, kind: Annotated[WorkKind, Form()], overlap: FormCount
 ) -> Response:
     changed = _manage(request).set_overlap(batch, kind, overlap, session.account.name)
     request.app.state.labelling.forget()
@@ -232,7 +233,7 @@ def overlap(
 
 
 @router.post("/queue/first")
-def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()]) -> Response:
+def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[WorkKind, Form()]) -> Response:
     _manage(request).put_first(batch, kind, session.account.name)
     return done("/queue", "Put first.")
 
@@ -262,7 +263,7 @@ def gold_every(request: Request, session: Admin, every: FormCount) -> Response:
 
 @router.post("/gold/{item}")
 def set_gold(
-    request: Request, session: Admin, item: PathId, answer: Annotated[Literal[Answer, "none"], Form()]
+    request: Request, session: Admin, item: PathId, answer: Annotated[Literal[InStore, "none"], Form()]
 ) -> Response:
     _manage(request).set_gold(item, None if answer == "none" else answer, session.account.name)
     return done("/gold", "Saved.")
@@ -284,7 +285,7 @@ def _people_page(request: Request, session: Session, **context: Any) -> Response
 
 
 @router.post("/people/invite")
-def invite(request: Request, session: Admin, role: Annotated[Role, Form()]) -> Response:
+def invite(request: Request, session: Admin, role: Annotated[AccountRole, Form()]) -> Response:
     """The link is shown once, in this response: the store keeps its hash alone."""
     secret = request.app.state.people.invite(role, session.account.name)
     link = f"{str(request.base_url).rstrip('/')}/join/{secret}"
@@ -309,7 +310,7 @@ def change(
     request: Request,
     session: Admin,
     name: FormLine,
-    role: Annotated[Role | None, Form()] = None,
+    role: Annotated[AccountRole | None, Form()] = None,
     active: Annotated[bool | None, Form()] = None,
 ) -> Response:
     request.app.state.people.change(name, session.account.name, role, active)

@@ -24,7 +24,7 @@ def _training(request: Request) -> Training:
 def show(request: Request, session: Admin) -> Response:
     training: Training | None = request.app.state.sources.training
     status = training.status() if training else None
-    votes = request.app.state.manage.people_votes(status.trained_at if status else None)
+    votes = request.app.state.manage.votes(status.trained_at if status else None)
     found: Response = page(request, "manage/training.html", session, training=status, votes=votes)
     return found
 
