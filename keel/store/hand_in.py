@@ -80,6 +80,8 @@ def record(
     those that every kind of work has; ``also`` stands beside them in the log. Returns the row's id, and the assignment;
     None for it when the token had been counted before. ``annotator_id``: whose the assignment must be; None:
     anybody's."""
+    if annotator_id is not None:
+        queue.one_at_a_time(connection, annotator_id)
     assignment = connection.execute(_ASSIGNMENT, {"assignment": assignment_id}).first()
     if assignment is None or WORK_TABLES[assignment.kind] is not into:
         raise queue.not_yours()

@@ -23,6 +23,7 @@ from keel.store import gold
 from keel.store.records import Assignment, LeaseLost, WorkKind
 from keel.store.rows import prompt_record
 from keel.store.tables import (
+    annotators,
     assignments,
     event,
     events,
@@ -99,7 +100,7 @@ _RUN_OUT = (
     select(assignments.c.id, assignments.c.item_id)
     .join(items)
     .where(assignments.c.state == "leased", assignments.c.expires_at <= bindparam("now"))
-    .order_by(assignments.c.id)
+    .order_by(assignments.c.item_id, assignments.c.id)  # whoever locks several items locks them in this order
     .with_for_update(skip_locked=True)
 )
 
@@ -111,6 +112,22 @@ _SCREEN = (
     .outerjoin(responses, responses.c.id == item_responses.c.response_id)
     .where(items.c.id == bindparam("item"))
 )
+
+_PERSON = (
+    select(annotators.c.id)
+    .where(annotators.c.id == bindparam("annotator"))
+    .with_for_update(key_share=True)  # rows that refer to this one may be added meanwhile
+)
+
+
+def one_at_a_time(connection: Connection, annotator_id: int) -> None:
+    """What a person does in two windows comes one after the other, from here to the end of the transaction.
+
+    On PostgreSQL one window may hold their assignment and wait for its item's slot, while another one has locked that
+    item and waits to lease them the same assignment again: that would be a deadlock. (SQLite has one writer.)
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(_PERSON, {"annotator": annotator_id})
 
 
 def next_assignment(

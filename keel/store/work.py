@@ -172,6 +172,7 @@ def skip(
     now: datetime,
 ) -> None:
     """Give an item back for good. Skipped once more, it stays skipped; the same token counts once."""
+    queue.one_at_a_time(connection, annotator_id)
     assignment = _mine(connection, assignment_id, annotator_id)
     if assignment.state == "skipped" or (token is not None and assignment.skip_token == token):
         return
@@ -223,6 +224,7 @@ def undo_last(
     what was taken back (judged, skipped); None when there is nothing to take back. ``assignment_id``: what was done
     with this one, whatever came after it; when it is in their hands already, that comes as "held", and sent again an
     undo takes back nothing else."""
+    queue.one_at_a_time(connection, annotator_id)
     did = WORK_TABLES[kind]
     mine = [assignments.c.annotator_id == annotator_id, items.c.kind == kind]
     if assignment_id is not None:
