@@ -31,7 +31,7 @@ def serve(server, sockets):
     app = server.config.app
     with TestClient(app, base_url="http://127.0.0.1") as client:
         assert client.get("/sign-in").status_code == 200
-    sources = app.state.sources
+    sources = app.state.services.sources
     assert [model.name for model in sources.arena] == ["sft"] == list(sources.sampled)
     assert [model.key for model in sources.trained()] == ["sft"]
     assert len(sources.read_prompts(out / "prompts.jsonl")) == 1

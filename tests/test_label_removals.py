@@ -360,7 +360,7 @@ def test_flags_and_erasing_in_the_app(tmp_path: Path) -> None:
         first, second = (shown["text"] for shown in item["shown"])  # A and B are those of whoever flagged it
         assert page.index("Response A") < page.index(first) < page.index("Response B") < page.index(second)
         assert "Erase response A" in boss.get("/manage/flags").text
-        (found,) = world.app.state.manage.flags()
+        (found,) = world.app.state.services.manage.flags()
         fields = {
             "what": "response",
             "id": str(found["responses"][0]["id"]),
@@ -370,7 +370,7 @@ def test_flags_and_erasing_in_the_app(tmp_path: Path) -> None:
         assert rev.form("/manage/flags/out", **fields).status_code == 303
         page = rev.get("/manage/flags").text
         assert ("No open flags" in page, "Taken out" in page, "Put back" in page) == (True, True, True)
-        (removal,) = world.app.state.manage.out()
+        (removal,) = world.app.state.services.manage.out()
         assert rev.form("/manage/flags/back", removal=str(removal["id"])).status_code == 303
         assert rev.form("/manage/flags/erase", what="response", id=fields["id"]).status_code == 403
         assert boss.form("/manage/flags/erase", what="response", id=fields["id"]).status_code == 303

@@ -195,14 +195,14 @@ def test_the_order_over_http_and_after_a_restart(tmp_path: Path) -> None:
         client = world.client("boss", "admin")
         assert "where one, two differ" in client.get("/manage/queue").text
         assert client.form("/manage/queue/order", by="uncertain").status_code == 303
-        app.state.ordering.wait()
+        app.state.services.ordering.wait()
         assert "6 pairs, those first" in client.get("/manage/queue").text
         ann = world.client("ann")
         item = ann.api("next", {"kind": "compare"})
         assert item.json()["item"]["messages"][0]["html"].find("Question 5") >= 0
         assert set(item.json()["item"]) == {"id", "kind", "messages", "shown"}  # no word of the order
-        app.state.ordering._mark("running", "", "boss")
-        app.state.ordering.recover()
+        app.state.services.ordering._mark("running", "", "boss")
+        app.state.services.ordering.recover()
         assert "the server was stopped" in client.get("/manage/queue").text
 
 
@@ -344,9 +344,9 @@ def test_from_the_app_to_new_weights(tmp_path: Path, subprocess_env: dict[str, s
         world = World(store, items=0)
         world.app = create_app(store, Sources(training=training, ensemble=RunEnsemble(done.path)))
         admin, ann = world.client("boss", "admin"), world.client("ann")
-        world.app.state.ordering.uncertain_first("boss")
-        world.app.state.ordering.wait()
-        assert world.app.state.ordering.state().state == "done"
+        world.app.state.services.ordering.uncertain_first("boss")
+        world.app.state.services.ordering.wait()
+        assert world.app.state.services.ordering.state().state == "done"
         for n in range(9):
             item = ann.api("next", {"kind": "compare"}).json()["item"]
             body = {"assignment": item["id"], "token": f"token-{n:04d}", "choice": "right", "strength": 3}

@@ -480,7 +480,7 @@ def test_a_browser_that_goes_away_gives_its_place_back_though_the_model_hangs(tm
         for connection, answer in zip(connections, answers, strict=True):  # the windows go; the models still hang
             answer.close()
             connection.close()
-        until(lambda: not any(one.running for one in app.state.arena._places._of.values()))
+        until(lambda: not any(one.running for one in app.state.services.arena._places._of.values()))
         with closing(say("later")) as later:
             assert later.getresponse().status == 200
         told.tell("hang")
