@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keel.store.sides import chosen_side, in_record, in_store, of_record, on_screen, preferred
+from keel.store.sides import chosen_side, in_record, in_store, of_record, on_screen, preferred, turned
 
 # said on the screen | ids shown, left first | of the store | preferred | side of the record's `chosen`
 TABLE: list[tuple[Any, tuple[int, int], str, int | None, str]] = [
@@ -43,6 +43,11 @@ RECORDS: list[tuple[Any, Any, Any]] = [
 def test_what_is_said_of_a_record(said: Any, chosen: Any, word: Any) -> None:
     assert in_record(said, chosen) == word
     assert of_record(word, chosen) == said
+
+
+def test_a_pair_on_the_screen_and_in_the_record() -> None:
+    assert turned(("this", "that"), "left") == ("this", "that")
+    assert turned(("this", "that"), "right") == ("that", "this")
 
 
 def test_a_word_that_a_file_made_up_is_none() -> None:

@@ -40,7 +40,7 @@ from keel.store import hub
 from keel.store.records import AnnotatorKind, Edit, Judgement, Ranking, Response
 from keel.store.rows import messages_json
 from keel.store.settled import settle
-from keel.store.sides import Side, chosen_side, in_record, of_record, side_of
+from keel.store.sides import Side, chosen_side, in_record, of_record, side_of, turned
 from keel.types import Message, Preference, Prompt, UserError
 
 _JSON_COLUMNS = ("meta", "chosen_source", "rejected_source", "ratings", "ranking")
@@ -150,6 +150,7 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
     )
     drawn_left = random.Random(f"import/{seed}/{token}").random() < 0.5
     side: Side = "left" if pair.tie or drawn_left else "right"  # a tie reads back with the left one as `chosen`
+    left, right = turned((chosen, rejected), side)
     return Judgement(
         token=token,
         batch="import",
@@ -157,8 +158,8 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         annotator=pair.annotator or annotator,
         annotator_kind="unknown",
         prompt=pair.prompt,
-        left=chosen if side == "left" else rejected,
-        right=rejected if side == "left" else chosen,
+        left=left,
+        right=right,
         choice="tie" if pair.tie else side,
         strength=pair.margin or None,
         seconds=None,
@@ -276,7 +277,7 @@ def _vote(row: dict[str, Any]) -> Judgement:
     prompt = _prompt(row)
     chosen, rejected = (_response(prompt.id, row, side) for side in ("chosen", "rejected"))
     side: Side = row["chosen_side"]
-    left, right = {"left": (chosen, rejected), "right": (rejected, chosen)}[side]
+    left, right = turned((chosen, rejected), side)
     kind: AnnotatorKind = row["annotator_kind"]
     return Judgement(
         token=row["id"],

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from keel.recipe.stage import Voter
-from keel.store.sides import CHOICES, SIDES, Choice, OnScreen, Side, chosen_side, in_record, preferred
+from keel.store.sides import CHOICES, SIDES, Choice, OnScreen, Side, chosen_side, in_record, preferred, turned
 from keel.types import Completion, Preference, Prompt, UserError
 
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
@@ -172,7 +172,7 @@ class Judgement:
     @property
     def as_recorded(self) -> tuple[Response, Response]:
         """The training record's chosen and rejected response."""
-        return (self.left, self.right) if chosen_side(self.choice) == "left" else (self.right, self.left)
+        return turned((self.left, self.right), chosen_side(self.choice))
 
     def preferences(self) -> list[Preference]:
         """The vote as training records: none on a gold item, whose answer was known, nor on one that is out."""

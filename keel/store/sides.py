@@ -47,6 +47,12 @@ def chosen_side(choice: Choice) -> Side:
     return "right" if choice == "right" else "left"
 
 
+def turned(pair: tuple[T, T], chosen: Side) -> tuple[T, T]:
+    """(left, right) of (chosen, rejected), and the other way round. KeyError for no side: they come from files."""
+    first, second = pair
+    return {"left": (first, second), "right": (second, first)}[chosen]
+
+
 def in_record(said: OnScreen, chosen: Side) -> InRecord:
     """What is said of a screen in terms of a record whose ``chosen`` stood on the side ``chosen``."""
     if said == "tie":
