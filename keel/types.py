@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the store, the web and the recipe exchange records too, and have no use for torch
+    import torch
+    from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
 
@@ -217,6 +218,8 @@ class PackedBatch:
         """``reach``; asked of the device where it is not there."""
         if self.reach is not None:
             return self.reach
+        import torch  # whoever has a batch has torch
+
         token, position = torch.stack([self.ids_T.max(), self.positions_T.max()]).tolist()
         return token, position
 

@@ -33,6 +33,7 @@ from keel.harbor.facts import World
 from keel.run import Silent
 from keel.stats import bootstrap_interval
 from keel.store import Judgement, Store
+from keel.store.records import NewVote
 from keel.types import Completion, Message, Prompt
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "agreement.json").read_text())
@@ -405,7 +406,7 @@ def test_a_judgement_as_an_ordinal_value(tmp_path: Path) -> None:
         while (assignment := store.next_assignment(annotator)) is not None:
             said, strength = next(answers)
             choice = {assignment.left: "left", assignment.right: "right"}.get(said, said)
-            store.submit(assignment.id, choice, strength=strength, client_token=f"{assignment.id}")  # type: ignore[arg-type]
+            store.submit(assignment.id, NewVote(choice, strength=strength, token=f"{assignment.id}"))  # type: ignore[arg-type]
         judgements: list[Judgement] = store.judgements()
     assert [signed_strength(j) for j in judgements] == [3, -2, 1, 0, 0, -1]
     assert [vote.label for vote in named_votes(judgements)] == [FIRST, SECOND, FIRST, TIE, TIE, SECOND]

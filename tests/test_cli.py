@@ -22,7 +22,8 @@ from transformers import BertConfig, BertLMHeadModel, Lfm2Config, Lfm2ForCausalL
 
 from keel.check import preflight
 from keel.cli import main
-from keel.cli.chat import find_model, stream_ids, stream_text
+from keel.cli.chat import stream_ids, stream_text
+from keel.cli.finished import find_model
 from keel.cli.live import Progress, closing
 from keel.cli.process import MALLOC, restart_with_malloc_settings
 from keel.data.chat import Chat, install_template

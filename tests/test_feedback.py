@@ -25,6 +25,7 @@ from keel.feedback.simulated import SimulatedAnnotator, draw, label, true_probab
 from keel.run import Silent
 from keel.stats import expected_agreement, noise_ceiling
 from keel.store import Store
+from keel.store.records import NewVote
 from keel.types import Completion, Message, Prompt, UserError
 
 PROMPT = Prompt("p", (Message("user", "?"),))
@@ -222,7 +223,7 @@ def test_labelling_goes_on_after_an_undo_and_beside_others(tmp_path: Path) -> No
         assert held is not None
         assert label(store, population(2), 0, "1", Silent(), batch="one")["judgements"] == 9
         assert store.progress("two").judged == 0
-        store.submit(held.id, "tie", client_token="x")
+        store.submit(held.id, NewVote("tie", token="x"))
         simulated_votes = [e for e in store.events() if e.action == "judged" and e.actor != "person"]
         store.undo(int(simulated_votes[-1].entity_id))
         assert label(store, population(2), 0, "1", Silent(), batch="one")["judgements"] == 10
@@ -310,7 +311,7 @@ def test_votes_follow_the_response_not_the_side(tmp_path: Path) -> None:
                 choice = "left" if assignment.left.endswith("b") else "right"  # always the second response
                 if name in "cd":
                     choice = "tie" if name == "c" else "both_bad"
-                store.submit(assignment.id, choice, client_token=f"{assignment.id}")  # type: ignore[arg-type]
+                store.submit(assignment.id, NewVote(choice, token=f"{assignment.id}"))  # type: ignore[arg-type]
         votes = votes_by_item(store.judgements())
     assert list(votes.values()) == [[SECOND, SECOND, TIE, TIE]] * 30
     assert vote_pairs(votes) == [(SECOND, SECOND)] * 30

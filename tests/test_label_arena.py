@@ -13,8 +13,8 @@ import yaml
 from labelling_world import person
 from tiny import save_tiny
 
-from keel.cli import chat
 from keel.cli.endpoint import endpoint_reply
+from keel.cli.finished import trained_models
 from keel.cli.label import TOO_LONG, Reply, arena_models
 from keel.data.chat import BUILT_IN, install_template
 from keel.run import RunDir
@@ -159,5 +159,5 @@ def test_what_a_run_has_trained_can_be_talked_to_grpo_too(tmp_path: Path) -> Non
     for name in ("sft", "grpo"):
         run.stage(name).begin("f")
         run.stage(name).finish({})
-    assert list(chat.trained_models(str(tmp_path))) == ["sft", "grpo"]
+    assert list(trained_models(str(tmp_path))) == ["sft", "grpo"]
     assert list(arena_models(str(tmp_path), (), "THE_KEY")) == ["sft", "grpo"]

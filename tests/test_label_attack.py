@@ -133,7 +133,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Sight]:
     folder: Path = tmp_path_factory.mktemp("attack")
     with Store(folder / "feedback.db") as store:
         world = World(store, items=ITEMS)
-        manage = world.app.state.manage
+        manage = world.app.state.services.manage
         # picked all over the queue: where an admin takes the first ones, their questions tell whoever knows the file
         for item in random.Random(0).sample(world.items, GOLD):
             manage.set_gold(item, "first", "admin")

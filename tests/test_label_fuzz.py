@@ -22,7 +22,7 @@ def test_no_route_ends_in_a_500(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("keel.web.app.security.REQUESTS", Rate(1e9, 1e9))
     with Store(tmp_path / "feedback.db") as store:
         world = World(store, items=8, replies=4)
-        manage = world.app.state.manage
+        manage = world.app.state.services.manage
         for kind in ("rank", "edit"):
             manage.ask_for(kind, 4, 2, "test")
         manage.ask_for_writing(4, 2, "test")

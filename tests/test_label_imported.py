@@ -11,6 +11,7 @@ import pytest
 from labelling_world import Client, fake_sources, fill, person
 
 from keel.store import Store, exchange, guidelines
+from keel.store.records import NewVote
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.service.labelling import Labelling
@@ -31,9 +32,8 @@ def serve_and_judge(store: Store, votes: int = 2) -> str:
         screen = labelling.next(session.account, "compare")
         assert screen is not None
         labelling.judge(
-            session.account, screen.id, "left", token=uuid.uuid4().hex, strength=1, seconds=2.0, reason="so",
-            ratings=None,
-        )  # fmt: skip
+            session.account, screen.id, NewVote("left", token=uuid.uuid4().hex, strength=1, seconds=2.0, reason="so")
+        )
     return session.account.name
 
 
@@ -64,7 +64,7 @@ def test_imported_people_do_not_become_those_who_have_accounts(new_url: Callable
             who = elsewhere.add_annotator(name, "simulated" if name == "sim" else "person")
             assignment = elsewhere.next_assignment(who)
             assert assignment is not None
-            elsewhere.submit(assignment.id, "left", client_token=f"{name}-elsewhere")
+            elsewhere.submit(assignment.id, NewVote("left", token=f"{name}-elsewhere"))
         reviewer = person(elsewhere, "ann 2", "reviewer")
         Manage(elsewhere).adjudicate(elsewhere.judgements()[0].item_id, "first", "", reviewer)
         votes = elsewhere.judgements()
@@ -100,7 +100,7 @@ def test_an_imported_guideline_is_not_taken_for_one_that_is_here(new_url: Callab
         for number, version in enumerate(("1", "draft")):
             assignment = elsewhere.next_assignment(elsewhere.add_annotator("ann"))
             assert assignment is not None
-            elsewhere.submit(assignment.id, "left", client_token=f"t{number}", guideline=version)
+            elsewhere.submit(assignment.id, NewVote("left", token=f"t{number}", guideline=version))
         store.add_guideline("1", "Ours.")
         store.import_preferences(elsewhere.judgements())
         assert [vote.guideline for vote in store.judgements()] == ["1 (imported)", "draft"]

@@ -16,12 +16,12 @@ from sqlalchemy import select
 from keel.store import Store, exchange, overview
 from keel.store.lineage import works
 from keel.store.overview import Vote
-from keel.store.records import Event
+from keel.store.records import Event, NewRanking, NewVote, NewWriting
 from keel.store.tables import responses
-from keel.store.trained_on import people_votes
+from keel.store.trained_on import count_votes
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
-from keel.web.service.manage import Manage
+from keel.web.service.manage import WHOSE, Manage
 from keel.web.service.quality import quality, standings
 from keel.web.service.start import prepare
 
@@ -186,25 +186,32 @@ def live(store: Store) -> None:
                 continue
             decided = choice in ("left", "right")
             labelling.judge(
-                who, screen.id, choice, token=uuid.uuid4().hex, strength=1 + number % 3 if decided else None,  # type: ignore[arg-type]
-                seconds=number + 0.5, reason=None, ratings={"left": {"helpful": 3}},
-            )  # fmt: skip
+                who,
+                screen.id,
+                NewVote(
+                    choice,
+                    token=uuid.uuid4().hex,
+                    strength=1 + number % 3 if decided else None,
+                    seconds=number + 0.5,
+                    ratings={"left": {"helpful": 3}},
+                ),
+            )
         labelling.undo(who, "compare")
         rank = labelling.next(who, "rank")
         assert rank is not None
         labelling.flag(who, rank.id, "odd", f"flag of {who.name}")
-        labelling.rank(who, rank.id, [[1], [0, 2], [3]], token=uuid.uuid4().hex, seconds=4.0, reason=None)
+        labelling.rank(who, rank.id, NewRanking([[1], [0, 2], [3]], token=uuid.uuid4().hex, seconds=4.0))
         for kind in ("write", "edit"):
             screen = labelling.next(who, kind)  # type: ignore[arg-type]
             assert screen is not None
-            labelling.write(who, screen.id, f"{who.name}'s {kind}", token=uuid.uuid4().hex, seconds=9.0)
+            labelling.write(who, screen.id, NewWriting(f"{who.name}'s {kind}", token=uuid.uuid4().hex, seconds=9.0))
     labelling.undo(bo, "rank")
     labelling.undo(bo, "write")
     manage.add_guideline("New words", "", "admin")
     labelling.forget()
     store._clock.time += timedelta(days=1)  # type: ignore[attr-defined]
     while (assignment := store.next_assignment(program)) is not None:
-        store.submit(assignment.id, "left", client_token=uuid.uuid4().hex, seconds=1.0, strength=3)
+        store.submit(assignment.id, NewVote("left", token=uuid.uuid4().hex, seconds=1.0, strength=3))
     for item, word in ((items[2], "first"), (items[3], "second"), (items[3], "tie"), (items[2], None)):
         manage.adjudicate(item, word, "so", boss)
     manage.resolve_flag(manage.flags()[0]["id"], "boss")
@@ -239,11 +246,11 @@ def test_a_late_reply_on_what_is_out_is_wanted_when_it_is_put_back(new_url: Call
         for _ in range(2):  # each look at the clock takes seven minutes
             given = labelling.next(bo, "write")
             assert given is not None
-            labelling.write(bo, given.id, "bo's", token=uuid.uuid4().hex, seconds=1.0)
+            labelling.write(bo, given.id, NewWriting("bo's", token=uuid.uuid4().hex, seconds=1.0))
         prompt = late.messages[-1].content.removeprefix("Question ").removesuffix("?")
         manage.take_out("prompt", f"p{prompt}", "", None, boss)
         check(store)
-        labelling.write(ann, late.id, "ann's", token=uuid.uuid4().hex, seconds=1.0)
+        labelling.write(ann, late.id, NewWriting("ann's", token=uuid.uuid4().hex, seconds=1.0))
         check(store)
         manage.put_back(manage.out()[0]["id"], boss)
         check(store)
@@ -255,13 +262,13 @@ def check(store: Store) -> None:
     manage = Manage(store)
     with store.transaction(writes=False) as connection:
         lengths = {row.id: len(row.text) for row in connection.execute(select(responses.c.id, responses.c.text))}
-        votes, skips = overview.votes(connection, people_only=False), overview.skips(connection)
-        trained = people_votes(connection, None)
+        votes, skips = overview.votes(connection, WHOSE["all"]), overview.skips(connection)
+        trained = count_votes(connection, "people", None)
         known = works(connection)
     again = log.votes(lengths)
     assert again == votes
     assert Counter(log.skipped.values()) == skips
-    assert quality(again, Counter(log.skipped.values())) == manage.quality(people_only=False)
+    assert quality(again, Counter(log.skipped.values())) == manage.quality("all")
     in_use = {place: figures for place, figures in log.queues().items() if any(figures)}  # the others are out
     assert {(q.batch, q.kind): (q.wanted, q.done) for q in manage.queues() if q.items} == in_use
     assert {word.item_id: word.choice for word in _words(store)} == log.words

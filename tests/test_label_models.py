@@ -14,6 +14,7 @@ from labelling_world import Client, World, fake_sources, fill, person
 from keel.cli.label import with_models
 from keel.cli.models import trained_stages
 from keel.store import Store, guidelines, review, work
+from keel.store.records import NewRanking, NewVote, NewWriting
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.service.models import Models, Part, Shaped
@@ -48,7 +49,7 @@ class Judged:
             for n in range(3):
                 assignment = store.next_assignment(who.annotator_id)
                 assert assignment is not None
-                store.submit(assignment.id, "left", client_token=f"{who.name}-{n}", strength=2, guideline="1")
+                store.submit(assignment.id, NewVote("left", token=f"{who.name}-{n}", strength=2, guideline="1"))
         with store.transaction(writes=True) as connection:
             group = [response.id for response in store.responses("p0")]
             work.add_rankings(connection, [group], 1, "rank", store.now)
@@ -57,24 +58,23 @@ class Judged:
         writing = store.next_assignment(self.ann.annotator_id, kind="write")
         assert ranking is not None
         assert writing is not None
-        common = {"seconds": None, "annotator_id": self.ann.annotator_id}
+        ranked = NewRanking([[0], [1], [2], [3]], token="a-ranking", guideline="1")
+        wrote = NewWriting("Mine", token="a-writing", guideline="1")
+        mine, now = self.ann.annotator_id, store.now
         with store.transaction(writes=True) as connection:
-            tiers = [[0], [1], [2], [3]]
-            work.rank(
-                connection, ranking.id, tiers, token="a-ranking", guideline="1", reason=None, now=store.now, **common
-            )
-            work.write(connection, writing.id, "Mine", token="a-writing", guideline="1", now=store.now, **common)
+            work.rank(connection, ranking.id, ranked, annotator_id=mine, now=now)
+            work.write(connection, writing.id, wrote, annotator_id=mine, now=now)
         self.trained_at = store.now
         ids = {row.token: row.id for row in self._rows()}
         again = store.undo(ids["bo-0"])
-        store.submit(again.id, "right", client_token="bo-again", guideline="1")
+        store.submit(again.id, NewVote("right", token="bo-again", guideline="1"))
         with store.transaction(writes=True) as connection:
             review.adjudicate(connection, items[1], self.ann.annotator_id, "first", "clear", "ann", store.now)
             version = guidelines.next_version(connection)
         store.add_guideline(version, "Other words")
         assignment = store.next_assignment(self.bo.annotator_id)
         assert assignment is not None
-        store.submit(assignment.id, "tie", client_token="bo-late", guideline=version)
+        store.submit(assignment.id, NewVote("tie", token="bo-late", guideline=version))
 
     def _rows(self) -> list:  # type: ignore[type-arg]
         from sqlalchemy import select

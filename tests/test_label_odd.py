@@ -14,6 +14,7 @@ from test_label_browser import SETTLED, SHOTS, Served, annotator, browser, owner
 from test_label_outbox import fetched, give_away
 
 from keel.store import Store
+from keel.store.records import NewVote, NewWriting
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 
@@ -141,13 +142,11 @@ def test_a_phone_without_a_connection_for_an_hour(browser: Browser, served: Serv
     bo, labelling = person(served.store, "bo"), Labelling(served.store)
     given = labelling.next(bo, "write")
     assert given is not None
-    labelling.write(bo, given.id, "bo's reply", token="a-token-of-bo", seconds=1.0)
+    labelling.write(bo, given.id, NewWriting("bo's reply", token="a-token-of-bo", seconds=1.0))
     for number in range(2):  # those that come first, as they did for the phone: two of its four slots are free still
         screen = labelling.next(bo, "compare")
         assert screen is not None
-        labelling.judge(
-            bo, screen.id, "left", token=f"token-of-bo-{number}", strength=1, seconds=1.0, reason=None, ratings=None
-        )
+        labelling.judge(bo, screen.id, NewVote("left", token=f"token-of-bo-{number}", strength=1, seconds=1.0))
     context.set_offline(False)
     page.evaluate("dispatchEvent(new Event('online'))")
     expect(page.locator("#offline")).to_be_hidden()

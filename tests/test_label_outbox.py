@@ -17,6 +17,7 @@ from labelling_world import PASSWORD, fill, person
 from test_label_browser import SETTLED, SHOTS, Served, browser, press, wait_for_votes
 
 from keel.store import Store
+from keel.store.records import NewVote
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.start import prepare
@@ -198,10 +199,7 @@ def give_away(store: Store, name: str) -> None:
     """Everything that can be had goes to somebody else, who judges it."""
     who, labelling = person(store, name), Labelling(store)
     while (screen := labelling.next(who, "compare")) is not None:
-        labelling.judge(
-            who, screen.id, "tie", token=f"{name}-{screen.id}-token", strength=None, seconds=None, reason=None,
-            ratings=None,
-        )  # fmt: skip
+        labelling.judge(who, screen.id, NewVote("tie", token=f"{name}-{screen.id}-token"))
 
 
 def test_what_is_refused_for_good_stays_on_the_page_with_its_text(browser: Browser, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from keel.run import Silent
 from keel.stats import sigmoid
 from keel.store import Store
 from keel.store.overview import Vote
+from keel.store.records import NewVote
 from keel.types import Completion
 from keel.web.service import manage as manage_module
 from keel.web.service.manage import Manage
@@ -114,8 +115,8 @@ def test_the_app_names_the_harbors_bad_annotators(tmp_path: Path) -> None:
                 items.append((first, second))
             s.add_comparisons(items, overlap=3)
         label(store, people, 0, "1", Silent())
-        found = Manage(store).quality(people_only=False)
-        assert Manage(store).quality(people_only=True).annotators == []
+        found = Manage(store).quality("all")
+        assert Manage(store).quality("people").annotators == []
     precision, recall = precision_and_recall([found])
     print(f"harbor: precision {precision:.2f}, recall {recall:.2f}")
     assert precision >= 0.8
@@ -200,18 +201,18 @@ def test_figures_are_worked_out_again_when_something_happened(tmp_path: Path, mo
             for _ in range(count):
                 assignment = store.next_assignment(who.annotator_id)
                 assert assignment is not None
-                store.submit(assignment.id, "left", client_token=f"{assignment.id}")
+                store.submit(assignment.id, NewVote("left", token=f"{assignment.id}"))
 
         judge(100)
-        first = manage.quality(True)
-        assert manage.quality(True) is first
+        first = manage.quality("people")
+        assert manage.quality("people") is first
         assert asked == [False]
         judge(2)  # the votes are counted, the reliabilities stay for as long as that is at most 2%
-        assert [one.votes for one in manage.quality(True).annotators] == [102]
+        assert [one.votes for one in manage.quality("people").annotators] == [102]
         assert asked == [False, True]
-        assert manage.quality(True).reliability.votes == 100
+        assert manage.quality("people").reliability.votes == 100
         judge(1)
-        assert manage.quality(True).reliability.votes == 103
+        assert manage.quality("people").reliability.votes == 103
         assert asked == [False, True, False]
-        assert manage.quality(False).reliability.votes == 103  # everybody's are kept by themselves
+        assert manage.quality("all").reliability.votes == 103  # everybody's are kept by themselves
         assert len(asked) == 4

@@ -17,6 +17,7 @@ from keel.data.sources import read_preferences
 from keel.store import Store, exchange
 from keel.store.people import Account
 from keel.store.people_tables import erasures
+from keel.store.records import NewRanking, NewVote, NewWriting
 from keel.store.tables import events, metadata, responses
 from keel.store.trained_on import vote_hashes
 from keel.types import Message, Prompt, UserError
@@ -39,7 +40,7 @@ def must(screen: Screen | None) -> Screen:
 
 def judge(labelling: Labelling, who: Account, screen: Screen, reason: str | None = None, token: str = "") -> None:
     labelling.judge(
-        who, screen.id, "left", token=token or uuid.uuid4().hex, strength=2, seconds=1.0, reason=reason, ratings=None
+        who, screen.id, NewVote("left", token=token or uuid.uuid4().hex, strength=2, seconds=1.0, reason=reason)
     )
 
 
@@ -184,10 +185,12 @@ def live(store: Store, ann: Account, word: str) -> None:
     labelling.flag(ann, second.id, f"flag {word}", "flag-" + uuid.uuid4().hex)
     labelling.skip(ann, second.id, f"skip {word}")
     rank = must(labelling.next(ann, "rank"))
-    labelling.rank(ann, rank.id, [[0], [1], [2], [3]], token=uuid.uuid4().hex, seconds=1.0, reason=f"rank {word}")
+    labelling.rank(
+        ann, rank.id, NewRanking([[0], [1], [2], [3]], token=uuid.uuid4().hex, seconds=1.0, reason=f"rank {word}")
+    )
     for kind in ("write", "edit"):
         screen = must(labelling.next(ann, kind))  # type: ignore[arg-type]
-        labelling.write(ann, screen.id, f"{kind} {word}", token=uuid.uuid4().hex, seconds=1.0)
+        labelling.write(ann, screen.id, NewWriting(f"{kind} {word}", token=uuid.uuid4().hex, seconds=1.0))
     manage.adjudicate(store.judgements()[0].item_id, "first", f"settled {word}", ann)
     arena = Arena(store, fake_sources().arena)
     talk = arena.start(ann)
@@ -357,7 +360,7 @@ def test_flags_and_erasing_in_the_app(tmp_path: Path) -> None:
         first, second = (shown["text"] for shown in item["shown"])  # A and B are those of whoever flagged it
         assert page.index("Response A") < page.index(first) < page.index("Response B") < page.index(second)
         assert "Erase response A" in boss.get("/manage/flags").text
-        (found,) = world.app.state.manage.flags()
+        (found,) = world.app.state.services.manage.flags()
         fields = {
             "what": "response",
             "id": str(found["responses"][0]["id"]),
@@ -367,7 +370,7 @@ def test_flags_and_erasing_in_the_app(tmp_path: Path) -> None:
         assert rev.form("/manage/flags/out", **fields).status_code == 303
         page = rev.get("/manage/flags").text
         assert ("No open flags" in page, "Taken out" in page, "Put back" in page) == (True, True, True)
-        (removal,) = world.app.state.manage.out()
+        (removal,) = world.app.state.services.manage.out()
         assert rev.form("/manage/flags/back", removal=str(removal["id"])).status_code == 303
         assert rev.form("/manage/flags/erase", what="response", id=fields["id"]).status_code == 403
         assert boss.form("/manage/flags/erase", what="response", id=fields["id"]).status_code == 303

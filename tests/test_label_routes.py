@@ -204,7 +204,7 @@ def test_nothing_about_the_models_reaches_the_browser_before_the_vote(
 
 
 def _nothing_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    manage = world.app.state.manage
+    manage = world.app.state.services.manage
     manage.set_gold(world.items[0], "first", "admin")
     manage.set_gold_every(1, "admin")
     manage.ask_for("rank", 2, 1, "admin")
@@ -431,7 +431,7 @@ def test_errors_name_the_remedy_and_no_secret_is_logged(world: World, caplog: py
     refused = client.form("/manage/prompts/ask", kind="rank", prompts="0", overlap="1")
     assert (refused.status_code, 'href="/manage/prompts"' in refused.text) == (400, True)
     secret = world.people.owner_link()
-    world.app.state.people.link = None  # a fault inside the server
+    world.app.state.services.people.link = None  # a fault inside the server
     assert client.get(f"/enter/{secret}").status_code == 500
     assert secret not in caplog.text
     assert "/enter/{secret}" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from test_label_models import Judged
 
 from keel.store import LeaseLost, Store, overview, people, work
 from keel.store.people_tables import aspect_ratings, links, sessions
+from keel.store.records import NewRanking, NewVote, NewWriting
 from keel.types import Completion, UserError
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
@@ -60,16 +60,7 @@ def store(new_url: Callable[[], str], clock: Clock) -> Iterator[Store]:
 def judge_all(labelling: Labelling, who: people.Account, choice: str = "left") -> int:
     done = 0
     while (screen := labelling.next(who, "compare")) is not None:
-        labelling.judge(
-            who,
-            screen.id,
-            choice,
-            token=token(),
-            strength=None,
-            seconds=3.0,
-            reason=None,
-            ratings=None,  # type: ignore[arg-type]
-        )
+        labelling.judge(who, screen.id, NewVote(choice, token=token(), seconds=3.0))
         done += 1
     return done
 
@@ -81,7 +72,7 @@ def test_a_store_that_the_pipeline_filled_opens_at_once(store: Store) -> None:
     fill(store, 5)
     simulated = store.add_annotator("sim", "simulated")
     while (assignment := store.next_assignment(simulated)) is not None:
-        store.submit(assignment.id, "left", client_token=token())
+        store.submit(assignment.id, NewVote("left", token=token()))
     store.add_guideline("1")  # as an annotate stage leaves it: a version without a text
     prepare(store)
     prepare(store)
@@ -101,7 +92,9 @@ def test_ratings_reasons_and_the_guideline_are_kept_with_the_vote(store: Store) 
     screen = labelling.next(ann, "compare")
     assert screen is not None
     given = {"left": {"helpful": 4, "made up": 1}, "right": {"honest": 2}}
-    labelling.judge(ann, screen.id, "left", token="t" * 8, strength=3, seconds=2.5, reason="better", ratings=given)
+    labelling.judge(
+        ann, screen.id, NewVote("left", token="t" * 8, strength=3, seconds=2.5, reason="better", ratings=given)
+    )
     (vote,) = store.judgements()
     assert (vote.choice, vote.strength, vote.seconds, vote.reason, vote.guideline) == ("left", 3, 2.5, "better", "1")
     with store.transaction(writes=False) as connection:
@@ -122,7 +115,7 @@ def test_undo_takes_back_what_was_last_be_it_a_vote_or_a_skip(store: Store, cloc
     assert labelling.undo(ann, "compare") is None
     voted = labelling.next(ann, "compare")
     assert voted is not None
-    labelling.judge(ann, voted.id, "tie", token=token(), strength=None, seconds=None, reason=None, ratings=None)
+    labelling.judge(ann, voted.id, NewVote("tie", token=token()))
     clock.time += timedelta(seconds=1)
     skipped = labelling.next(ann, "compare")
     assert skipped is not None
@@ -165,11 +158,9 @@ def test_nobody_can_touch_what_is_in_other_hands(store: Store) -> None:
     assert rank is not None
     assert write is not None
     attempts: list[Callable[[], object]] = [
-        lambda: labelling.judge(
-            bo, compare.id, "left", token=token(), strength=None, seconds=None, reason=None, ratings=None
-        ),
-        lambda: labelling.rank(bo, rank.id, [[0], [1], [2], [3]], token=token(), seconds=None, reason=None),
-        lambda: labelling.write(bo, write.id, "text", token=token(), seconds=None),
+        lambda: labelling.judge(bo, compare.id, NewVote("left", token=token())),
+        lambda: labelling.rank(bo, rank.id, NewRanking([[0], [1], [2], [3]], token=token())),
+        lambda: labelling.write(bo, write.id, NewWriting("text", token=token())),
         lambda: labelling.skip(bo, compare.id, ""),
         lambda: labelling.flag(bo, compare.id, "", token()),
     ]
@@ -177,7 +168,7 @@ def test_nobody_can_touch_what_is_in_other_hands(store: Store) -> None:
         with pytest.raises(UserError, match="this item is not yours"):
             attempt()
     with pytest.raises(UserError, match="this item is not yours"):  # a comparison is no ranking, whoever says so
-        labelling.write(ann, compare.id, "text", token=token(), seconds=None)
+        labelling.write(ann, compare.id, NewWriting("text", token=token()))
     assert store.judgements() == []
 
 
@@ -219,11 +210,7 @@ def test_one_vote_sent_by_many_at_once_counts_once(store: Store) -> None:
 
     def send() -> None:
         start.wait()
-        ids.append(
-            labelling.judge(
-                ann, screen.id, "left", token="same token", strength=1, seconds=None, reason=None, ratings=None
-            )
-        )
+        ids.append(labelling.judge(ann, screen.id, NewVote("left", token="same token", strength=1)))
 
     threads = [threading.Thread(target=send) for _ in range(8)]
     for thread in threads:
@@ -250,7 +237,7 @@ def test_gold_items_reach_everybody_and_training_never_sees_them(store: Store) -
         for _ in range(4):
             screen = labelling.next(who, "compare")
             assert screen is not None
-            labelling.judge(who, screen.id, "left", token=token(), strength=None, seconds=1, reason=None, ratings=None)
+            labelling.judge(who, screen.id, NewVote("left", token=token(), seconds=1))
     votes = store.judgements()
     on_gold = Counter(vote.annotator for vote in votes if vote.item_id in items[:2])
     assert on_gold == {f"person {i}": 2 for i in range(3)}  # each met both, once
@@ -313,15 +300,12 @@ def test_a_late_gold_item_fares_as_the_one_beside_it(store: Store, clock: Clock,
     clock.time += timedelta(hours=1)
     if taken:
         assert judge_all(labelling, bo) == 8  # the gold one, six, and in the end the one whose time has run out
-    late = functools.partial(
-        labelling.judge, ann, choice="left", token=token(), strength=None, seconds=None, reason=None, ratings=None
-    )
     for screen in (gold, beside):
         if taken:
             with pytest.raises(LeaseLost):
-                late(screen.id)
+                labelling.judge(ann, screen.id, NewVote("left", token=token()))
         else:
-            late(screen.id, token=token())
+            labelling.judge(ann, screen.id, NewVote("left", token=token()))
 
 
 # ------------------------------------------------------------------------------------------- ranking and writing
@@ -337,9 +321,12 @@ def test_a_ranking_is_one_judgement_and_its_pairs_are_trained_on(store: Store) -
     a, b, c, d = screen.shown
     for wrong in ([[0], [1]], [[0, 1], [1, 2, 3]], [[0, 1, 2, 3], []], [[0, 1, 2, 9]]):
         with pytest.raises(UserError, match="places each response once"):
-            labelling.rank(ann, screen.id, wrong, token=token(), seconds=None, reason=None)
-    first = labelling.rank(ann, screen.id, [[2], [0, 1], [3]], token="rank-token", seconds=9.0, reason="so")
-    assert labelling.rank(ann, screen.id, [[2], [0, 1], [3]], token="rank-token", seconds=9.0, reason="so") == first
+            labelling.rank(ann, screen.id, NewRanking(wrong, token=token()))
+    first = labelling.rank(ann, screen.id, NewRanking([[2], [0, 1], [3]], token="rank-token", seconds=9.0, reason="so"))
+    assert (
+        labelling.rank(ann, screen.id, NewRanking([[2], [0, 1], [3]], token="rank-token", seconds=9.0, reason="so"))
+        == first
+    )
     pairs = store.preferences()
     assert {(p.chosen, p.rejected) for p in pairs if not p.tie} == {(c, a), (c, b), (c, d), (a, d), (b, d)}
     assert [{p.chosen, p.rejected} for p in pairs if p.tie] == [{a, b}]
@@ -359,11 +346,11 @@ def test_what_people_write_is_a_demonstration_and_an_edit_is_a_pair_too(store: S
     assert edit is not None
     assert (len(write.shown), len(edit.shown)) == (0, 1)
     with pytest.raises(UserError, match="empty"):
-        labelling.write(ann, write.id, "  ", token=token(), seconds=None)
+        labelling.write(ann, write.id, NewWriting("  ", token=token()))
     with pytest.raises(UserError, match="as it was"):
-        labelling.write(ann, edit.id, edit.shown[0] + "\n", token=token(), seconds=None)
-    labelling.write(ann, write.id, "My reply\0", token=token(), seconds=4.0)
-    labelling.write(ann, edit.id, "Improved", token=token(), seconds=4.0)
+        labelling.write(ann, edit.id, NewWriting(edit.shown[0] + "\n", token=token()))
+    labelling.write(ann, write.id, NewWriting("My reply\0", token=token(), seconds=4.0))
+    labelling.write(ann, edit.id, NewWriting("Improved", token=token(), seconds=4.0))
     assert [d.messages[-1].content for d in store.demonstrations()] == ["My reply\ufffd", "Improved"]
     (pair,) = store.preferences()
     assert (pair.chosen, pair.rejected, pair.annotator) == ("Improved", edit.shown[0], "ann")
@@ -500,16 +487,7 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
             labelling.flag(who, screen.id, f"odd {number}", f"{name}-flag-{number}")
             best = next(i for i, shown in enumerate(screen.shown) if shown.endswith(wanted))
             choice = "tie" if number else ("left", "right")[best]
-            labelling.judge(
-                who,
-                screen.id,
-                choice,
-                token=token(),
-                strength=None,
-                seconds=None,
-                reason=None,
-                ratings=None,  # type: ignore[arg-type]
-            )
+            labelling.judge(who, screen.id, NewVote(choice, token=token()))
     (case,) = manage.disagreements()
     item = case["id"]
     assert item in items
@@ -615,8 +593,8 @@ def test_the_overview_counts_everything_that_people_did(store: Store) -> None:
     ranked, edited = labelling.next(bo, "rank"), labelling.next(bo, "edit")
     assert ranked is not None
     assert edited is not None
-    labelling.rank(bo, ranked.id, [[0], [1], [2, 3]], token=token(), seconds=1, reason=None)
-    labelling.write(bo, edited.id, "better", token=token(), seconds=1)
+    labelling.rank(bo, ranked.id, NewRanking([[0], [1], [2, 3]], token=token(), seconds=1))
+    labelling.write(bo, edited.id, NewWriting("better", token=token(), seconds=1))
     found = manage.overview()
     assert (found.done, found.annotators) == ({"compare": 2, "rank": 1, "edit": 1}, 2)
     assert [(day.votes, day.annotators) for day in found.days] == [(4, 2)]
@@ -640,18 +618,9 @@ def test_habits_name_those_to_look_at(store: Store) -> None:
             assert screen is not None
             best = next(i for i, shown in enumerate(screen.shown) if shown.endswith("number 0"))
             choice = "left" if name == "hasty" else "tie" if number % 8 == 0 else ("left", "right")[best]
-            labelling.judge(
-                who,
-                screen.id,
-                choice,
-                token=token(),
-                strength=None,
-                seconds=seconds,
-                reason=None,
-                ratings=None,  # type: ignore[arg-type]
-            )
+            labelling.judge(who, screen.id, NewVote(choice, token=token(), seconds=seconds))
     assert world.items == []
-    found = {one.annotator: one for one in Manage(store).quality(people_only=True).annotators}
+    found = {one.annotator: one for one in Manage(store).quality("people").annotators}
     assert found["careful"].with_others == 1.0
     assert found["careful"].warnings == ()
     assert set(found["hasty"].warnings) >= {"prefers the left side", "takes 0.5 s an item"}

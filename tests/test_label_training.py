@@ -24,6 +24,7 @@ from keel.cli.label import _RunModels
 from keel.cli.retrain import FOLDER, Retraining
 from keel.run import RunDir, write_json
 from keel.store import Store, gold, priority, review
+from keel.store.records import NewVote
 from keel.types import Completion, Prompt, UserError
 from keel.web.app.create import create_app
 from keel.web.service.ordering import Ordering
@@ -63,7 +64,7 @@ def given_out(store: Store, name: str, count: int) -> list[str]:
         assignment = store.next_assignment(who)
         if assignment is None:
             break
-        store.submit(assignment.id, "left", client_token=f"{name}-{n}-{assignment.id}")
+        store.submit(assignment.id, NewVote("left", token=f"{name}-{n}-{assignment.id}"))
         found.append(assignment.prompt.id)
     return found
 
@@ -157,7 +158,7 @@ def test_labelling_goes_on_while_the_queue_is_ordered(store: Store) -> None:
     def work(annotator: int) -> None:
         try:
             while (assignment := store.next_assignment(annotator)) is not None:
-                store.submit(assignment.id, "left", client_token=f"{annotator}-{assignment.id}")
+                store.submit(assignment.id, NewVote("left", token=f"{annotator}-{assignment.id}"))
                 votes.append((annotator, assignment.item_id))
         except Exception as error:
             problems.append(error)
@@ -194,14 +195,14 @@ def test_the_order_over_http_and_after_a_restart(tmp_path: Path) -> None:
         client = world.client("boss", "admin")
         assert "where one, two differ" in client.get("/manage/queue").text
         assert client.form("/manage/queue/order", by="uncertain").status_code == 303
-        app.state.ordering.wait()
+        app.state.services.ordering.wait()
         assert "6 pairs, those first" in client.get("/manage/queue").text
         ann = world.client("ann")
         item = ann.api("next", {"kind": "compare"})
         assert item.json()["item"]["messages"][0]["html"].find("Question 5") >= 0
         assert set(item.json()["item"]) == {"id", "kind", "messages", "shown"}  # no word of the order
-        app.state.ordering._mark("running", "", "boss")
-        app.state.ordering.recover()
+        app.state.services.ordering._mark("running", "", "boss")
+        app.state.services.ordering.recover()
         assert "the server was stopped" in client.get("/manage/queue").text
 
 
@@ -343,9 +344,9 @@ def test_from_the_app_to_new_weights(tmp_path: Path, subprocess_env: dict[str, s
         world = World(store, items=0)
         world.app = create_app(store, Sources(training=training, ensemble=RunEnsemble(done.path)))
         admin, ann = world.client("boss", "admin"), world.client("ann")
-        world.app.state.ordering.uncertain_first("boss")
-        world.app.state.ordering.wait()
-        assert world.app.state.ordering.state().state == "done"
+        world.app.state.services.ordering.uncertain_first("boss")
+        world.app.state.services.ordering.wait()
+        assert world.app.state.services.ordering.state().state == "done"
         for n in range(9):
             item = ann.api("next", {"kind": "compare"}).json()["item"]
             body = {"assignment": item["id"], "token": f"token-{n:04d}", "choice": "right", "strength": 3}

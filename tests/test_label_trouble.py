@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from keel.store import Store, Unavailable, people_tables, tables
 from keel.store.engine import alembic_config, parse_url
 from keel.store.people import Account
+from keel.store.records import NewVote, NewWriting
 from keel.types import Message, UserError
 from keel.web.app.create import RETRY_SECONDS, create_app
 from keel.web.app.security import COOKIE
@@ -176,7 +177,7 @@ def test_an_undo_sent_again_takes_back_nothing_else(store: Store, how: str) -> N
         if how == "skip":
             labelling.skip(ann, id, "", token())
         else:
-            labelling.judge(ann, id, "tie", token=token(), strength=None, seconds=None, reason=None, ratings=None)
+            labelling.judge(ann, id, NewVote("tie", token=token()))
     for _ in range(3):  # its answer was lost
         back = labelling.undo(ann, "compare", ids[-1])
         assert back is not None
@@ -239,7 +240,7 @@ def test_a_lease_that_was_given_back_is_taken_again_while_there_is_a_slot(store:
     kept = labelling.hold(ann, held).held
     assert len(kept) == 1
     assert labelling.next(bo, "compare", [taken.id]) is None
-    labelling.judge(ann, kept[0], "tie", token=token(), strength=None, seconds=None, reason=None, ratings=None)
+    labelling.judge(ann, kept[0], NewVote("tie", token=token()))
     found = labelling.hold(ann, held)
     assert (found.held, found.done) == ((), kept)
 
@@ -256,10 +257,10 @@ def test_a_reply_that_took_too_long_counts_beside_the_other_one(store: Store, cl
         clock.time += timedelta(minutes=31)
         if who.name == "ann":
             late = id
-    labelling.write(people[1], id, "bo's reply", token=token(), seconds=None)
+    labelling.write(people[1], id, NewWriting("bo's reply", token=token()))
     mine = token()
-    labelling.write(people[0], late, "forty minutes of ann's", token=mine, seconds=2400.0)
-    labelling.write(people[0], late, "forty minutes of ann's", token=mine, seconds=2400.0)
+    labelling.write(people[0], late, NewWriting("forty minutes of ann's", token=mine, seconds=2400.0))
+    labelling.write(people[0], late, NewWriting("forty minutes of ann's", token=mine, seconds=2400.0))
     written = [one.messages[-1].content for one in store.demonstrations()]
     assert written == ["bo's reply", "forty minutes of ann's"]
     with store.transaction(writes=False) as connection:
@@ -479,7 +480,7 @@ def test_a_browser_that_goes_away_gives_its_place_back_though_the_model_hangs(tm
         for connection, answer in zip(connections, answers, strict=True):  # the windows go; the models still hang
             answer.close()
             connection.close()
-        until(lambda: not any(one.running for one in app.state.arena._places._of.values()))
+        until(lambda: not any(one.running for one in app.state.services.arena._places._of.values()))
         with closing(say("later")) as later:
             assert later.getresponse().status == 200
         told.tell("hang")

@@ -13,10 +13,12 @@ from test_stages import loop_recipe, run, write_jsonl
 
 from keel.feedback.stored import training_demonstrations, training_votes
 from keel.pipeline.run import plan
+from keel.recipe.declared import VOTERS
 from keel.recipe.recipe import Recipe
 from keel.run import RunDir, read_json
 from keel.store import Store, review
 from keel.store.people import Account
+from keel.store.records import NewVote, NewWriting
 from keel.store.trained_on import VoteHashes, vote_hashes
 from keel.types import Completion, Message, Preference, Prompt, UserError
 from keel.web.service.labelling import Labelling
@@ -43,7 +45,7 @@ def judge(store: Store, n: int, name: str = "ann", kind: Any = "person", batch: 
         s.add_comparisons([(first, second)], overlap=5, batch=batch)
         assignment = s.next_assignment(s.add_annotator(name, kind), batch)
         assert assignment is not None
-        return s.submit(assignment.id, "left", client_token=f"{name}-{batch}-{n}", strength=2)
+        return s.submit(assignment.id, NewVote("left", token=f"{name}-{batch}-{n}", strength=2))
 
 
 def write(store: Store, *texts: str) -> Account:
@@ -56,7 +58,7 @@ def write(store: Store, *texts: str) -> Account:
     for n, text in enumerate(texts):
         screen = labelling.next(ann, "write")
         assert screen is not None
-        labelling.write(ann, screen.id, text, token=f"written-{n:04d}", seconds=4.0)
+        labelling.write(ann, screen.id, NewWriting(text, token=f"written-{n:04d}", seconds=4.0))
     return ann
 
 
@@ -111,6 +113,12 @@ def test_only_what_is_trained_on_counts(world: World) -> None:
         recipe = world.recipe({"reward": {"voters": "simulated"}})
         assert world.go(recipe) == ["reward", "ppo", "eval", "report"]
         judge(store, 3)
+        assert world.go(recipe) == ["dpo", "eval", "report"]
+        judge(store, 4, name="judge", kind="model")
+        assert world.go(recipe) == ["dpo", "eval", "report"]
+        recipe = world.recipe({"reward": {"voters": "people"}})
+        world.go(recipe)
+        judge(store, 5, name="judge", kind="model")
         assert world.go(recipe) == ["dpo", "eval", "report"]
 
 
@@ -175,19 +183,19 @@ def test_a_stage_goes_on_with_the_votes_that_it_began_with(tmp_path: Path) -> No
         judge(store, 2, name="program", kind="simulated", batch="b")
         judge(store, 3, name="program", kind="simulated", batch="other")
         url = f"sqlite:///{tmp_path / 'f.db'}"
-        first = training_votes(tmp_path / "stage", url, ["b"], "all")
+        first = training_votes(tmp_path / "stage", url, ["b"], VOTERS)
         judge(store, 4)
-        assert training_votes(tmp_path / "stage", url, ["b"], "all") == first
+        assert training_votes(tmp_path / "stage", url, ["b"], VOTERS) == first
         found = {who: [(v.prompt.id, v.chosen, v.margin, v.annotator) for v in first[who]] for who in first}
         assert found["simulated"][0][0] == "p2"
         assert len(found["simulated"]) == 1
         assert [row[0] for row in found["people"]] == ["p1"]
         assert found["people"][0][2:] == (2.0, "ann")
-        later = training_votes(tmp_path / "new", url, ["b"], "people")
+        later = training_votes(tmp_path / "new", url, ["b"], {"people"})
         assert [v.prompt.id for v in later["people"]] == ["p1", "p4"]
         assert later["simulated"] == []
         assert all(isinstance(v, Preference) and replace(v) == v for v in later["people"])
-        assert training_votes(tmp_path / "x", url, ["b"], "simulated")["people"] == []
+        assert training_votes(tmp_path / "x", url, ["b"], {"simulated"})["people"] == []
 
 
 def test_people_are_trained_on_beside_the_simulated_or_alone(tmp_path: Path) -> None:
@@ -207,23 +215,26 @@ def test_people_are_trained_on_beside_the_simulated_or_alone(tmp_path: Path) -> 
     with Store(done.store_url) as store:
         for n in range(12):
             judge(store, n)
+        for n in (20, 21):
+            judge(store, n, name="judge", kind="model")
         with store.session() as s:
             s.add_prompts([held])
             pair = s.add_responses("held", [Completion("a"), Completion("b")], "m")
             s.add_comparisons([(pair[0], pair[1])], batch="held")
             assignment = s.next_assignment(s.add_annotator("ann"), "held")
             assert assignment is not None
-            s.submit(assignment.id, "left", client_token="held")
+            s.submit(assignment.id, NewVote("left", token="held"))
     recipe["data"]["heldout_prompts"] = write_jsonl(tmp_path / "held.jsonl", [{"prompt": held.messages[0].content}])
     run(recipe, tmp_path / "run")
     with Store(done.store_url) as store:
         simulated = sum(j.annotator_kind == "simulated" for j in store.judgements(done.stage("annotate").fingerprint))
-    expected = {"reward": (simulated, 12), "dpo": (simulated, 12), "only": (0, 12), "programs": (simulated, 0)}
-    for name, (programs, people) in expected.items():
+    all_three = (simulated, 2, 12)
+    expected = {"reward": all_three, "dpo": all_three, "only": (0, 0, 12), "programs": (simulated, 0, 0)}
+    for name, votes in expected.items():
         summary = done.stage(name).summary()
-        assert (summary["simulated_votes"], summary["people_votes"]) == (programs, people)
+        assert tuple(summary[f"{who}_votes"] for who in ("simulated", "model", "people")) == votes
     reward, only = done.stage("reward").summary(), done.stage("only").summary()
-    assert reward["pairs"] + reward["heldout_pairs"] == simulated + 12
+    assert reward["pairs"] + reward["heldout_pairs"] == simulated + 14
     assert only["pairs"] + only["heldout_pairs"] == 12
     assert reward["mean"] != before["mean"]  # other weights
 

@@ -410,5 +410,3 @@ def test_the_loop_through_the_database(database: str, tmp_path: Path, request: p
     assert len(shaped.parts["trained"]) == len(learned.trained)
     assert shaped.parts["since"] == shaped.parts["unused"] == []
     assert shaped.elsewhere == len(models["sft"].trained or ()) + len(models["sft"].heldout)  # from a file
-    exported = (done.stage("annotate").path / "preferences.jsonl").read_text().splitlines()
-    assert len(exported) == len(votes)

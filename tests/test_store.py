@@ -30,6 +30,7 @@ from keel.data.sources import read_preferences
 from keel.recipe.sections import SamplingConfig
 from keel.store import Assignment, Judgement, LeaseLost, Store, exchange, review, tables
 from keel.store.engine import VERSION_TABLE, alembic_config, parse_url
+from keel.store.records import NewVote
 from keel.store.settled import settle
 from keel.types import Completion, Message, Preference, Prompt, UserError
 
@@ -97,7 +98,7 @@ def must(assignment: Assignment | None) -> Assignment:
 
 def judge(store: Store, annotator: int, token: str, choice: str = "left", strength: int | None = None) -> int:
     assignment = must(store.next_assignment(annotator))
-    return store.submit(assignment.id, choice, client_token=token, strength=strength)  # type: ignore[arg-type]
+    return store.submit(assignment.id, NewVote(choice, token=token, strength=strength))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------- migrations
@@ -324,7 +325,7 @@ def test_an_annotator_gets_each_item_once_and_holds_it_until_judged(store: Store
         seen = []
         while (assignment := store.next_assignment(annotator)) is not None:
             seen.append(assignment.item_id)
-            store.submit(assignment.id, "tie", client_token=uuid.uuid4().hex)
+            store.submit(assignment.id, NewVote("tie", token=uuid.uuid4().hex))
         assert seen == ([] if annotator == cy else items)  # two slots: nothing is left for the third
     assert store.progress().open == 0
 
@@ -339,7 +340,7 @@ def test_sides_are_random_remembered_and_the_same_for_a_seed(new_url: Callable[[
             with store.session() as s:
                 while (assignment := s.next_assignment(annotator, seeded=True)) is not None:
                     shown.append(assignment.left.startswith("good"))
-                    s.submit(assignment.id, "left", client_token=str(assignment.id))
+                    s.submit(assignment.id, NewVote("left", token=str(assignment.id)))
             votes = store.judgements()
             assert [vote.left.text.startswith("good") for vote in votes] == shown
             assert all(vote.preferred == vote.left for vote in votes)
@@ -360,12 +361,12 @@ def test_submitting_twice_counts_once(store: Store) -> None:
     add_items(store, 2)
     annotator = store.add_annotator("ann")
     assignment = must(store.next_assignment(annotator))
-    first = store.submit(assignment.id, "left", client_token="t", strength=3)
-    assert store.submit(assignment.id, "left", client_token="t", strength=3) == first
+    first = store.submit(assignment.id, NewVote("left", token="t", strength=3))
+    assert store.submit(assignment.id, NewVote("left", token="t", strength=3)) == first
     with pytest.raises(UserError, match="judged already"):
-        store.submit(assignment.id, "right", client_token="another")
+        store.submit(assignment.id, NewVote("right", token="another"))
     with pytest.raises(UserError, match="used for another assignment"):
-        store.submit(must(store.next_assignment(annotator)).id, "left", client_token="t")
+        store.submit(must(store.next_assignment(annotator)).id, NewVote("left", token="t"))
     assert len(store.judgements()) == 1
     assert Counter(event.action for event in store.events())["judged"] == 1
 
@@ -378,7 +379,7 @@ def test_submitting_twice_counts_once(store: Store) -> None:
         ({"choice": "left", "strength": 4}, "strength 4"),
         ({"choice": "left", "seconds": -1.0}, "seconds is -1"),
         ({"choice": "left", "seconds": float("nan")}, "seconds is nan"),
-        ({"choice": "left", "client_token": ""}, "token is empty"),
+        ({"choice": "left", "token": ""}, "token is empty"),
         ({"choice": "left", "guideline": "7"}, "guideline '7'"),
     ],
 )
@@ -386,7 +387,7 @@ def test_impossible_votes_are_refused(store: Store, vote: dict, message: str) ->
     add_items(store, 1)
     assignment = must(store.next_assignment(store.add_annotator("ann")))
     with pytest.raises(UserError, match=message):
-        store.submit(assignment.id, **({"client_token": "t"} | vote))
+        store.submit(assignment.id, NewVote(**({"token": "t"} | vote)))
     assert store.judgements() == []
 
 
@@ -402,8 +403,8 @@ def test_a_lease_that_ran_out_goes_to_somebody_else(url: str) -> None:
         taken = must(store.next_assignment(bo))
         assert taken.item_id == late.item_id
         with pytest.raises(LeaseLost):
-            store.submit(late.id, "left", client_token="late")
-        store.submit(taken.id, "left", client_token="in time")
+            store.submit(late.id, NewVote("left", token="late"))
+        store.submit(taken.id, NewVote("left", token="in time"))
         assert [vote.annotator for vote in store.judgements()] == ["bo"]
 
 
@@ -419,7 +420,7 @@ def test_a_late_vote_counts_while_the_slot_is_free_and_sides_stay(url: str) -> N
         again = must(store.next_assignment(ann))  # ... and comes back when bo's runs out
         assert (again.id, again.shown) == (first.id, first.shown)
         clock.time += timedelta(minutes=11)
-        store.submit(again.id, "left", client_token="late")  # nobody wanted it meanwhile
+        store.submit(again.id, NewVote("left", token="late"))  # nobody wanted it meanwhile
         assert store.next_assignment(bo) is None
         assert store.progress().judged == 1
 
@@ -432,9 +433,9 @@ def test_undo_gives_the_assignment_back_and_keeps_the_row(store: Store) -> None:
     assert store.judgements() == []
     assert (store.progress().judged, store.progress().undone) == (0, 1)
     assert must(store.next_assignment(annotator)).id == back.id
-    assert store.submit(back.id, "left", client_token="t1") == judgement  # an old vote that comes late stays undone
+    assert store.submit(back.id, NewVote("left", token="t1")) == judgement  # an old vote that comes late stays undone
     assert store.judgements() == []
-    store.submit(back.id, "right", client_token="t2")
+    store.submit(back.id, NewVote("right", token="t2"))
     assert [vote.choice for vote in store.judgements()] == ["right"]
     with pytest.raises(UserError, match="taken back already"):
         store.undo(judgement)
@@ -454,7 +455,7 @@ def test_threads_racing_for_the_last_slots_never_exceed_the_overlap(url: str, ov
             try:
                 start.wait()
                 while (assignment := store.next_assignment(annotator)) is not None:
-                    store.submit(assignment.id, "left", client_token=f"{annotator}/{assignment.id}")
+                    store.submit(assignment.id, NewVote("left", token=f"{annotator}/{assignment.id}"))
             except BaseException as error:
                 failures.append(error)
 
@@ -586,12 +587,14 @@ def filled(store: Store) -> None:
             choice, strength = next(choices)
             store.submit(
                 assignment.id,
-                choice,  # type: ignore[arg-type]
-                client_token=f"{name}{number}",
-                strength=strength,
-                seconds=1.25 * number or None,
-                guideline="1" if number else None,
-                reason='because\u2028of "this"\nand é' if number else None,
+                NewVote(
+                    choice,
+                    token=f"{name}{number}",
+                    strength=strength,
+                    seconds=1.25 * number or None,
+                    guideline="1" if number else None,
+                    reason='because\u2028of "this"\nand é' if number else None,
+                ),
             )
 
 
@@ -713,12 +716,12 @@ def test_a_broken_export_names_file_and_row(tmp_path: Path, store: Store) -> Non
 
 WRITER = """
 import sys
-from keel.store import Store
+from keel.store import NewVote, Store
 store = Store(sys.argv[1])
 annotator = store.add_annotator("ann")
 while (assignment := store.next_assignment(annotator)) is not None:
     token = f"t{assignment.id}"
-    store.submit(assignment.id, "left", client_token=token)
+    store.submit(assignment.id, NewVote("left", token=token))
     print(token, flush=True)
 """
 
@@ -743,7 +746,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(url: str) -> None:
         annotator = store.add_annotator("ann")
         with store.session() as s:
             while (assignment := s.next_assignment(annotator)) is not None:
-                s.submit(assignment.id, "left", client_token=f"t{assignment.id}")
+                s.submit(assignment.id, NewVote("left", token=f"t{assignment.id}"))
         assert [vote.item_id for vote in store.judgements()] == items
 
 

@@ -31,7 +31,7 @@ def entry() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        from keel.cli.commands import COMMANDS  # torch
+        from keel.cli.commands import COMMANDS
         from keel.run import disk_full_as_user_error
         from keel.types import UserError
 

@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from keel.cli.finished import find_model, loading
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
 from keel.model.packed import inner_model
 from keel.precision import autocast, pick_precision
-from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import Source
-from keel.run import RunDir, resolve_device
+from keel.run import resolve_device
 from keel.types import Message, UserError
 
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
-
-
-def trained_models(run: str) -> dict[str, Source]:
-    """Checkpoints by stage: what a run directory has trained so far, in the recipe's order."""
-    folder = Path(run)
-    manifest = RunDir(folder).manifest.read()
-    if not manifest:
-        return {}
-    recipe = Recipe.model_validate(manifest["recipe"])
-    return {stage.name: recipe.model.source(folder / stage.name) for stage in _finished(recipe, folder)}
-
-
-def _finished(recipe: Recipe, folder: Path) -> list[Stage]:
-    """The stages whose model answers, as far as they are done."""
-    run = RunDir(folder)
-    return [stage for stage in recipe.stages if "policy" in stage.makes and run.stage(stage.name).done]
-
-
-def find_model(run: str, stage: str | None) -> tuple[str, Source]:
-    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``.
-
-    Without a name: the last finished stage that made a language model, but no PPO run without a KL penalty (they are
-    there to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
-    """
-    folder = Path(run)
-    manifest = RunDir(folder).manifest.read()
-    if not manifest:
-        if stage is not None:
-            raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
-        return run, Source(run)
-    recipe = Recipe.model_validate(manifest["recipe"])
-    done = _finished(recipe, folder)
-    names = ["base", *(s.name for s in done)]
-    if stage is None:
-        kept = [s for s in done if s.worth_talking_to()]
-        stage = kept[-1].name if kept else "base"
-    if stage not in names:
-        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")
-    return stage, recipe.model.source(None if stage == "base" else folder / stage)
 
 
 def stream_ids(model: Any, ids: Sequence[int], stop: Sequence[int], temperature: float, limit: int) -> Iterator[int]:
@@ -96,16 +55,12 @@ def stream_text(chat: Chat, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
-# transformers loads a model inside settings of the whole process: two that are loaded at once spoil each other
-LOADING = threading.Lock()
-
-
 class Talker:
     """A model that answers conversations, its reply in pieces as it comes."""
 
     def __init__(self, source: Source, temperature: float, limit: int) -> None:
         self.device = resolve_device("auto")
-        with LOADING:
+        with loading():
             products = pick_precision("auto", self.device)
             model, tokenizer = load_policy(source, device=self.device, products=products)
         inner = inner_model(model)  # back from packed batches to attention that knows a KV cache

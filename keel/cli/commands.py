@@ -1,24 +1,27 @@
-"""What each command does, given its arguments. Everything that computes is reached from here."""
+"""What each command does, given its arguments. Everything that computes is reached from here, and imported by the
+command that needs it: ``keel label`` answers without torch."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 import keel
 from keel.cli.live import Progress, closing
 from keel.cli.process import set_threads
-from keel.pipeline.run import Runner, plan, run_pipeline
 from keel.recipe.file import Draft, finish, load_recipe, packaged, read_draft, split_words
 from keel.recipe.graph import ancestors
 from keel.recipe.recipe import STAGES, Recipe, Stage
 from keel.run import RunDir
-from keel.stages.context import StageContext
 from keel.types import UserError
+
+if TYPE_CHECKING:
+    from keel.pipeline.run import Runner
+    from keel.stages.context import StageContext
 
 # `keel demo --quick` runs every stage of the demo, so that one sees each work, on too little to learn much from.
 QUICK = (
@@ -102,6 +105,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _execute(recipe: Recipe, out: Path, targets: list[str] | None = None) -> int:
     """Runs a recipe, shows it live, and ends with what each stage did."""
     from keel.check import preflight
+    from keel.pipeline.run import run_pipeline
     from keel.stages.registry import RUNNERS
 
     console = Console()
@@ -142,6 +146,7 @@ def _close(console: Console, recipe: Recipe, run: RunDir, wanted: set[str]) -> N
 
 def _check(arguments: argparse.Namespace) -> int:
     from keel.check import check_recipe
+    from keel.pipeline.run import plan
 
     file, overrides = split_words(arguments.words)
     if file is None:
@@ -208,7 +213,6 @@ def _import(arguments: argparse.Namespace) -> int:
 def _label(arguments: argparse.Namespace) -> int:
     from keel.cli.label import label
 
-    set_threads(None)
     return label(arguments)
 
 

@@ -27,7 +27,7 @@ class RunEnsemble:
         return self._run.manifest.read().get("recipe") or {}
 
     def gains(self, pairs: Sequence[tuple[Prompt, Completion, Completion]]) -> list[float]:
-        from keel.cli.chat import LOADING
+        from keel.cli.finished import loading
         from keel.feedback.uncertainty import disagreement
         from keel.model.checkpoint import load_scalar
         from keel.precision import pick_precision
@@ -40,7 +40,7 @@ class RunEnsemble:
         scorers, fitted = [], []
         model = ModelConfig.model_validate(self._recipe()["model"])
         for name in self.names():
-            with LOADING:
+            with loading():
                 reward_model = load_scalar(model.source(self._run.stage(name).path), device=device, products=precision)
             scorers.append(frozen_scorer(reward_model, precision))
             fitted.append(self._run.stage(name).summary().get("temperature") or 1.0)

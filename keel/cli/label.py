@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from keel.cli.chat import LOADING, Talker, find_model, trained_models
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
+from keel.cli.finished import find_model, loading, trained_models
 from keel.cli.retrain import Retraining
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
@@ -21,6 +22,9 @@ from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
 from keel.web.service.sources import SampledModel
+
+if TYPE_CHECKING:
+    from keel.cli.chat import Talker
 
 TEMPERATURE = 0.8  # two models that always said the same would be compared on little
 LONGEST_REPLY = 512  # tokens
@@ -118,6 +122,8 @@ def _lazily(source: Source) -> Reply:
         with lock:
             made_for = StageDir(Path(source.path)).fingerprint or ""
             if made_for not in loaded:
+                from keel.cli.chat import Talker  # torch: this is the moment that it is wanted
+
                 loaded.clear()
                 loaded[made_for] = Talker(source, TEMPERATURE, LONGEST_REPLY)
             try:
@@ -181,7 +187,7 @@ def sample_with(source: Source, sampling: SamplingConfig) -> Callable[[Sequence[
 
         device = resolve_device("auto")
         precision = pick_precision("auto", device)
-        with LOADING:
+        with loading():
             model, tokenizer = load_policy(source, device=device, products=precision)
         frozen(model)
         chat = Chat(tokenizer)

@@ -108,6 +108,7 @@ class Retraining:
             accuracy=summary.get("accuracy"),
             before=state["before"].get(name) if touched else None,
             people_votes=summary.get("people_votes"),
+            model_votes=summary.get("model_votes"),
             simulated_votes=summary.get("simulated_votes"),
         )
 

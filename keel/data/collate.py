@@ -12,9 +12,7 @@ import json
 import random
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from keel.types import (
     Demonstration,
@@ -28,6 +26,9 @@ from keel.types import (
     UserError,
 )
 
+if TYPE_CHECKING:
+    import torch  # the two functions that lay tensors down import it: readers of files need this module's hashes alone
+
 Record = Prompt | Demonstration | Preference | LabelledCompletion | StepLabels
 R = TypeVar("R", bound=Record)
 
@@ -38,6 +39,8 @@ def pack(sequences: Sequence[Encoded], device: torch.device | str = "cpu") -> Pa
     Returns a ``PackedBatch``: ids_T, positions_T (0, 1, 2, ... in each sequence), cu_seqlens [B+1], mask_T. A
     sequence's first token is never predicted (nothing precedes it), so its mask is False whatever the record says.
     """
+    import torch
+
     assert sequences, "pack needs at least one sequence"
     assert all(s.ids and len(s.ids) == len(s.mask) for s in sequences), (
         "each token has one mask value, and there is one"
@@ -82,6 +85,8 @@ def common_prefix(sequences: Sequence[Encoded]) -> int:
 def pack_shared(rows: Sequence[Sequence[Encoded]], device: torch.device | str = "cpu") -> PackedBatch:
     """As :func:`pack`, over all sequences of all rows, but what the sequences of a row begin with in common is laid
     down once, with the first of them: completions of one prompt then cost their own tokens only."""
+    import torch
+
     sequences, own, forks, end = [], [], [], 0
     for row in rows:
         shared = common_prefix(row) if len(row) > 1 else 0

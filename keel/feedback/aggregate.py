@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Literal
 
-from keel.feedback.agreement import FIRST, SECOND, TIE, Vote
+from keel.feedback.agreement import FIRST, SECOND, Vote
 from keel.feedback.dawid_skene import reliabilities
+from keel.recipe.declared import How
 from keel.store.settled import settle
+from keel.store.sides import in_store
 from keel.types import Preference, UserError
-
-How = Literal["raw", "majority", "weighted"]
 
 
 def aggregate(votes: Sequence[Preference], how: How) -> list[Preference]:
@@ -42,9 +41,8 @@ def item_votes(pairs: Sequence[Preference]) -> list[Vote]:
 
 
 def _label(pair: Preference) -> str:
-    if pair.tie:
-        return TIE
-    return FIRST if (pair.chosen, pair.chosen_finished) < (pair.rejected, pair.rejected_finished) else SECOND
+    texts = (pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)
+    return in_store("tie" if pair.tie else "left", texts)  # as if `chosen` had been shown on the left
 
 
 def _majority(votes: Sequence[Preference]) -> list[Preference]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from keel.stats import bootstrap_interval
 from keel.store import Judgement
+from keel.store.sides import in_store
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 MIRROR = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}  # which response was stored first means nothing
@@ -44,15 +45,9 @@ class Agreement:
 def named_votes(judgements: Iterable[Judgement]) -> list[Vote]:
     """FIRST for the response that was stored first, whatever side it was shown on, SECOND for the other one, or TIE.
     Both bad is a tie: it prefers neither."""
-    votes = []
-    for judgement in judgements:
-        preferred = judgement.preferred
-        if preferred is None:
-            label = TIE
-        else:
-            label = FIRST if preferred.id == min(judgement.left.id, judgement.right.id) else SECOND
-        votes.append(Vote(judgement.item_id, judgement.annotator, label))
-    return votes
+    return [
+        Vote(vote.item_id, vote.annotator, in_store(vote.choice, (vote.left.id, vote.right.id))) for vote in judgements
+    ]
 
 
 def votes_by_item(judgements: Iterable[Judgement]) -> dict[int, list[str]]:

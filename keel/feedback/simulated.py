@@ -16,11 +16,12 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from keel.feedback.agreement import cohens_kappa, raw_agreement, vote_pairs, votes_by_item
 from keel.stats import sigmoid
-from keel.store import Store
+from keel.store import NewVote, Store
+from keel.store.sides import OnScreen
 from keel.types import Prompt, Reporter, UserError
 
 # Where a felt preference, in units of the annotator's own temperature, becomes "better" and "much better". In those
@@ -35,7 +36,7 @@ DECIDING_SECONDS = 4.0
 class Opinion:
     """One simulated judgement. ``strength``: 1 slightly, 2 better, 3 much better; None for a tie. ``seconds`` taken."""
 
-    choice: Literal["left", "right", "tie"]
+    choice: OnScreen
     strength: int | None
     seconds: float
 
@@ -178,14 +179,9 @@ def _judge_some(
             return done
         place = (seed, annotator.name, assignment.prompt.id, assignment.left, assignment.right)
         opinion = annotator.judge(assignment.prompt, assignment.left, assignment.right, draw("judge", *place))
-        session.submit(
-            assignment.id,
-            opinion.choice,
-            strength=opinion.strength,
-            seconds=opinion.seconds,
-            client_token=draw("token", *place, batch, assignment.id, step + done).randbytes(12).hex(),
-            guideline=guideline,
-        )
+        token = draw("token", *place, batch, assignment.id, step + done).randbytes(12).hex()
+        vote = NewVote(opinion.choice, opinion.strength, token=token, seconds=opinion.seconds, guideline=guideline)
+        session.submit(assignment.id, vote)
     return JUDGEMENTS_PER_TRANSACTION
 
 

@@ -3,40 +3,42 @@ trains, and a killed one must go on with what it began with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from keel.recipe.declared import VOTERS, Voter
 from keel.run import read_json, write_json
 from keel.store import Store
-from keel.store.records import AnnotatorKind
+from keel.store.records import VOTER_KINDS
 from keel.types import Demonstration, Message, Preference, Prompt
 
-Voters = Literal["all", "people", "simulated"]
-SIMULATED: tuple[AnnotatorKind, ...] = ("simulated",)
-PEOPLE: tuple[AnnotatorKind, ...] = ("person", "model", "unknown")  # whose votes were imported, too
 FILE = "votes.json"
 DEMONSTRATIONS = "demonstrations.json"
 
 
-def training_votes(folder: Path, location: str, batches: Sequence[str], voters: Voters) -> dict[str, list[Preference]]:
-    """``simulated``: the simulated votes of the queues ``batches``; ``people``: all others in the store, whichever
-    queue they came from. Those that ``voters`` leaves out are empty.
+def training_votes(
+    folder: Path, location: str, batches: Sequence[str], whose: Collection[Voter]
+) -> dict[Voter, list[Preference]]:
+    """``simulated``: the simulated votes of the queues ``batches``; ``people`` and ``models``: theirs in all of the
+    store, whichever queue they came from. Those that are not in ``whose`` are empty.
 
     The first call keeps them in ``folder`` (a stage's own), and later ones find them there.
     """
     kept = folder / FILE
     if not kept.exists():
-        found: dict[str, list[Preference]] = {"simulated": [], "people": []}
         with Store(location) as store:
-            if voters != "people":
-                found["simulated"] = [vote for batch in batches for vote in store.preferences(batch, SIMULATED)]
-            if voters != "simulated":
-                found["people"] = store.preferences(None, PEOPLE)
+            found = {who: _votes_of(store, who, batches) if who in whose else [] for who in VOTERS}
         write_json(kept, {who: [asdict(vote) for vote in votes] for who, votes in found.items()})
         return found
-    return {who: [_vote(row) for row in rows] for who, rows in read_json(kept).items()}
+    rows = read_json(kept)
+    return {who: [_vote(row) for row in rows.get(who, ())] for who in VOTERS}
+
+
+def _votes_of(store: Store, who: Voter, batches: Sequence[str]) -> list[Preference]:
+    queues = batches if who == "simulated" else [None]
+    return [vote for batch in queues for vote in store.preferences(batch, VOTER_KINDS[who])]
 
 
 def training_demonstrations(folder: Path, location: str) -> list[Demonstration]:
@@ -44,7 +46,7 @@ def training_demonstrations(folder: Path, location: str) -> list[Demonstration]:
     kept = folder / DEMONSTRATIONS
     if not kept.exists():
         with Store(location) as store:
-            found = store.demonstrations()
+            found = store.demonstrations(who="people")
         write_json(kept, [asdict(row) for row in found])
         return found
     return [Demonstration(**{**row, "messages": _messages(row)}) for row in read_json(kept)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,9 @@ def stage_fingerprint(
     settings["code"] = [contents.of_python(source.ref) for source in scored if isinstance(source, PythonRef)]
     learned = votes_of(recipe, stage, votes)
     data = {name: getattr(recipe.data, name) for name in stage.reads(recipe.data)}
-    if learned.people or learned.written:  # else these change nothing, and a run made before they counted still stands
+    if (
+        learned.people or learned.models or learned.written
+    ):  # else these change nothing, and a run made before they counted still stands
         data |= {name: value for name in WITH_PEOPLE if (value := getattr(recipe.data, name)) is not None}
     facts = {
         "settings": settings,
@@ -89,7 +90,7 @@ def stage_fingerprint(
     if stage.stored == "all":
         facts["store"] = recipe.store
     if learned != VoteHashes():  # what stands there besides the annotate stages' own
-        facts["votes"] = asdict(learned)
+        facts["votes"] = learned.facts()
     if stage.uses_model:
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")
@@ -102,9 +103,10 @@ def votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
     """The hashes of what the stage learns from in the store."""
     read = store_read(recipe, stage)
     return VoteHashes(
-        people=votes.people if read.people else "",
-        withdrawn=votes.withdrawn if read.simulated else "",
+        people=votes.people if "people" in read.voters else "",
+        withdrawn=votes.withdrawn if "simulated" in read.voters else "",
         written=votes.written if read.written else "",
+        models=votes.models if "models" in read.voters else "",
     )
 
 

@@ -33,13 +33,24 @@ class Reference:
     makes: tuple[Makes, ...]
 
 
+# Whose votes: people's, those of models that judge, simulated annotators'.
+Voter = Literal["people", "models", "simulated"]
+VOTERS: tuple[Voter, ...] = ("people", "models", "simulated")
+Voters = Literal["all", Voter]
+How = Literal["raw", "majority", "weighted"]
+
+
 @dataclass(frozen=True)
 class StoreRead:
-    """What a stage learns from in the store: people's votes, simulated annotators' votes, people's own replies."""
+    """What a stage learns from in the store: whose votes, and whether replies that people wrote."""
 
-    people: bool = False
-    simulated: bool = False
+    voters: frozenset[Voter] = frozenset()
     written: bool = False
+
+    @property
+    def on_any_prompt(self) -> bool:
+        """Whether it was made outside the recipe, where the evaluation's prompts are not left out."""
+        return self.written or bool(self.voters - {"simulated"})
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,17 @@ from pydantic import Field, model_validator
 from keel.recipe.declared import (
     PEOPLE,
     ROWS,
+    VOTERS,
     Doubt,
+    How,
     LearnsFrom,
     Makes,
     ModelUse,
     Reference,
     Scoring,
     StoreRead,
+    Voter,
+    Voters,
     listed,
     prompt_pool,
     source_references,
@@ -196,15 +200,15 @@ class PreferenceBase(TrainBase):
     model: str = "sft"
     preferences: str | list[str] | None = Field(
         None,
-        description="annotate stages, 'people' (the store's votes by anybody but simulated annotators), or a file; "
-        "several in a list; default: data.preferences",
+        description="annotate stages, 'people' (people's votes in the store), or a file; several in a list; default: "
+        "data.preferences",
     )
-    voters: Literal["all", "people", "simulated"] = Field(
+    voters: Voters = Field(
         "all",
-        description="of annotate stages: the simulated votes and whatever people have judged in the store so far, or "
-        "one of the two alone",
+        description="with an annotate stage: its simulated votes, and whatever people and models have judged in the "
+        "store so far; or one of the three alone",
     )
-    votes: Literal["raw", "majority", "weighted"] = Field(
+    votes: How = Field(
         "raw",
         description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
     )
@@ -225,11 +229,10 @@ class PreferenceBase(TrainBase):
         return {"preferences": self.sources}
 
     def from_store(self, voted: Collection[str]) -> StoreRead:
-        named, annotated = PEOPLE in self.sources, bool(set(self.sources) & set(voted))
-        return StoreRead(
-            people=named or (annotated and self.voters != "simulated"),
-            simulated=annotated and (named or self.voters != "people"),
-        )
+        asked: set[Voter] = {"people"} if PEOPLE in self.sources else set()
+        if not set(self.sources).isdisjoint(voted):
+            asked |= set(VOTERS) if self.voters == "all" else {self.voters}
+        return StoreRead(frozenset(asked))
 
 
 class OnlineBase(PolicyBase):

@@ -8,14 +8,14 @@ import platform
 import resource
 import sys
 
-import torch
-
 from keel import __version__
 from keel.types import UserError
 
 
 def resolve_device(device: str) -> str:
     """``auto`` -> cuda, mps or cpu, whichever is there first; a device that is not there is a `UserError`."""
+    import torch
+
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"

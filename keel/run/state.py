@@ -1,4 +1,7 @@
-"""What a stage needs to go on after a kill: its state on the disk, and the random generators' states inside it."""
+"""What a stage needs to go on after a kill: its state on the disk, and the random generators' states inside it.
+
+Each function imports torch by itself: a run directory is also read where nothing computes (``keel label``).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from keel.run.files import atomic_write
 from keel.types import UserError
 
@@ -21,6 +21,8 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     The disk holds the old state until the new one is complete. `UserError` when the disk is full.
     """
+    import torch
+
     _assert_plain(state, "state")
     atomic_write(path, lambda file: torch.save(dict(state), file))
 
@@ -29,6 +31,8 @@ def load_state(path: Path) -> dict[str, Any] | None:
     """What `save_state` wrote, tensors on the CPU; None when there is nothing yet. Never runs code from the file."""
     if not path.exists():
         return None
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
@@ -38,6 +42,8 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 def _assert_plain(value: Any, place: str) -> None:
     """Fails at once on what could be saved but not loaded again with ``weights_only=True``."""
+    import torch
+
     if isinstance(value, Mapping):
         for key, item in value.items():
             _assert_plain(item, f"{place}[{key!r}]")
@@ -46,13 +52,15 @@ def _assert_plain(value: Any, place: str) -> None:
             for index, item in enumerate(value):
                 _assert_plain(item, f"{place}[{index}]")
     else:
-        plain = value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
+        plain = value is None or isinstance(value, torch.Tensor | bool | int | float | str | torch.dtype | torch.device)
         assert plain, f"{place} is a {type(value).__name__}: a state holds tensors, numbers, strings and dicts of them"
 
 
 def seed_rng(seed: int) -> None:
     """Starts every generator of :func:`rng_state`. What draws from them without a seed of its own (new rows of an
     embedding, adapters, a user's reward function) is then the same in every run."""
+    import torch
+
     random.seed(seed)
     torch.manual_seed(seed % 2**63)
     numpy = sys.modules.get("numpy")
@@ -62,6 +70,8 @@ def seed_rng(seed: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The states of Python's, NumPy's (when imported), torch's CPU and CUDA generators, as `save_state` takes them."""
+    import torch
+
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -82,6 +92,8 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Puts every generator back to where `rng_state` found it (those that this machine lacks are skipped)."""
+    import torch
+
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])

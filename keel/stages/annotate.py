@@ -18,7 +18,7 @@ from keel.store import Response, Store
 
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
-    """Has simulated annotators judge pairs of sampled responses through the store's queue; exports the votes."""
+    """Has simulated annotators judge pairs of sampled responses through the store's queue."""
     annotators = context.python(stage.annotators)(context.recipe.seed)
     made_by = context.parent(stage.responses).summary()["fingerprint"]
     with Store(context.store_url) as store:
@@ -33,7 +33,6 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
             seed=context.recipe.seed,
             reporter=context.reporter,
         )
-        store.export_preferences(context.stage_dir.path / "preferences.jsonl", batch=context.fingerprint)
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary
 

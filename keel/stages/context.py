@@ -70,7 +70,7 @@ class StageContext:
         recipe = self.recipe.model_copy(update={"data": whole})
         stage = recipe.stage(self.reads_as or self.stage_dir.name)
         learned = store_read(recipe, stage)
-        of_people = WITH_PEOPLE if learned.people or learned.written else ()
+        of_people = WITH_PEOPLE if learned.on_any_prompt else ()
         declared = DeclaredData(whole, stage, (*stage.reads(whole), *of_people))
         narrowed = recipe.model_copy(update={"data": cast(DataConfig, declared)})
         object.__setattr__(self, "recipe", narrowed)

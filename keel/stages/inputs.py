@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
-from keel.feedback.stored import Voters, training_demonstrations, training_votes
+from keel.feedback.stored import training_demonstrations, training_votes
 from keel.recipe.declared import PEOPLE
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import PreferenceBase
@@ -104,7 +104,7 @@ class Preferences:
 
 def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     """What ``stage`` learns from: the files and annotate stages that it names, else ``data.preferences``; beside the
-    votes of annotate stages those that people gave in the store (``voters``)."""
+    votes of annotate stages those that people and models gave in the store (``voters``)."""
     recipe = context.recipe
     sources = stage.sources or tuple(filter(None, [recipe.data.preferences]))
     if not sources:
@@ -125,14 +125,17 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
             batches.append(parent.fingerprint)
             truth |= read_json(parent.path / "truth.json")
             summaries.append(parent.summary())
-    voters: Voters = "all" if PEOPLE in sources else stage.voters
-    stored = training_votes(context.own_folder().path, context.store_url, batches, voters)
-    people = _without_heldout(stored["people"], lambda vote: vote.prompt.messages, "votes", context)
-    if not pairs and not people and not stored["simulated"]:
+    whose = stage.from_store(annotated).voters
+    stored = training_votes(context.own_folder().path, context.store_url, batches, whose)
+    models, people = (
+        _without_heldout(stored[who], lambda vote: vote.prompt.messages, "votes", context)
+        for who in ("models", "people")
+    )
+    if not pairs and not any((people, models, stored["simulated"])):
         raise UserError(f"stage {stage.name}: nobody has judged anything in the store yet; keel label serves it")
     agreement = summaries[0].get("annotator_agreement") if summaries else None
-    counts = {"simulated_votes": len(stored["simulated"]), "people_votes": len(people)}
-    return Preferences([*pairs, *stored["simulated"], *people], truth, agreement, counts)
+    counts = {"simulated_votes": len(stored["simulated"]), "model_votes": len(models), "people_votes": len(people)}
+    return Preferences([*pairs, *stored["simulated"], *models, *people], truth, agreement, counts)
 
 
 def _without_heldout(

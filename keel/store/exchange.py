@@ -37,9 +37,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keel.store import hub
-from keel.store.records import AnnotatorKind, Choice, Edit, Judgement, Ranking, Response
+from keel.store.records import AnnotatorKind, Edit, Judgement, Ranking, Response
 from keel.store.rows import messages_json
 from keel.store.settled import settle
+from keel.store.sides import Side, chosen_side, in_record, of_record, side_of, turned
 from keel.types import Message, Preference, Prompt, UserError
 
 _JSON_COLUMNS = ("meta", "chosen_source", "rejected_source", "ratings", "ranking")
@@ -138,7 +139,7 @@ def read(path: str | Path) -> list[Given]:
 def from_preference(pair: Preference, annotator: str, time: int, seed: int, now: datetime) -> Judgement:
     """A preference pair from elsewhere as a judgement. Which side was shown where is not known, so it is drawn.
 
-    ``annotator`` stands in for one who is not named; ``time``: the how-manieth record with this id it is (1, 2, ...).
+    ``annotator`` stands in for one who is not named; ``time``: which record of this id it is: 1, 2, ...
     """
     token = pair.id if time == 1 else f"{pair.id}#{time}"
     if not token:
@@ -147,14 +148,9 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         Response(0, pair.prompt.id, text, finished, "", "", None, now)
         for text, finished in ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished))
     )
-    chosen_left = random.Random(f"import/{seed}/{token}").random() < 0.5
-    if pair.tie:
-        choice: Choice = "tie"
-        chosen_left = True  # a tie reads back with the left response as `chosen`
-    else:
-        choice = "left" if chosen_left else "right"
-    side, other = ("left", "right") if chosen_left else ("right", "left")
-    sides = {"": None, "tie": "tie", "chosen": side, "rejected": other}
+    drawn_left = random.Random(f"import/{seed}/{token}").random() < 0.5
+    side: Side = "left" if pair.tie or drawn_left else "right"  # a tie reads back with the left one as `chosen`
+    left, right = turned((chosen, rejected), side)
     return Judgement(
         token=token,
         batch="import",
@@ -162,15 +158,15 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         annotator=pair.annotator or annotator,
         annotator_kind="unknown",
         prompt=pair.prompt,
-        left=chosen if chosen_left else rejected,
-        right=rejected if chosen_left else chosen,
-        choice=choice,
+        left=left,
+        right=right,
+        choice="tie" if pair.tie else side,
         strength=pair.margin or None,
         seconds=None,
         guideline=None,
         reason=None,
         created=now,
-        settled=sides[pair.settled],  # type: ignore[arg-type]
+        settled=of_record(pair.settled, side) if pair.settled else None,
         settled_by=annotator if pair.settled else None,
     )
 
@@ -188,12 +184,11 @@ def _rows(given: Given) -> list[dict[str, Any]]:
     pairs = [given.preference()] if isinstance(given, Judgement) else given.said()
     rows = [_common(given, pair) for pair in pairs]
     if isinstance(given, Judgement):
-        chosen_side = "right" if given.choice == "right" else "left"
-        chosen, rejected = (given.left, given.right) if chosen_side == "left" else (given.right, given.left)
-        ratings = {_of_chosen(side, chosen_side): dict(rated) for side, rated in given.ratings.items()}
-        rows[0] |= {"choice": given.choice, "chosen_side": chosen_side, "strength": given.strength}
+        side, (chosen, rejected) = chosen_side(given.choice), given.as_recorded
+        ratings = {in_record(rated, side): dict(values) for rated, values in given.ratings.items()}
+        rows[0] |= {"choice": given.choice, "chosen_side": side, "strength": given.strength}
         rows[0] |= {"reason": given.reason, "item": given.item_id, "settled_by": given.settled_by}
-        rows[0] |= {"gold": given.gold and _of_chosen(given.gold, chosen_side), "ratings": ratings or None}
+        rows[0] |= {"gold": given.gold and in_record(given.gold, side), "ratings": ratings or None}
         rows[0] |= {"chosen_source": _source(chosen), "rejected_source": _source(rejected)}
     elif isinstance(given, Edit):
         rows[0] |= {"edit": True, "rejected_source": _source(given.original)}
@@ -203,11 +198,6 @@ def _rows(given: Given) -> list[dict[str, Any]]:
             row |= {"ranking": {"token": given.token, **places}, "reason": given.reason}
             row |= {"chosen_source": _source(given.shown[a]), "rejected_source": _source(given.shown[b])}
     return rows
-
-
-def _of_chosen(side: str, chosen_side: str) -> str:
-    """What is said of a side, in terms of the row."""
-    return side if side == "tie" else "chosen" if side == chosen_side else "rejected"
 
 
 def _common(given: Given, pair: Preference) -> dict[str, Any]:
@@ -286,10 +276,9 @@ def _edit(row: dict[str, Any]) -> Edit:
 def _vote(row: dict[str, Any]) -> Judgement:
     prompt = _prompt(row)
     chosen, rejected = (_response(prompt.id, row, side) for side in ("chosen", "rejected"))
-    chosen_left = {"left": True, "right": False}[row["chosen_side"]]
+    side: Side = row["chosen_side"]
+    left, right = turned((chosen, rejected), side)
     kind: AnnotatorKind = row["annotator_kind"]
-    other = {"left": "right", "right": "left"}[row["chosen_side"]]
-    sides = {None: None, "tie": "tie", "chosen": row["chosen_side"], "rejected": other}
     return Judgement(
         token=row["id"],
         batch=row["batch"],
@@ -297,18 +286,18 @@ def _vote(row: dict[str, Any]) -> Judgement:
         annotator=row["annotator"],
         annotator_kind=kind,
         prompt=prompt,
-        left=chosen if chosen_left else rejected,
-        right=rejected if chosen_left else chosen,
+        left=left,
+        right=right,
         choice=row["choice"],
         strength=row["strength"],
         seconds=row["seconds"],
         guideline=row["guideline"],
         reason=row["reason"],
         created=datetime.fromisoformat(row["created"]),
-        settled=sides[row["settled"]],  # type: ignore[arg-type]
+        settled=of_record(row["settled"], side) if row["settled"] is not None else None,
         settled_by=row["settled_by"],
-        gold=sides[row["gold"]],  # type: ignore[arg-type]
-        ratings={sides[side]: rated for side, rated in (row["ratings"] or {}).items()},  # type: ignore[misc]
+        gold=of_record(row["gold"], side) if row["gold"] is not None else None,
+        ratings={side_of(rated, side): values for rated, values in (row["ratings"] or {}).items()},
         out=bool(row["out"]),
     )
 

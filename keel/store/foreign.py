@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
 
-from keel.store.records import Choice, Judgement, Response
+from keel.store.records import Judgement, Response
+from keel.store.sides import Choice
 from keel.types import Prompt
 
 PROMPTS = ("prompt", "instruction", "question", "input", "query", "context", "text")

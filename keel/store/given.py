@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import Connection, Row, Select, case, insert, select, update
+from sqlalchemy import Connection, Row, Select, Table, case, insert, select, update
 
 from keel.store.imports import Entry, as_new, assign, guideline_here
 from keel.store.ingest import add_prompts, add_responses, rows_of
@@ -16,6 +16,8 @@ from keel.store.records import Edit, Judgement, Ranking
 from keel.store.removals import take_out
 from keel.store.review import last_words, ratings
 from keel.store.rows import prompt_record, response_record, storable
+from keel.store.sides import SIDES, on_screen
+from keel.store.standing import standing
 from keel.store.tables import annotators, assignments, event, events, items, judgements, prompts, responses
 from keel.store.work import add_edits, add_rankings
 from keel.types import UserError
@@ -23,17 +25,7 @@ from keel.types import UserError
 
 def judgements_given(connection: Connection, batch: str | None) -> list[Judgement]:
     """Every raw vote that stands, in the order they came."""
-    query = (
-        select(judgements, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch)
-        .add_columns(items.c.gold, items.c.out, annotators.c.name, annotators.c.kind)
-        .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(judgements.c.undone_at.is_(None))
-        .order_by(judgements.c.id)
-    )
-    if batch is not None:
-        query = query.where(items.c.batch == batch)
-    rows = connection.execute(query).all()
+    rows = connection.execute(_with_context(judgements, batch).add_columns(items.c.gold)).all()
     settled = last_words(connection)
     rated = ratings(connection)
     asked = {row.id: prompt_record(row) for row in connection.execute(select(prompts))}
@@ -44,7 +36,7 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
             batch=row.batch,
             item_id=row.item_id,
             annotator=row.name,
-            annotator_kind=row.kind,
+            annotator_kind=row.annotator_kind,
             prompt=asked[row.prompt_id],
             left=replies[row.shown[0]],
             right=replies[row.shown[1]],
@@ -54,12 +46,12 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
             guideline=row.guideline,
             reason=row.reason,
             created=row.created,
-            settled=_side(settled[row.item_id].choice, row.shown) if row.item_id in settled else None,
+            settled=on_screen(settled[row.item_id].choice, row.shown) if row.item_id in settled else None,
             settled_by=settled[row.item_id].by if row.item_id in settled else None,
-            gold=None if row.gold is None else _side(row.gold, row.shown),
+            gold=None if row.gold is None else on_screen(row.gold, row.shown),
             ratings={
                 side: rated[row.id][response]
-                for side, response in zip(("left", "right"), row.shown, strict=True)
+                for side, response in zip(SIDES, row.shown, strict=True)
                 if response in rated.get(row.id, ())
             },
             out=row.out,
@@ -68,16 +60,9 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
     ]
 
 
-def _side(choice: str, shown: Sequence[int]) -> Literal["left", "right", "tie"]:
-    """A reviewer's word (first: the response that was stored first, second, tie) on the sides of one vote."""
-    if choice == "tie":
-        return "tie"
-    return "left" if (choice == "first") == (shown[0] < shown[1]) else "right"
-
-
 def rankings_given(connection: Connection, batch: str | None) -> list[Ranking]:
     """Every ranking that stands, in the order they came."""
-    rows = connection.execute(_standing(rankings, batch)).all()
+    rows = connection.execute(_with_context(rankings, batch)).all()
     asked, replies = _texts(connection, [id for row in rows for id in row.shown], rows)
     return [
         Ranking(
@@ -92,7 +77,7 @@ def rankings_given(connection: Connection, batch: str | None) -> list[Ranking]:
 
 def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
     """Every edit that stands, in the order they came."""
-    rows = connection.execute(_standing(writings, batch).where(writings.c.original_id.is_not(None))).all()
+    rows = connection.execute(_with_context(writings, batch).where(writings.c.original_id.is_not(None))).all()
     asked, replies = _texts(connection, [row.original_id for row in rows], rows)
     return [
         Edit(
@@ -103,16 +88,11 @@ def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
     ]  # fmt: skip
 
 
-def _standing(table: Any, batch: str | None) -> Select[Any]:
-    query = (
-        select(table, assignments.c.shown, items.c.prompt_id, items.c.batch, annotators.c.name)
-        .add_columns(items.c.out, annotators.c.kind.label("annotator_kind"))
-        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
-        .join(items, items.c.id == assignments.c.item_id)
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(table.c.undone_at.is_(None))
-        .order_by(table.c.id)
-    )
+def _with_context(table: Table, batch: str | None) -> Select[Any]:
+    query = standing(
+        table, table, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch, items.c.out,
+        annotators.c.name, annotators.c.kind.label("annotator_kind"),
+    ).order_by(table.c.id)  # fmt: skip
     return query if batch is None else query.where(items.c.batch == batch)
 
 

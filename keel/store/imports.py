@@ -28,6 +28,7 @@ from keel.store.people_tables import accounts, adjudications, aspect_ratings
 from keel.store.records import AnnotatorKind, Judgement, Response
 from keel.store.removals import take_out
 from keel.store.rows import MARK, storable
+from keel.store.sides import SIDES, InStore, OnScreen, in_store
 from keel.store.tables import (
     annotators,
     assignments,
@@ -160,7 +161,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
         log.append(event(now, name, "imported", "judgement", id, None, new, versions[place.vote.guideline]))
         rated += [
             {"judgement_id": id, "response_id": response, "aspect": aspect, "value": value}
-            for response, side in ((place.left, "left"), (place.right, "right"))
+            for side, response in zip(SIDES, (place.left, place.right), strict=True)
             for aspect, value in ratings.get(side, {}).items()
         ]
     connection.execute(insert(events), log)
@@ -187,7 +188,7 @@ def _settle(
     ids = add_annotators(connection, dict(by.values()), "reviewer", now)
     for item, place in words.items():
         vote, name = place.vote, by[item][0]
-        choice = place.first_or_second(vote.settled or "tie")
+        choice = place.said_of_item(vote.settled or "tie")
         row = {"item_id": item, "annotator_id": ids[name], "choice": choice, "created": now}
         connection.execute(insert(adjudications), row)
         connection.execute(insert(events), event(now, name, "adjudicated", "item", item, None, {"choice": choice}))
@@ -198,7 +199,7 @@ def _make_gold(
 ) -> None:
     """Gold items elsewhere are gold items here, unless they have an answer here already."""
     answers = {
-        item_ids[place.batch, place.key]: place.first_or_second(place.vote.gold) for place in places if place.vote.gold
+        item_ids[place.batch, place.key]: place.said_of_item(place.vote.gold) for place in places if place.vote.gold
     }
     for chunk in chunks(sorted(answers)):
         query = select(items.c.id).where(items.c.id.in_(chunk), items.c.gold.is_(None)).order_by(items.c.id)
@@ -219,11 +220,9 @@ class _Place:
     def key(self) -> str:
         return f"{min(self.left, self.right)}-{max(self.left, self.right)}"
 
-    def first_or_second(self, side: str) -> str:
+    def said_of_item(self, side: OnScreen) -> InStore:
         """What is said of this vote's sides in terms of the item."""
-        if side == "tie":
-            return side
-        return "first" if (side == "left") == (self.left < self.right) else "second"
+        return in_store(side, (self.left, self.right))
 
 
 def _new_votes(connection: Connection, votes: Sequence[Judgement]) -> list[Judgement]:

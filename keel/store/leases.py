@@ -29,11 +29,12 @@ def renew(
 ) -> Renewed:
     """The person still has these assignments before them: their leases last longer. One that ran out and was given back
     is leased again while the item has a free slot."""
+    queue.one_at_a_time(connection, annotator_id)
     query = (
         select(assignments, items.c.out)
         .join(items)
         .where(assignments.c.handle.in_(handles), assignments.c.annotator_id == annotator_id)
-        .order_by(assignments.c.id)  # two pages of one person lock them in the same order
+        .order_by(assignments.c.item_id)  # whoever locks several items locks them in this order
         .with_for_update(of=assignments)
     )
     held, done = [], []

@@ -13,6 +13,8 @@ from sqlalchemy import Connection, select
 from keel.store.people_tables import rankings, writings
 from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.review import last_words
+from keel.store.sides import preferred
+from keel.store.standing import done, standing
 from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
 
 TABLES = (judgements, rankings, writings)
@@ -39,11 +41,8 @@ def works(connection: Connection) -> dict[str, Work]:
     found = {}
     for table in TABLES:
         query = (
-            select(table.c.token, table.c.guideline, table.c.created, table.c.undone_at, assignments.c.item_id)
+            done(table, table.c.token, table.c.guideline, table.c.created, table.c.undone_at, assignments.c.item_id)
             .add_columns(items.c.kind, items.c.gold, annotators.c.name, annotators.c.kind.label("annotator_kind"))
-            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
-            .join(items, items.c.id == assignments.c.item_id)
-            .join(annotators, annotators.c.id == assignments.c.annotator_id)
             .order_by(table.c.id)
         )
         for row in connection.execute(query):
@@ -58,14 +57,8 @@ def other_work(connection: Connection) -> list[Any]:
     """(created, annotator, kind of work) of what people did besides comparing that stands, oldest first."""
     found: list[Any] = []
     for table in (rankings, writings):
-        query = (
-            select(table.c.created, annotators.c.name, items.c.kind)
-            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
-            .join(items, items.c.id == assignments.c.item_id)
-            .join(annotators, annotators.c.id == assignments.c.annotator_id)
-            .where(table.c.undone_at.is_(None), annotators.c.kind == "person")
-        )
-        found += connection.execute(query).all()
+        query = standing(table, table.c.created, annotators.c.name, items.c.kind)
+        found += connection.execute(query.where(annotators.c.kind == "person")).all()
     return sorted(found, key=lambda row: row.created)
 
 
@@ -82,9 +75,7 @@ def texts(connection: Connection, chosen: Sequence[Work]) -> list[dict[str, Any]
     tokens = [work.token for work in chosen]
     for table in TABLES:
         query = (
-            select(table, assignments.c.shown, prompts.c.messages)
-            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
-            .join(items, items.c.id == assignments.c.item_id)
+            done(table, table, assignments.c.shown, prompts.c.messages)
             .join(prompts, prompts.c.id == items.c.prompt_id)
             .where(table.c.token.in_(tokens))
         )
@@ -103,8 +94,8 @@ def texts(connection: Connection, chosen: Sequence[Work]) -> list[dict[str, Any]
 def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
     if kind == "compare":
         order = sorted(row["shown"])
-        preferred = {"left": row["shown"][0], "right": row["shown"][1]}.get(row["choice"])
-        replies = [{"text": text[id], "note": "preferred" if id == preferred else ""} for id in order]
+        better = preferred(row["choice"], row["shown"])
+        replies = [{"text": text[id], "note": "preferred" if id == better else ""} for id in order]
         strength = {1: "slightly better", 2: "better", 3: "much better"}.get(row["strength"] or 0, "")
         return {"replies": replies, "said": {"tie": "tie", "both_bad": "both bad"}.get(row["choice"], strength)}
     if kind == "rank":

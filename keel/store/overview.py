@@ -12,9 +12,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, select
 
 from keel.store.people_tables import adjudications, flags
-from keel.store.records import Progress
+from keel.store.records import AnnotatorKind, Progress
 from keel.store.removals import in_use
-from keel.store.review import LastWord, last_words, vote_of
+from keel.store.review import LastWord, last_words
+from keel.store.sides import SIDES, InStore, in_store
+from keel.store.standing import done, standing
 from keel.store.tables import (
     annotators,
     assignments,
@@ -25,6 +27,8 @@ from keel.store.tables import (
     prompts,
     responses,
 )
+
+PEOPLE: tuple[AnnotatorKind, ...] = ("person",)  # who is known to be one: an import may not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Vote:
     item_id: int
     annotator: str
     kind: str
-    vote: str
+    vote: InStore
     left: bool | None
     longer: bool | None
     gold: str | None
@@ -100,48 +104,41 @@ def progress(connection: Connection, batch: str | None) -> Progress:
     """See Store.progress."""
     counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == "compare"
     wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
-    given = (
-        select(func.count(), func.count(judgements.c.undone_at))  # the second counts those that are not NULL
-        .select_from(judgements.join(assignments))
-        .join(items, items.c.id == assignments.c.item_id)
-        .where(*counted)
-    )
+    given = done(judgements, func.count(), func.count(judgements.c.undone_at)).where(
+        *counted
+    )  # the second: those that are not NULL
     if batch is not None:
         wanted, given = wanted.where(items.c.batch == batch), given.where(items.c.batch == batch)
     total, undone = connection.execute(given).one()
     return Progress(int(connection.execute(wanted).scalar_one()), total - undone, undone)
 
 
-def votes(connection: Connection, people_only: bool = True) -> list[Vote]:
-    """Every comparison that stands, oldest first."""
+def votes(connection: Connection, kinds: Collection[AnnotatorKind] = PEOPLE) -> list[Vote]:
+    """Every comparison that stands, by annotators of these kinds, oldest first."""
     length = {
         row.id: row.length
         for row in connection.execute(select(responses.c.id, func.length(responses.c.text).label("length")))
     }
     query = (
-        select(judgements, assignments.c.item_id, assignments.c.shown, items.c.gold, items.c.batch)
+        standing(judgements, judgements, assignments.c.item_id, assignments.c.shown, items.c.gold, items.c.batch)
         .add_columns(annotators.c.name, annotators.c.kind)
-        .select_from(judgements.join(assignments).join(items, items.c.id == assignments.c.item_id))
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(judgements.c.undone_at.is_(None))
         .order_by(judgements.c.id)
     )
-    if people_only:
-        query = query.where(annotators.c.kind == "person")
+    query = query.where(annotators.c.kind.in_(kinds))
     settled = last_words(connection)
     return [_vote(row, length, settled.get(row.item_id)) for row in connection.execute(query)]
 
 
 def _vote(row: Row[Any], length: Mapping[int, int], word: LastWord | None) -> Vote:
-    vote, left, longer = "tie", None, None
-    if row.choice in ("left", "right"):
+    left, longer = None, None
+    if row.choice in SIDES:
         left = row.choice == "left"
-        preferred, other = row.shown if left else reversed(row.shown)
-        vote = "first" if preferred < other else "second"
-        longer = None if length[preferred] == length[other] else length[preferred] > length[other]
+        better, other = row.shown if left else reversed(row.shown)
+        longer = None if length[better] == length[other] else length[better] > length[other]
     return Vote(
-        row.item_id, row.name, row.kind, vote, left, longer, row.gold, row.seconds, row.created, row.batch,
-        row.guideline, row.strength, (min(row.shown), max(row.shown)), word.choice if word else None,
+        row.item_id, row.name, row.kind, in_store(row.choice, row.shown), left, longer, row.gold, row.seconds,
+        row.created, row.batch, row.guideline, row.strength, (min(row.shown), max(row.shown)),
+        word.choice if word else None,
     )  # fmt: skip
 
 
@@ -215,17 +212,15 @@ def _cases(
 def votes_on(connection: Connection, item_ids: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
     """Who said what of each item, with the reason."""
     query = (
-        select(assignments.c.item_id, assignments.c.shown, judgements, annotators.c.name)
-        .select_from(judgements.join(assignments))
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(judgements.c.undone_at.is_(None), annotators.c.kind == "person")
+        standing(judgements, assignments.c.item_id, assignments.c.shown, judgements, annotators.c.name)
+        .where(annotators.c.kind == "person")
         .order_by(judgements.c.id)
     )
     said: dict[int, list[dict[str, Any]]] = {id: [] for id in item_ids}
     for start in range(0, len(item_ids), 500):
         part = item_ids[start : start + 500]
         for row in connection.execute(query.where(assignments.c.item_id.in_(part))):
-            vote = vote_of(row.choice, row.shown)
+            vote = "both_bad" if row.choice == "both_bad" else in_store(row.choice, row.shown)
             said[row.item_id].append(
                 {"annotator": row.name, "vote": vote, "strength": row.strength, "reason": row.reason}
             )

@@ -1,4 +1,4 @@
-"""Who does what: leases, votes, and votes taken back. Each function runs inside its caller's transaction.
+"""Who does what: the items that are open, and the leases on them. Each function runs inside its caller's transaction.
 
 An item has ``overlap`` slots. A lease takes one, the judgement keeps it, and a lease that has run out gives it back
 when somebody needs it. The slots taken are counted on the item's own row, which is locked while a slot is taken
@@ -11,19 +11,17 @@ The statements are built once: labelling by program runs them thousands of times
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, exists, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, exists, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from keel.store import gold
-from keel.store.people_tables import aspect_ratings
-from keel.store.records import Assignment, Choice, LeaseLost, WorkKind
-from keel.store.rows import prompt_record, storable
+from keel.store.records import Assignment, LeaseLost, WorkKind
+from keel.store.rows import prompt_record
 from keel.store.tables import (
     annotators,
     assignments,
@@ -31,13 +29,11 @@ from keel.store.tables import (
     events,
     item_responses,
     items,
-    judgements,
     prompts,
     responses,
 )
 from keel.types import UserError
 
-CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 _DRAW = random.SystemRandom()  # nobody who reads this source can reckon what it gives
 
 _HELD = (
@@ -84,7 +80,7 @@ _OPEN_IN_BATCH = locking(_IN_ORDER.where(items.c.batch == bindparam("batch")))
 
 _TAKE = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken + 1)
 _GIVE_BACK = update(items).where(items.c.id == bindparam("item")).values(taken=items.c.taken - 1)
-_SET_STATE = update(assignments).where(assignments.c.id == bindparam("assignment")).values(state=bindparam("to"))
+SET_STATE = update(assignments).where(assignments.c.id == bindparam("assignment")).values(state=bindparam("to"))
 
 
 def _lease_statement(dialect: Any) -> postgresql.Insert | sqlite.Insert:
@@ -104,7 +100,7 @@ _RUN_OUT = (
     select(assignments.c.id, assignments.c.item_id)
     .join(items)
     .where(assignments.c.state == "leased", assignments.c.expires_at <= bindparam("now"))
-    .order_by(assignments.c.id)
+    .order_by(assignments.c.item_id, assignments.c.id)  # whoever locks several items locks them in this order
     .with_for_update(skip_locked=True)
 )
 
@@ -117,14 +113,21 @@ _SCREEN = (
     .where(items.c.id == bindparam("item"))
 )
 
-_ASSIGNMENT = (
-    select(assignments, annotators.c.name, items.c.kind, items.c.batch)
-    .join(annotators)
-    .join(items, items.c.id == assignments.c.item_id)
-    .where(assignments.c.id == bindparam("assignment"))
-    .with_for_update(of=assignments)
+_PERSON = (
+    select(annotators.c.id)
+    .where(annotators.c.id == bindparam("annotator"))
+    .with_for_update(key_share=True)  # rows that refer to this one may be added meanwhile
 )
-_ADD_EVENT = insert(events)
+
+
+def one_at_a_time(connection: Connection, annotator_id: int) -> None:
+    """What a person does in two windows comes one after the other, from here to the end of the transaction.
+
+    On PostgreSQL one window may hold their assignment and wait for its item's slot, while another one has locked that
+    item and waits to lease them the same assignment again: that would be a deadlock. (SQLite has one writer.)
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(_PERSON, {"annotator": annotator_id})
 
 
 def next_assignment(
@@ -218,133 +221,6 @@ def open_item(
     return item if item is not None else connection.execute(waiting, values).first()
 
 
-def submit(
-    connection: Connection,
-    assignment_id: int,
-    choice: Choice,
-    *,
-    strength: float | None,
-    seconds: float | None,
-    client_token: str,
-    guideline: str | None,
-    reason: str | None,
-    now: datetime,
-    ratings: Mapping[str, Mapping[str, int]] | None = None,
-    annotator_id: int | None = None,
-) -> int:
-    """Count one vote and return the judgement's id (Store.submit)."""
-    check_common(seconds, client_token)
-    _check_vote(choice, strength, ratings)
-    vote = {"choice": choice, "strength": strength, "seconds": seconds, "guideline": guideline, "reason": reason}
-    if reason is not None:
-        vote["reason"] = storable(reason)
-    also = {"ratings": ratings} if ratings else {}
-    id, assignment = record(
-        connection, judgements, "judged", "judgement", assignment_id, vote, ("compare",), client_token, now,
-        annotator_id, also,
-    )  # fmt: skip
-    if ratings and assignment is not None:
-        rows = [
-            {"judgement_id": id, "response_id": assignment.shown[side], "aspect": aspect, "value": value}
-            for side, name in enumerate(("left", "right"))
-            for aspect, value in ratings.get(name, {}).items()
-        ]
-        connection.execute(insert(aspect_ratings), rows)
-    return id
-
-
-def record(
-    connection: Connection,
-    table: Table,
-    action: str,
-    entity: str,
-    assignment_id: int,
-    values: dict[str, Any],
-    kinds: Collection[str],
-    token: str,
-    now: datetime,
-    annotator_id: int | None,
-    also: dict[str, Any] | None = None,
-    widen: bool = False,
-) -> tuple[int, Row[Any] | None]:
-    """Put what somebody did with an assignment into ``table`` (judgements, rankings, writings) and into the log, where
-    ``also`` stands beside ``values``. Returns the row's id, and the assignment; None for it when the token had been
-    counted before. ``annotator_id``: whose the assignment must be; None: anybody's. ``widen``: what comes after its
-    slot was given to somebody else makes a slot of its own."""
-    assignment = connection.execute(_ASSIGNMENT, {"assignment": assignment_id}).first()
-    if assignment is None or assignment.kind not in kinds or annotator_id not in (None, assignment.annotator_id):
-        raise not_yours()
-    known = connection.execute(_by_token(table), {"token": token}).first()
-    if known is not None:
-        if known.assignment_id != assignment_id:
-            raise _token_used(token)
-        return int(known.id), None
-    if assignment.state == "judged":
-        raise UserError("this item is judged already; undo that judgement to change it")
-    if assignment.state != "leased":
-        try:
-            retake(connection, assignment)
-        except LeaseLost:
-            if not widen:
-                raise
-            _widen(connection, assignment.item_id, now)
-    row = values | {"assignment_id": assignment_id, "token": token, "created": now}
-    try:
-        made = connection.execute(_insert(table), row).inserted_primary_key
-    except IntegrityError as error:
-        if "foreign key" in str(error.orig).lower():
-            raise UserError(f"guideline {values['guideline']!r} is not in the store; add that version first") from error
-        raise _token_used(token) from error  # by another assignment at this very moment
-    assert made is not None
-    connection.execute(_SET_STATE, {"assignment": assignment_id, "to": "judged"})
-    new = values | (also or {}) | {"token": token, "assignment": assignment_id, "item": assignment.item_id}
-    new |= {"shown": assignment.shown, "batch": assignment.batch}
-    log = event(now, assignment.name, action, entity, made.id, None, new, values["guideline"])
-    connection.execute(_ADD_EVENT, log)
-    return int(made.id), assignment
-
-
-@cache
-def _by_token(table: Table) -> Select[Any]:
-    return select(table.c.id, table.c.assignment_id).where(table.c.token == bindparam("token"))
-
-
-@cache
-def _insert(table: Table) -> Insert:
-    return insert(table)
-
-
-def undo(
-    connection: Connection,
-    done_id: int,
-    *,
-    now: datetime,
-    lease: timedelta,
-    table: Table = judgements,
-    entity: str = "judgement",
-    annotator_id: int | None = None,
-) -> Assignment:
-    """Take a judgement (or a row of rankings or writings) back and give its assignment to the annotator again
-    (Store.undo). ``annotator_id``: who must have done it; None: anybody."""
-    owner = connection.execute(select(table.c.assignment_id).where(table.c.id == done_id)).scalar_one_or_none()
-    # the assignment is locked before the judgement is looked at, as in submit
-    assignment = None if owner is None else connection.execute(_ASSIGNMENT, {"assignment": owner}).one()
-    if assignment is None or annotator_id not in (None, assignment.annotator_id):
-        raise UserError(f"{entity} {done_id} is not in the store")
-    done = connection.execute(select(table).where(table.c.id == done_id)).one()
-    if done.undone_at is not None:
-        raise UserError(f"this {entity} has been taken back already")
-    connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
-    lease_again(connection, assignment.id, now, lease)
-    said = ("choice", "strength", "reason", "tiers", "text", "original_id")
-    old = {name: getattr(done, name) for name in said if name in table.c}
-    log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
-    connection.execute(_ADD_EVENT, log)
-    return screen(
-        connection, assignment.id, assignment.item_id, assignment.shown, now + lease, assignment.kind, assignment.handle
-    )
-
-
 def lease_again(connection: Connection, assignment_id: int, now: datetime, lease: timedelta) -> None:
     """What was judged or skipped is in its annotator's hands again, with the slot that it holds."""
     connection.execute(
@@ -354,30 +230,8 @@ def lease_again(connection: Connection, assignment_id: int, now: datetime, lease
     )
 
 
-def check_common(seconds: float | None, client_token: str) -> None:
-    """What everything that is handed in must have."""
-    if seconds is not None and not 0 <= seconds < float("inf"):
-        raise UserError(f"seconds is {seconds}; give the time taken, 0 or more, or None")
-    if not client_token:
-        raise UserError("the client token is empty; make a unique one for each judgement")
-
-
-def _check_vote(choice: str, strength: float | None, ratings: Mapping[str, Mapping[str, int]] | None) -> None:
-    if choice not in CHOICES:
-        raise UserError(f"choice {choice!r} is unknown; choose one of {', '.join(CHOICES)}")
-    if strength is not None and (choice in ("tie", "both_bad") or strength not in (1, 2, 3)):
-        raise UserError(f"strength {strength} does not go with {choice!r}; give 1, 2 or 3 for a side, none for a tie")
-    for side, values in (ratings or {}).items():
-        if side not in ("left", "right") or any(value not in (1, 2, 3, 4, 5) for value in values.values()):
-            raise UserError("ratings are 1 to 5 for each aspect of left and right")
-
-
 def not_yours() -> UserError:
     return UserError("this item is not yours; ask for the next one")
-
-
-def _token_used(client_token: str) -> UserError:
-    return UserError(f"client token {client_token!r} was used for another assignment; make a new one each time")
 
 
 def retake(connection: Connection, assignment: Row[Any]) -> None:
@@ -391,13 +245,13 @@ def retake(connection: Connection, assignment: Row[Any]) -> None:
     connection.execute(_TAKE, {"item": assignment.item_id})
 
 
-def _widen(connection: Connection, item_id: int, now: datetime) -> None:
+def widen(connection: Connection, item_id: int, now: datetime) -> None:
     """One slot more, taken at once. The item's row is locked (``retake``)."""
     item = connection.execute(select(items).where(items.c.id == item_id)).one()
     more = {"overlap": item.overlap + 1, "taken": item.taken + 1}
     connection.execute(update(items).where(items.c.id == item_id).values(**more))
     old, new = ({"batch": item.batch, "kind": item.kind, "overlap": item.overlap + by} for by in (0, 1))
-    connection.execute(_ADD_EVENT, event(now, "keel", "changed", "item", item_id, old, new))
+    connection.execute(insert(events), event(now, "keel", "changed", "item", item_id, old, new))
 
 
 def reclaim(connection: Connection, now: datetime) -> bool:
@@ -405,7 +259,7 @@ def reclaim(connection: Connection, now: datetime) -> bool:
     are left to it: waiting for them could deadlock."""
     run_out = connection.execute(_RUN_OUT, {"now": now}).all()
     for row in run_out:
-        connection.execute(_SET_STATE, {"assignment": row.id, "to": "expired"})
+        connection.execute(SET_STATE, {"assignment": row.id, "to": "expired"})
         connection.execute(_GIVE_BACK, {"item": row.item_id})
     return bool(run_out)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import combinations
 from typing import Any, Literal
 
-from keel.types import Completion, Preference, Prompt, Settled, UserError
+from keel.recipe.declared import Voter
+from keel.store.sides import CHOICES, SIDES, Choice, OnScreen, Side, chosen_side, in_record, preferred, turned
+from keel.types import Completion, Preference, Prompt, UserError
 
-Choice = Literal["left", "right", "tie", "both_bad"]
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
+# Whose votes an annotator's are. Where an import says nothing of its annotators, they are taken for people.
+VOTER_KINDS: Mapping[Voter, tuple[AnnotatorKind, ...]] = {
+    "people": ("person", "unknown"),
+    "models": ("model",),
+    "simulated": ("simulated",),
+}
 WorkKind = Literal["compare", "rank", "write", "edit"]
 
 
@@ -65,6 +72,67 @@ class Assignment:
         return self.shown[1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewWork:
+    """What everything has that somebody hands in for an assignment.
+
+    ``token``: the client's own unique name for it; sent again, it is counted once. ``seconds``: the time taken;
+    ``guideline``: the version by which it was done; None where not known. UserError for what can't be.
+    """
+
+    token: str
+    seconds: float | None = None
+    guideline: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 <= self.seconds < float("inf"):
+            raise UserError(f"seconds is {self.seconds}; give the time taken, 0 or more, or None")
+        check_token(self.token)
+
+
+def check_token(token: str) -> None:
+    if not token:
+        raise UserError("the client token is empty; make a unique one for each judgement")
+
+
+@dataclass(frozen=True, slots=True)
+class NewVote(NewWork):
+    """A vote as it comes in. ``strength``: 1 slightly, 2 better, 3 much better, for ``left`` and ``right``;
+    ``ratings``: of each side on the guideline's aspects, 1 to 5, as ``{"left": {"helpful": 4}, ...}``."""
+
+    choice: Choice
+    strength: int | None = None
+    reason: str | None = None
+    ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        NewWork.__post_init__(self)  # super() does not know a class with slots
+        if self.choice not in CHOICES:
+            raise UserError(f"choice {self.choice!r} is unknown; choose one of {', '.join(CHOICES)}")
+        if self.strength is not None and (self.choice not in SIDES or self.strength not in (1, 2, 3)):
+            raise UserError(
+                f"strength {self.strength} does not go with {self.choice!r}; give 1, 2 or 3 for a side, none for a tie"
+            )
+        for side, values in self.ratings.items():
+            if side not in SIDES or any(value not in (1, 2, 3, 4, 5) for value in values.values()):
+                raise UserError("ratings are 1 to 5 for each aspect of left and right")
+
+
+@dataclass(frozen=True, slots=True)
+class NewRanking(NewWork):
+    """A ranking as it comes in. ``tiers``: places on the screen (0, 1, ...), best first, equals together."""
+
+    tiers: Sequence[Sequence[int]]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewWriting(NewWork):
+    """A reply to a prompt, or an edit of a response, as it comes in."""
+
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """One raw vote with all that is known of it.
@@ -90,16 +158,21 @@ class Judgement:
     guideline: str | None
     reason: str | None
     created: datetime
-    settled: Literal["left", "right", "tie"] | None = None
+    settled: OnScreen | None = None
     settled_by: str | None = None
-    gold: Literal["left", "right", "tie"] | None = None
-    ratings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    gold: OnScreen | None = None
+    ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
     out: bool = False
 
     @property
     def preferred(self) -> Response | None:
         """The response that was preferred; None for a tie and for both bad."""
-        return {"left": self.left, "right": self.right}.get(self.choice)
+        return preferred(self.choice, (self.left, self.right))
+
+    @property
+    def as_recorded(self) -> tuple[Response, Response]:
+        """The training record's chosen and rejected response."""
+        return turned((self.left, self.right), chosen_side(self.choice))
 
     def preferences(self) -> list[Preference]:
         """The vote as training records: none on a gold item, whose answer was known, nor on one that is out."""
@@ -107,10 +180,7 @@ class Judgement:
 
     def preference(self) -> Preference:
         """The vote as a training record. In a tie (both bad is one) the left response stands as ``chosen``."""
-        chosen, rejected = (self.right, self.left) if self.choice == "right" else (self.left, self.right)
-        settled: Settled = "tie" if self.settled == "tie" else ""
-        if self.settled in ("left", "right"):
-            settled = "chosen" if (self.settled == "right") == (self.choice == "right") else "rejected"
+        chosen, rejected = self.as_recorded
         return Preference(
             id=self.token,
             prompt=self.prompt,
@@ -121,7 +191,7 @@ class Judgement:
             tie=self.preferred is None,
             margin=self.strength or 0.0,
             annotator=self.annotator,
-            settled=settled,
+            settled=in_record(self.settled, chosen_side(self.choice)) if self.settled else "",
         )
 
 

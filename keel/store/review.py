@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import Connection, case, func, insert, select, update
 
 from keel.store.people_tables import adjudications, aspect_ratings, flags
-from keel.store.tables import (
-    annotators,
-    event,
-    events,
-    items,
-)
+from keel.store.sides import InStore
+from keel.store.tables import annotators, event, events, items
 from keel.types import UserError
 
 
@@ -41,13 +36,6 @@ def put_first(connection: Connection, batch: str, kind: str, actor: str, now: da
     connection.execute(
         insert(events), event(now, actor, "put first", "batch", batch, None, {"kind": kind, "turn": first - 1})
     )
-
-
-def vote_of(choice: str, shown: Sequence[int]) -> str:
-    if choice not in ("left", "right"):
-        return choice  # tie, both_bad
-    preferred, other = shown if choice == "left" else reversed(shown)
-    return "first" if preferred < other else "second"
 
 
 def adjudicate(
@@ -79,7 +67,7 @@ def adjudicate(
 class LastWord:
     """A reviewer's word on an item that stands: first (the response that was stored first), second or tie."""
 
-    choice: str
+    choice: InStore
     by: str
     reason: str | None
     created: datetime

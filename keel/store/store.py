@@ -15,16 +15,17 @@ from sqlalchemy import Connection, select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
+from keel.recipe.declared import Voter
 from keel.recipe.sections import SamplingConfig
-from keel.store import exchange, given, imports, ingest, overview, queue, work
+from keel.store import exchange, given, hand_in, imports, ingest, overview, queue, work
 from keel.store.engine import WAIT_SECONDS, compact, open_engine, parse_url
 from keel.store.records import (
     AnnotatorKind,
     Assignment,
-    Choice,
     Edit,
     Event,
     Judgement,
+    NewVote,
     Progress,
     Ranking,
     Response,
@@ -51,7 +52,7 @@ class Store:
 
         with store.session() as s:
             assignment = s.next_assignment(annotator)
-            s.submit(assignment.id, "left", client_token="...", strength=2)
+            s.submit(assignment.id, NewVote("left", token="...", strength=2))
 
     A Store may be shared by threads; what ``session()`` gives belongs to one thread.
 
@@ -258,47 +259,21 @@ class Store:
                 kind=kind,
             )
 
-    def submit(
-        self,
-        assignment_id: int,
-        choice: Choice,
-        *,
-        client_token: str,
-        strength: int | None = None,
-        seconds: float | None = None,
-        guideline: str | None = None,
-        reason: str | None = None,
-        ratings: Mapping[str, Mapping[str, int]] | None = None,
-        annotator_id: int | None = None,
-    ) -> int:
-        """Count a judgement and return its id. When this returns, it is on the disk.
+    def submit(self, assignment_id: int, vote: NewVote, annotator_id: int | None = None) -> int:
+        """Count a vote and return the judgement's id. When this returns, it is on the disk.
 
-        ``client_token`` is the client's own unique name for it: sent again, it is counted once and gives the same id.
-        ``strength``: 1 slightly, 2 better, 3 much better, for ``left`` and ``right``. A judgement whose lease has run
-        out counts as long as nobody else was given the slot; after that LeaseLost. Other impossible votes (judged
-        already, unknown guideline, ...) are UserErrors. ``ratings``: of each side on the aspects, 1 to 5, as
-        ``{"left": {"helpful": 4}, ...}``. ``annotator_id``: whose the assignment must be; by default anybody's.
+        A vote whose token was counted before gives the same id. One whose lease has run out counts as long as nobody
+        else was given the slot; after that LeaseLost. Other impossible votes (judged already, unknown guideline, ...)
+        are UserErrors. ``annotator_id``: whose the assignment must be; by default anybody's.
         """
         with self._begin(writes=True) as connection:
-            return queue.submit(
-                connection,
-                assignment_id,
-                choice,
-                strength=strength,
-                seconds=seconds,
-                client_token=client_token,
-                guideline=guideline,
-                reason=reason,
-                now=self._clock(),
-                ratings=ratings,
-                annotator_id=annotator_id,
-            )
+            return hand_in.submit(connection, assignment_id, vote, annotator_id=annotator_id, now=self._clock())
 
     def undo(self, judgement_id: int) -> Assignment:
         """Take a judgement back; its assignment is leased to the annotator again. The judgement keeps its row and the
         log gains an event. UserError when it is unknown or was taken back before."""
         with self._begin(writes=True) as connection:
-            return queue.undo(connection, judgement_id, now=self._clock(), lease=self._lease)
+            return hand_in.undo(connection, judgement_id, now=self._clock(), lease=self._lease)
 
     def progress(self, batch: str | None = None) -> Progress:
         """How far the queue of one batch is, or of all."""
@@ -329,10 +304,10 @@ class Store:
         chosen = [one for one in self.all_given(batch) if kinds is None or one.annotator_kind in kinds]
         return [pair for one in chosen for pair in one.preferences()]
 
-    def demonstrations(self, batch: str | None = None) -> list[Demonstration]:
-        """What people wrote: each reply, and each edited reply, as a conversation."""
+    def demonstrations(self, batch: str | None = None, who: Voter | None = None) -> list[Demonstration]:
+        """What was written (by ``who``): each reply, and each edited reply, as a conversation."""
         with self._begin(writes=False) as connection:
-            return work.demonstrations(connection, batch)
+            return work.demonstrations(connection, batch, who)
 
     def events(self) -> list[Event]:
         """The log, oldest first."""

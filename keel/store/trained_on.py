@@ -7,29 +7,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, or_, select
+from sqlalchemy import ColumnElement, Connection, or_, select
 
+from keel.recipe.declared import Voter
 from keel.store.engine import exists
 from keel.store.people_tables import adjudications, rankings, writings
+from keel.store.standing import by, standing
 from keel.store.store import Store
 from keel.store.tables import annotators, assignments, items, judgements
 
 
 @dataclass(frozen=True, slots=True)
 class VoteHashes:
-    """``people``: of all judgements that stand and are trained on (none on gold items and on what is out), but those of
-    simulated annotators. ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made
-    their items gold items, took them out or settled them. ``written``: of all replies that people wrote or edited, on
-    what is in use. Empty where there are none."""
+    """``people``, ``models``: of all their judgements that stand and are trained on (none on gold items and on what is
+    out). ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made their items gold
+    items, took them out or settled them. ``written``: of all replies that people wrote or edited, on what is in use.
+    Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
     written: str = ""
+    models: str = ""
+
+    def facts(self) -> dict[str, str]:
+        """For a fingerprint. ``models`` are left out where there are none: so were they before they were told apart
+        from people, and runs without any stay done."""
+        return {name: value for name, value in asdict(self).items() if value or name != "models"}
 
 
 def vote_hashes(location: str | Path) -> VoteHashes:
@@ -37,64 +45,69 @@ def vote_hashes(location: str | Path) -> VoteHashes:
     if not exists(location):
         return VoteHashes()
     with Store(location) as store, store.transaction(writes=False) as connection:
-        return VoteHashes(_hash(_people(connection)), _hash(_withdrawn(connection)), _hash(_written(connection)))
+        return VoteHashes(
+            people=_hash(_judged(connection, "people")),
+            withdrawn=_hash(_withdrawn(connection)),
+            written=_hash(_written(connection)),
+            models=_hash(_judged(connection, "models")),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class PeopleVotes:
-    """Judgements that stand and that training would take, by anybody but simulated annotators; ``new``: since then."""
+class VoteCount:
+    """Judgements that stand and that training would take; ``new``: since then."""
 
     all: int
     new: int
 
 
-def people_votes(connection: Connection, since: datetime | None) -> PeopleVotes:
-    """How many there are, and how many came after ``since`` (None: all of them did)."""
+def count_votes(connection: Connection, who: Voter, since: datetime | None) -> VoteCount:
+    """How many there are of ``who``, and how many came after ``since`` (None: all of them did)."""
     count, new = 0, 0
     for table in (judgements, rankings, writings):
-        query = (
-            _standing(table).with_only_columns(table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
-        )
-        query = query.where(annotators.c.kind != "simulated")
+        query = standing(table, table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
+        query = query.where(by(who))
         if table is writings:
             query = query.where(writings.c.original_id.is_not(None))
         times = list(connection.execute(query).scalars())
         count += len(times)
         new += sum(since is None or time > since for time in times)
-    return PeopleVotes(count, new)
+    return VoteCount(count, new)
 
 
-def _people(connection: Connection) -> Iterable[tuple[Any, ...]]:
+def _judged(connection: Connection, who: Voter) -> Iterable[tuple[Any, ...]]:
     values = {
         judgements: (judgements.c.token, judgements.c.choice, judgements.c.strength, assignments.c.shown),
         rankings: (rankings.c.token, rankings.c.tiers),
         writings: (writings.c.token, writings.c.original_id, writings.c.text),
     }
     for table, columns in values.items():
-        query = _standing(table).with_only_columns(*columns, annotators.c.name)
-        query = query.where(items.c.gold.is_(None), items.c.out.is_(False), annotators.c.kind != "simulated")
+        query = standing(table, *columns, annotators.c.name).order_by(table.c.id)
+        query = query.where(items.c.gold.is_(None), items.c.out.is_(False), by(who))
         if table is writings:  # a demonstration is no preference
             query = query.where(writings.c.original_id.is_not(None))
         for row in connection.execute(query):
             yield (table.name, *row)
-    yield from _settled(connection, annotators.c.kind != "simulated")
+    yield from _settled(connection, by(who))
 
 
 def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
-    simulated = annotators.c.kind == "simulated"
-    query = _standing(judgements).where(or_(items.c.gold.is_not(None), items.c.out), simulated)
+    simulated = by("simulated")
+    query = standing(judgements, judgements.c.token).where(or_(items.c.gold.is_not(None), items.c.out), simulated)
+    query = query.order_by(judgements.c.id)
     yield from map(tuple, connection.execute(query))
     yield from _settled(connection, simulated)
 
 
 def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:
-    query = _standing(writings).with_only_columns(writings.c.token, writings.c.text).where(items.c.out.is_(False))
+    query = standing(writings, writings.c.token, writings.c.text).where(items.c.out.is_(False), by("people"))
+    query = query.order_by(writings.c.id)
     yield from map(tuple, connection.execute(query))
 
 
 def _settled(connection: Connection, whose: ColumnElement[bool]) -> Iterable[tuple[Any, ...]]:
     """Reviewers' last words on the items that annotators of a kind judged: training takes them in the votes' place."""
-    judged = _standing(judgements).with_only_columns(assignments.c.item_id).where(whose).order_by(None)
+    judged = standing(judgements, assignments.c.item_id).where(whose)
     query = (
         select(adjudications.c.item_id, adjudications.c.choice)
         .join(items, items.c.id == adjudications.c.item_id)
@@ -103,17 +116,6 @@ def _settled(connection: Connection, whose: ColumnElement[bool]) -> Iterable[tup
         .order_by(adjudications.c.item_id)
     )
     yield from (("settled", *row) for row in connection.execute(query))
-
-
-def _standing(table: Table) -> Select[Any]:
-    return (
-        select(table.c.token)
-        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))
-        .join(items, items.c.id == assignments.c.item_id)
-        .join(annotators, annotators.c.id == assignments.c.annotator_id)
-        .where(table.c.undone_at.is_(None))
-        .order_by(table.c.id)
-    )
 
 
 def _hash(rows: Iterable[tuple[Any, ...]]) -> str:

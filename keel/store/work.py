@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, insert, select, update
+from sqlalchemy import Connection, Row, Select, insert, select, update
 
+from keel.recipe.declared import Voter
 from keel.store import queue
+from keel.store.hand_in import RANKINGS, WORK_TABLES, WRITINGS, record, undo
 from keel.store.ingest import in_places, insert_missing
-from keel.store.people_tables import flags, rankings, writings
-from keel.store.records import Assignment, LeaseLost, WorkKind
+from keel.store.people_tables import flags, writings
+from keel.store.records import Assignment, LeaseLost, NewRanking, NewWriting, WorkKind, check_token
 from keel.store.removals import refresh_new
 from keel.store.rows import storable
+from keel.store.standing import by, standing
 from keel.store.tables import (
     annotators,
     assignments,
@@ -24,19 +27,12 @@ from keel.store.tables import (
     events,
     item_responses,
     items,
-    judgements,
     prompts,
     responses,
 )
 from keel.types import Demonstration, Message, UserError
 
 RANKED = range(4, 10)  # how many responses one ranking may hold (InstructGPT, section 3.4: K between 4 and 9)
-TABLES: Mapping[str, tuple[Table, str]] = {
-    "compare": (judgements, "judgement"),
-    "rank": (rankings, "ranking"),
-    "write": (writings, "writing"),
-    "edit": (writings, "writing"),
-}
 
 # ----------------------------------------------------------------------------------------------------- what is wanted
 
@@ -117,51 +113,39 @@ def prompts_asked(connection: Connection, kind: WorkKind) -> set[str]:
 def rank(
     connection: Connection,
     assignment_id: int,
-    tiers: Sequence[Sequence[int]],
+    ranking: NewRanking,
     *,
-    token: str,
-    seconds: float | None,
-    guideline: str | None,
-    reason: str | None,
     annotator_id: int,
     now: datetime,
 ) -> int:
-    """Count a ranking and return its id. ``tiers``: places on the screen (0, 1, ...), best first, equals together."""
-    queue.check_common(seconds, token)
+    """Count a ranking and return its id."""
     shown = connection.execute(
         select(assignments.c.shown).where(assignments.c.id == assignment_id, assignments.c.annotator_id == annotator_id)
     ).scalar_one_or_none()
     if shown is None:
         raise queue.not_yours()
+    tiers = ranking.tiers
     if sorted(place for tier in tiers for place in tier) != list(range(len(shown))) or not all(tiers):
         raise UserError("a ranking places each response once")
     values = {
         "tiers": [[shown[place] for place in tier] for tier in tiers],
-        "seconds": seconds,
-        "guideline": guideline,
-        "reason": None if reason is None else storable(reason),
+        "reason": None if ranking.reason is None else storable(ranking.reason),
     }
-    id, _ = queue.record(
-        connection, rankings, "ranked", "ranking", assignment_id, values, ("rank",), token, now, annotator_id
-    )
+    id, _ = record(connection, RANKINGS, assignment_id, ranking, values, {}, annotator_id=annotator_id, now=now)
     return id
 
 
 def write(
     connection: Connection,
     assignment_id: int,
-    text: str,
+    writing: NewWriting,
     *,
-    token: str,
-    seconds: float | None,
-    guideline: str | None,
     annotator_id: int,
     now: datetime,
 ) -> int:
     """Count a demonstration or an edit and return its id. It counts also when its lease ran out and somebody else was
     given the item: one more text does no harm, and takes long to write."""
-    queue.check_common(seconds, token)
-    text = storable(text).strip()
+    text = storable(writing.text).strip()
     if not text:
         raise UserError("the reply is empty; write one, or skip")
     query = select(assignments.c.shown, responses.c.text).outerjoin_from(
@@ -172,11 +156,8 @@ def write(
     original = row.shown[0] if row is not None and row.shown else None
     if row is not None and original is not None and row.text.strip() == text:
         raise UserError("the reply is as it was; improve it, or skip when it needs nothing")
-    values = {"text": text, "original_id": original, "seconds": seconds, "guideline": guideline}
-    id, _ = queue.record(
-        connection, writings, "wrote", "writing", assignment_id, values, ("write", "edit"), token, now, annotator_id,
-        widen=True,
-    )  # fmt: skip
+    values = {"text": text, "original_id": original}
+    id, _ = record(connection, WRITINGS, assignment_id, writing, values, {}, annotator_id=annotator_id, now=now)
     return id
 
 
@@ -191,6 +172,7 @@ def skip(
     now: datetime,
 ) -> None:
     """Give an item back for good. Skipped once more, it stays skipped; the same token counts once."""
+    queue.one_at_a_time(connection, annotator_id)
     assignment = _mine(connection, assignment_id, annotator_id)
     if assignment.state == "skipped" or (token is not None and assignment.skip_token == token):
         return
@@ -217,7 +199,7 @@ def flag(
     now: datetime,
 ) -> None:
     """Tell the reviewers that something is wrong with an item. The same token counts once."""
-    queue.check_common(None, token)
+    check_token(token)
     assignment = _mine(connection, assignment_id, annotator_id)
     if connection.execute(select(flags.c.id).where(flags.c.token == token)).first() is not None:
         return
@@ -242,25 +224,20 @@ def undo_last(
     what was taken back (judged, skipped); None when there is nothing to take back. ``assignment_id``: what was done
     with this one, whatever came after it; when it is in their hands already, that comes as "held", and sent again an
     undo takes back nothing else."""
-    table, entity = TABLES[kind]
+    queue.one_at_a_time(connection, annotator_id)
+    did = WORK_TABLES[kind]
     mine = [assignments.c.annotator_id == annotator_id, items.c.kind == kind]
     if assignment_id is not None:
         mine.append(assignments.c.id == assignment_id)
-    done = (
-        select(table.c.id, table.c.created)
-        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
-        .where(*mine, table.c.undone_at.is_(None))
-    )
-    last = connection.execute(done.order_by(table.c.id.desc()).limit(1)).first()
+    ids = did.table.c.id
+    done = standing(did.table, ids, did.table.c.created).where(*mine).order_by(ids.desc()).limit(1)
+    last = connection.execute(done).first()
     given_back = select(assignments).join(items).where(*mine, assignments.c.state == "skipped")
     skipped = connection.execute(given_back.order_by(assignments.c.skipped_at.desc()).limit(1)).first()
     if skipped is not None and (last is None or skipped.skipped_at > last.created):
         return _unskip(connection, skipped, kind, guideline, now, lease), "skipped"
     if last is not None:
-        undone = queue.undo(
-            connection, last.id, now=now, lease=lease, table=table, entity=entity, annotator_id=annotator_id
-        )
-        return undone, "judged"
+        return undo(connection, last.id, now=now, lease=lease, of=did, annotator_id=annotator_id), "judged"
     held = select(assignments).join(items).where(*mine, assignments.c.state == "leased")
     row = None if assignment_id is None else connection.execute(held).first()
     if row is None:
@@ -298,16 +275,15 @@ def _mine(connection: Connection, assignment_id: int, annotator_id: int) -> Row[
 # ------------------------------------------------------------------------------------------------- as training records
 
 
-def demonstrations(connection: Connection, batch: str | None) -> list[Demonstration]:
+def demonstrations(connection: Connection, batch: str | None, who: Voter | None) -> list[Demonstration]:
     """See Store.demonstrations."""
     query = (
-        select(writings.c.token, writings.c.text, prompts.c.messages)
-        .select_from(writings.join(assignments, assignments.c.id == writings.c.assignment_id))
-        .join(items, items.c.id == assignments.c.item_id)
+        standing(writings, writings.c.token, writings.c.text, prompts.c.messages)
         .join(prompts, prompts.c.id == items.c.prompt_id)
-        .where(writings.c.undone_at.is_(None), items.c.out.is_(False))
+        .where(items.c.out.is_(False))
         .order_by(writings.c.id)
     )
+    query = query if who is None else query.where(by(who))
     found = []
     for row in connection.execute(query if batch is None else query.where(items.c.batch == batch)):
         asked = [Message(message["role"], message["content"]) for message in row.messages]
@@ -317,12 +293,11 @@ def demonstrations(connection: Connection, batch: str | None) -> list[Demonstrat
 
 def done_by(kind: WorkKind, annotator_id: int, limit: int) -> Select[Any]:
     """What one annotator did last that stands: the rows of the kind's table, with the prompt's messages."""
-    table, _ = TABLES[kind]
+    table = WORK_TABLES[kind].table
     return (
-        select(table, prompts.c.messages)
-        .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
+        standing(table, table, prompts.c.messages)
         .join(prompts, prompts.c.id == items.c.prompt_id)
-        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind, table.c.undone_at.is_(None))
+        .where(assignments.c.annotator_id == annotator_id, items.c.kind == kind)
         .order_by(table.c.id.desc())
         .limit(limit)
     )

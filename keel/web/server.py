@@ -20,8 +20,8 @@ def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[s
     link; ``port`` 0 is a free one. UserError when the port can't be had."""
     prepare(store)
     app = create_app(store, sources)
-    app.state.sampling.recover()
-    app.state.ordering.recover()
+    app.state.services.sampling.recover()
+    app.state.services.ordering.recover()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,11 +13,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from keel.store.people import Session
+from keel.store.records import WorkKind
 from keel.web.app.fields import (
     Flagged,
     Held,
     Judged,
-    Kind,
     Next,
     PathHandle,
     Ranked,
@@ -30,8 +30,8 @@ from keel.web.app.fields import (
 from keel.web.app.markdown import render
 from keel.web.app.render import person
 from keel.web.app.security import may
-from keel.web.service.arena import Arena
-from keel.web.service.labelling import Labelling, Screen
+from keel.web.app.services import services
+from keel.web.service.labelling import Screen
 from keel.web.service.streams import Stream
 
 router = APIRouter(prefix="/api")
@@ -50,13 +50,8 @@ def item_json(screen: Screen | None) -> dict[str, Any] | None:
     }
 
 
-def _labelling(request: Request) -> Labelling:
-    labelling: Labelling = request.app.state.labelling
-    return labelling
-
-
-def _progress(request: Request, session: Session, kind: Kind) -> dict[str, Any]:
-    done = _labelling(request).progress(session.account, kind)
+def _progress(request: Request, session: Session, kind: WorkKind) -> dict[str, Any]:
+    done = services(request).labelling.progress(session.account, kind)
     return {"today": done.today, "done": done.done, "wanted": done.wanted}
 
 
@@ -68,93 +63,68 @@ def me(request: Request, session: Annotator) -> dict[str, Any]:
 
 @router.post("/next")
 def next_item(request: Request, session: Annotator, asked: Next) -> dict[str, Any]:
-    labelling = _labelling(request)
+    labelling = services(request).labelling
     found, guideline = labelling.next(session.account, asked.kind, asked.holding), labelling.guideline()
     progress = _progress(request, session, asked.kind)
     return {"item": item_json(found), "progress": progress, "guideline": guideline.version if guideline else None}
 
 
 @router.post("/judge")
-def judge(request: Request, session: Annotator, vote: Judged) -> dict[str, Any]:
-    _labelling(request).judge(
-        session.account,
-        vote.assignment,
-        vote.choice,
-        token=vote.token,
-        strength=vote.strength,
-        seconds=vote.seconds,
-        reason=vote.reason.strip(),
-        ratings={side: dict(given) for side, given in vote.ratings.items()},
-        guideline=vote.guideline,
-    )
+def judge(request: Request, session: Annotator, given: Judged) -> dict[str, Any]:
+    services(request).labelling.judge(session.account, given.assignment, given.vote())
     return {"progress": _progress(request, session, "compare")}
 
 
 @router.post("/rank")
 def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
-    _labelling(request).rank(
-        session.account,
-        given.assignment,
-        given.tiers,
-        token=given.token,
-        seconds=given.seconds,
-        reason=given.reason.strip(),
-        guideline=given.guideline,
-    )
+    services(request).labelling.rank(session.account, given.assignment, given.ranking())
     return {"progress": _progress(request, session, "rank")}
 
 
 @router.post("/write")
 def write(request: Request, session: Annotator, given: Wrote) -> dict[str, Any]:
-    labelling = _labelling(request)
-    said = {"token": given.token, "seconds": given.seconds, "guideline": given.guideline}
-    labelling.write(session.account, given.assignment, given.text, **said)  # type: ignore[arg-type]
+    services(request).labelling.write(session.account, given.assignment, given.writing())
     return {"progress": _progress(request, session, given.kind)}
 
 
 @router.post("/hold")
 def hold(request: Request, session: Annotator, asked: Held) -> dict[str, Any]:
     """The page with these assignments is still open. Which are gone, and which are done."""
-    found = _labelling(request).hold(session.account, asked.assignments)
+    found = services(request).labelling.hold(session.account, asked.assignments)
     gone = [id for id in asked.assignments if id not in (*found.held, *found.done)]
     return {"gone": gone, "done": list(found.done)}
 
 
 @router.post("/skip")
 def skip(request: Request, session: Annotator, given: Skipped) -> dict[str, Any]:
-    _labelling(request).skip(session.account, given.assignment, given.reason, given.token)
+    services(request).labelling.skip(session.account, given.assignment, given.reason, given.token)
     return {"progress": _progress(request, session, given.kind)}
 
 
 @router.post("/flag")
 def flag(request: Request, session: Annotator, given: Flagged) -> dict[str, Any]:
-    _labelling(request).flag(session.account, given.assignment, given.text.strip(), given.token)
+    services(request).labelling.flag(session.account, given.assignment, given.text.strip(), given.token)
     return {}
 
 
 @router.post("/undo")
 def undo(request: Request, session: Annotator, asked: Undone) -> dict[str, Any]:
-    back = _labelling(request).undo(session.account, asked.kind, asked.assignment)
+    back = services(request).labelling.undo(session.account, asked.kind, asked.assignment)
     return {"item": item_json(back), "progress": _progress(request, session, asked.kind)}
 
 
 # ------------------------------------------------------------------------------------------------------------ arena
 
 
-def _arena(request: Request) -> Arena:
-    arena: Arena = request.app.state.arena
-    return arena
-
-
 @router.post("/arena")
 def start(request: Request, session: Annotator) -> dict[str, Any]:
-    arena = _arena(request)
+    arena = services(request).arena
     return {"id": arena.handle(arena.start(session.account))}
 
 
 @router.post("/arena/{handle}/say", response_class=StreamingResponse)
 def say(request: Request, session: Annotator, handle: PathHandle, said: Said) -> StreamingResponse:
-    arena = _arena(request)
+    arena = services(request).arena
     id = arena.find(session.account, handle)
     stream = arena.say(session.account, id, said.message, said.token, said.turn)
 
@@ -193,7 +163,7 @@ class Streamed(StreamingResponse):
 
 @router.post("/arena/{handle}/vote")
 def vote(request: Request, session: Annotator, handle: PathHandle, given: Voted) -> dict[str, Any]:
-    arena = _arena(request)
+    arena = services(request).arena
     id = arena.find(session.account, handle)
     shown = arena.vote(session.account, id, given.choice, given.token, given.reason.strip(), given.turn)
     assert shown.names is not None, "a vote shows the names"

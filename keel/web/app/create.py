@@ -16,15 +16,9 @@ from keel.types import UserError
 from keel.web.app import api, manage, models, pages, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
-from keel.web.service.arena import Arena, Busy
-from keel.web.service.labelling import Labelling
-from keel.web.service.manage import Manage
-from keel.web.service.models import Models
-from keel.web.service.ordering import Ordering
-from keel.web.service.people import People
-from keel.web.service.sampling import Sampling
+from keel.web.app.services import Services
+from keel.web.service.arena import Busy
 from keel.web.service.sources import Sources
-from keel.web.service.start import name_of
 
 log = logging.getLogger("keel.web")
 
@@ -40,20 +34,10 @@ REFUSALS: tuple[tuple[type[UserError], int, str], ...] = (
 
 def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     """The labelling app on ``store``, which must have been prepared (keel.web.service.start)."""
-    sources = sources or Sources()
     # no pages about the routes: whoever labels has no use for them
     app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.store = store
-    app.state.store_name = name_of(store)
-    app.state.sources = sources
-    app.state.people = People(store)
-    app.state.labelling = Labelling(store)
-    app.state.manage = Manage(store)
-    app.state.models = Models(store, sources.trained)
-    app.state.arena = Arena(store, sources.arena)
-    app.state.sampling = Sampling(store, sources)
-    app.state.ordering = Ordering(store, sources.ensemble)
-    app.state.guard = Guard(app.state.people.session)
+    app.state.services = Services.of(store, sources or Sources())
+    app.state.guard = Guard(app.state.services.people.session)
     app.state.door = pages.Door()
     for router in (pages.router, api.router, manage.router, models.router, training.router):
         app.include_router(router)

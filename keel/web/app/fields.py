@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from fastapi import Form, Path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from keel.store.records import NewRanking, NewVote, NewWriting, WorkKind
 from keel.store.rows import storable
+from keel.store.sides import Choice, Side
 
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PathId = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -24,9 +26,6 @@ FormText = Annotated[Text, Form()]
 FormId = Annotated[Id, Form()]
 FormCount = Annotated[int, Form(ge=0, le=100_000)]
 
-Kind = Literal["compare", "rank", "write", "edit"]
-Choice = Literal["left", "right", "tie", "both_bad"]
-Role = Literal["annotator", "reviewer", "admin"]
 TurnNumber = Annotated[int, Field(ge=1, le=1000)]
 Rating = Annotated[int, Field(ge=1, le=5)]
 
@@ -36,37 +35,52 @@ class Strict(BaseModel):
 
 
 class Next(Strict):
-    kind: Kind
+    kind: WorkKind
     holding: list[Handle] = Field(default_factory=list, max_length=16)
 
 
-class Judged(Strict):
+class _Work(Strict):
+    """What a page sends with everything that was done on it."""
+
     assignment: Handle
     token: Token
+    seconds: Seconds | None = None
+    guideline: Line | None = None  # the version that the page was made with; by default the one in force
+
+
+class Judged(_Work):
     choice: Choice
     strength: Literal[1, 2, 3] | None = None
-    seconds: Seconds | None = None
-    guideline: Line | None = None  # the version that the page was made with; by default the one in force
     reason: Text = ""
-    ratings: dict[Literal["left", "right"], dict[Line, Rating]] = Field(default_factory=dict)
+    ratings: dict[Side, dict[Line, Rating]] = Field(default_factory=dict)
+
+    def vote(self) -> NewVote:
+        return NewVote(
+            self.choice,
+            self.strength,
+            self.reason.strip() or None,
+            self.ratings,
+            token=self.token,
+            seconds=self.seconds,
+            guideline=self.guideline,
+        )
 
 
-class Ranked(Strict):
-    assignment: Handle
-    token: Token
+class Ranked(_Work):
     tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
-    seconds: Seconds | None = None
-    guideline: Line | None = None  # the version that the page was made with; by default the one in force
     reason: Text = ""
 
+    def ranking(self) -> NewRanking:
+        reason = self.reason.strip() or None
+        return NewRanking(self.tiers, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
 
-class Wrote(Strict):
-    assignment: Handle
+
+class Wrote(_Work):
     kind: Literal["write", "edit"]
-    token: Token
     text: Text
-    seconds: Seconds | None = None
-    guideline: Line | None = None  # the version that the page was made with; by default the one in force
+
+    def writing(self) -> NewWriting:
+        return NewWriting(self.text, token=self.token, seconds=self.seconds, guideline=self.guideline)
 
 
 class Held(Strict):
@@ -75,7 +89,7 @@ class Held(Strict):
 
 class Skipped(Strict):
     assignment: Handle
-    kind: Kind
+    kind: WorkKind
     token: Token | None = None
     reason: Line = ""
 
@@ -87,7 +101,7 @@ class Flagged(Strict):
 
 
 class Undone(Strict):
-    kind: Kind
+    kind: WorkKind
     assignment: Handle | None = None  # the one that the page did last; by default what its person did last anywhere
 
 

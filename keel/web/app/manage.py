@@ -13,25 +13,22 @@ from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from keel.store import Unavailable
-from keel.store.people import Session
+from keel.store.people import AccountRole, Session
+from keel.store.records import WorkKind
 from keel.store.removals import What
+from keel.store.sides import InStore
 from keel.types import UserError
 from keel.web.app.charts import agreement_chart, pace_chart
-from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Kind, Line, PathId, Role
+from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Line, PathId
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
-from keel.web.service.manage import Export, Manage
+from keel.web.app.services import services
+from keel.web.service.manage import Export, Whose
 
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
 Reviewer = Annotated[Session, Depends(may("reviewer"))]
 Admin = Annotated[Session, Depends(may("admin"))]
 T = TypeVar("T")
-Answer = Literal["first", "second", "tie"]
-
-
-def _manage(request: Request) -> Manage:
-    manage: Manage = request.app.state.manage
-    return manage
 
 
 def done(path: str, said: str = "") -> RedirectResponse:
@@ -47,20 +44,20 @@ def done(path: str, said: str = "") -> RedirectResponse:
 
 @router.get("")
 def overview(request: Request, session: Reviewer) -> Response:
-    found = _manage(request).overview()
+    found = services(request).manage.overview()
     return page(request, "manage/overview.html", session, found=found, pace=pace_chart(found.days))
 
 
 @router.get("/quality")
-def quality(request: Request, session: Reviewer, who: Literal["people", "all"] = "people") -> Response:
-    found = _manage(request).quality(who == "people")
+def quality(request: Request, session: Reviewer, who: Whose = "people") -> Response:
+    found = services(request).manage.quality(who)
     context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
     return page(request, "manage/quality.html", session, **context)
 
 
 @router.get("/disagreements")
 def disagreements(request: Request, session: Reviewer) -> Response:
-    manage = _manage(request)
+    manage = services(request).manage
     context: dict[str, Any] = {"items": manage.disagreements(), "settled": manage.settled()}
     return page(request, "manage/disagreements.html", session, **context)
 
@@ -70,10 +67,10 @@ def adjudicate(
     request: Request,
     session: Reviewer,
     item: PathId,
-    choice: Annotated[Literal[Answer, "none"], Form()],
+    choice: Annotated[Literal[InStore, "none"], Form()],
     reason: FormLine = "",
 ) -> Response:
-    _manage(request).adjudicate(item, None if choice == "none" else choice, reason, session.account)
+    services(request).manage.adjudicate(item, None if choice == "none" else choice, reason, session.account)
     return done(
         "/disagreements", "Taken back: the votes stand for themselves again." if choice == "none" else "Settled."
     )
@@ -81,7 +78,7 @@ def adjudicate(
 
 @router.get("/flags")
 def flags(request: Request, session: Reviewer) -> Response:
-    manage = _manage(request)
+    manage = services(request).manage
     context: dict[str, Any] = {"flags": manage.flags(), "removed": manage.out()}
     return page(request, "manage/flags.html", session, **context)
 
@@ -95,13 +92,13 @@ def take_out(
     reason: FormLine = "",
     flag: Annotated[Id | None, Form()] = None,
 ) -> Response:
-    _manage(request).take_out(what, id, reason, flag, session.account)
+    services(request).manage.take_out(what, id, reason, flag, session.account)
     return done("/flags", "Taken out: nobody gets it any more, and votes on it train nothing. It can be put back.")
 
 
 @router.post("/flags/back")
 def put_back(request: Request, session: Reviewer, removal: FormId) -> Response:
-    _manage(request).put_back(removal, session.account)
+    services(request).manage.put_back(removal, session.account)
     return done("/flags", "Put back.")
 
 
@@ -109,13 +106,13 @@ def put_back(request: Request, session: Reviewer, removal: FormId) -> Response:
 def erase(
     request: Request, session: Admin, what: Annotated[Literal["response", "prompt"], Form()], id: FormLine
 ) -> Response:
-    _manage(request).erase(what, id, session.account)
+    services(request).manage.erase(what, id, session.account)
     return done("/flags", "Erased.")
 
 
 @router.post("/flags/{id}")
 def resolve_flag(request: Request, session: Reviewer, id: PathId) -> Response:
-    _manage(request).resolve_flag(id, session.account.name)
+    services(request).manage.resolve_flag(id, session.account.name)
     return done("/flags", "Resolved.")
 
 
@@ -124,24 +121,24 @@ def resolve_flag(request: Request, session: Reviewer, id: PathId) -> Response:
 
 @router.get("/prompts")
 def prompts(request: Request, session: Admin) -> Response:
-    state = request.app.state
+    called = services(request)
     context: dict[str, Any] = {
-        "prompts": _manage(request).newest_prompts(),
-        "models": state.sampling.models,
-        "requests": state.sampling.requests(),
-        "can_read": state.sources.read_prompts is not None,
-        "can_read_responses": state.sources.read_unjudged is not None,
+        "prompts": called.manage.newest_prompts(),
+        "models": called.sampling.models,
+        "requests": called.sampling.requests(),
+        "can_read": called.sources.read_prompts is not None,
+        "can_read_responses": called.sources.read_unjudged is not None,
     }
     return page(request, "manage/prompts.html", session, **context)
 
 
 @router.post("/prompts/import")
 def import_prompts(request: Request, session: Admin, file: UploadFile) -> Response:
-    read = request.app.state.sources.read_prompts
+    read = services(request).sources.read_prompts
     if read is None:
         raise UserError("this server can't read files of prompts")
     found = _uploaded(file, read)
-    added = _manage(request).add_prompts(found, session.account.name)
+    added = services(request).manage.add_prompts(found, session.account.name)
     return done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
 
 
@@ -154,11 +151,11 @@ def import_responses(
     pairs: FormCount = 0,
     unlabelled: Annotated[bool, Form()] = False,
 ) -> Response:
-    read = request.app.state.sources.read_unjudged
+    read = services(request).sources.read_unjudged
     if read is None:
         raise UserError("this server can't read files of responses")
     groups = _uploaded(file, lambda path: read(path, unlabelled))
-    added = _manage(request).add_unjudged(groups, pairs or None, overlap, session.account.name)
+    added = services(request).manage.add_unjudged(groups, pairs or None, overlap, session.account.name)
     return done("/prompts", f"{added}.")
 
 
@@ -184,7 +181,7 @@ def sample(
     overlap: FormCount,
     kind: Annotated[Literal["compare", "rank", "edit"], Form()],
 ) -> Response:
-    request.app.state.sampling.request(model, prompts, per_prompt, overlap, kind, session.account.name)
+    services(request).sampling.request(model, prompts, per_prompt, overlap, kind, session.account.name)
     return done("/prompts", "Asked for.")
 
 
@@ -192,11 +189,11 @@ def sample(
 def ask(
     request: Request,
     session: Admin,
-    kind: Annotated[Kind, Form()],
+    kind: Annotated[WorkKind, Form()],
     prompts: FormCount,
     overlap: FormCount,
 ) -> Response:
-    manage, actor = _manage(request), session.account.name
+    manage, actor = services(request).manage, session.account.name
     if kind == "write":
         made = manage.ask_for_writing(prompts, overlap, actor)
     else:
@@ -207,14 +204,14 @@ def ask(
 
 @router.get("/queue")
 def queue(request: Request, session: Admin) -> Response:
-    ordering = request.app.state.ordering
-    context = {"queues": _manage(request).queues(), "models": ordering.models, "order": ordering.state()}
-    return page(request, "manage/queue.html", session, **context)
+    ordering = services(request).ordering
+    context: dict[str, Any] = {"models": ordering.models, "order": ordering.state()}
+    return page(request, "manage/queue.html", session, queues=services(request).manage.queues(), **context)
 
 
 @router.post("/queue/order")
 def order(request: Request, session: Admin, by: Annotated[Literal["uncertain", "added"], Form()]) -> Response:
-    ordering, actor = request.app.state.ordering, session.account.name
+    ordering, actor = services(request).ordering, session.account.name
     if by == "added":
         ordering.as_added(actor)
         return done("/queue", "In the order they were added.")
@@ -224,16 +221,16 @@ def order(request: Request, session: Admin, by: Annotated[Literal["uncertain", "
 
 @router.post("/queue/overlap")
 def overlap(
-    request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()], overlap: FormCount
+    request: Request, session: Admin, batch: FormLine, kind: Annotated[WorkKind, Form()], overlap: FormCount
 ) -> Response:
-    changed = _manage(request).set_overlap(batch, kind, overlap, session.account.name)
-    request.app.state.labelling.forget()
+    changed = services(request).manage.set_overlap(batch, kind, overlap, session.account.name)
+    services(request).labelling.forget()
     return done("/queue", f"{changed} items changed.")
 
 
 @router.post("/queue/first")
-def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Kind, Form()]) -> Response:
-    _manage(request).put_first(batch, kind, session.account.name)
+def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[WorkKind, Form()]) -> Response:
+    services(request).manage.put_first(batch, kind, session.account.name)
     return done("/queue", "Put first.")
 
 
@@ -241,7 +238,7 @@ def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Kin
 def gold(
     request: Request, session: Admin, batch: Line | None = None, number: Annotated[int, Query(ge=0, le=100_000)] = 0
 ) -> Response:
-    manage = _manage(request)
+    manage = services(request).manage
     context: dict[str, Any] = {
         "chosen": manage.browse(None, True, 0, 100),
         "items": manage.browse(batch, False, number),
@@ -255,16 +252,16 @@ def gold(
 
 @router.post("/gold/every")
 def gold_every(request: Request, session: Admin, every: FormCount) -> Response:
-    _manage(request).set_gold_every(every, session.account.name)
-    request.app.state.labelling.forget()
+    services(request).manage.set_gold_every(every, session.account.name)
+    services(request).labelling.forget()
     return done("/gold", "Saved.")
 
 
 @router.post("/gold/{item}")
 def set_gold(
-    request: Request, session: Admin, item: PathId, answer: Annotated[Literal[Answer, "none"], Form()]
+    request: Request, session: Admin, item: PathId, answer: Annotated[Literal[InStore, "none"], Form()]
 ) -> Response:
-    _manage(request).set_gold(item, None if answer == "none" else answer, session.account.name)
+    services(request).manage.set_gold(item, None if answer == "none" else answer, session.account.name)
     return done("/gold", "Saved.")
 
 
@@ -277,30 +274,29 @@ def people(request: Request, session: Admin) -> Response:
 
 
 def _people_page(request: Request, session: Session, **context: Any) -> Response:
-    found = request.app.state.people
-    shown = {"accounts": found.accounts(), "invitations": found.invitations(), "link": "", "link_for": ""} | context
-    response: Response = page(request, "manage/people.html", session, **shown)
-    return response
+    found = services(request).people
+    shown: dict[str, Any] = {"accounts": found.accounts(), "invitations": found.invitations()}
+    return page(request, "manage/people.html", session, **shown | {"link": "", "link_for": ""} | context)
 
 
 @router.post("/people/invite")
-def invite(request: Request, session: Admin, role: Annotated[Role, Form()]) -> Response:
+def invite(request: Request, session: Admin, role: Annotated[AccountRole, Form()]) -> Response:
     """The link is shown once, in this response: the store keeps its hash alone."""
-    secret = request.app.state.people.invite(role, session.account.name)
+    secret = services(request).people.invite(role, session.account.name)
     link = f"{str(request.base_url).rstrip('/')}/join/{secret}"
     return _people_page(request, session, link=link, link_for=f"an invitation for one {role}")
 
 
 @router.post("/people/link")
 def way_in(request: Request, session: Admin, name: FormLine) -> Response:
-    secret = request.app.state.people.way_in(name, session.account.name)
+    secret = services(request).people.way_in(name, session.account.name)
     link = f"{str(request.base_url).rstrip('/')}/enter/{secret}"
     return _people_page(request, session, link=link, link_for=f"a way in for {name}")
 
 
 @router.post("/people/withdraw")
 def withdraw(request: Request, session: Admin, id: FormId) -> Response:
-    request.app.state.people.withdraw(id, session.account.name)
+    services(request).people.withdraw(id, session.account.name)
     return done("/people", "Withdrawn.")
 
 
@@ -309,16 +305,16 @@ def change(
     request: Request,
     session: Admin,
     name: FormLine,
-    role: Annotated[Role | None, Form()] = None,
+    role: Annotated[AccountRole | None, Form()] = None,
     active: Annotated[bool | None, Form()] = None,
 ) -> Response:
-    request.app.state.people.change(name, session.account.name, role, active)
+    services(request).people.change(name, session.account.name, role, active)
     return done("/people", "Saved.")
 
 
 @router.post("/people/erase")
 def erase_person(request: Request, session: Admin, name: FormLine, texts: Annotated[bool, Form()] = False) -> Response:
-    new = request.app.state.people.erase(name, texts, session.account.name)
+    new = services(request).people.erase(name, texts, session.account.name)
     return done("/people", f"Erased. What they judged is kept as {new}’s.")
 
 
@@ -332,7 +328,7 @@ def guideline(request: Request, session: Admin) -> Response:
 
 def _guideline_page(request: Request, session: Session, status: int = 200, **typed: str) -> Response:
     """``typed``: what was typed and could not be taken; by default the version in force, to go on from."""
-    versions = _manage(request).guidelines()
+    versions = services(request).manage.guidelines()
     current = next((one for one in versions if one.text), None)
     shown = {"text": current.text if current else "", "aspects": "", "problem": ""}
     if current is not None:
@@ -345,12 +341,12 @@ def _guideline_page(request: Request, session: Session, status: int = 200, **typ
 @router.post("/guideline")
 def add_guideline(request: Request, session: Admin, text: FormText, aspects: FormText = "") -> Response:
     try:
-        version = _manage(request).add_guideline(text, aspects, session.account.name)
+        version = services(request).manage.add_guideline(text, aspects, session.account.name)
     except Unavailable:
         raise
     except UserError as error:
         return _guideline_page(request, session, 400, text=text, aspects=aspects, problem=str(error))
-    request.app.state.labelling.forget()
+    services(request).labelling.forget()
     return done("/guideline", f"Version {version} is in force.")
 
 
@@ -362,10 +358,10 @@ def export_page(request: Request, session: Admin) -> Response:
 @router.get("/export/{what}", response_class=FileResponse)
 def export(request: Request, session: Admin, what: Export) -> Response:
     folder = tempfile.TemporaryDirectory()
-    path = _manage(request).export(what, Path(folder.name))
+    path = services(request).manage.export(what, Path(folder.name))
     return FileResponse(path, filename=what, background=BackgroundTask(folder.cleanup))
 
 
 @router.get("/events")
 def events(request: Request, session: Admin) -> Response:
-    return page(request, "manage/events.html", session, events=_manage(request).events())
+    return page(request, "manage/events.html", session, events=services(request).manage.events())

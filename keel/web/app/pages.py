@@ -14,7 +14,8 @@ from keel.web.app.fields import FormLine, Secret
 from keel.web.app.limits import SIGN_IN_ADDRESS, SIGN_IN_NAME, Buckets
 from keel.web.app.render import page
 from keel.web.app.security import COOKIE, Guard, TooMany, address, may
-from keel.web.service.people import SESSION_LASTS, SHORTEST_PASSWORD, People, WrongPassword
+from keel.web.app.services import services
+from keel.web.service.people import SESSION_LASTS, SHORTEST_PASSWORD, WrongPassword
 
 router = APIRouter(default_response_class=HTMLResponse)
 Annotator = Annotated[Session, Depends(may("annotator"))]
@@ -42,11 +43,6 @@ class Door:
     def failed(self, name: str, where: str) -> None:
         self._names.take(name.casefold())
         self._addresses.take(where)
-
-
-def _people(request: Request) -> People:
-    people: People = request.app.state.people
-    return people
 
 
 def _to(path: str) -> RedirectResponse:
@@ -85,7 +81,7 @@ def sign_in(request: Request, visitor: Visitor, name: FormLine, password: Passwo
     door: Door = request.app.state.door
     door.check(name, address(request))
     try:
-        cookie = _people(request).sign_in(name, password)
+        cookie = services(request).people.sign_in(name, password)
     except WrongPassword as error:
         door.failed(name, address(request))
         return page(request, "sign_in.html", status=403, name=name, problem=str(error))
@@ -94,7 +90,7 @@ def sign_in(request: Request, visitor: Visitor, name: FormLine, password: Passwo
 
 @router.post("/sign-out")
 def sign_out(request: Request, session: Annotator) -> Response:
-    _people(request).sign_out(request.cookies[COOKIE])
+    services(request).people.sign_out(request.cookies[COOKIE])
     response = _to("/sign-in")
     response.delete_cookie(COOKIE, path="/")
     return response
@@ -103,7 +99,7 @@ def sign_out(request: Request, session: Annotator) -> Response:
 @router.get("/enter/{secret}")
 def enter_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
     """The link is used by the button, not by looking at it: programs that preview links must not use it up."""
-    found = _people(request).link(secret)
+    found = services(request).people.link(secret)
     if found is None or found["annotator_id"] is None:
         return _to("/compare") if visitor else page(request, "link_gone.html", status=404)
     return page(request, "enter.html", secret=secret, name=found["name"])
@@ -111,13 +107,13 @@ def enter_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
 
 @router.post("/enter/{secret}")
 def enter(request: Request, visitor: Visitor, secret: Secret) -> Response:
-    cookie = _people(request).enter(secret)
+    cookie = services(request).people.enter(secret)
     return page(request, "link_gone.html", status=404) if cookie is None else _signed_in(request, cookie)
 
 
 @router.get("/join/{secret}")
 def join_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
-    found = _people(request).link(secret)
+    found = services(request).people.link(secret)
     if found is None or found["annotator_id"] is not None:
         return page(request, "link_gone.html", status=404)
     return page(request, "join.html", secret=secret, role=found["role"], shortest=SHORTEST_PASSWORD)
@@ -125,11 +121,11 @@ def join_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
 
 @router.post("/join/{secret}")
 def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, password: Password) -> Response:
-    found = _people(request).link(secret)
+    found = services(request).people.link(secret)
     if found is None or found["annotator_id"] is not None:
         return page(request, "link_gone.html", status=404)
     try:
-        cookie = _people(request).accept(secret, name, password)
+        cookie = services(request).people.accept(secret, name, password)
     except Unavailable:
         raise
     except UserError as error:
@@ -143,15 +139,15 @@ def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, pas
 
 @router.get("/compare")
 def compare(request: Request, session: Annotator) -> Response:
-    guideline = request.app.state.labelling.guideline()
+    guideline = services(request).labelling.guideline()
     return _work(request, session, "compare.html", aspects=guideline.aspects if guideline else ())
 
 
 def _work(request: Request, session: Session, template: str, **context: Any) -> Response:
     """A working page. It knows the guideline that it was made with: what is done on it counts under that version."""
-    guideline = request.app.state.labelling.guideline()
+    guideline = services(request).labelling.guideline()
     version = guideline.version if guideline else None
-    lease = request.app.state.store.lease.total_seconds()
+    lease = services(request).store.lease.total_seconds()
     found: Response = page(request, template, session, guideline_version=version, lease=lease, **context)
     return found
 
@@ -173,20 +169,20 @@ def edit(request: Request, session: Annotator) -> Response:
 
 @router.get("/arena")
 def arena(request: Request, session: Annotator) -> Response:
-    place = request.app.state.arena
+    place = services(request).arena
     current = place.current(session.account)
-    context = {"conversation": current, "handle": place.handle(current.id) if current else ""}
+    context: dict[str, Any] = {"conversation": current, "handle": place.handle(current.id) if current else ""}
     return page(request, "arena.html", session, ready=place.ready, **context)
 
 
 @router.get("/mine")
 def mine(request: Request, session: Annotator) -> Response:
-    return page(request, "mine.html", session, work=request.app.state.labelling.mine(session.account))
+    return page(request, "mine.html", session, work=services(request).labelling.mine(session.account))
 
 
 @router.get("/guideline")
 def guideline(request: Request, session: Annotator) -> Response:
-    return page(request, "guideline.html", session, guideline=request.app.state.labelling.guideline())
+    return page(request, "guideline.html", session, guideline=services(request).labelling.guideline())
 
 
 @router.get("/account")
@@ -198,7 +194,7 @@ def account(request: Request, session: Annotator) -> Response:
 def set_password(request: Request, session: Annotator, password: Password) -> Response:
     context: dict[str, Any] = {"shortest": SHORTEST_PASSWORD}
     try:
-        cookie = _people(request).set_password(session.account, password)
+        cookie = services(request).people.set_password(session.account, password)
     except Unavailable:
         raise
     except UserError as error:

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse
 
 from keel.store.people import ROLES, Account, Session
 from keel.web.app.markdown import render
+from keel.web.app.services import services
 
 SAID = "keel_said"  # the cookie with what the last form did
 STATIC = Path(__file__).parent / "static"
@@ -47,7 +48,7 @@ def page(request: Request, template: str, session: Session | None = None, status
 
 def person(request: Request, account: Account) -> str:
     """Whose a browser's letters are: another store on the same address has a person of the same number."""
-    return f"{request.app.state.store_name}-{account.annotator_id}"
+    return f"{services(request).store_name}-{account.annotator_id}"
 
 
 @cache

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from keel.store import Store, arena, guidelines
 from keel.store.arena import Conversation, Turn
 from keel.store.people import Account
-from keel.store.records import Choice
+from keel.store.sides import Choice, Side
 from keel.types import UserError
 from keel.web.service.sources import ArenaModel
-from keel.web.service.streams import FAILED, Busy, Places, Side, Stream
+from keel.web.service.streams import FAILED, Busy, Places, Stream
 
 LONGEST_MESSAGE = 8_000  # characters
 MOST_TURNS = 20

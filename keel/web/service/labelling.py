@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,11 +13,12 @@ from sqlalchemy import func, select
 
 from keel.store import Assignment, Store, blind, guidelines, leases, people, work
 from keel.store.guidelines import Guideline
+from keel.store.hand_in import WORK_TABLES
 from keel.store.leases import Renewed
 from keel.store.people import Account
-from keel.store.records import Choice, WorkKind
+from keel.store.records import NewRanking, NewVote, NewWriting, WorkKind
+from keel.store.standing import standing
 from keel.store.tables import annotators, assignments, items
-from keel.store.work import TABLES
 from keel.types import Message, UserError
 
 GOLD_EVERY = 20  # of this many items one is a gold item, as long as there are any that the annotator has not had
@@ -78,88 +79,37 @@ class Labelling:
             found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease)
         return None if found is None else screen(found)
 
-    def judge(
-        self,
-        person: Account,
-        handle: str,
-        choice: Choice,
-        *,
-        token: str,
-        strength: int | None,
-        seconds: float | None,
-        reason: str | None,
-        ratings: Mapping[str, Mapping[str, int]] | None,
-        guideline: str | None = None,
-    ) -> int:
-        """``guideline``: the version by which it was judged; by default the one in force."""
-        rules = self._rules(guideline)
+    def judge(self, person: Account, handle: str, vote: NewVote) -> int:
+        """A vote without a guideline was given by the one in force. Ratings on what it does not ask for are dropped."""
+        rules = self._rules(vote.guideline)
         asked = {name for name, _ in rules.aspects} if rules else set()
-        kept = {
+        rated = {
             side: {aspect: value for aspect, value in given.items() if aspect in asked}
-            for side, given in (ratings or {}).items()
+            for side, given in vote.ratings.items()
         }
+        ratings = {side: given for side, given in rated.items() if given}
+        vote = replace(vote, guideline=rules.version if rules else None, ratings=ratings)
         with self._store.session() as session, session.transaction(writes=True) as connection:
-            id = session.submit(
-                blind.find(connection, handle, person.annotator_id),
-                choice,
-                client_token=token,
-                strength=strength,
-                seconds=seconds,
-                guideline=rules.version if rules else None,
-                reason=reason or None,
-                ratings={side: given for side, given in kept.items() if given} or None,
-                annotator_id=person.annotator_id,
-            )
+            found = blind.find(connection, handle, person.annotator_id)
+            id = session.submit(found, vote, annotator_id=person.annotator_id)
         self._count("compare", 1)
         return id
 
-    def rank(
-        self,
-        person: Account,
-        handle: str,
-        tiers: Sequence[Sequence[int]],
-        *,
-        token: str,
-        seconds: float | None,
-        reason: str | None,
-        guideline: str | None = None,
-    ) -> int:
-        rules = self._rules(guideline)
+    def rank(self, person: Account, handle: str, ranking: NewRanking) -> int:
+        rules = self._rules(ranking.guideline)
+        ranking = replace(ranking, guideline=rules.version if rules else None)
+        mine, now = person.annotator_id, self._store.now
         with self._store.transaction(writes=True) as connection:
-            return work.rank(
-                connection,
-                blind.find(connection, handle, person.annotator_id),
-                tiers,
-                token=token,
-                seconds=seconds,
-                guideline=rules.version if rules else None,
-                reason=reason or None,
-                annotator_id=person.annotator_id,
-                now=self._store.now,
-            )
+            found = blind.find(connection, handle, mine)
+            return work.rank(connection, found, ranking, annotator_id=mine, now=now)
 
-    def write(
-        self,
-        person: Account,
-        handle: str,
-        text: str,
-        *,
-        token: str,
-        seconds: float | None,
-        guideline: str | None = None,
-    ) -> int:
-        rules = self._rules(guideline)
+    def write(self, person: Account, handle: str, writing: NewWriting) -> int:
+        rules = self._rules(writing.guideline)
+        writing = replace(writing, guideline=rules.version if rules else None)
+        mine, now = person.annotator_id, self._store.now
         with self._store.transaction(writes=True) as connection:
-            return work.write(
-                connection,
-                blind.find(connection, handle, person.annotator_id),
-                text,
-                token=token,
-                seconds=seconds,
-                guideline=rules.version if rules else None,
-                annotator_id=person.annotator_id,
-                now=self._store.now,
-            )
+            found = blind.find(connection, handle, mine)
+            return work.write(connection, found, writing, annotator_id=mine, now=now)
 
     def hold(self, person: Account, handles: Collection[str]) -> Renewed:
         """The person's page is open with these before them: they stay theirs for longer."""
@@ -237,12 +187,11 @@ class Labelling:
         self._progress = {}
 
     def progress(self, person: Account, kind: WorkKind) -> Done:
-        table, _ = TABLES[kind]
+        table = WORK_TABLES[kind].table
         midnight = self._store.now.replace(hour=0, minute=0, second=0, microsecond=0)
         mine = (
-            select(func.count())
-            .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id).join(items))
-            .where(assignments.c.annotator_id == person.annotator_id, table.c.undone_at.is_(None))
+            standing(table, func.count())
+            .where(assignments.c.annotator_id == person.annotator_id)
             .where(table.c.created >= midnight, items.c.kind == kind)
         )
         with self._store.transaction(writes=False) as connection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from sqlalchemy import select
 
+from keel.recipe.declared import Voter
 from keel.store import (
     Store,
     arena,
@@ -32,10 +33,11 @@ from keel.store.lineage import other_work
 from keel.store.overview import Queue
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
+from keel.store.records import AnnotatorKind
 from keel.store.removals import What
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
-from keel.store.trained_on import PeopleVotes, people_votes
+from keel.store.trained_on import VoteCount, count_votes
 from keel.store.unjudged import Added
 from keel.types import Prompt, Unjudged, UserError
 from keel.web.service.labelling import GOLD_EVERY
@@ -46,6 +48,14 @@ Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "demonstrations.jsonl", "rankings.jsonl", "ratings.jsonl",
     "adjudications.jsonl", "arena.jsonl", "events.jsonl",
 ]  # fmt: skip
+
+Whose = Literal["people", "models", "all"]
+# Whose figures the Quality page shows. Those of whom an import does not tell what they are, are in "all" alone.
+WHOSE: Mapping[Whose, tuple[AnnotatorKind, ...]] = {
+    "people": overview.PEOPLE,
+    "models": ("model",),
+    "all": ("person", "model", "simulated", "unknown"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ class Manage:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._working = threading.Lock()  # two who ask at once wait for one answer
-        self._quality: dict[bool, _Kept] = {}
+        self._quality: dict[Whose, _Kept] = {}
 
     def overview(self) -> Overview:
         with self._store.transaction(writes=False) as connection:
@@ -91,20 +101,20 @@ class Manage:
                 annotators=len({vote.annotator for vote in votes} | {row.name for row in others}),
             )
 
-    def quality(self, people_only: bool) -> Quality:
+    def quality(self, who: Whose) -> Quality:
         """Worked out once until something happens in the store; the reliabilities, which cost the most, until as many
         things have happened as are ``STALE`` of the votes that they rest on."""
         with self._working:
             with self._store.transaction(writes=False) as connection:
                 last = overview.last_event(connection)
-                kept = self._quality.get(people_only)
+                kept = self._quality.get(who)
                 if kept is not None and kept.last == last:
                     return kept.quality
-                votes = overview.votes(connection, people_only)
+                votes = overview.votes(connection, WHOSE[who])
                 skips = overview.skips(connection)
             fresh = kept is not None and last - kept.reliable_at <= STALE * kept.quality.reliability.votes
             found = quality(votes, skips, kept.quality.reliability if kept is not None and fresh else None)
-            self._quality[people_only] = _Kept(last, kept.reliable_at if kept is not None and fresh else last, found)
+            self._quality[who] = _Kept(last, kept.reliable_at if kept is not None and fresh else last, found)
             return found
 
     # ---------------------------------------------------------------------------------------------- queue, gold items
@@ -190,10 +200,10 @@ class Manage:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def people_votes(self, since: datetime | None) -> PeopleVotes:
-        """How many judgements by people training would take, and how many came after ``since``."""
+    def votes(self, since: datetime | None) -> dict[Voter, VoteCount]:
+        """How many judgements by people, and by models, training would take, and how many came after ``since``."""
         with self._store.transaction(writes=False) as connection:
-            return people_votes(connection, since)
+            return {who: count_votes(connection, who, since) for who in ("people", "models")}
 
     def log_training(self, what: str, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from keel.recipe.declared import VOTERS, Voter
 from keel.store import Store, lineage, review
 from keel.store.lineage import Work
+from keel.store.records import VOTER_KINDS
 from keel.types import UserError
 from keel.web.service.sources import TrainedModel
 
@@ -61,6 +63,12 @@ class Shaped:
     versions: Sequence[Version]
     words: int
     versions_since: Sequence[str]
+
+    @property
+    def whose(self) -> Mapping[Voter, int]:
+        """How many of the judgements trained on are whose, of those who gave any."""
+        counts = {who: sum(work.annotator_kind in VOTER_KINDS[who] for work in self.parts["trained"]) for who in VOTERS}
+        return {who: count for who, count in counts.items() if count}
 
     @property
     def trained_at(self) -> datetime | None:

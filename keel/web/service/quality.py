@@ -11,7 +11,7 @@ from datetime import date
 from statistics import median
 
 from keel.feedback.agreement import MIRROR, TIE, Agreement, cohens_kappa, raw_agreement, vote_pairs
-from keel.feedback.krippendorff import krippendorff_alpha
+from keel.feedback.krippendorff import VALUES, krippendorff_alpha
 from keel.store.overview import Vote
 from keel.web.service.reliability import Reliability, reliability
 
@@ -100,7 +100,7 @@ def _values(votes: Sequence[Vote], graded: bool) -> dict[int, list[float]]:
     values: dict[int, list[float]] = {}
     for vote in votes:
         if vote.gold is None:
-            side = {"first": 1.0, "second": -1.0}.get(vote.vote, 0.0)
+            side = VALUES[vote.vote]
             values.setdefault(vote.item_id, []).append(side * (vote.strength or 1.0) if graded else side)
     return values
 

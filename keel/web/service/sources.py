@@ -58,6 +58,7 @@ class StageProgress:
     accuracy: float | None = None
     before: float | None = None
     people_votes: int | None = None
+    model_votes: int | None = None
     simulated_votes: int | None = None
 
 

@@ -8,10 +8,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 from weakref import WeakValueDictionary
 
 from keel.store.arena import Conversation, Turn
+from keel.store.sides import SIDES, Side
 from keel.types import Message, UserError
 from keel.web.service.sources import ArenaModel
 
@@ -21,8 +21,6 @@ WAIT_SECONDS = 120.0  # for the next piece of a reply
 FAILED = "(The model gave no answer.)"
 
 log = logging.getLogger("keel.web")
-Side = Literal["left", "right"]
-SIDES: tuple[Side, Side] = ("left", "right")
 Keep = Callable[[Conversation, Side, str], bool]
 
 

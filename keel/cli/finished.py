@@ -1,0 +1,64 @@
+"""The models that a run has finished and that can be talked to, found without loading any of them (or torch)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from keel.cli.process import set_threads
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.sections import Source
+from keel.run import RunDir
+from keel.types import UserError
+
+_LOADING = threading.Lock()
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around the loading of a model. transformers loads one inside settings of the whole process, and two that are
+    loaded at once spoil each other. The process's threads are set here too."""
+    with _LOADING:
+        set_threads(None)
+        yield
+
+
+def trained_models(run: str) -> dict[str, Source]:
+    """Checkpoints by stage: what a run directory has trained so far, in the recipe's order."""
+    folder = Path(run)
+    manifest = RunDir(folder).manifest.read()
+    if not manifest:
+        return {}
+    recipe = Recipe.model_validate(manifest["recipe"])
+    return {stage.name: recipe.model.source(folder / stage.name) for stage in _finished(recipe, folder)}
+
+
+def _finished(recipe: Recipe, folder: Path) -> list[Stage]:
+    """The stages whose model answers, as far as they are done."""
+    run = RunDir(folder)
+    return [stage for stage in recipe.stages if "policy" in stage.makes and run.stage(stage.name).done]
+
+
+def find_model(run: str, stage: str | None) -> tuple[str, Source]:
+    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``.
+
+    Without a name: the last finished stage that made a language model, but no PPO run without a KL penalty (they are
+    there to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
+    """
+    folder = Path(run)
+    manifest = RunDir(folder).manifest.read()
+    if not manifest:
+        if stage is not None:
+            raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
+        return run, Source(run)
+    recipe = Recipe.model_validate(manifest["recipe"])
+    done = _finished(recipe, folder)
+    names = ["base", *(s.name for s in done)]
+    if stage is None:
+        kept = [s for s in done if s.worth_talking_to()]
+        stage = kept[-1].name if kept else "base"
+    if stage not in names:
+        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")
+    return stage, recipe.model.source(None if stage == "base" else folder / stage)

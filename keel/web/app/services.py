@@ -1,0 +1,52 @@
+"""What the routes call, one record for an app: typed, so that a route is checked against what it calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from keel.store import Store
+from keel.web.service.arena import Arena
+from keel.web.service.labelling import Labelling
+from keel.web.service.manage import Manage
+from keel.web.service.models import Models
+from keel.web.service.ordering import Ordering
+from keel.web.service.people import People
+from keel.web.service.sampling import Sampling
+from keel.web.service.sources import Sources
+from keel.web.service.start import name_of
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    store: Store
+    store_name: str
+    sources: Sources
+    people: People
+    labelling: Labelling
+    manage: Manage
+    models: Models
+    arena: Arena
+    sampling: Sampling
+    ordering: Ordering
+
+    @classmethod
+    def of(cls, store: Store, sources: Sources) -> Services:
+        return cls(
+            store=store,
+            store_name=name_of(store),
+            sources=sources,
+            people=People(store),
+            labelling=Labelling(store),
+            manage=Manage(store),
+            models=Models(store, sources.trained),
+            arena=Arena(store, sources.arena),
+            sampling=Sampling(store, sources),
+            ordering=Ordering(store, sources.ensemble),
+        )
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
