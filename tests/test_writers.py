@@ -195,6 +195,9 @@ def test_an_endpoint_without_log_probabilities_and_one_that_will_not_say(serve: 
     refuses = serve(lambda body, _: chat_reply("A") if "logprobs" not in body else (400, {}, "logprobs: not available"))
     assert compared(refuses, "x", "y") == Opinion("tie", probability=0.5, orders=(1.0, 0.0))
     unsure = serve(lambda body, _: chat_reply("A better reply would" if '"r3"' in str(body) else "B"))
+    cut = {"choices": [{"message": {"content": "A"}, "finish_reason": "length"}]}  # the first word of many, perhaps
+    with pytest.raises(UserError, match="instead of A or B"):
+        compared(serve(lambda *_: (200, {}, json.dumps(cut))), "x", "y")
     ref = ref_of(unsure)
     prompts, pairs = [prompt(n) for n in range(10)], [Completion(f"r{n}") for n in range(10)]
     comparer = EndpointComparer(ref, "annotators.url", Counting(), quick(ref))

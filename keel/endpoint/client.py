@@ -219,7 +219,7 @@ class Endpoint:
             if "max_tokens" in settings:
                 settings[self._limit_name] = settings.pop("max_tokens")
             messages = [{"role": m.role, "content": m.content} for m in question.messages]
-            body = {"model": self.ref.model, "messages": messages} | settings | extra
+            body = {"model": self.ref.model, "messages": messages, **settings, **extra}
             with self._connected(body) as response:
                 if response.status_code == 200:
                     yield response

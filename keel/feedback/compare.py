@@ -95,7 +95,7 @@ def _vote(answer: Answer) -> tuple[float, str]:
     """(P(A), the reason before it). Raises Unreadable for an answer without a letter."""
     lines = answer.spoken.strip().splitlines() or [""]
     found = _LETTER.fullmatch(lines[-1].strip()[:_LONGEST_LINE])
-    if found is None:
+    if found is None or answer.finish == "length":  # "A better reply" may be cut behind its first word
         raise Unreadable(f"it answered {answer.text[-120:]!r} instead of A or B")
     letter, reason = found[1], "\n".join(lines[:-1]).strip()
     token = next((t for t in reversed(answer.tokens) if t.text.strip() == letter), None)

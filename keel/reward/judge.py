@@ -81,7 +81,8 @@ class EndpointJudge:
         open_keys = [one for one in asked if self._kept.get(one) is None]
         if self.reporter is not None:
             self.reporter.start("judging", len(asked))
-            self.reporter.advance(len(asked) - len(open_keys))
+            if len(open_keys) < len(asked):
+                self.reporter.advance(len(asked) - len(open_keys))
 
         def keep(i: int, answer: Answer) -> None:
             self._kept.add(open_keys[i], _score(answer))
