@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pg_server
 import pytest
 import torch
 from databases import postgres_urls, sqlite_urls
+from loopback import Reply, Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +61,19 @@ def subprocess_env() -> dict[str, str]:
 @pytest.fixture
 def keel_command() -> list[str]:
     return [sys.executable, "-m", "keel"]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[dict[str, Any], int], Reply]], Server]]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TEST_JUDGE_KEY", "sk-very-secret")
+    servers: list[Server] = []
+
+    def start(answer: Callable[[dict[str, Any], int], Reply]) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

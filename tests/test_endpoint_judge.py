@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Reply, Server, chat_reply
 from tiny import Counting, prompt
 
 from keel.recipe.judges import EndpointRef
@@ -18,72 +18,6 @@ from keel.types import Completion, Grade, Message, Prompt, UserError
 
 PROMPTS = [prompt(n) for n in range(7)]
 REPLIES = [Completion("good day captain " * n) for n in range(7)]
-
-
-Reply = tuple[int, dict[str, str], str]  # status, headers, body
-
-
-def chat_reply(content: str | None) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
-
-
-class Server:
-    """An OpenAI-compatible server on the loopback: ``answer(request body, number of the request)`` decides."""
-
-    def __init__(self, answer: Callable[[dict[str, Any], int], Reply]) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.together = self.most_together = 0
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append(body)
-                    outer.headers.append(dict(self.headers))
-                    outer.paths.append(self.path)
-                    number = len(outer.requests)
-                    outer.together += 1
-                    outer.most_together = max(outer.most_together, outer.together)
-                status, headers, text = answer(body, number)
-                with lock:
-                    outer.together -= 1
-                data = text.encode()
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[dict[str, Any], int], Reply]], Server]]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TEST_JUDGE_KEY", "sk-very-secret")
-    servers: list[Server] = []
-
-    def start(answer: Callable[[dict[str, Any], int], Reply]) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def judge(url: str, instructions: str | None = None, **settings: Any) -> EndpointJudge:

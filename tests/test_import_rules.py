@@ -19,6 +19,7 @@ PACKAGE = ROOT / "keel"
 RANKS = {
     "stats": -2,  # plain numbers, below every room that has figures
     "precision": -2,
+    "endpoint": -2,
     "kernels": -1,
     **dict.fromkeys(("run", "data", "store", "objective"), 0),
     "model": 1,

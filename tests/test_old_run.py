@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from keel.cli.finished import find_model, trained_models
 from keel.cli.ensemble import RunEnsemble
+from keel.cli.finished import find_model, trained_models
 from keel.cli.label import sampled_models, store_of
 from keel.cli.models import trained_stages
 from keel.pipeline.run import plan, run_pipeline

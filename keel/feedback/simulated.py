@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keel.feedback.agreement import cohens_kappa, raw_agreement, vote_pairs, votes_by_item
+from keel.feedback.opinion import Opinion
 from keel.stats import sigmoid
 from keel.store import NewVote, Store
-from keel.store.sides import OnScreen
 from keel.types import Prompt, Reporter, UserError
 
 # Where a felt preference, in units of the annotator's own temperature, becomes "better" and "much better". In those
@@ -30,15 +30,6 @@ STRENGTH_EDGES = (1.0, 2.5)
 
 WORDS_PER_SECOND = 4.0  # silent reading, about 240 words a minute (Brysbaert 2019, doi:10.1016/j.jml.2019.104047)
 DECIDING_SECONDS = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class Opinion:
-    """One simulated judgement. ``strength``: 1 slightly, 2 better, 3 much better; None for a tie. ``seconds`` taken."""
-
-    choice: OnScreen
-    strength: int | None
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +101,10 @@ class SimulatedAnnotator:
         strength = 1 + sum(abs(felt) >= edge for edge in STRENGTH_EDGES)
         return Opinion("left" if felt > 0 else "right", strength, seconds)
 
+    def judge_at(self, seed: int, prompt: Prompt, left: str, right: str) -> Opinion:
+        """``judge`` by draws that are this annotator's and this pair's own."""
+        return self.judge(prompt, left, right, draw("judge", seed, self.name, prompt.id, left, right))
+
 
 def true_probability(annotators: Sequence[SimulatedAnnotator], prompt: Prompt, a: str, b: str) -> float:
     """The population's q: P(a preferred over b) for an annotator drawn at random among those who would not tie, and
@@ -178,7 +173,7 @@ def _judge_some(
         else:
             return done
         place = (seed, annotator.name, assignment.prompt.id, assignment.left, assignment.right)
-        opinion = annotator.judge(assignment.prompt, assignment.left, assignment.right, draw("judge", *place))
+        opinion = annotator.judge_at(seed, assignment.prompt, assignment.left, assignment.right)
         token = draw("token", *place, batch, assignment.id, step + done).randbytes(12).hex()
         vote = NewVote(opinion.choice, opinion.strength, token=token, seconds=opinion.seconds, guideline=guideline)
         session.submit(assignment.id, vote)
