@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from keel.check.finding import Finding, broken, stage_names
 from keel.data.chat import Chat
-from keel.data.collate import messages_hash
+from keel.data.collate import messages_hash, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
 from keel.recipe.eval import EvalStage
 from keel.recipe.recipe import Recipe
+from keel.recipe.reward import RewardStage
 from keel.recipe.sample import SampleStage
 from keel.recipe.sections import DataConfig
 from keel.recipe.sft import SftStage
@@ -26,13 +28,13 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     """Missing, broken, tiny, too long and leaking data, with counts; and what was read otherwise than it stands."""
     data = recipe.data
     found: list[Finding] = []
-    demonstrations: list[Demonstration] = []
+    taught: dict[str, list[Demonstration]] = {}
     prompts: dict[str, list[Prompt]] = {}
-    preferences: list[Preference] = []
+    judged: dict[str, list[Preference]] = {}
     try:
         for place, source in _demonstrations(recipe):
             rows = read_demonstrations(_needed(source, place, "sft"), _reading(data, place, found))
-            demonstrations += rows
+            taught.setdefault(place, []).extend(rows)
             found += _few(rows, place)
             encoded = chat.encode_demonstrations(rows)
             found += _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
@@ -42,7 +44,7 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
             found += _asked(prompts[place], place, recipe, chat, context)
         for place, source in _preferences(recipe):
             pairs = read_preferences(source, _reading(data, place, found))
-            preferences += pairs
+            judged.setdefault(place, []).extend(pairs)
             found += _few(pairs, place)
             found += _pairs(pairs, place, recipe, chat, context)
         if data.facts is not None:
@@ -50,6 +52,9 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         found += _texts(recipe, found)
     except UserError as error:
         return [*dict.fromkeys(found), broken(error, "data")]
+    demonstrations = [row for rows in taught.values() for row in rows]
+    preferences = [pair for pairs in judged.values() for pair in pairs]
+    found += _sides(recipe, taught, prompts, judged)
     asked = [prompt for some in prompts.values() for prompt in some]
     several = [p for p in (*asked, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
     if chat.plain and several:
@@ -59,6 +64,41 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     learned |= {messages_hash(p.prompt.messages) for p in preferences}
     sampled = {messages_hash(p.messages) for p in prompts.get("data.prompts", [])}
     return [*dict.fromkeys(found), *_leaks(prompts.get(HELDOUT, []), learned, sampled)]
+
+
+def _sides(
+    recipe: Recipe,
+    taught: dict[str, list[Demonstration]],
+    prompts: dict[str, list[Prompt]],
+    judged: dict[str, list[Preference]],
+) -> Iterator[Finding]:
+    """Each stage holds prompts out, and must have some to learn from, as it will find itself."""
+    data, made = recipe.data, {PEOPLE, *stage_names(recipe)}
+    for stage in recipe.stages:
+        if not isinstance(stage, SftStage | PreferenceBase) or made & set(stage.sources):
+            continue
+        own, default = ("demonstrations", taught) if isinstance(stage, SftStage) else ("preferences", judged)
+        rows = default.get(f"{stage.name}.{own}" if stage.sources else f"data.{own}", [])
+        share = data.heldout_fraction if isinstance(stage, SftStage) else stage.heldout_fraction
+        try:
+            training = split_by_prompt(rows, share, recipe.seed)[0] if rows else []
+        except UserError as error:
+            yield broken(error, f"{stage.name}.{own}")
+            continue
+        if training and isinstance(stage, RewardStage) and all(pair.tie for pair in training):
+            yield Finding("error", f"{stage.name}.{own}", "every pair to train on is a tie", "add decided pairs")
+    pool, heldout = prompts.get("data.prompts", []), {messages_hash(p.messages) for p in prompts.get(HELDOUT, [])}
+    asking = [s for s in recipe.stages if isinstance(s, SampleStage | OnlineBase | EvalStage) and s.prompts is None]
+    if not pool:
+        return
+    if asking and data.heldout_prompts is None:
+        try:
+            split_by_prompt(pool, data.heldout_fraction, recipe.seed)
+        except UserError as error:
+            yield broken(error, "data.prompts")
+    elif any(not isinstance(s, EvalStage) for s in asking) and all(messages_hash(p.messages) in heldout for p in pool):
+        sentence = "all of them are in data.heldout_prompts too"
+        yield Finding("error", "data.prompts", sentence, "give others to train on")
 
 
 def _reading(data: DataConfig, place: str, found: list[Finding]) -> Reading:
@@ -145,7 +185,8 @@ def _lengths(
         sentence = f"{long} of {len(rows)} records are longer than {setting} = {limit} tokens"
         yield Finding("error", place, sentence, f"raise {setting} or set data.over_length: skip")
     elif long:
-        yield Finding("warning", place, f"{long} of {len(rows)} records are left out ({setting})", f"raise {setting}")
+        level: Literal["error", "warning"] = "error" if long == len(rows) else "warning"
+        yield Finding(level, place, f"{long} of {len(rows)} records are left out ({setting})", f"raise {setting}")
     kept = [len(row.ids) for row in rows if len(row.ids) <= limit]
     beyond = sum(length > context for length in kept) if context else 0
     if beyond:
