@@ -664,16 +664,17 @@ def test_check_finds_bad_rows_and_exits_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "2000")
-    path = write(DEMO, {**DEMO, "tools": TOOLS})
+    other = {"prompt": "Something else?", "completion": "Yes."}
+    path = write(DEMO, {**DEMO, "tools": TOOLS}, other)
     recipe = tmp_path / "recipe.json"
     recipe.with_suffix(".yaml").write_text(json.dumps(_recipe(tmp_path, {"kind": "sft"}, demonstrations=str(path))))
     assert main(["check", str(recipe.with_suffix(".yaml"))]) == 2
     assert f"{path}, line 2: field 'tools': expected rows without tools" in capsys.readouterr().out
     assert main(["check", str(recipe.with_suffix(".yaml")), "data.on_bad_row=skip"]) == 0
     out = capsys.readouterr().out
-    assert f"{path}: 1 of 2 rows cannot be read and are left out (data.on_bad_row: skip)" in out
+    assert f"{path}: 1 of 3 rows cannot be read and are left out (data.on_bad_row: skip)" in out
     assert f"{path}, line 2: field 'tools'" in out
-    path = write({**DEMO, "source": "x"})
+    path = write({**DEMO, "source": "x"}, other)
     assert main(["check", str(recipe.with_suffix(".yaml"))]) == 0
     out = capsys.readouterr().out
     assert f"note data.demonstrations: {path}: column source is not used" in out

@@ -211,7 +211,7 @@ def test_a_model_that_no_sampler_can_decode_is_found(
     assert not errors_of(recipe, tmp_path)
     roads._KEPT.clear()
     monkeypatch.setattr(roads, "_as_alone", lambda *_: False)
-    monkeypatch.setattr("keel.rollout.llama.why_unsupported", lambda model: "its layers are others")
+    monkeypatch.setattr("keel.rollout.sampler.why_unsupported", lambda model: "its layers are others")
     (error,) = errors_of(recipe, tmp_path)
     assert "Qwen3ForCausalLM cannot be sampled from" in error
     embedded = SamplingConfig(backend="embedded", max_new_tokens=5)
@@ -254,3 +254,49 @@ def test_a_reference_that_cannot_read_the_policy_is_found(data: dict[str, str], 
         )
         with pytest.raises(UserError) if wrong else contextlib.nullcontext():
             run_pipeline(recipe, RunDir(tmp_path / "run"), RUNNERS, Silent(), ["dpo"])
+
+
+def told(q: str, a: str) -> dict[str, Any]:
+    return {"prompt": q, "completion": a}
+
+
+def pair(q: str, tie: bool = False) -> dict[str, Any]:
+    return {"prompt": q, "chosen": "good day", "rejected": "no", "tie": tie}
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "rows", "words"),
+    [
+        ("sft", "demonstrations", [told("write", word) for word in ("a", "b", "c")], "have 1 different prompts"),
+        ("sft", "demonstrations", [told("no " * 200 + word, "x") for word in ("a", "b")], "2 of 2 records are left"),
+        ("reward", "preferences", [pair("write")] * 3, "have 1 different prompts"),
+        (
+            "reward",
+            "preferences",
+            [pair(word, tie=True) for word in ("a", "b", "c")],
+            "every pair to train on is a tie",
+        ),
+        ("sample", "prompts", [{"prompt": "write"}], "have 1 different prompts"),
+        (
+            "sample",
+            "heldout_prompts",
+            [{"prompt": f"what is port {i}"} for i in range(8)],
+            "all of them are in data.held",
+        ),
+    ],
+)
+def test_data_that_leave_nothing_on_one_side_are_found(
+    stage: str, field: str, rows: list[dict[str, Any]], words: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    """The last stage would have found them when those before it were paid for."""
+    base = save_base(tmp_path / "base", "llama", "bytes")
+    recipe = recipe_of(base, data, False, True, ("sample",))
+    assert not errors_of(recipe, tmp_path)
+    settings = {field: write_jsonl(tmp_path / "rows.jsonl", rows), "over_length": "skip"}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=settings)})
+    (error,) = errors_of(recipe, tmp_path)
+    assert words in error
+    if stage != "sft":  # the run agrees, once it is there
+        recipe = recipe.model_copy(update={"stages": [with_stage(recipe, stage, model="base").stage(stage)]})
+    with pytest.raises(UserError):
+        run_pipeline(recipe, RunDir(tmp_path / "other"), RUNNERS, Silent())

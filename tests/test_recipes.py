@@ -102,6 +102,12 @@ def test_settings_are_overridden_by_key(recipe: Path) -> None:
         ("model.path=[", "not valid YAML"),
         ("first.epochs=many", "first.epochs: input should be a valid number"),
         ("seed=-1", "seed: input should be greater than or equal to 0 (got -1)"),
+        ("first.optim.lr=.inf", "first.optim.lr: input should be a finite number"),
+        ("first.epochs=.inf", "first.epochs: input should be a finite number"),
+        ("second.kl.coef=.inf", "second.kl.coef: input should be a finite number"),
+        ("second.rewards.0.weight=.nan", "second.rewards.0.weight: input should be a finite number"),
+        ("first.optim.betas=[0.9, 1.0]", "first.optim.betas.1: input should be less than 1"),
+        ("first.optim.eps=-1", "first.optim.eps: input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_override(recipe: Path, override: str, message: str) -> None:
@@ -190,7 +196,12 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "a recipe is a mapping"), ("- a", "a recipe is a mapping"), ("\x00", "not valid YAML")],
+    [
+        ("", "a recipe is a mapping"),
+        ("- a", "a recipe is a mapping"),
+        ("\x00", "not valid YAML"),
+        ("a: &a [*a]", "an alias"),
+    ],
 )
 def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "r.yaml"

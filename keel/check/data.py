@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from keel.check.finding import Finding, broken, stage_names
 from keel.data.chat import Chat
-from keel.data.collate import messages_hash
+from keel.data.collate import messages_hash, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
 from keel.recipe.declared import PEOPLE
@@ -23,13 +24,13 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     """Missing, broken, tiny, too long and leaking data, with counts; and what was read otherwise than it stands."""
     data = recipe.data
     found: list[Finding] = []
-    demonstrations: list[Demonstration] = []
+    taught: dict[str, list[Demonstration]] = {}
     prompts: dict[str, list[Prompt]] = {}
-    preferences: list[Preference] = []
+    judged: dict[str, list[Preference]] = {}
     try:
         for place, source in _demonstrations(recipe):
             rows = read_demonstrations(source, _reading(data, place, found))
-            demonstrations += rows
+            taught.setdefault(place, []).extend(rows)
             found += _few(rows, place)
             encoded = chat.encode_demonstrations(rows)
             found += _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
@@ -39,7 +40,7 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
             found += _asked(prompts[place], place, recipe, chat, context)
         for place, source in _preferences(recipe):
             pairs = read_preferences(source, _reading(data, place, found))
-            preferences += pairs
+            judged.setdefault(place, []).extend(pairs)
             found += _few(pairs, place)
             found += _pairs(pairs, place, recipe, chat, context)
         if data.facts is not None:
@@ -47,6 +48,9 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
         found += _texts(recipe, found)
     except UserError as error:
         return [*dict.fromkeys(found), broken(error, "data")]
+    demonstrations = [row for rows in taught.values() for row in rows]
+    preferences = [pair for pairs in judged.values() for pair in pairs]
+    found += _sides(recipe, taught, prompts, judged)
     asked = [prompt for some in prompts.values() for prompt in some]
     several = [p for p in (*asked, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
     if chat.plain and several:
@@ -56,6 +60,45 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     learned |= {messages_hash(p.prompt.messages) for p in preferences}
     sampled = {messages_hash(p.messages) for p in prompts.get("data.prompts", [])}
     return [*dict.fromkeys(found), *_leaks(prompts.get(HELDOUT, []), learned, sampled)]
+
+
+def _sides(
+    recipe: Recipe,
+    taught: dict[str, list[Demonstration]],
+    prompts: dict[str, list[Prompt]],
+    judged: dict[str, list[Preference]],
+) -> Iterator[Finding]:
+    """Each stage holds prompts out, and must have some to learn from, as it will find itself."""
+    data, made = recipe.data, {PEOPLE, *stage_names(recipe)}
+    read: dict[str, Mapping[str, Sequence[Demonstration] | Sequence[Preference]]]
+    read = {"demonstrations": taught, "preferences": judged}
+    for stage in recipe.stages:
+        share = stage.held_out(data)
+        field = next((name for name in read if name in stage.files()), None)
+        if share is None or field is None or made & set(stage.files()[field]):
+            continue
+        place = f"{stage.name}.{field}"
+        rows = read[field].get(place if stage.files()[field] else f"data.{field}", [])
+        try:
+            training = split_by_prompt(rows, share, recipe.seed)[0] if rows else []
+        except UserError as error:
+            yield broken(error, place)
+            continue
+        tied = [isinstance(row, Preference) and row.tie for row in training]
+        if tied and "reward model" in stage.makes and all(tied):
+            yield Finding("error", place, "every pair to train on is a tie", "add decided pairs")
+    pool, heldout = prompts.get("data.prompts", []), {messages_hash(p.messages) for p in prompts.get(HELDOUT, [])}
+    asking = [s for s in recipe.stages if "prompts" in s.reads(data) and "prompts" not in s.files()]
+    if not pool:
+        return
+    if asking and data.heldout_prompts is None:
+        try:
+            split_by_prompt(pool, data.heldout_fraction, recipe.seed)
+        except UserError as error:
+            yield broken(error, "data.prompts")
+    elif any(s.makes for s in asking) and all(messages_hash(p.messages) in heldout for p in pool):
+        sentence = "all of them are in data.heldout_prompts too"
+        yield Finding("error", "data.prompts", sentence, "give others to train on")
 
 
 def _reading(data: DataConfig, place: str, found: list[Finding]) -> Reading:
@@ -142,7 +185,8 @@ def _lengths(
         sentence = f"{long} of {len(rows)} records are longer than {setting} = {limit} tokens"
         yield Finding("error", place, sentence, f"raise {setting} or set data.over_length: skip")
     elif long:
-        yield Finding("warning", place, f"{long} of {len(rows)} records are left out ({setting})", f"raise {setting}")
+        level: Literal["error", "warning"] = "error" if long == len(rows) else "warning"
+        yield Finding(level, place, f"{long} of {len(rows)} records are left out ({setting})", f"raise {setting}")
     kept = [len(row.ids) for row in rows if len(row.ids) <= limit]
     beyond = sum(length > context for length in kept) if context else 0
     if beyond:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,12 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "chatbot", "ai", "bing", "bard"), "assistant"),
 }
 _OF_A_MESSAGE = {"role", "from", "content", "value", *WEIGHTS, *TRAINED, MASK, *MESSAGE}
+
+
+# How JSON and Python write a list of messages: a program that saved it as a text (pandas in CSV) meant the list.
+_WRITTEN_OUT = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:\s*["'].*["']\s*\}\s*\]\s*$""", re.DOTALL
+)
 
 
 class Fields(Mapping[str, Any]):
@@ -82,12 +89,24 @@ def text(row: Mapping[str, Any], field: str, empty: bool = True) -> str:
     return value
 
 
+def utterance(row: Mapping[str, Any], field: str, empty: bool = True) -> str:
+    """A prompt or a reply as a text, which is not the text of a list of messages."""
+    said = text(row, field, empty)
+    if _WRITTEN_OUT.match(said):
+        raise RowError(
+            f"field '{field}': expected a text or a list of messages, got messages written out as a text; write the "
+            "list itself there, or in CSV its JSON (json.dumps)"
+        )
+    return said
+
+
 def _joined_parts(parts: list[Any], field: str) -> str:
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RowError(
                 f"field '{field}': expected a text or content parts {{'type': 'text', 'text': ...}}, got {shown(part)}"
             )
+        refuse(part, MESSAGE, f"{field}.")  # a picture beside the text
     return "".join(part["text"] for part in parts)
 
 
@@ -129,8 +148,10 @@ def _message(item: Any, path: str, taught: bool) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"field '{path}': expected a message with role and content, got {shown(item)}")
     role_key = "from" if item.get("from") is not None else "role"
-    said = item.get(role_key)
+    said, other = item.get(role_key), item.get("role")
     role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+    if isinstance(other, str) and ROLES.get(other.strip().lower(), role) != role:
+        raise RowError(f"field '{path}': role and from differ; keep one")
     if role is None:
         raise RowError(f"field '{path}.{role_key}': expected system, user or assistant, got {shown(said)}")
     refuse(item, MESSAGE, f"{path}.")

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 from keel.data.collate import messages_hash
 from keel.data.columns import SYSTEM
-from keel.data.fields import Fields, earlier_rounds, json_value, message_list, name, text
+from keel.data.fields import Fields, earlier_rounds, json_value, message_list, name, text, utterance
 from keel.data.rows import RowError, shown
 from keel.types import Message, Prompt
+
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 def prompt_of(row: Fields, messages: tuple[Message, ...], id: str) -> Prompt:
@@ -52,12 +54,23 @@ def ask(row: Fields, taught: bool = False) -> tuple[Message, ...]:
     if isinstance(row["prompt"], list):
         messages = waits(conversation(row, "prompt"), "prompt")
         return tuple(replace(m, learned=not taught or m.role != "assistant") for m in messages)
-    asked = Message("user", text(row, "prompt", empty=False))
-    return (*system_of(row), *earlier_rounds(row, taught), asked)
+    asked = utterance(row, "prompt", empty=False)
+    if (written := _TURN.match(asked)) and written[1] == "Human":
+        return _asked_in_writing(row, taught)
+    return (*system_of(row), *earlier_rounds(row, taught), Message("user", asked))
+
+
+def _asked_in_writing(row: Fields, taught: bool) -> tuple[Message, ...]:
+    """A dialogue as Anthropic's HH data writes it, up to the "Assistant:" that waits for the reply."""
+    turns = _transcript(row, "prompt")
+    if turns[-1].role == "assistant" and not turns[-1].content.strip():
+        turns = turns[:-1]
+    messages = with_system(row, waits(turns, "prompt"))
+    return tuple(replace(m, learned=not taught or m.role != "assistant") for m in messages)
 
 
 def ask_instruction(row: Fields, taught: bool = False) -> tuple[Message, ...]:
-    parts = [text(row, "instruction", empty=False), text(row, "input") if "input" in row else ""]
+    parts = [utterance(row, "instruction", empty=False), text(row, "input") if "input" in row else ""]
     asked = Message("user", "\n\n".join(part for part in parts if part))
     return (*system_of(row), *earlier_rounds(row, taught), asked)
 
@@ -73,9 +86,15 @@ def waits(messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
 def after_prompt(row: Fields, field: str, prompt: Sequence[Message], taught: bool = False) -> tuple[Message, ...]:
     """A reply as a text, or as messages: those after the prompt's, which may be repeated in front (without the system
     message that a column gave)."""
-    if not isinstance(row[field], list):
-        return (Message("assistant", text(row, field)),)
-    messages = message_list(row, field, taught=taught)
+    if isinstance(row[field], list):
+        messages = message_list(row, field, taught=taught)
+    else:
+        written, asked = utterance(row, field), row.get("prompt")
+        if not isinstance(asked, str) or not _TURN.match(asked):
+            return (Message("assistant", written),)
+        if not _TURN.match(written):  # the prompt's dialogue ends with "Assistant:", and a blank behind that
+            return (Message("assistant", written.removeprefix(" ")),)
+        messages = _transcript(row, field)
     said = [(m.role, m.content) for m in prompt]
     for repeated in (said, said[1:] if said[0][0] == "system" else said):
         if [(m.role, m.content) for m in messages[: len(repeated)]] == repeated:
@@ -112,9 +131,6 @@ def implicit_prompt(row: Fields) -> tuple[tuple[Message, ...], str, str]:
         raise RowError("fields 'chosen' and 'rejected' share no first message; expected the same prompt in both")
     replies = _only_reply(chosen[shared:], "chosen"), _only_reply(rejected[shared:], "rejected")
     return waits(chosen[:shared], "chosen"), *replies
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 def _transcript(row: Fields, field: str) -> tuple[Message, ...]:

@@ -168,7 +168,10 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_once)
+        except RowError as error:
+            bad.rows += 1
+            bad.add(str(path), f"line {number}", str(error))
         except (ValueError, RecursionError) as error:
             bad.rows += 1
             bad.add(str(path), f"line {number}", f"expected one JSON object a line, got broken JSON ({error})")
@@ -176,12 +179,23 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
             yield from _row(path, f"line {number}", values, bad)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands twice, JSON's readers keep the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RowError(f"field '{next(name for name in names if names.count(name) > 1)}' stands twice; keep one")
+    return found
+
+
 def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
     text = _text(path)
     if not text.strip():
         return
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_once)
+    except RowError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         hint = "; a file of one JSON object a line is named .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path}: broken JSON ({error}){hint}") from error
@@ -233,6 +247,9 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise UserError(f"{path}: column {', '.join(twice)} stands twice; rename one")
             number = 0
             for batch in table.iter_batches(batch_size=4096):
                 for values in batch.to_pylist():

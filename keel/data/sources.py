@@ -26,6 +26,7 @@ from keel.data.fields import (
     number,
     text,
     text_list,
+    utterance,
 )
 from keel.data.parts import (
     after_prompt,
@@ -198,7 +199,7 @@ def _demonstration(row: Fields) -> Demonstration:
         asked = ask(row, taught=True)
         messages = asked + after_prompt(row, "completion", asked, taught=True)
     elif "instruction" in row and "output" in row:
-        messages = (*ask_instruction(row, taught=True), Message("assistant", text(row, "output")))
+        messages = (*ask_instruction(row, taught=True), Message("assistant", utterance(row, "output")))
     else:
         return _plain_text(row)
     if messages[-1].role != "assistant":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from keel.data.chat import install_template
 from keel.model import held, marks
@@ -30,6 +32,7 @@ from keel.model.loading import (
     read_config,
     read_model,
     read_tokenizer,
+    refuse_adapted_ties,
 )
 from keel.model.merged import file_weights
 from keel.model.modules import inner_model, set_attention, stated_positions
@@ -215,10 +218,12 @@ def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trai
         task_type=task,
     )
     try:
-        return get_peft_model(model, settings)
+        wrapped = get_peft_model(model, settings)
     except ValueError as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"model.lora.targets: {first}; name linear layers of {type(model).__name__}") from error
+    refuse_adapted_ties(wrapped, "model.lora.targets: adapters")
+    return wrapped
 
 
 def _leave_the_file(model: nn.Module) -> None:
@@ -248,9 +253,14 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     with quiet(), as_configured(inner):
         set_attention(inner, "sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
         try:
-            inner.save_pretrained(str(folder), state_dict=None if plain else file_weights(model, dtype))
+            with _unvalidated(inner):
+                inner.save_pretrained(str(folder), state_dict=None if plain else file_weights(model, dtype))
             tokenizer.save_pretrained(str(folder))
-            if (ends := getattr(tokenizer, "keel_ends", ())) and not inner.can_generate():
+            if inner.can_generate():
+                inner.generation_config.to_json_file(
+                    str(folder / GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"]
+                )
+            elif ends := getattr(tokenizer, "keel_ends", ()):
                 # A classifier is saved without them, and its template may have no other end (GLM's).
                 GenerationConfig(eos_token_id=list(ends)).save_pretrained(str(folder))
         finally:
@@ -261,6 +271,20 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     name = str(dtype).removeprefix("torch.")
     _state_dtype(folder / "config.json", name)
     return name
+
+
+@contextlib.contextmanager
+def _unvalidated(model: Any) -> Iterator[None]:
+    """Within it no generation config that transformers reads and then refuses to write (a temperature beside
+    do_sample: false, as Llama 2 has) can keep a trained model from being saved."""
+    if not model.can_generate():
+        yield
+        return
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _state_dtype(path: Path, dtype: str) -> None:

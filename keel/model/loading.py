@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -27,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from keel.model.held import matrices_in, settle, stored_dtype
+from keel.model.modules import unwrapped
 from keel.precision import Precision, held_dtype
 from keel.recipe.sections import Source
 from keel.types import UserError
@@ -77,8 +77,10 @@ def _checked(source: Source, what: str, load: Callable[[], T]) -> T:
     try:
         with quiet():
             return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except UserError:
+        raise
+    except Exception as error:  # whatever a config, a pickle or a layer raises that a file is wrong for
+        first = _first_words(error)
         if "Unrecognized configuration class" in str(error):
             raise UserError(
                 f"{path}: transformers has no {what} of type {read_config(source).model_type}; use another architecture"
@@ -91,6 +93,12 @@ def _checked(source: Source, what: str, load: Callable[[], T]) -> T:
         raise UserError(
             f"{path}: could not load this {what}: {first.rstrip('.')}; name a folder or a hub id with one"
         ) from error
+
+
+def _first_words(error: Exception) -> str:
+    """The first line of what an error says, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _base_of(source: Source) -> Source | None:
@@ -141,8 +149,13 @@ def _ends(source: Source) -> tuple[int, ...]:
         config = GenerationConfig.from_pretrained(source.path, revision=source.revision)
     except (OSError, ValueError):
         return ()
-    ends = config.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if any(not isinstance(end, int | None) for end in ends):
+        raise UserError(
+            f"{source.path}: generation_config.json has {config.eos_token_id!r} as eos_token_id; write the token's "
+            "number, or a list of numbers"
+        )
+    return tuple(end for end in ends if end is not None and end >= 0)
 
 
 def _options(source: Source) -> dict[str, Any]:
@@ -172,6 +185,7 @@ def read_model(
     base = _base_of(source)
     if base is not None:
         return _with_adapters(auto, base, source, what, note, settings | {"held": held})
+    _refuse_quantised(source, what)
     model, found = _read(auto, source, what, held, settings)
     wrapped = [name for name in found["unexpected_keys"] if WRAPPED.search(name)]
     if wrapped and found["missing_keys"]:
@@ -183,6 +197,8 @@ def read_model(
         note(f"{source.path}: {_named(left)} in the file is of no use to this {what}")
     _refuse_not_finite(source, model)
     settle(model)
+    for config in (model.config, model.config.get_text_config()):  # what a notebook switched on before it was saved
+        config.output_attentions = config.output_hidden_states = False
     return model
 
 
@@ -218,6 +234,19 @@ def _read(
             )
 
     return _checked(source, what, load)
+
+
+def _refuse_quantised(source: Source, what: str) -> None:
+    """Some methods' weights can be computed with but not trained, others' are made plain on some devices, and saved
+    with scales that nobody reads again."""
+    config = read_config(source)
+    for part in (config, config.get_text_config()):
+        if (how := getattr(part, "quantization_config", None)) is not None:
+            method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+            raise UserError(
+                f"{source.path}: its weights are quantised ({getattr(method, 'value', method)}), and Keel computes "
+                f"with plain ones; name the {what} that it was made from, or save model.dequantize() of it"
+            )
 
 
 def _refuse_other_weights(
@@ -301,7 +330,8 @@ def _with_adapters(
     if rows > model.get_input_embeddings().weight.shape[0]:
         with quiet():
             model.resize_token_embeddings(rows)
-    merged: Any = put_adapters(model, source).merge_and_unload()
+    wrapped = put_adapters(model, source)
+    merged: Any = _checked(source, "folder of adapters", lambda: wrapped.merge_and_unload())
     _refuse_not_finite(source, merged)
     note(f"{source.path}: adapters, merged into {base.path}")
     return merged
@@ -320,6 +350,9 @@ def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False
         return PeftModel.from_pretrained(model, source.path, is_trainable=trainable), set(there)
 
     wrapped, there = _checked(source, "folder of adapters", load)
+    if not hasattr(wrapped, "merge_and_unload"):
+        raise UserError(f"{source.path}: adapters of this kind cannot be merged into a model; name one of LoRA's kind")
+    refuse_adapted_ties(wrapped, f"{source.path}: its adapters")
     wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if missing := sorted(wanted - there):
         raise UserError(f"{source.path}: the adapters lack {_named(missing)}; save them again")
@@ -328,3 +361,18 @@ def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False
     if with_head and not any("score" in name for name in there):
         raise UserError(f"{source.path}: the adapters bring no score.weight, so this is no reward model")
     return wrapped
+
+
+def refuse_adapted_ties(wrapped: Any, whose: str) -> None:
+    """UserError for adapters on an embedding that is the head too, or on that head: merged into the one weight, they
+    would change both. ``whose`` begins the sentence."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inner = wrapped.get_base_model()
+    ends = [module for module in (inner.get_input_embeddings(), inner.get_output_embeddings()) if module is not None]
+    adapted = any(isinstance(module, BaseTunerLayer) for module in ends)
+    if adapted and len({id(unwrapped(module).weight) for module in ends}) < len(ends):
+        raise UserError(
+            f"{whose} lie on the embedding or the head, which are one weight in this model, and merged they would "
+            "change both; name other layers, or save the model with tie_word_embeddings: false and a head of its own"
+        )

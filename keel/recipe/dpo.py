@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Reference
+from keel.recipe.sections import DataConfig
 from keel.recipe.stage import PolicyBase, PreferenceBase
 
 
@@ -24,6 +25,9 @@ class DpoStage(PreferenceBase, PolicyBase):
     length_normalised: bool = Field(False, description="log-ratios per token instead of per sequence")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     heldout_fraction: float = Field(0.05, gt=0, lt=0.9)
+
+    def held_out(self, data: DataConfig) -> float:
+        return self.heldout_fraction
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()

@@ -84,8 +84,11 @@ def read_draft(path: Path) -> Draft:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with model:, data: and stages:; see recipes/ for examples")
-    draft = Draft(_apart(tree), str(path))
-    _note_lines(node, (), draft)
+    try:
+        draft = Draft(_apart(tree), str(path))
+        _note_lines(node, (), draft)
+    except RecursionError as error:
+        raise UserError(f"{path}: an alias (*name) stands inside what it names; write that out") from error
     return draft
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from keel.recipe.declared import MODELS, Makes, ModelUse
+from keel.recipe.sections import DataConfig
 from keel.recipe.stage import PreferenceBase
 
 
@@ -24,6 +25,9 @@ class RewardStage(PreferenceBase):
     center_coef: float = Field(0.01, ge=0, description="pulls the mean of a pair's rewards to zero")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     heldout_fraction: float = Field(0.1, gt=0, lt=0.9, description="prompts kept out for accuracy and calibration")
+
+    def held_out(self, data: DataConfig) -> float:
+        return self.heldout_fraction
 
     def loads(self) -> Iterator[ModelUse]:
         yield ModelUse(self.model, policy=False, scalar=True)

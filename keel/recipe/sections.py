@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
-    # Built at first use: a help page reads the fields alone.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+    # Built at first use: a help page reads the fields alone. No setting means anything as infinity or NaN.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
+    )
 
 
 Weights = Literal["auto", "fp32", "bf16"]
@@ -113,8 +115,8 @@ class DataConfig(Strict):
 class OptimConfig(Strict):
     kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (an extra)")
     lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: float = Field(1e-8, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, description="share of the steps when below 1, else steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

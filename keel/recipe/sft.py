@@ -37,6 +37,9 @@ class SftStage(PolicyBase):
         yield from super().references()
         yield from source_references("demonstrations", self.demonstrations, "demonstrations")
 
+    def held_out(self, data: DataConfig) -> float:
+        return data.heldout_fraction
+
     def reads(self, data: DataConfig) -> tuple[str, ...]:
         return ("demonstrations", "heldout_fraction", *ROWS, *super().reads(data))
 

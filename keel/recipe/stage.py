@@ -79,6 +79,10 @@ class StageBase(Strict):
         """The settings of ``data`` that its result depends on. It can read no others."""
         return ()
 
+    def held_out(self, data: DataConfig) -> float | None:
+        """The share of prompts that it keeps out of what it learns from, to measure on; None: it keeps out none."""
+        return None
+
     def files(self) -> Mapping[str, str | tuple[str, ...]]:
         """Its own fields that name files to read, with the file; or with several, some of which may be stages or
         'people'."""
