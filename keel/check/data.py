@@ -85,7 +85,8 @@ def _sides(
         except UserError as error:
             yield broken(error, f"{stage.name}.{own}")
             continue
-        if training and isinstance(stage, RewardStage) and all(pair.tie for pair in training):
+        tied = [isinstance(row, Preference) and row.tie for row in training]
+        if tied and isinstance(stage, RewardStage) and all(tied):
             yield Finding("error", f"{stage.name}.{own}", "every pair to train on is a tie", "add decided pairs")
     pool, heldout = prompts.get("data.prompts", []), {messages_hash(p.messages) for p in prompts.get(HELDOUT, [])}
     asking = [s for s in recipe.stages if isinstance(s, SampleStage | OnlineBase | EvalStage) and s.prompts is None]
