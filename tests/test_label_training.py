@@ -271,7 +271,9 @@ def test_stopping_interrupts_it(tmp_path: Path) -> None:
     assert any("KeyboardInterrupt" in line for line in training.status().log)
     time.sleep(0.3)
     training.start("boss")  # and again
-    time.sleep(0.3)
+    while "begun" not in training.status().log:
+        assert time.monotonic() < end + 30
+        time.sleep(0.05)
     training.stop()
     wait_for(training, "stopped", "failed", seconds=20)
 
