@@ -79,6 +79,13 @@ def test_an_answer_in_parts() -> None:
     assert found == Answer("good day", "stop")
 
 
+def test_any_success_is_one_and_half_a_character_may_be_asked(serve: Callable[..., Server]) -> None:
+    server = serve(lambda *_: (201, *chat_reply("hi")[1:]))
+    half = Question([Message("user", "\ud83d")], "answer")  # of a pair of surrogates, as a cut text may end
+    assert endpoint(server.url).ask(half, lambda answer: answer.text) == "hi"
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "\ud83d"}]
+
+
 def test_an_answer_without_end_and_one_in_drops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keel.endpoint.answer, "LARGEST_ANSWER", 100_000)
     assert "an answer of more than 100,000 bytes" in problem_of(b"x" * 200_000)

@@ -211,8 +211,8 @@ class Endpoint:
 
     @contextmanager
     def _response(self, question: Question, extra: Mapping[str, Any]) -> Iterator[httpx2.Response]:
-        """The response to a question, of status 200. Raises Again for what may pass, _Lost for this request's fault,
-        UserError for what will not pass."""
+        """The response to a question that the server accepts. Raises Again for what may pass, _Lost for this request's
+        fault, UserError for what will not pass."""
         while True:
             left_out = self._refused & question.optional
             settings = {name: value for name, value in question.settings.items() if name not in left_out}
@@ -221,7 +221,7 @@ class Endpoint:
             messages = [{"role": m.role, "content": m.content} for m in question.messages]
             body = {"model": self.ref.model, "messages": messages, **settings, **extra}
             with self._connected(body) as response:
-                if response.status_code == 200:
+                if response.is_success:
                     yield response
                     return
                 detail = self._detail(response)
