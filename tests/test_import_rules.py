@@ -35,6 +35,8 @@ PARTS = {"run", "data", "store", "objective"}  # rule 3
 ALSO = {"web": {"store", "feedback"}}  # rule 5
 USES_HARBOR = {"cli", "__main__"}
 
+# What compiles code for a CPU or calls libraries by address. Rule 6 holds of it too: plain torch must work alone.
+COMPILING = {f"kernels/{name}.py" for name in ("cache", "decoding", "intrinsics", "matmul", "openmp")}
 # Rule 6. An optional package -> the files that may import it.
 OPTIONAL = {
     "wandb": {"run/wandb.py"},
@@ -52,6 +54,7 @@ OPTIONAL = {
     "matplotlib": set(),
     "trl": set(),
     "triton": {"model/gpu_passes.py", "rollout/triton_kernels.py"},
+    **dict.fromkeys(("numba", "llvmlite", "ctypes"), COMPILING),
 }
 # So many modules may be read, Python's own among them, before there is an answer.
 HELP, SETTINGS = 120, 300
@@ -177,6 +180,8 @@ def test_every_room_has_a_rank() -> None:
         ("train/loop.py", "wandb"),
         ("run/rundir.py", "torch.utils.tensorboard"),
         ("cli/commands.py", "fastapi"),
+        ("rollout/cpu.py", "numba"),
+        ("model/fused.py", "ctypes"),
     ],
 )
 def test_a_broken_rule_is_found(file: str, module: str) -> None:
