@@ -117,7 +117,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def callback(signature: Any, function: Callable[..., Any]) -> Any:
     """``function``, compiled now as one that C can call: its ``address`` is what C takes."""
-    compiled = CFunc(
+    compiled: Any = CFunc(
         function, (signature.args, signature.return_type), locals={},
         options={"nopython": True, "error_model": "numpy"},
     )  # fmt: skip

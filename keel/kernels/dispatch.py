@@ -39,7 +39,8 @@ def _compiled(name: str) -> ModuleType | None:
         if name == "training":
             _hold_pass(module)
     except Exception as error:  # whatever a package that is missing, changed or broken raises
-        return _go_on_without("loops" if name == "training" else "matrix products", error)
+        _go_on_without("loops" if name == "training" else "matrix products", error)
+        return None
     return module
 
 
