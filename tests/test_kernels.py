@@ -17,6 +17,8 @@ from torch import Tensor
 
 from keel.kernels import decoding as kernels
 from keel.kernels import intrinsics as numeric
+from keel.kernels import next_token
+from keel.kernels.cache import kernel
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.cpu import raw
 from keel.rollout.tokens import choose, stream_key, uniforms
@@ -39,7 +41,7 @@ def test_rounding_is_to_the_nearest_bfloat16_and_ties_go_to_even() -> None:
     one = x.clone()
     out = torch.empty_like(x, dtype=torch.bfloat16)
 
-    @kernels.kernel
+    @kernel
     def copy(x: Any, out: Any) -> None:
         for i in range(x.shape[1]):
             numeric.put(out[0], i, numeric.get(x[0, i]))
@@ -146,10 +148,8 @@ def test_tokens_are_those_of_the_plain_choice(sampling: SamplingConfig, vocabula
     u[5], u[6] = 1.0, 2.0**-24
     ids, logprobs = torch.empty(n, dtype=torch.int64), torch.empty(n)
     expected_ids, expected_logprobs = choose(logits, u, sampling)
-    kernels.choose(
-        logits.clone().numpy(), u.numpy(), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
-        ids.numpy(), logprobs.numpy(),
-    )  # fmt: skip
+    given = next_token.Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    next_token.choose(logits.clone().numpy(), u.numpy(), given, ids.numpy(), logprobs.numpy())
     same = ids == expected_ids
     assert same.float().mean() > 0.99  # a draw may lie within the rounding of a sum
     torch.testing.assert_close(logprobs[same], expected_logprobs[same], atol=2e-6, rtol=2e-6)
@@ -163,12 +163,12 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_rollout import PROMPTS, build
 from keel.recipe.sections import SamplingConfig
-from keel.kernels.plain import passes
+from keel.kernels.dispatch import passes
 from keel.rollout.sampler import make_sampler
 completions = make_sampler(build("llama"), "embedded", ()).generate(PROMPTS, SamplingConfig(max_new_tokens=8), 0)
 logits_CV = torch.randn(27, 328, generator=torch.Generator().manual_seed(0))
 logp_C, probs_CV = torch.empty(27), torch.empty(27, 328)
-passes("cpu").probabilities(logits_CV, torch.arange(27), logp_C, None, probs_CV)
+passes().probabilities(logits_CV, torch.arange(27), logp_C, None, probs_CV)
 bits = torch.cat([torch.tensor([x for c in completions for x in c.logprobs]), logp_C, probs_CV.flatten()])
 print(hashlib.sha256(bits.numpy().tobytes()).hexdigest())
 """
@@ -183,5 +183,5 @@ def test_who_compiles_rounds_as_who_finds_the_result_on_the_disk(tmp_path: Path)
         subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True).stdout
         for _ in range(2)
     ]
-    assert list((tmp_path / "compiled").rglob("*.nbc")), "nothing was kept, so nothing was compared"
+    assert list((tmp_path / "compiled").rglob("*.compiled")), "nothing was kept, so nothing was compared"
     assert said[0] == said[1] != b""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from keel.kernels.dispatch import products_of
 from keel.kernels.matmul import Packed, multiply
-from keel.kernels.plain import products_of
 from keel.model import logprobs as logprobs_module
 
 LOW = [torch.float32, torch.bfloat16]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from keel.data.chat import Chat
-from keel.kernels.plain import products_of
+from keel.kernels.dispatch import products_of
 from keel.model.merged import merged_weights
 from keel.model.packed import ATTENTION, enable_packing
 from keel.recipe.sections import SamplingConfig
@@ -22,7 +22,6 @@ from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
 from keel.rollout.collect import choose_different, sample_replies, similarity, stop_token_ids
-from keel.rollout.cpu import CpuDecoder
 from keel.rollout.embedded import EmbeddedSampler, Request
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.llama import why_unsupported
@@ -229,7 +228,7 @@ def test_threads_decode_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_module, "ALONE_SLOTS", 1)
-    monkeypatch.setattr(CpuDecoder, "advance", lambda *_: 1 / 0)
+    monkeypatch.setattr("keel.rollout.cpu.CpuDecoder.advance", lambda *_: 1 / 0)
     torch.set_num_threads(2)
     with pytest.raises(ZeroDivisionError):
         EmbeddedSampler(build("llama"), []).generate([[1, 2], [3]], SamplingConfig(max_new_tokens=4), seed=0)

@@ -1,12 +1,12 @@
 """A decoding step on a CPU, compiled by numba: but for the matrix products (``keel.kernels.matmul``) each part is one
 pass over memory.
 
-numba compiles a function when it is first called (some tenths of a second each) and keeps the result on disk. All of
+A function is compiled when it is first called (some tenths of a second each), and the result kept on the disk. All of
 them work row by row, so what a row says does not depend on the others, and release the interpreter lock. bfloat16
 numbers come as the uint16 of their bits; arithmetic is float32.
 
-tests/test_kernels.py compares each with plain torch. (numba looks at this file alone to see whether what it kept is
-stale: after a change in numeric.py, native.py or products.py touch it.)
+The plain twin of the whole is ``keel.rollout.llama.Decoder``,
+and tests/test_kernels.py compares each part with plain torch.
 
 Shape suffixes besides those of ``keel.types``: ``S`` slots; ``D`` width of a head; ``F`` of the feed-forward part;
 ``O`` outputs of a product. A cache is [slots, kv_heads, capacity, D].
@@ -17,13 +17,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from keel.kernels.cache import kernel
 from keel.kernels.intrinsics import (
     LANES,
     all_lanes,
     exp,
-    from_bits,
     get,
     load_vector,
     multiply_add,
@@ -35,19 +35,9 @@ from keel.kernels.intrinsics import (
 )
 from keel.kernels.matmul import BLOCK as OUTPUTS
 from keel.kernels.matmul import as_pointer, multiply_blocks
+from keel.kernels.next_token import Sampling, choose
 from keel.kernels.openmp import in_threads, load, store
 
-# Sums may be reordered (or nothing would be vectorised); infinities are respected: a logit may be -inf. The order is
-# fixed when a function is compiled, so that two runs agree to the last bit.
-kernel = njit(
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-    fastmath={"reassoc", "contract", "arcp", "nsz", "nnan"},
-    forceinline=True,  # see keel.kernels.openmp.inner
-)
-
-BLOCK = 64  # of the vocabulary: sums of so many weights are kept together when a token is drawn
 CACHE_LINE = 64  # bytes
 
 
@@ -223,101 +213,6 @@ def swiglu(gate_up: Any, out_TF: Any) -> None:
             put(out, i, g / (np.float32(1.0) + exp(-g)) * get(up[i]))
 
 
-# ------------------------------------------------------------------------------------------------- the next token
-
-
-@kernel
-def _edge(weights_V: Any, need: float, by_mass: bool) -> Any:
-    """The largest number such that the weights not below it are ``need`` in all: in number, or by the sum of them.
-    Found bit by bit, because positive floats are ordered as their bits are."""
-    bits = np.uint32(0)
-    for bit in range(30, -1, -1):
-        more = np.uint32(bits | np.uint32(1 << bit))
-        edge = from_bits(more)
-        held = np.float32(0.0)
-        if by_mass:
-            for v in range(weights_V.shape[0]):
-                held += weights_V[v] if weights_V[v] >= edge else np.float32(0.0)
-        else:
-            for v in range(weights_V.shape[0]):
-                held += np.float32(1.0) if weights_V[v] >= edge else np.float32(0.0)
-        if held >= need:
-            bits = more
-    return from_bits(bits)
-
-
-@kernel
-def _drop_below(weights_V: Any, edge: float) -> None:
-    for v in range(weights_V.shape[0]):
-        weights_V[v] = weights_V[v] if weights_V[v] >= np.float32(edge) else np.float32(0.0)
-
-
-@kernel
-def _draw(weights_V: Any, sums: Any, uniform: float) -> int:
-    """The first token whose cumulative weight reaches ``uniform`` of the total, among those that weigh something."""
-    V = weights_V.shape[0]
-    total = np.float32(0.0)
-    for b in range(sums.shape[0]):
-        part = np.float32(0.0)
-        for v in range(b * BLOCK, min((b + 1) * BLOCK, V)):
-            part += weights_V[v]
-        total += part
-        sums[b] = total
-    target = np.float32(uniform) * total
-    block = 0
-    while sums[block] < target and block + 1 < sums.shape[0]:
-        block += 1
-    reached = sums[block - 1] if block > 0 else np.float32(0.0)
-    drawn = -1
-    for v in range(block * BLOCK, min((block + 1) * BLOCK, V)):
-        if weights_V[v] > 0:
-            drawn = v  # the last one that weighs something, where rounding leaves the sum below the target
-            reached += weights_V[v]
-            if reached >= target:
-                break
-    return drawn
-
-
-@kernel
-def choose(
-    logits_SV: Any, uniforms_S: Any, temperature: float, top_k: int, top_p: float, min_p: float,
-    ids_S: Any, logprobs_S: Any,
-) -> None:  # fmt: skip
-    """``keel.rollout.sampler.choose``, in place: the logits are overwritten."""
-    V = logits_SV.shape[1]
-    sums = np.empty((V + BLOCK - 1) // BLOCK, np.float32)
-    inverse = np.float32(1.0 / temperature if temperature > 0 else 1.0)
-    for s in range(logits_SV.shape[0]):
-        weights = logits_SV[s]
-        most = np.float32(-np.inf)
-        for v in range(V):
-            most = max(most, weights[v])
-        likeliest = 0
-        if temperature == 0:
-            while weights[likeliest] < most and likeliest + 1 < V:
-                likeliest += 1
-        total = np.float32(0.0)
-        for v in range(V):
-            weights[v] = exp((weights[v] - most) * inverse)
-            total += weights[v]
-        if not total >= np.float32(0.5):  # the likeliest alone weighs 1
-            raise ValueError("the model's logits are not numbers: its parameters have diverged")
-        drawn = likeliest
-        if temperature > 0:
-            if 0 < top_k < V:
-                _drop_below(weights, _edge(weights, top_k, False))
-            if top_p < 1:
-                left = np.float32(0.0)
-                for v in range(V):
-                    left += weights[v]
-                _drop_below(weights, _edge(weights, top_p * left, True))
-            if min_p > 0:
-                _drop_below(weights, min_p)  # the likeliest weighs 1
-            drawn = _draw(weights, sums, uniforms_S[s])
-        ids_S[s] = drawn
-        logprobs_S[s] = np.log(weights[drawn] / total)
-
-
 # ------------------------------------------------------------------------------------------------- whole passes
 
 
@@ -417,9 +312,16 @@ def layers(
 
 @kernel
 def decode(
-    net: Network, b: Buffers, cache: Any, x_SH: Any, state: State, stops: Any, steps: int,
-    temperature: float, top_k: int, top_p: float, min_p: float, ended_S: Any,
-) -> None:  # fmt: skip
+    net: Network,
+    b: Buffers,
+    cache: Any,
+    x_SH: Any,
+    state: State,
+    stops: Any,
+    steps: int,
+    sampling: Sampling,
+    ended_S: Any,
+) -> None:
     """Samples a token in every slot, up to ``steps`` times or until a sequence ends; marks in ``ended_S`` which."""
     S, tile = ended_S.shape[0], b.normed.shape[0]
     uniforms_S, logprobs_S = np.empty(S, np.float32), np.empty(S, np.float32)
@@ -432,10 +334,7 @@ def decode(
             normed, logits = b.normed[: end - begin], b.logits[: end - begin]
             normalise(x_SH[begin:end], normed, net.eps)
             _product(net, b.words, net.products[-1, 0], normed, logits, False)
-            choose(
-                logits, uniforms_S[begin:end], temperature, top_k, top_p, min_p, state.token[begin:end],
-                logprobs_S[begin:end],
-            )  # fmt: skip
+            choose(logits, uniforms_S[begin:end], sampling, state.token[begin:end], logprobs_S[begin:end])
         any_ended = False
         for s in range(S):
             if not state.active[s]:

@@ -164,6 +164,6 @@ def multiply(x_TI: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
 
 
 def multiply_address(low: torch.dtype) -> int:
-    """Of the loop behind :func:`multiply`, for compiled code that starts it by ``native.in_threads`` with the words
+    """Of the loop behind :func:`multiply`, for compiled code that starts it by ``openmp.in_threads`` with the words
     rows, outputs, inputs, then the addresses of x, weight and out, then 1 where the product is added to ``out``."""
     return _multiply.address(low)

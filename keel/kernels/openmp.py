@@ -29,6 +29,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from keel.kernels.cache import callback
 from keel.kernels.intrinsics import narrowed, widened
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -87,7 +88,7 @@ _WORDS = {torch.float32: types.CPointer(types.int64), torch.bfloat16: types.CPoi
 
 
 class Loop:
-    """A function of words, compiled for a precision at its first use; numba keeps the result on the disk."""
+    """A function of words, compiled for a precision at its first use; the result is kept on the disk."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -96,7 +97,7 @@ class Loop:
     def address(self, low: torch.dtype) -> int:
         if low not in self.compiled:
             signature = types.void(_WORDS[low])
-            self.compiled[low] = numba.cfunc(signature, nopython=True, cache=True, error_model="numpy")(self.function)
+            self.compiled[low] = callback(signature, self.function)
         return int(self.compiled[low].address)
 
     def __call__(self, low: torch.dtype, *arguments: Tensor | int | float | None) -> None:
@@ -130,8 +131,11 @@ def number(context: Any, words: Any, i: Any) -> Any:
 @intrinsic
 def real(context: Any, words: Any, i: Any) -> Any:
     """Word ``i`` as a float32 (it is a double)."""
-    sure = lambda b, word, kind: b.fptrunc(b.bitcast(word, ir.DoubleType()), F32)  # noqa: E731
-    return types.float32(words, types.intp), _word_of(words, sure)
+
+    def single(b: Any, word: Any, kind: Any) -> Any:
+        return b.fptrunc(b.bitcast(word, ir.DoubleType()), F32)
+
+    return types.float32(words, types.intp), _word_of(words, single)
 
 
 def _pointer(kind: Any) -> Any:

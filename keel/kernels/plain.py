@@ -1,5 +1,8 @@
-"""What a layer does between its matrix products, as plain tensor operations; ``keel.kernels.training`` does the same in
-one pass over memory each, where numba is installed (:func:`passes`). These here are the reference and the fallback.
+"""What the compiled code of training does, as plain tensor operations: the reference that it is held against, and what
+runs without it (``keel.kernels.dispatch``). ``keel.kernels.training`` does each in one pass over memory.
+
+``keel.kernels.decoding`` has its plain twin in ``keel.rollout.llama.Decoder``, the choice of tokens in
+``keel.rollout.tokens.choose``.
 
 Shape suffixes besides those of ``keel.types``: ``D`` width of a head; ``G`` heads side by side, ``N`` rows of a grid
 times heads.
@@ -7,39 +10,11 @@ times heads.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import sys
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def passes(device: torch.device | str = "cpu") -> ModuleType:
-    """The fastest that runs there; on a GPU those of the head alone (``keel.model.gpu_passes``) are asked for."""
-    faster = _FASTER.get(torch.device(device).type)
-    return (_compiled(faster) if faster else None) or _PLAIN
-
-
-def products_of(low: torch.dtype) -> ModuleType | None:
-    """``keel.kernels.matmul``, where it runs and knows this precision."""
-    products = _compiled("keel.kernels.matmul")
-    return products if products is not None and products.supports(low) else None
-
-
-@functools.cache
-def _compiled(module: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
-
-
-_PLAIN = sys.modules[__name__]
-_FASTER = {"cpu": "keel.kernels.training", "cuda": "keel.model.gpu_passes"}
 
 
 @dataclass(frozen=True)
@@ -198,3 +173,8 @@ def logit_gradient(
     here = ((ids_C >= 0) & (ids_C < logits_CV.shape[1])).nonzero().squeeze(1)
     grad[here, ids_C[here]] += gradient_C[here]
     out_CV.copy_(grad)
+
+
+def multiply(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x weight' -> [T, O], as ``keel.kernels.matmul`` does it with a packed weight."""
+    return x_TI @ weight_OI.t()

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from keel.kernels.plain import Grid, Rotary, passes
+from keel.kernels.dispatch import passes
+from keel.kernels.plain import Grid, Rotary
 from keel.kernels.plain import inverse_rms as inverse_rms
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")

@@ -6,14 +6,18 @@ never made: positions that need a log-probability are scored in chunks, and the 
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from keel.kernels.plain import passes, products_of
+from keel.kernels import dispatch, plain
+from keel.kernels.dispatch import products_of
 from keel.model.logits import logit_form
 from keel.model.merged import head_weight
 from keel.model.modules import head_of, inner_model
@@ -144,7 +148,7 @@ class _HeadLogProbs(torch.autograd.Function):
         for part in _chunks(tokens, vocabulary, hidden):
             logits = _transformed(product(hidden[part], scratch), bias, scale, softcap)
             entropies, probs = ent[part] if entropy else None, None if kept is None else kept[part]
-            passes(hidden.device).probabilities(logits, ids[part], logp[part], entropies, probs)
+            _passes(hidden).probabilities(logits, ids[part], logp[part], entropies, probs)
         ctx.save_for_backward(hidden, weight, bias, ids, kept, logp, ent)
         ctx.settings = (scale, softcap, low)
         ctx.set_materialize_grads(False)
@@ -172,7 +176,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 grad_bias[part] = grad.sum(0, dtype=torch.float32)
 
         if kept is not None and grad_ent is None:  # in place: nobody reads the probabilities again
-            add(slice(0, len(weight)), passes(hidden.device).logit_gradient_(kept, ids, g))
+            add(slice(0, len(weight)), _passes(hidden).logit_gradient_(kept, ids, g))
             return grad_hidden, grad_weight, grad_bias, *[None] * 5
         rounded = _Product.rounding(weight, low)
         own = torch.nn.functional.embedding(ids, weight)
@@ -186,9 +190,24 @@ class _HeadLogProbs(torch.autograd.Function):
             logits = _transformed(logits, None if bias is None else bias[part], scale, softcap)
             slope = None if softcap is None else 1 - (logits / softcap) ** 2
             grad = low_scratch[: logits.numel()].view_as(logits)
-            passes(hidden.device).logit_gradient(logits, total, ids - part.start, g, ent, dent, grad)
+            _passes(hidden).logit_gradient(logits, total, ids - part.start, g, ent, dent, grad)
             add(part, grad if slope is None else grad.mul_(slope))
         return grad_hidden, grad_weight, grad_bias, *[None] * 5
+
+
+def _passes(x: Tensor) -> ModuleType:
+    """``keel.kernels.plain``, or what does the same faster where ``x`` lies."""
+    if x.device.type == "cpu":
+        return dispatch.passes()
+    return (_gpu_passes() if x.is_cuda else None) or plain
+
+
+@functools.cache
+def _gpu_passes() -> ModuleType | None:
+    try:
+        return importlib.import_module("keel.model.gpu_passes")
+    except ImportError:  # Triton comes with torch's CUDA builds, not with all of them
+        return None
 
 
 class _Product:

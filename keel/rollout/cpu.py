@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from keel.kernels import decoding as kernels
 from keel.kernels import matmul as products
+from keel.kernels.next_token import Sampling
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.llama import ROWS, Weights, rotary_tables, round_up
 from keel.rollout.slots import Slots
@@ -83,8 +84,8 @@ class CpuDecoder:
         state = kernels.State(**{name: x.numpy() for name, x in s.tensors().items()}, places=self.places)
         kernels.decode(
             self.net, self.buffers, raw(self.cache), self._stream(len(s.token)), state, stops.numpy(),
-            self.cache.shape[4] - columns + 1, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
-            ended_S.numpy(),
+            self.cache.shape[4] - columns + 1,
+            Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p), ended_S.numpy(),
         )  # fmt: skip
         return ended_S
 

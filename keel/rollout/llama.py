@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keel.kernels.plain import products_of
+from keel.kernels.dispatch import products_of
 from keel.model.fused import window
 from keel.model.merged import is_plain_lora, merged_weight
 from keel.model.packed import inner_model
