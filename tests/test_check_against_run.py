@@ -227,6 +227,14 @@ def test_adapters_that_an_engine_cannot_be_handed_are_found(data: dict[str, str]
     assert any("only plain LoRA" in error for error in errors_of(with_stage(recipe, "grpo", sampling=engine), tmp_path))
 
 
+@pytest.mark.parametrize(("stop", "tokens"), [("what is", 2), ("", 0), ("captain", 1)])
+def test_a_stop_of_several_tokens_is_found(stop: str, tokens: int, data: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(save_base(tmp_path / "base", "llama", "words"), data, False, False, ("grpo",))
+    recipe = with_stage(recipe, "grpo", sampling=SamplingConfig(stop=[stop], max_new_tokens=5))
+    said = [error for error in errors_of(recipe, tmp_path) if "sampling.stop" in error]
+    assert bool(said) == (tokens != 1), said
+
+
 def test_facts_beyond_a_models_positions_are_found(data: dict[str, str], tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "gpt2", "bytes")  # of 256 positions
     long = {"prompt": "no " * 300, "choices": [" day", " no"], "answer": 0}

@@ -25,6 +25,7 @@ from keel.model.vocabulary import unreadable
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.stage import TrainBase
 from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
+from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts
 from keel.run import RunDir, Silent
 from keel.stages.context import StageContext
@@ -112,9 +113,20 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
             found += _evaluated(stage, recipe)
             found += _reward_models(stage, recipe, run)
             found += _adapter_dropout(stage, recipe)
+            _stop_tokens(stage, recipe)
         except UserError as error:
             found.append(broken(error, stage.name))
     return found
+
+
+def _stop_tokens(stage: Stage, recipe: Recipe) -> None:
+    """`UserError` for a stop that is no single token of a model that the stage samples from."""
+    sampling = stage.samples()
+    if sampling is None or not sampling.stop:
+        return
+    for use in stage.loads():
+        if use.policy:
+            stop_token_ids(_chat_of(*root(recipe, use.name), recipe), sampling)
 
 
 def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
