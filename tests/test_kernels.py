@@ -157,19 +157,18 @@ def test_tokens_are_those_of_the_plain_choice(sampling: SamplingConfig, vocabula
     torch.testing.assert_close(logprobs, plain, atol=2e-6, rtol=2e-6)
 
 
+# Of each kind of compiled code a piece: sums and exponentials, in a loop on torch's threads and in the sampler.
 COMPILED = """
-import hashlib, sys, torch
-sys.path.insert(0, {tests!r})
+import hashlib, torch
 torch.set_num_threads(1)
-from test_rollout import PROMPTS, build
-from keel.recipe.sections import SamplingConfig
+from keel.kernels import next_token
 from keel.kernels.dispatch import passes
-from keel.rollout.sampler import make_sampler
-completions = make_sampler(build("llama"), "embedded", ()).generate(PROMPTS, SamplingConfig(max_new_tokens=8), 0)
 logits_CV = torch.randn(27, 328, generator=torch.Generator().manual_seed(0))
-logp_C, probs_CV = torch.empty(27), torch.empty(27, 328)
-passes().probabilities(logits_CV, torch.arange(27), logp_C, None, probs_CV)
-bits = torch.cat([torch.tensor([x for c in completions for x in c.logprobs]), logp_C, probs_CV.flatten()])
+logp_C, probs_CV, ids_C, logprobs_C = torch.empty(27), torch.empty(27, 328), torch.empty(27).long(), torch.empty(27)
+passes().probabilities(logits_CV.clone(), torch.arange(27), logp_C, None, probs_CV)
+given, uniforms_C = next_token.Sampling(0.7, 0, 0.9, 0.0), torch.linspace(0.01, 1.0, 27)
+next_token.choose(logits_CV.numpy(), uniforms_C.numpy(), given, ids_C.numpy(), logprobs_C.numpy())
+bits = torch.cat([logp_C, probs_CV.flatten(), ids_C.float(), logprobs_C])
 print(hashlib.sha256(bits.numpy().tobytes()).hexdigest())
 """
 
@@ -177,7 +176,7 @@ print(hashlib.sha256(bits.numpy().tobytes()).hexdigest())
 def test_who_compiles_rounds_as_who_finds_the_result_on_the_disk(tmp_path: Path) -> None:
     """Or a run whose first process compiled would not end with the weights of one that was resumed."""
     script = tmp_path / "script.py"
-    script.write_text(COMPILED.format(tests=str(Path(__file__).parent)))
+    script.write_text(COMPILED)
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "compiled")}
     said = [
         subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True).stdout
