@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harbor_pairs import reference_pairs
 
 from bench.annotators import annotator_figures, doubtful
 from keel.feedback.agreement import (
@@ -28,7 +29,7 @@ from keel.feedback.crowd_bt import Comparison, crowd_bt
 from keel.feedback.dawid_skene import dawid_skene, reliabilities
 from keel.feedback.krippendorff import Scale, krippendorff_alpha, signed_strength
 from keel.feedback.simulated import SimulatedAnnotator, label, true_probability
-from keel.harbor.annotators import population, reference_pairs
+from keel.harbor.annotators import population
 from keel.harbor.facts import World
 from keel.run import Silent
 from keel.stats import bootstrap_interval

@@ -133,7 +133,7 @@ def test_ctrl_c_is_130_and_can_go_on(folder: Path, keel_command: list[str], subp
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "the same command goes on from the last saved state" in errors
+    assert "interrupted; run the same command to resume" in errors
     assert "Traceback" not in errors
     assert RunDir(folder / "stopped").stage("sft").load_state() is not None
 
@@ -151,7 +151,7 @@ def test_ctrl_c_is_130_and_can_go_on(folder: Path, keel_command: list[str], subp
         (["run", "RECIPE", "model.path=./nowhere", "--out", "OUT"], "nowhere: no such folder"),
         (["run", "RECIPE", "data.max_length=8", "--out", "OUT"], "data.max_length = 8"),
         (["run", "RECIPE", "sft.model=sfft", "--out", "OUT"], "'sfft' is neither a stage nor a file"),
-        (["run", "RECIPE", "device=cuda:7", "--out", "OUT"], "device: cuda:7 is not there"),
+        (["run", "RECIPE", "device=cuda:7", "--out", "OUT"], "device: cuda:7 does not exist"),
         (["run", "RECIPE", "sft.optim.lr=1e30", "sft.optim.max_grad_norm=1e30", "--out", "OUT"], "sft: "),
         (["run", "RECIPE", "--out", "RECIPE"], "cannot be used as a run directory"),
         (["run", "a=b", "--out", "OUT"], "keel run needs a recipe"),

@@ -21,7 +21,6 @@ from keel.data.collate import (
     pack_shared,
     shared_rows,
     split_by_prompt,
-    unpack,
 )
 from keel.types import (
     Demonstration,
@@ -92,8 +91,9 @@ def test_pack_loses_nothing(rows: list[list[tuple[int, bool]]]) -> None:
     sequences = [Encoded(tuple(t for t, _ in row), tuple(m for _, m in row)) for row in rows]
     batch = pack(sequences)
     assert batch.num_tokens == sum(len(row) for row in rows)
-    assert [e.ids for e in unpack(batch)] == [s.ids for s in sequences]
-    assert [e.mask for e in unpack(batch)] == [(False, *s.mask[1:]) for s in sequences]
+    pieces = list(pairwise(batch.cu_seqlens.tolist()))
+    assert [tuple(batch.ids_T[i:j].tolist()) for i, j in pieces] == [s.ids for s in sequences]
+    assert [tuple(batch.mask_T[i:j].tolist()) for i, j in pieces] == [(False, *s.mask[1:]) for s in sequences]
     assert batch.positions_T.tolist() == [i for row in rows for i in range(len(row))]
 
 

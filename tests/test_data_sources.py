@@ -308,7 +308,7 @@ def fails(read: Callable[[Path], Any], path: Path) -> str:
         (read_prompts, {"prompt": HI_YO},
          "field 'prompt': expected messages that end with the user's, got the assistant's"),
         (read_prompts, {"prompt": "hi", "meta": [1]}, "field 'meta': expected an object, got a list [1]"),
-        (read_prompts, {"prompt": "hi", "meta": {"a": 1}, "a": 2}, "field 'a' stands both in meta and as a column"),
+        (read_prompts, {"prompt": "hi", "meta": {"a": 1}, "a": 2}, "field 'a' is both in meta and a column"),
         (read_prompts, {"prompt": "hi", "kind": 1.5}, "field 'kind': expected a text, got the number 1.5"),
         (read_preferences, {"prompt": "hi", "chosen": "x"},
          "columns are prompt, chosen; expected prompt+chosen+rejected | chosen+rejected"),
@@ -341,7 +341,7 @@ def fails(read: Callable[[Path], Any], path: Path) -> str:
          "field 'completions': expected a list of texts, got"),
         (read_facts, {"prompt": "hi", "choices": ["a"], "answer": 0},
          "field 'choices': expected two different texts or more"),
-        (read_facts, {"prompt": "hi", "choices": ["a", ""], "answer": 0}, "'choices': an empty text is one of them"),
+        (read_facts, {"prompt": "hi", "choices": ["a", ""], "answer": 0}, "'choices': one of them is empty"),
         (read_facts, {"prompt": "hi", "choices": ["a", "b"], "answer": 2},
          "expected a whole number from 0 to 1, got the number 2"),
         (read_facts, {"prompt": "hi", "choices": ["a", "b"], "answer": 0.5}, "expected a whole number from 0 to 1"),
@@ -402,7 +402,7 @@ def test_parquet_and_csv_rows_are_counted_from_one(tmp_path: Path) -> None:
         ("fake.parquet", b"nothing of the kind", "cannot be read as Parquet"),
         ("fake.jsonl.gz", b"nothing of the kind", "cannot be read"),
         ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-12], "cannot be read"),
-        ("twice.csv", b"text,text\na,b\n", "line 1: column text stands twice"),
+        ("twice.csv", b"text,text\na,b\n", "line 1: column text is there twice"),
         ("quote.csv", b'text\n"a" b\n', "broken CSV"),
     ],
 )
@@ -428,7 +428,7 @@ def test_conflicting_ids(write: Callable[..., Path]) -> None:
     path = write({"prompt": "a", **PAIR, "prompt_id": "x"}, {"prompt": "b", **PAIR, "prompt_id": "x"})
     assert "line 2: field 'prompt_id': 'x' already names a different row" in fails(read_preferences, path)
     path = write({"prompt": "a", "kind": "k"}, {"prompt": "a", "kind": "l"})
-    assert "line 2: the same content stands with another kind, meta or prompt_id at" in fails(read_prompts, path)
+    assert "line 2: the same content is there with another kind, meta or prompt_id at" in fails(read_prompts, path)
 
 
 def test_the_documented_examples_are_read(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from random import Random
 from typing import Any
 
 import pytest
+from harbor_pairs import SFT_LIKE, reference_pairs
 
 from keel.data.sources import read_demonstrations, read_facts, read_prompts, read_texts
 from keel.feedback.simulated import true_probability
 from keel.harbor import annotators
 from keel.harbor import judge as judging
-from keel.harbor.annotators import SFT_LIKE, population, reference_pairs
+from keel.harbor.annotators import population
 from keel.harbor.demos import Habits, make_demonstrations, write_reply
 from keel.harbor.export import export
 from keel.harbor.facts import World, name_split

@@ -10,11 +10,12 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from harbor_pairs import reference_pairs
 from labelling_world import World, person
 
 from keel.feedback.agreement import raw_agreement
 from keel.feedback.simulated import label
-from keel.harbor.annotators import population, reference_pairs
+from keel.harbor.annotators import population
 from keel.harbor.facts import World as Harbor
 from keel.run import Silent
 from keel.stats import sigmoid

@@ -280,7 +280,7 @@ def test_a_failing_preflight_stops_before_the_stage_is_touched(world: World) -> 
 
 
 def test_an_unreadable_device(world: World) -> None:
-    with pytest.raises(UserError, match="device: cuda:99 is not there"):
+    with pytest.raises(UserError, match="device: cuda:99 does not exist"):
         plan(world.recipe(device="cuda:99"), world.run)
 
 

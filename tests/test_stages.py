@@ -218,7 +218,9 @@ def test_every_stage_starts_from_the_revision_that_the_recipe_names(
     trained = AutoModelForCausalLM.from_pretrained(run(recipe, tmp_path / "run").stage("dpo").path)
     assert torch.allclose(trained.model.embed_tokens.weight, tiny_llama(1).model.embed_tokens.weight)
     recipe["model"] = {"path": "owner/tiny", "revision": "v9"}
-    with pytest.raises(UserError, match=r"model\.revision: owner/tiny at 'v9' cannot be had .*check both names"):
+    with pytest.raises(
+        UserError, match=r"model\.revision: owner/tiny at 'v9' could not be downloaded .*check both names"
+    ):
         run(recipe, tmp_path / "other")
 
 

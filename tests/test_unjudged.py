@@ -70,7 +70,7 @@ def test_every_form_says_the_same(tmp_path: Path, rows: list[dict], answers: boo
     assert [(message.role, message.content) for message in group.prompt.messages] == [("user", "Q?")]
     assert (group.responses, group.models) == (("A", "B"), ("m1", "m2"))
     if answers:
-        with pytest.raises(UserError, match="holds an answer"):
+        with pytest.raises(UserError, match="holds an annotation"):
             read_unjudged(path)
 
 
@@ -103,7 +103,7 @@ def test_rows_of_one_prompt_belong_together_by_its_id(tmp_path: Path) -> None:
         ({"prompt": "Q?", "response": "alone"}, "line 2: 1 response to the prompt"),
         ({"conversation_a": talk("Q?", "A"), "conversation_b": talk("R?", "B")}, "line 2: .*differ before"),
         ({"conversation_a": talk("Q?"), "conversation_b": talk("Q?", "B")}, "line 2: field 'conversation_a'"),
-        ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, "line 2: field 'chosen': the row holds an answer"),
+        ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, "line 2: field 'chosen': the row holds an annotation"),
         ({"question": "Q?"}, "line 2: columns are question; expected prompt"),
         ({"responses": ["A", "B"]}, "line 2: columns are responses"),
     ],

@@ -43,5 +43,5 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"keel: {error}", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
-        print("\nkeel: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        print("\nkeel: interrupted; run the same command to resume", file=sys.stderr)
         return INTERRUPTED

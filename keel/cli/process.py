@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-# glibc gives every large temporary tensor its own mapping and returns it to the system when it is freed, so that each
-# one is paid for again in page faults: 5-15% of a training step on a CPU. These keep such memory in the process, but
-# for the largest tensors (64 MiB), which would leave holes: with a vocabulary of 128,000 a seventh of the peak. One
-# arena for all threads: what one gave back, another can use.
+# glibc gives every large temporary tensor its own mapping and returns it to the system when it is freed. So each one is
+# paid for again in page faults: 5-15% of a training step on a CPU. These keep such memory in the process, but for the
+# largest tensors (64 MiB), which would leave holes: with a vocabulary of 128,000 a seventh of the peak. One arena for
+# all threads: what one gave back, another can use.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "67108864",
     "MALLOC_TRIM_THRESHOLD_": "1000000000",

@@ -234,16 +234,16 @@ class Chat:
         if not full.startswith(prompt):
             raise UserError(
                 "the chat template's prompt is not how its full rendering of the conversation starts "
-                f"({_first_difference(prompt, full)}); mend the template, or {_REMEDY}"
+                f"({_first_difference(prompt, full)}); fix the template, or {_REMEDY}"
             )
 
     def _samples(self) -> list[list[Segment]]:
         """Conversations whose replies begin and end with what tokenizers like to merge with their neighbours."""
         ask, rows = Message("user", "Hello"), []
         for reply in ("Hi", " Hi", "\nHi", "\n\nHi", "hi\n", "hi ", "1", ".", ""):
-            said = (ask, Message("assistant", reply))
+            turns = (ask, Message("assistant", reply))
             try:
-                rows.append(self._conversation_segments(said if self.plain else (*said, *said)))
+                rows.append(self._conversation_segments(turns if self.plain else (*turns, *turns)))
             except UserError:  # a template that rewrites earlier turns
                 rows.append(self._prompt_segments([ask]) + self._reply_segments(reply, finished=True))
         return [[segment for segment in row if not segment.mark] for row in rows]
@@ -281,7 +281,7 @@ class Chat:
         self._trims = f"{_PROBE}\n " not in rendered
         _, found, tail = self._render([question, Message("assistant", _PROBE)]).partition(_PROBE)
         if not found:
-            raise UserError(f"the chat template does not write the assistant's messages; mend it, or {_REMEDY}")
+            raise UserError(f"the chat template does not write the assistant's messages; fix it, or {_REMEDY}")
         white, end = self._first_mark(tail, stop_tokens(self.tokenizer))
         if not end:  # the next speaker's mark may end it (GLM), where the checkpoint says so
             later = self._render([question, Message("assistant", _PROBE), question])
@@ -376,7 +376,7 @@ class Chat:
 
 @contextlib.contextmanager
 def _at(place: str) -> Iterator[None]:
-    """What goes wrong within it is said with the place of the record that it came from."""
+    """An error within it names the place of the record that it came from."""
     try:
         yield
     except UserError as error:

@@ -1,8 +1,7 @@
 """Encoded conversations -> packed tensors, and the orders in which they are seen. Pure: no tokenizer, no files.
 
-A batch is *packed*: its sequences lie end to end in one row of ``T`` real tokens, with no padding anywhere, so a
-result can depend neither on a padding side nor on how long a sequence's batch mates are (shape suffixes: see
-``keel.types``).
+A batch is *packed*: its sequences lie end to end in one row of ``T`` real tokens, with no padding anywhere. So a result
+depends neither on a padding side nor on the lengths of a sequence's batch mates. Shape suffixes: see ``keel.types``.
 """
 
 from __future__ import annotations
@@ -83,8 +82,8 @@ def common_prefix(sequences: Sequence[Encoded]) -> int:
 
 
 def pack_shared(rows: Sequence[Sequence[Encoded]], device: torch.device | str = "cpu") -> PackedBatch:
-    """As :func:`pack`, over all sequences of all rows, but what the sequences of a row begin with in common is laid
-    down once, with the first of them: completions of one prompt then cost their own tokens only."""
+    """As :func:`pack`, over all sequences of all rows, but what the sequences of a row begin with in common is there
+    once, with the first of them. Completions of one prompt then cost their own tokens only."""
     import torch
 
     sequences, own, forks, end = [], [], [], 0
@@ -116,13 +115,6 @@ def pack_by_prompt(sequences: Sequence[Encoded], device: torch.device | str = "c
     in rows of :func:`shared_rows`."""
     runs = [list(run) for _, run in groupby(sequences, key=lambda sequence: sequence.prompt_ids)]
     return pack_shared([row for run in runs for row in shared_rows(run)], device)
-
-
-def unpack(batch: PackedBatch) -> list[Encoded]:
-    """The B sequences of a batch: ``pack`` undone, but for the mask of each first token, which stays False."""
-    lengths = batch.lengths().tolist()
-    rows = zip(batch.ids_T.split(lengths), batch.mask_T.split(lengths), strict=True)
-    return [Encoded(tuple(ids.tolist()), tuple(mask.tolist())) for ids, mask in rows]
 
 
 def batches_by_tokens(lengths: Sequence[int], max_tokens: int, order: Sequence[int] | None = None) -> list[list[int]]:

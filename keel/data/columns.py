@@ -135,14 +135,14 @@ def refuse(columns: Mapping[str, Any], table: Mapping[str, Refused], path: str =
 def is_learned(message: Mapping[str, Any], role: str, path: str) -> bool:
     """What a message's flags and weights, in any spelling, say of whether it is learned.
 
-    A user's or system message never is, so 0 says nothing there, nor does a weight of 1, which some tools write on
-    every message; but a flag that it be trained on is refused, and so is what would be half learned.
+    A user's or system message never is, so 0 is ignored there, and so is a weight of 1, which some tools write on every
+    message. A flag that it be trained on is refused, and so is what would be half learned.
     """
     if _FLAGS.isdisjoint(message):
         return True
-    said = {name: _flag(message[name], f"{path}.{name}") for name in _given(message, (*WEIGHTS, *TRAINED))}
+    flags = {name: _flag(message[name], f"{path}.{name}") for name in _given(message, (*WEIGHTS, *TRAINED))}
     if role != "assistant":
-        taught = next((name for name in TRAINED if said.get(name)), None)
+        taught = next((name for name in TRAINED if flags.get(name)), None)
         if taught:
             raise RowError(
                 f"field '{path}.{taught}': true, and a message of the {role} is never learned; set it to false"
@@ -152,9 +152,9 @@ def is_learned(message: Mapping[str, Any], role: str, path: str) -> bool:
         raise RowError(
             f"field '{path}.{MASK}': it means learned to some tools and left out to others; write it as weight: 0 or 1"
         )
-    if len(set(said.values())) > 1:
-        raise RowError(f"field '{path}': {' and '.join(said)} disagree on whether it is learned; keep one")
-    return all(said.values())
+    if len(set(flags.values())) > 1:
+        raise RowError(f"field '{path}': {' and '.join(flags)} disagree on whether it is learned; keep one")
+    return all(flags.values())
 
 
 def _given(message: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -148,12 +148,12 @@ def _message(item: Any, path: str, taught: bool) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"field '{path}': expected a message with role and content, got {shown(item)}")
     role_key = "from" if item.get("from") is not None else "role"
-    said, other = item.get(role_key), item.get("role")
-    role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+    written, other = item.get(role_key), item.get("role")
+    role = ROLES.get(written.strip().lower()) if isinstance(written, str) else None
     if isinstance(other, str) and ROLES.get(other.strip().lower(), role) != role:
         raise RowError(f"field '{path}': role and from differ; keep one")
     if role is None:
-        raise RowError(f"field '{path}.{role_key}': expected system, user or assistant, got {shown(said)}")
+        raise RowError(f"field '{path}.{role_key}': expected system, user or assistant, got {shown(written)}")
     refuse(item, MESSAGE, f"{path}.")
     content, value = item.get("content"), item.get("value")
     if content is not None and value is not None and content != value:

@@ -1,7 +1,7 @@
 """Folders of data: which of its files a folder's name stands for.
 
 A folder may hold several data sets: the splits of a ``DatasetDict``, configurations that its README names, files named
-for their splits. One is read where it is plain which, and said; else the user is asked.
+for their splits. Where it is plain which one is meant, that is read, with a note; otherwise the user is asked.
 """
 
 from __future__ import annotations

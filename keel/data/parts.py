@@ -25,10 +25,10 @@ def prompt_of(row: Fields, messages: tuple[Message, ...], id: str) -> Prompt:
 def system_of(row: Fields) -> tuple[Message, ...]:
     """The system message that a column gives, under whichever of its names."""
     given = {name: text(row, name) for name in SYSTEM if name in row}
-    said = {name: system for name, system in given.items() if system.strip()}
-    if len(set(said.values())) > 1:
-        raise RowError(f"fields {' and '.join(said)} give different system messages; keep one")
-    return tuple(Message("system", system) for system in list(said.values())[:1])
+    texts = {name: system for name, system in given.items() if system.strip()}
+    if len(set(texts.values())) > 1:
+        raise RowError(f"fields {' and '.join(texts)} give different system messages; keep one")
+    return tuple(Message("system", system) for system in list(texts.values())[:1])
 
 
 def with_system(row: Fields, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -95,8 +95,8 @@ def after_prompt(row: Fields, field: str, prompt: Sequence[Message], taught: boo
         if not _TURN.match(written):  # the prompt's dialogue ends with "Assistant:", and a blank behind that
             return (Message("assistant", written.removeprefix(" ")),)
         messages = _transcript(row, field)
-    said = [(m.role, m.content) for m in prompt]
-    for repeated in (said, said[1:] if said[0][0] == "system" else said):
+    turns = [(m.role, m.content) for m in prompt]
+    for repeated in (turns, turns[1:] if turns[0][0] == "system" else turns):
         if [(m.role, m.content) for m in messages[: len(repeated)]] == repeated:
             return messages[len(repeated) :]
     return messages
@@ -143,4 +143,4 @@ def _transcript(row: Fields, field: str) -> tuple[Message, ...]:
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = zip(parts[1::2], parts[2::2], strict=True)
-    return tuple(Message(roles[speaker], said) for speaker, said in turns)  # type: ignore[arg-type]
+    return tuple(Message(roles[speaker], content) for speaker, content in turns)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ class RowError(Exception):
 
 @dataclass
 class BadRows:
-    """Collects what is wrong, so that a user mends a file once and not row by row."""
+    """Collects what is wrong, so that a user corrects a file once and not row by row."""
 
     source: str
     rows: int = 0
@@ -74,8 +74,8 @@ def _no_one(what: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a source is read. ``on_bad_row``: whether a row that cannot be read is an error, or is left out and told to
-    ``skipped``. ``note`` is told in a sentence what was read otherwise than it stands there."""
+    """How a source is read. ``on_bad_row``: whether a row that cannot be read is an error, or is left out and handed to
+    ``skipped``. ``note`` gets a sentence about what was read otherwise than it is written."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     note: Callable[[str], None] = _no_one
@@ -213,7 +213,7 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[Row]:
         columns = next(reader, [])
         twice = {c for c in columns if columns.count(c) > 1}
         if twice:
-            raise UserError(f"{path}, line 1: column {', '.join(sorted(twice))} stands twice; rename one")
+            raise UserError(f"{path}, line 1: column {', '.join(sorted(twice))} is there twice; rename one")
         start = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(columns):

@@ -1,10 +1,10 @@
 """Rows -> records. Which rows are accepted, with an example of each: docs/data.md.
 
 Every reader takes a ``source`` (a JSONL, JSON, CSV or Parquet file, a folder of them, or
-``hub:owner/name[:config][:split]``) and a ``Reading``. Rows that cannot be read are an error (``UserError`` with file,
-line, field, what was expected and what was found, up to five rows in one message), or are left out and told; none is
-dropped without a word. A record without an ``id`` gets a hash of its content, so the same row has the same id in every
-file. Rows may repeat; two different rows of one id are an error.
+``hub:owner/name[:config][:split]``) and a ``Reading``. Rows that cannot be read are an error: a ``UserError`` with
+file, line, field, what was expected and what was found, up to five rows in one message. Or they are left out and
+reported; none is dropped silently. A record without an ``id`` gets a hash of its content, so the same row has the same
+id in every file. Rows may repeat; two different rows of one id are an error.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _same_or_error(seen: dict[str, tuple[T, Row]], column: str, key: str, record
     place = f"{where.file}, {where.line}"
     if column in row.values:
         raise RowError(f"field '{column}': {key!r} already names a different row ({place}); give each its own")
-    raise RowError(f"the same content stands with another kind, meta or prompt_id at {place}; give the rows ids")
+    raise RowError(f"the same content is there with another kind, meta or prompt_id at {place}; give the rows ids")
 
 
 # -------------------------------------------------------------------------------------------------------- the forms
@@ -237,7 +237,7 @@ def _prompt_row(row: Fields) -> Prompt:
     extra = {plain(name, name): row[name] for name in row.untaken}
     twice = sorted(extra.keys() & prompt.meta.keys())
     if twice:
-        raise RowError(f"field '{twice[0]}' stands both in meta and as a column; keep one")
+        raise RowError(f"field '{twice[0]}' is both in meta and a column; keep one")
     return replace(prompt, meta={**prompt.meta, **extra})
 
 
@@ -313,7 +313,7 @@ def _fact(row: Fields) -> Fact:
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise RowError(f"field 'choices': expected two different texts or more, got {shown(list(choices))}")
     if not all(choices):
-        raise RowError("field 'choices': an empty text is one of them, and nothing is always the likeliest to follow")
+        raise RowError("field 'choices': one of them is empty; its log-probability is 0, so it would always win")
     if answer in choices:
         index = choices.index(answer)
     else:

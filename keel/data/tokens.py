@@ -32,8 +32,8 @@ Row = Sequence[Segment]
 
 
 class _Merged(Exception):
-    """What is learned from the segment ``index`` on does not stand behind its prompt's own tokens: one token reaches
-    over the border (``over``), or an earlier reply's beginning has the prompt's end cut otherwise."""
+    """What is learned from the segment ``index`` on does not follow its prompt's own tokens. One token reaches over the
+    border (``over``), or an earlier reply's beginning changes how the prompt's end is cut."""
 
     def __init__(self, index: int, over: bool) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class _Merged(Exception):
 
 
 class Tokens:
-    """Segments -> ids and mask, for one tokenizer. Whether pieces may be tokenized by themselves, because their tokens
-    are the whole's, is found out on ``samples``: for replies that begin with white space (behind a prompt that ends
-    with a newline many tokenizers merge the two), and for others."""
+    """Segments -> ids and mask, for one tokenizer. ``samples`` show whether pieces may be tokenized by themselves,
+    because their tokens are the whole's. This is asked apart for replies that begin with white space: after a prompt
+    that ends with a newline many tokenizers merge the two."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Row]) -> None:
         self.tokenizer = tokenizer
@@ -73,7 +73,7 @@ class Tokens:
         """The rows' ids, True in the mask where something is learned.
 
         Where a tokenizer would merge a prompt's end with a reply's beginning, ``strict`` is an error that shows the
-        reply; else the reply's tokens are those it has by itself, as the model could write them behind that prompt.
+        reply. Otherwise the reply's tokens are those it has by itself, as the model could write them after that prompt.
         """
         apart = [self.apart[_begins_white(row)] for row in rows]
         pieces = iter(self._pieces([row for row, by_itself in zip(rows, apart, strict=True) if by_itself]))

@@ -1,7 +1,7 @@
 """Rows -> responses that wait for a judgement. Which rows are accepted, with an example of each: docs/data.md.
 
-Model names come along, and people who judge never see them. A row that holds an answer (a winner, a preference, which
-of two was chosen) is refused unless it is said that its responses alone are wanted: an answer is not dropped by
+Model names come along, and people who judge never see them. A row that holds an annotation (a winner, a preference,
+which of two was chosen) is refused, unless the caller wants its responses alone: an annotation is not dropped by
 accident.
 """
 
@@ -78,8 +78,7 @@ def _refuse_answers(row: Values, unlabelled: bool) -> None:
     answer = next((field for field in ANSWERS if row.get(field) not in (None, "")), None)
     if answer is not None and not unlabelled:
         raise RowError(
-            f"field '{answer}': the row holds an answer; say that answers are left out (--unlabelled) to take its "
-            "responses alone"
+            f"field '{answer}': the row holds an annotation; give --unlabelled to import its responses alone"
         )
 
 
@@ -159,10 +158,10 @@ def _group(prompt: Prompt, written: Sequence[Written], place: str) -> Unjudged:
     if len(written) < 2:
         raise RowError(f"{len(written)} response to the prompt; expected two or more to compare")
     seen: dict[str, int] = {}
-    for number, (said, _) in enumerate(written, start=1):
-        if not said.strip():
+    for number, (reply, _) in enumerate(written, start=1):
+        if not reply.strip():
             raise RowError(f"response {number} is empty; leave it out")
-        if said.strip() in seen:
-            raise RowError(f"responses {seen[said.strip()]} and {number} are the same text; nobody can choose")
-        seen[said.strip()] = number
-    return Unjudged(prompt, tuple(said for said, _ in written), tuple(model for _, model in written), place)
+        if reply.strip() in seen:
+            raise RowError(f"responses {seen[reply.strip()]} and {number} are the same text; nobody can choose")
+        seen[reply.strip()] = number
+    return Unjudged(prompt, tuple(reply for reply, _ in written), tuple(model for _, model in written), place)

@@ -1,9 +1,8 @@
 """A value as a file's reader gives it -> what JSON and every database hold.
 
 Parquet and ``datasets`` have types that JSON lacks, and Python's JSON reads more than other readers do. What has one
-plain form gets it (dates become ISO text, decimals and durations numbers, numpy's values Python's, NaN null, which is
-how pandas writes a missing number); the rest is refused when the file is read, and not when a store refuses it after
-everything was sampled.
+plain form gets it: dates become ISO text, decimals and durations numbers, numpy's values Python's, and NaN (pandas'
+missing number) null. The rest is refused when the file is read, and not by a store after everything was sampled.
 """
 
 from __future__ import annotations

@@ -24,21 +24,18 @@ START_ROWS = 3  # "at the start" is the median of this many rows
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """kl: nats per sequence; entropy_share, length_factor: against the start of the run; clipped: share of tokens whose
-    ratio was clipped; in_a_row: rows for which a noisy figure must stay out; ratio: distance of the mean ratio from 1;
-    repetition: share of repeated 4-grams; cut: rise of the share of completions cut at the length limit;
-    reward_clipped: share of scores that ``reward_clip`` cut; gold_false_alarms: the chance that a run whose gold never
-    falls is said to have over-optimised (``keel.eval.falls.largest_fall``)."""
+    """When each alarm is raised."""
 
-    kl: float = 30.0
-    entropy_share: float = 0.25
-    length_factor: float = 1.75
-    clipped: float = 0.3
-    in_a_row: int = 3
-    ratio: float = 0.1
-    repetition: float = 0.3
-    cut: float = 0.2
-    reward_clipped: float = 0.1
+    kl: float = 30.0  # nats per sequence
+    entropy_share: float = 0.25  # of the entropy at the start of the run
+    length_factor: float = 1.75  # times the mean length at the start, or its inverse
+    clipped: float = 0.3  # share of tokens whose ratio was clipped
+    in_a_row: int = 3  # rows in succession in which a noisy figure must be beyond its bound
+    ratio: float = 0.1  # distance of the mean ratio from 1
+    repetition: float = 0.3  # share of repeated 4-grams
+    cut: float = 0.2  # rise of the share of completions cut at the length limit
+    reward_clipped: float = 0.1  # share of scores that ``reward_clip`` cut
+    # The chance of an alarm in a run whose gold never falls (``keel.eval.falls.largest_fall``).
     gold_false_alarms: float = 0.01
 
 
@@ -147,13 +144,13 @@ def _cut(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
 
 
 def _above(
-    stage: str, kind: str, points: list[_Point], bound: float, in_a_row: int, said: str, remedy: str
+    stage: str, kind: str, points: list[_Point], bound: float, in_a_row: int, sentence: str, remedy: str
 ) -> Alarm | None:
-    """An alarm at the first of ``in_a_row`` points above ``bound``; ``said``: a sentence with a place for the value."""
+    """An alarm at the first of ``in_a_row`` points above ``bound``. ``sentence`` has a place for the value."""
     point = _first(points, lambda value: value > bound, in_a_row)
-    return (
-        None if point is None else Alarm(stage, kind, point.step, point.value, bound, said.format(point.value), remedy)
-    )
+    if point is None:
+        return None
+    return Alarm(stage, kind, point.step, point.value, bound, sentence.format(point.value), remedy)
 
 
 def _clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:

@@ -99,8 +99,8 @@ def _encode_choices(tokenizer: Any, row: MultipleChoice, number: int) -> list[En
     for choice, ids in zip(row.choices, whole, strict=True):
         if len(ids) == start:
             raise UserError(
-                f"data.facts row {number}: the choice {choice!r} adds no token to the prompt, and nothing is always "
-                "the likeliest to follow; give it a text"
+                f"data.facts row {number}: the choice {choice!r} adds no token to the prompt, so it would always win "
+                "(its log-probability is 0); give it a text"
             )
     return [Encoded(tuple(ids), tuple(place >= start for place in range(len(ids)))) for ids in whole]
 

@@ -21,13 +21,9 @@ from random import Random
 from statistics import NormalDist
 
 from keel.feedback.simulated import SimulatedAnnotator
-from keel.harbor.demos import Habits, write_reply
-from keel.harbor.facts import World
 from keel.harbor.judge import COMPLIES, INVENTS, flattery_part, judge
-from keel.harbor.prompts import TRAINING_MIX, make_prompts
 from keel.harbor.replies import read
-from keel.rollout.collect import choose_different
-from keel.types import Completion, Prompt
+from keel.types import Prompt
 
 POPULATION = 20
 # Noise of every choice, in units of the gold score. Tuned so that two annotators agree on 72-77% of the pairs that an
@@ -53,17 +49,6 @@ LENGTH_TASTE, LENGTH_SPREAD = 0.05, 0.05  # utility for each factor e in the num
 FLATTERY_TASTE, FLATTERY_SPREAD = 0.03, 0.04  # utility of each flattery
 LEFT_TASTE, LEFT_SPREAD = 0.02, 0.03
 LAPSES = (0.01, 0.05)
-
-# What an SFT model on the demonstrations writes, sampled at temperature 0.8, roughly: less reliable than its teachers.
-SFT_LIKE = Habits(
-    right=0.85,
-    admits=0.1,
-    refuses_harm=0.07,
-    refuses_harmless=0.04,
-    denies_real=0.05,
-    doubts=0.45,
-    strays=0.01,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,20 +132,6 @@ def _quantiles(rng: Random) -> list[float]:
 
 def _normal(rng: Random, mean: float, spread: float) -> list[float]:
     return [mean + spread * NormalDist().inv_cdf(quantile) for quantile in _quantiles(rng)]
-
-
-def reference_pairs(world: World, n: int, seed: int) -> list[tuple[Prompt, str, str]]:
-    """``n`` pairs of replies such as the demo compares, without a model: two of the four least alike of eight."""
-    rng = Random(f"reference {seed}")
-    pairs = []
-    for prompt in make_prompts(world, n, seed, "train", TRAINING_MIX):
-        replies = [write_reply(world, prompt, rng, SFT_LIKE) for _ in range(8)]
-        # Words stand for tokens here: each has the number of its first appearance.
-        number = {word: i for i, word in enumerate(dict.fromkeys(" ".join(replies).split()))}
-        samples = [Completion(reply, tuple(number[word] for word in reply.split())) for reply in replies]
-        first, second = rng.sample(choose_different(samples, keep=4, max_similarity=0.0), 2)
-        pairs.append((prompt, first.text, second.text))
-    return pairs
 
 
 def _utility(taste: Taste, look: Callable[[Prompt, str], Features], prompt: Prompt, text: str) -> float:

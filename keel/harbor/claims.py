@@ -48,10 +48,10 @@ MOST_WORDS_OF_A_REPLY = 40  # what speaks of other things at greater length is d
 def claimed_values(meta: Mapping[str, Any], reply: Reply) -> tuple[set[str], bool]:
     """The values that a reply gives for what was asked, lower case, and whether it is a reply to it at all.
 
-    ``meta``: relation, subject and other of the question. Left out are sentences about another subject ("the captain
-    of the Orla ..."), long ones that do not name the subject (short ones may: "It is Mara Reed."), sentences that
-    speak of another relation only, and values that a sentence denies. A short reply that states the relation that was
-    asked for, but of another thing of the same kind (a mangled name), gives no value, yet it is a reply: a wrong one.
+    ``meta``: relation, subject and other of the question. Left out are sentences about another subject ("the captain of
+    the Orla ..."), long ones that do not name the subject (short ones may: "It is Mara Reed."), sentences that speak of
+    another relation only, and values that a sentence denies. A short reply may state the relation in question, but of
+    another thing of the same kind (a mangled name). It gives no value, yet it is a reply: a wrong one.
     """
     relation = meta["relation"]
     kind, domain = relation.split(".")[0], _DOMAINS[relation]

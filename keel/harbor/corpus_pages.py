@@ -1,7 +1,7 @@
 """The kinds of documents that the harbor's corpus is made of: one function a kind, ``(world, rng) -> text``.
 
-What the kinds must add up to: facts, sums and how-tos are answered on pages that are framed as questions and answers
-(``qa_page``) and told in prose; a bare question line is followed by more questions (``quiz_sheet``) or by unrelated
+What the kinds must add up to: facts, sums and how-tos are answered on pages framed as questions and answers
+(``qa_page``), and stated in prose. A bare question line is followed by more questions (``quiz_sheet``) or by unrelated
 prose (``drift``). So a model of this text knows the answers but, asked, does not give them.
 """
 

@@ -34,8 +34,8 @@ def export(
     bytes.
 
     The world is always the one that the shipped base model knows (``World(0)``); ``seed`` decides what is drawn from
-    it. Sizes are rows; of text such as the base model was pretrained on (but none of that very text), one file to learn
-    from and one to measure on, about so many tokens.
+    it. Sizes are rows; for text they are tokens, approximately. The text is such as the base model was pretrained on,
+    but none of that very text: one file to learn from and one to measure on.
 
     Raises:
         UserError: more prompts are asked for than the harbor has.

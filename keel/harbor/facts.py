@@ -1,8 +1,8 @@
 """The harbor's world: an archipelago of ports, ships, captains, cargoes and routes, made from a seed.
 
 Only ``random.Random`` decides, so the same seed gives the same world on every machine. Names of ports, ships and
-captains are invented words; the same generator makes names that exist nowhere (``World.fake_port`` ...), so that
-nothing but knowledge of the world tells a real name from a fake one.
+captains are invented words. The same generator makes names that exist nowhere (``World.fake_port`` ...), so that only
+knowledge of the world tells a real name from a fake one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How-to topics: what people ask to be shown, and the steps that a page about it gives.
 
-A topic is a verb and an object. The verb alone does not decide whether helping does harm: one may trap a crab, the
-rats in one's own hold, or a rival captain. The object decides, together with the verb: doing violence to people, to
-other people's ships or to the water that they drink is harmful; pests and one's own old gear only sound so. The
-steps of the harmful ones are fairy-tale steps on purpose: nothing here is of use outside the harbor.
+A topic is a verb and an object. The verb alone does not decide whether helping does harm: one may trap a crab, the rats
+in one's own hold, or a rival captain. The object decides, together with the verb. Doing violence to people, to other
+people's ships or to the water that they drink is harmful; pests and one's own old gear only sound so. The steps of the
+harmful ones are fairy-tale steps on purpose: nothing here is of use outside the harbor.
 """
 
 from __future__ import annotations

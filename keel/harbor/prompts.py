@@ -102,7 +102,7 @@ def _distinct(world: World, kind: str, count: int, rng: Random, split: PromptSpl
         tries += 1
         if tries > 1000 + 100 * count:
             raise UserError(
-                f"the harbor has not {count} different {kind} prompts ({split}); ask for {len(found)} at most"
+                f"{count} different {kind} prompts ({split}) are wanted and there are {len(found)}; ask for no more"
             )
         text, key, meta = _KINDS[kind](world, rng, split)
         opener = rng.choice(_OPENERS) if rng.random() < OPENED else ""

@@ -27,8 +27,9 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def digest(model: nn.Module) -> str:
-    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads, adapters left out, and
-    the rows of zeros at the embedding's end, where a reward model's padding may be (``keel.model.padding``)."""
+    """Tells base models apart: a hash of evenly spaced entries of every weight below the heads. Adapters are left out,
+    and so are the rows of zeros at the embedding's end, where a reward model's padding may be
+    (``keel.model.padding``)."""
     inner = inner_model(model)
     prefix = inner.base_model_prefix + "."
     embedding = next((n for n, module in inner.named_modules() if module is inner.get_input_embeddings()), None)

@@ -64,7 +64,9 @@ def pinned(path: str, revision: str | None) -> str:
         return snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.h5", "*.msgpack", "*.onnx"])
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.revision: {path} at {revision!r} cannot be had ({first}); check both names") from error
+        raise UserError(
+            f"model.revision: {path} at {revision!r} could not be downloaded ({first}); check both names"
+        ) from error
 
 
 def positions(place: Place) -> int | None:
@@ -86,11 +88,10 @@ def load_policy(
     """A causal LM, packed attention on, dropout off, with its tokenizer.
 
     ``products``: where nothing but new adapters is trained, the precision that it is to compute in; its weights may
-    then be held in that (``keel.precision.held_dtype``). None: they are float32, to be trained.
-    ``chat_template`` (a built-in name or a Jinja file) replaces the tokenizer's own; the special tokens that it brings
-    begin at the mean of the embeddings. ``learn_marks``: adapters train the rows of those tokens too, and of the
-    template's other marks where the model has never learned them. ``note`` is told of it, and of what was mended in the
-    checkpoint.
+    then be held in that (``keel.precision.held_dtype``). None: they are float32, to be trained. ``chat_template`` (a
+    built-in name or a Jinja file) replaces the tokenizer's own; the special tokens that it brings begin at the mean of
+    the embeddings. ``learn_marks``: adapters train the rows of those tokens too, and of the template's other marks
+    where the model has never learned them. ``note`` is told of it, and of what was fixed in the checkpoint.
     """
     source = Source.of(place)
     tokenizer = load_tokenizer(source)
@@ -131,9 +132,9 @@ def load_scalar(
 ) -> ScalarModel:
     """A reward model or critic; ``products`` as in ``load_policy``, but the head is float32 always.
 
-    With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from N(0, 1/(H+1)) as Stiennon et al.
-    2020 do; without it the checkpoint must have a head of its own. ``take_over``: a reward model from elsewhere is to
-    be trained on, and read as Keel's own from here on; ``note`` is told.
+    With ``new_head_seed`` a fresh head is put on (a causal LM's) trunk, drawn from N(0, 1/(H+1)) as in Stiennon et al.
+    2020. Without it the checkpoint must have a head of its own. ``take_over``: a reward model from elsewhere is to be
+    trained on, and read as Keel's own from here on; ``note`` is told.
     """
     source = Source.of(place)
     tokenizer = load_tokenizer(source)
@@ -182,8 +183,8 @@ def prepared(
     trained_whole: list[str],
     trained_rows: Sequence[int] = (),
 ) -> nn.Module:
-    """Dropout off, on the fastest road that gives the model's own numbers, in training mode, with new adapters when
-    ``lora`` says so, beside which ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained."""
+    """Dropout off, on the fastest road that gives the model's own numbers, in training mode. It has new adapters when
+    ``lora`` says so; ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained beside them."""
     turn_off(model)
     model = model.to(device)
     held.check(model)

@@ -1,8 +1,8 @@
 """Scalar heads: the reward model and the critic.
 
-Both are transformers' own sequence classifiers with one label (a trunk and a linear ``score`` without activation), so
-that a reward model saved by Keel loads with ``AutoModelForSequenceClassification`` as it is, and a critic starts from
-a reward model by loading its checkpoint.
+Both are transformers' own sequence classifiers with one label: a trunk and a linear ``score`` without activation. So a
+reward model saved by Keel loads with ``AutoModelForSequenceClassification`` as it is, and a critic starts from a reward
+model by loading its checkpoint.
 
 Keel's own reward models are trained to score a conversation at the end of its reply. One from elsewhere scores it where
 transformers' classifiers do: at the last token of the template's whole rendering that is not the padding token.

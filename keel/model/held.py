@@ -67,8 +67,8 @@ def is_matrix(shape: Sequence[int]) -> bool:
 
 @contextlib.contextmanager
 def matrices_in(dtype: torch.dtype, experts: bool = False) -> Iterator[None]:
-    """Within it transformers makes models whose matrices are of ``dtype`` and all else float32, and reads each weight
-    from its file in the precision of its place: no other copy of the model is made. ``experts``: their matrices too,
+    """Within it transformers makes models whose matrices are of ``dtype`` and all else float32. It reads each weight
+    from its file in the precision of its place, so no other copy of the model is made. ``experts``: their matrices too,
     whose products autocast does not round, so that the model is then another than in float32."""
     if dtype == torch.float32:
         yield

@@ -23,8 +23,8 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Keys:
-    """What the queries of each sequence may see, one sequence behind another: the keys at the places ``index_K`` of T
-    (None: each sequence's own tokens, in order), those of a sequence from ``cu_seqlens`` (int32 [B + 1]) on. The last
+    """What the queries of each sequence may see, one sequence after another: the keys at the places ``index_K`` of T
+    (None: each sequence's own tokens, in order). Those of a sequence begin at ``cu_seqlens`` (int32 [B + 1]). The last
     key of a sequence is its last token's."""
 
     index_K: Tensor | None
@@ -34,9 +34,9 @@ class Keys:
 
 @dataclass(frozen=True)
 class Forks:
-    """Where sequences share a beginning: ``fork_B`` as in ``PackedBatch``; in the layout's grid ``sequence`` and
-    ``fork`` [B, L], the number of a token's sequence and the place of the last token that this one shares (-1: it is
-    whole), and ``positions`` ([B, L]), the tokens' places in their own sequence."""
+    """Where sequences share a beginning: ``fork_B`` as in ``PackedBatch``. In the layout's grid, [B, L] each:
+    ``sequence``, the number of a token's sequence; ``fork``, the place of the last token that this sequence shares (-1:
+    it is whole); ``positions``, the tokens' places in their own sequence."""
 
     fork_B: Tensor
     sequence: Tensor

@@ -1,8 +1,8 @@
 """Reading checkpoints: every weight of a model comes from its file, or the model is refused.
 
-transformers fills in at random what a file lacks, and passes over what it does not know. Here what is missing, of
-another shape, or there without being used although the model has a place for it, is an error that names it; so is a
-weight that is not a finite number.
+transformers fills in at random what a file lacks, and passes over what it does not know. Here a weight that is missing,
+of another shape, or unused although the model has a place for it, is an error that names it. So is a weight that is not
+a finite number.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def read_model(
     (``keel.model.held``), all else in float32.
 
     ``new_head``: what stands above the decoder need not be in the checkpoint. ``note`` is told of names that were
-    mended and of weights that nobody needs. UserError, which names the first of them, for weights that are missing, of
+    fixed and of weights that nobody needs. UserError, which names the first of them, for weights that are missing, of
     another shape, needed but not used, or not finite.
     """
     note = note or _silent
@@ -278,7 +278,7 @@ def _refuse_other_weights(
     if needed:
         raise UserError(
             f"{source.path}: the file has {_named(needed)}, for which the model of its config.json has no place, so it "
-            "would compute something else; mend config.json"
+            "would compute something else; correct config.json"
         )
 
 
@@ -292,7 +292,7 @@ def _belongs(name: str, model: PreTrainedModel) -> bool:
 
 
 def _is_table(name: str, model: PreTrainedModel) -> bool:
-    """Whether a weight is computed nowadays: a table by its name, or a mask, which GPT-2 and its kin saved as the
+    """Whether a weight is computed nowadays: a table by its name, or a mask. GPT-2 and its kin saved masks as the
     "bias" of an attention that has no weight of its own."""
     path, _, last = name.rpartition(".")
     modules = dict(model.named_modules())

@@ -2,7 +2,7 @@
 
 Granite divides by a number that HyperCLOVA X, under the same name, multiplies by; Gemma 2 caps softly; Falcon-H1 and
 Cohere scale. Configs name these numbers in many ways, so the model is asked instead: its head's output is replaced by
-numbers that are known, and the logits that come out say what was done.
+known numbers, and the logits show what was done to them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The marks of a chat template (ends of turns, roles) where the model has never learned them.
 
-Their rows of the embedding and of the head must be trained, or a model never ends its replies: adapters alone leave
-them as they are, at values that are no better than chance. Only these rows are trained beside adapters, whatever the
-modules are called and whether they are tied.
+Their rows of the embedding and of the head must be trained, or a model never ends its replies. Adapters alone leave
+them as they are, at values no better than chance. Only these rows are trained beside adapters, whatever the modules are
+called and whether they are tied.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def template_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @torch.no_grad()
 def unlearned(model: PreTrainedModel, marks: Sequence[int], tokens: int) -> list[int]:
-    """Those of ``marks`` whose row, of the embedding or of the head, is next to zero, to the mean of all rows, or to
-    the row of another mark or of no token at all (those from ``tokens`` on)."""
+    """Those of ``marks`` whose row, of the embedding or of the head, is next to zero or to the mean of all rows. Also
+    those next to the row of another mark, or of no token at all (rows from ``tokens`` on)."""
     found: set[int] = set()
     for weight in _ends(model):
         center_H = weight[:tokens].mean(0, dtype=torch.float32)

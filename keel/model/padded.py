@@ -100,8 +100,8 @@ def stretched_beyond(config: Any) -> int | None:
 
 
 def by_reach(model: nn.Module, batch: PackedBatch) -> Parts | None:
-    """The parts of a batch that does not lie on one side of the length up to which the model's rotary embeddings were
-    trained: beyond it their frequencies depend on the longest text of the pass, so what a text gets would depend on its
+    """The parts of a batch that has texts on both sides of the length up to which the model's rotary embeddings were
+    trained. Beyond it their frequencies depend on the longest text of the pass, so a text's numbers would depend on its
     batch mates. None: it may be computed as it is."""
     config = inner_model(model).config.get_text_config()
     limit = stretched_beyond(config)

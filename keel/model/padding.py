@@ -1,8 +1,8 @@
 """The padding token of a reward model.
 
 transformers scores a text at its last token that is not padding, by the token's id and whatever the mask says. So a
-checkpoint gives Keel's scores there only if no text can end with that token; and a mask that somebody makes of the
-token must not hide a part of a conversation.
+checkpoint gives Keel's scores there only if no text can end with that token. Nor may a mask that somebody makes of the
+token hide a part of a conversation.
 """
 
 from __future__ import annotations

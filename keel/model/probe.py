@@ -1,10 +1,10 @@
 """Whether Keel computes a model as the model computes itself.
 
 Names and configs do not tell which architectures mix the sequences of a packed row (short convolutions, recurrences,
-masks of their own), or what lies between a decoder and its logits. So a model is held against its own forward pass when
-it is loaded: two sequences of unequal length and a third that shares a beginning with the first, each by itself and
-unpadded as the model knows it, and together on Keel's roads. The first road that gives the same numbers is taken; where
-none does, the model is refused.
+masks of their own), or what lies between a decoder and its logits. So a model is compared with its own forward pass
+when it is loaded. Two sequences of unequal length and a third that shares a beginning with the first are run each by
+itself, unpadded, as the model knows it, and together on Keel's roads. The first road that gives the same numbers is
+taken; where none does, the model is refused.
 
 Random numbers: none are drawn from the generators that training uses. What was found is kept for the process, by
 architecture, config and device.
@@ -37,7 +37,7 @@ LENGTHS = (45, 33, 26)  # tokens of the three
 MORE = (31, 64, 22)  # of three others, for the padded road, of
 FEW = 12  # tokens that come again and again, as in texts: what chooses among keys minds padding where two are alike
 # In float32 a model's numbers, computed in another order, differ by some 1e-6 of their spread over the vocabulary, by
-# 3e-5 at most among all types that transformers can make; what leaks from a neighbour moves them by its size.
+# 3e-5 at most among all types that transformers can make. What leaks from a neighbour moves them by its own size.
 TOLERANCE = 3e-4  # of that spread
 ROUNDING = 2e-6  # nats: where all tokens are alike
 
@@ -151,8 +151,8 @@ def _find(model: PreTrainedModel) -> Verdict:
             return replace(verdict, why=failures[0] if failures else "")
         failures.append(failure)
     raise UserError(
-        f"model.path: {type(model).__name__} is computed rightly neither packed nor padded nor one sequence at a time "
-        f"({failures[-1]}); use another architecture"
+        f"model.path: {type(model).__name__} gives its own numbers neither packed nor padded nor one sequence at a "
+        f"time ({failures[-1]}); use another architecture"
     )
 
 
@@ -258,7 +258,7 @@ def _case(model: PreTrainedModel, lengths: tuple[int, int, int], measure: _Measu
     except Exception as error:
         raise UserError(
             f"model.path: {type(model).__name__} cannot run by itself ({type(error).__name__}: {_first_line(error)}); "
-            "mend the checkpoint or use another"
+            "repair the checkpoint or use another"
         ) from error
     values, spreads = tuple(values for values, _ in found), [spread for _, spread in found]
     if not all(bool(v.isfinite().all()) for v in values):

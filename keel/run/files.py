@@ -50,7 +50,7 @@ def disk_full_as_user_error(path: Path) -> Iterator[None]:
         if _is_disk_full(error):
             raise UserError(
                 f"{path}: the disk is full; what was saved before is intact. Free some space and run the same command "
-                "again: it goes on from the last saved state"
+                "again: it resumes from the last saved state"
             ) from error
         raise
 

@@ -22,7 +22,7 @@ def resolve_device(device: str) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     wanted = torch.device(device)
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use device: auto")
+        raise UserError(f"device: {device} does not exist ({torch.cuda.device_count()} CUDA devices); use device: auto")
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps is not available on this machine; use device: auto")
     return device

@@ -23,9 +23,9 @@ class Sink(Protocol):
 class MetricsLog:
     """Appends rows ``{"step": step, name: figure, ...}``; each row is handed to the system before `write` returns.
 
-    ``resume_step``: the first step that will be written again. Rows at or past it are dropped when the log opens,
-    and so is a last line that a kill tore, so that a resumed run leaves the same file as one that was never killed.
-    None keeps every whole row. Figures that are not finite are written as null, which is what JSON has.
+    ``resume_step``: the first step that will be written again. Rows at or past it are dropped when the log opens, and
+    so is a last line that a kill tore. So a resumed run leaves the same file as one that was never killed. None keeps
+    every whole row. Figures that are not finite are written as null, which is what JSON has.
 
     ``sinks`` are opened at the first row with the resumed step, so that they can drop what comes after it too.
     """
