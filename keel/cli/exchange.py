@@ -76,8 +76,8 @@ def holds_responses(file: str) -> bool:
 
 
 def read_votes(file: str, names: Names) -> Votes:
-    """The votes of a Keel export, an Argilla or Label Studio export, or a file of preference pairs: which of them it
-    is, is told from its rows."""
+    """The votes of a Keel export, an Argilla or Label Studio export, or a file of preference pairs. The rows show which
+    of them it is."""
     bad = BadRows(file)
     rows = list(read_rows(file, bad))
     bad.raise_if_any()

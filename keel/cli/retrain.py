@@ -1,8 +1,8 @@
 """Training again in the background, for the labelling app: ``keel run --out RUN`` in a process of its own, which
 outlives the server that started it.
 
-``RUN/retrain/`` holds ``state.json``, ``log.txt`` and a lock. The lock is inherited by the processes that train and
-freed by the system when the last of them ends, however it ends: who finds it free knows that nobody trains.
+``RUN/retrain/`` holds ``state.json``, ``log.txt`` and a lock. The lock is inherited by the processes that train. The
+system frees it when the last of them ends, however it ends: who finds it free knows that nobody trains.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Messages -> token ids and loss mask: the only place in Keel where a chat template is read.
 
-One construction serves training and inference. A conversation is cut into *segments*: what the template writes up to
-the point where the assistant starts, the assistant's reply, its end token, what the template writes next, and so on.
-The tokens before a reply are the same whether the reply is going to be
-sampled (``encode_prompt``), scored (``encode_reply``) or learned among others (``encode_conversation``).
-:mod:`keel.data.tokens` makes ids of them.
+One construction serves training and inference. A conversation is cut into *segments*: what the template writes until
+the assistant starts, the assistant's reply, its end token, what the template writes next, and so on. The tokens before
+a reply are the same whether the reply is going to be sampled (``encode_prompt``), scored (``encode_reply``) or learned
+among others (``encode_conversation``). :mod:`keel.data.tokens` makes ids of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Is a reward model right as often as it says, and as often as anybody could be?
 
-A Bradley-Terry model says P(A is preferred to B) = sigmoid(r_A - r_B). Here ``probs`` are such probabilities [N] in
-[0, 1], and ``outcomes`` [N] what the annotators said: 1 where A was preferred, 0 where B was, 1/2 for a tie.
+A Bradley-Terry model says P(A is preferred to B) = sigmoid(r_A - r_B). Here ``probs`` are such probabilities [N] in [0,
+1], and ``outcomes`` [N] the annotations: 1 where A was preferred, 0 where B was, 1/2 for a tie.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def ece(probs: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> fl
 
 def temperature(leads: Sequence[float]) -> float:
     """The t that makes P(chosen is preferred) = sigmoid(lead / t) most likely, for leads (chosen minus rejected) [N]
-    (Guo et al. 2017, section 4.2): above 1 the model was too sure of itself, below 1 too timid.
+    (Guo et al. 2017, section 4.2). Above 1 the model was overconfident, below 1 underconfident.
 
-    The likelihood is concave in 1 / t, so that halving finds its top; it lies within [1/100, 100] by fiat, for where
-    every lead is right nothing bounds it.
+    The likelihood is concave in 1 / t, so bisection finds its maximum. It is held within [1/100, 100]: where every lead
+    is right, nothing bounds it.
     """
     low, high = -math.log(100), math.log(100)  # of 1 / t
     for _ in range(60):

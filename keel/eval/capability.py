@@ -58,7 +58,7 @@ def choice_accuracy(
 
     No chat template: the model continues a text, so that a base model and its assistants are asked the same thing.
     Prompt and choice are encoded together, as they would stand in a text. The score begins at the first token that is
-    not common to all of a row's choices and its prompt: a tokenizer may merge the prompt's end with the choice's
+    not common to all of a row's choices and its prompt. A tokenizer may merge the prompt's end with the choice's
     beginning, and what all share cancels out. No normalisation by length. Equal scores: the first choice.
 
     Raises UserError naming the row when it has fewer than two choices, an answer out of range, no text before the

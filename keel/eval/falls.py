@@ -2,11 +2,11 @@
 
 Looking again and again at whether the latest mean lies below the best so far finds a fall in nearly every run: the best
 of many noisy means is the luckiest one. Here the mean over some looks is compared with the mean over the last ones, for
-many choices of both, and the bound is that of the largest of all these comparisons, so that the chance of a false alarm
-is that of the run and not of a look.
+many choices of both. The bound is that of the largest of all these comparisons. So the chance of a false alarm is that
+of the run and not of a look.
 
-Where the truth never falls, an earlier window's true mean is at most a later one's, so every comparison can only be
-smaller than it would be on a truth that stands still: a bound for the flat truth holds for any that rises.
+Where the truth never falls, an earlier window's true mean is at most a later one's. So every comparison can only be
+smaller than on a constant truth: a bound for the flat truth holds for any that rises.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Fall:
 def largest_fall(means: Sequence[float], errors: Sequence[float], proxy: Sequence[float], level: float) -> Fall | None:
     """The clearest fall of ``means`` [n] to the end of a run while ``proxy`` [n] rose; None when there is none.
 
-    errors: the standard error of each mean. They say nothing of how the truth wobbles from look to look (a policy's
-    steps are noisy, and what one look saw, the next shares), so they are scaled up by what a smooth curve through the
-    means leaves over, and by how alike neighbours are in it. ``level``: the chance of a false alarm over the whole run
+    errors: the standard error of each mean. They do not include how the truth wobbles from look to look: a policy's
+    steps are noisy, and neighbouring looks share them. So they are scaled up by the residuals of a smooth curve through
+    the means, and by how alike neighbouring residuals are. ``level``: the chance of a false alarm over the whole run
     when looks are independent; what it comes to when they are not, docs/statistics.md says.
     """
     assert len(means) == len(errors) == len(proxy), "one error and one proxy a mean"
@@ -67,7 +67,7 @@ def largest_fall(means: Sequence[float], errors: Sequence[float], proxy: Sequenc
 
 
 def _with_wobble(mean_n: np.ndarray, variance_n: np.ndarray) -> np.ndarray:
-    """The variances times the long-run variance of what a polynomial leaves over, in their units, and at least 1:
+    """The variances times the long-run variance of a polynomial's residuals, in their units, and at least 1. That is
     residual variance x (1 + r) / (1 - r), r the correlation of neighbours. The fit takes some of that correlation away,
     about one part in n for each of its parameters, which is put back."""
     n = len(mean_n)

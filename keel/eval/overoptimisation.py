@@ -2,8 +2,8 @@
 
 After Gao, Schulman and Hilton, "Scaling laws for reward model overoptimization" (2022): distance is d = sqrt(KL), and
 for reinforcement learning the gold reward follows d (alpha - beta ln d). They also found that a KL penalty does not
-change gold as a function of KL, it only stops earlier; so two runs are compared at equal steps *and* at equal KL, and
-the statements made here say what was measured and nothing about why.
+change gold as a function of KL, it only stops earlier. So two runs are compared at equal steps *and* at equal KL. The
+statements made here say what was measured and nothing about why.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _side(point: CurvePoint) -> Side:
 def at_equal_kl(kept: Sequence[CurvePoint], free: Sequence[CurvePoint], levels: int = LEVELS) -> list[Comparison]:
     """Both runs where each first reaches the same KL, at ``levels`` values evenly spaced in sqrt(KL) over the range
     that both cover; empty when they share no range. Between two measurements proxy and gold are interpolated linearly
-    in sqrt(KL), in which the curves are nearly straight: linear in KL would cut below a bent curve, most for the run
-    whose measurements lie farther apart, and show a difference where there is none."""
+    in sqrt(KL), in which the curves are nearly straight. Linear in KL would cut below a bent curve, most for the run
+    whose measurements lie farther apart. It would show a difference where there is none."""
     runs = [[_side(p) for p in points if p.gold is not None] for points in (kept, free)]
     if not all(len(run) >= 2 for run in runs):
         return []

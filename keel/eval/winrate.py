@@ -48,11 +48,11 @@ def win_rate(
     (default: each its own). The bootstrap (Efron 1979, percentile interval) draws whole prompts, since replies to one
     prompt are not independent; N comparisons of ten prompts know about ten prompts.
 
-    Only a prompt's (wins, losses) matters to the rate, so a resample of G prompts is a multinomial draw over the
+    Only a prompt's (wins, losses) matters to the rate. So a resample of G prompts is a multinomial draw over the
     distinct (wins, losses) pairs: exact, and its cost does not grow with G.
 
     When all decided comparisons fall to one side, every resample repeats it and the percentile interval would be a
-    single point; the exact binomial bound (Clopper and Pearson 1934) over the decided prompts stands in.
+    single point. The exact binomial bound (Clopper and Pearson 1934) over the decided prompts is used instead.
 
     Raises UserError when a score is not a finite number.
     """

@@ -109,8 +109,8 @@ BAD = {LAZY: 3, ADVERSARIAL: 2}
 
 
 def with_bad(seed: int) -> list[SimulatedAnnotator]:
-    """The population and, for a fifth of all votes, such as spoil a project: some vote at random without looking, some
-    for the response that an annotator of the population likes less."""
+    """The population and, for a fifth of all votes, bad annotators. Some vote at random without looking, some for the
+    response that an annotator of the population likes less."""
     honest = population(seed)
     lazy = [SimulatedAnnotator(f"{LAZY}{n:02d}", lambda prompt, text: 0.0, lapse=1.0) for n in range(1, BAD[LAZY] + 1)]
     contrary = Random(f"adversaries {seed}").sample(honest, BAD[ADVERSARIAL])

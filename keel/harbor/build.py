@@ -1,8 +1,8 @@
 """``keel harbor build``: corpus -> tokenizer -> pretraining -> the base model that ships with Keel.
 
-The same seed, settings, library versions and thread count give the same weights, bit for bit on a CPU; a killed build
-goes on where it last saved. Every step's documents come from the step's own random stream, so nothing about the data
-need be saved.
+The same seed, settings, library versions and thread count give the same weights, bit for bit on a CPU. A killed build
+resumes from its last saved state. Every step's documents come from the step's own random stream, so nothing about the
+data need be saved.
 """
 
 from __future__ import annotations

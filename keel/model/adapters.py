@@ -18,8 +18,8 @@ DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and
 
 
 def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter, which is a model
-    wherever one is named, as long as its base lies where it did."""
+    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter. That can be named
+    wherever a model can, as long as its base lies where it did."""
     target = folder / ADAPTER
     model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
     tokenizer.save_pretrained(str(target))

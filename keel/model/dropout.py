@@ -1,9 +1,9 @@
 """Dropout, off wherever it is: policy ratios, KL and rewards are defined for the model, not for a thinning of it.
 
 The model stays in training mode, which transformers' gradient checkpointing asks for. So every dropout rate is set to
-0: in ``nn.Dropout`` and its kin, in layers that pass a rate of their own to ``F.dropout`` or skip themselves
-(layerdrop), and in the configuration, which many layers read as they run. They are found by their names. The checkpoint
-that is saved has the original's rates (:func:`as_configured`).
+0. These are the rates in ``nn.Dropout`` and its kin, in layers that pass one of their own to ``F.dropout`` or skip
+themselves (layerdrop), and in the configuration, which many layers read as they run. They are found by their names. The
+checkpoint that is saved has the original's rates (:func:`as_configured`).
 
 Dropout within new LoRA adapters is there on purpose. It is off too, but where a loss is computed
 (:func:`adapters_thinned`).
