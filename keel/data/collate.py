@@ -79,8 +79,8 @@ def common_prefix(sequences: Sequence[Encoded]) -> int:
 
 
 def pack_shared(rows: Sequence[Sequence[Encoded]], device: torch.device | str = "cpu") -> PackedBatch:
-    """As :func:`pack`, over all sequences of all rows, but what the sequences of a row begin with in common is there
-    once, with the first of them. Completions of one prompt then cost their own tokens only."""
+    """As :func:`pack`, over all sequences of all rows, but what the sequences of a row begin with in common is laid
+    down once, with the first of them: completions of one prompt then cost their own tokens only."""
     sequences, own, forks, end = [], [], [], 0
     for row in rows:
         shared = common_prefix(row) if len(row) > 1 else 0
