@@ -7,6 +7,9 @@ Without arguments it trains the base model of the built-in world to give short, 
 CPU cores. It prints a line a rollout and writes nothing. `keel ppo` computes the same, and adds resuming, metrics,
 checks, micro-batches, adapters and bfloat16. docs/algorithms.md numbers the details that both share.
 
+With seeds 0, 1 and 2 the mean reward rises from -0.38, -0.49 and -0.43 to 0.70, 0.48 and 0.77, at a KL of 3 to 5 nats a
+reply. What the model learns is what this reward measures: short sentences with an end, most of them beside the point.
+
 Shapes: N completions with C tokens in all, laid end to end. There is no padding, so there are no masks either.
 """
 
