@@ -314,9 +314,9 @@ def test_the_kl_to_a_held_reference_begins_at_0(lora: LoraConfig | None, tmp_pat
         optim=OptimConfig(lr=1e-2),
     )
     scorer = PythonScorer(lambda _, text: float(len(text)))
-    with mock.patch("keel.train.context.load_policy", wraps=load_policy) as reference:
+    with mock.patch("keel.train.roles.load_policy", wraps=load_policy) as loaded:
         summary = train_grpo(config, [prompt(n) for n in range(8)], scorer, tmp_path / "base", context)
-    assert reference.call_args.kwargs["products"] == "bf16"
+    assert [call.kwargs["products"] for call in loaded.call_args_list] == [lora and "bf16", "bf16"]  # policy, reference
     assert abs(summary["kl_at_start"]) <= 1e-5
     assert summary["dtype"] == "bfloat16"
     assert stored_dtype(Source(str(stage.path))) == BF16

@@ -26,8 +26,8 @@ from keel.recipe.reward import RewardStage
 from keel.recipe.sections import LoraConfig, OptimConfig
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir
-from keel.train.ppo import _critic
 from keel.train.reward import train_reward
+from keel.train.roles import roles_of
 from keel.types import Completion, Message, Prompt, UserError
 
 END, PAD, USER, ASSISTANT, TURN = 0, 1, 2, 3, 5  # of tiny.tiny_tokenizer
@@ -90,7 +90,7 @@ def in_transformers(folder: Path, rows: list[list[int]]) -> list[Tensor]:
 
 def keels(scorer: ScalarModel, batch_tokens: int = 10_000) -> Tensor:
     replies = [Completion(text) for text in REPLIES]
-    return RewardModelScorer(scorer, batch_tokens).score([ASK] * len(REPLIES), replies)
+    return RewardModelScorer(scorer, batch_tokens).score([ASK] * len(REPLIES), replies).reply_N
 
 
 # ------------------------------------------------------------------------------------------------------------ padding
@@ -169,7 +169,7 @@ def test_a_new_row_for_the_pad_leaves_the_base_known(tmp_path: Path) -> None:
     assert len(merged.tokenizer) == len(tokenizer) + 1
     on_base = Trunk(base, "cpu", LoraConfig(rank=4)).reward_model(c.stage.path)
     torch.testing.assert_close(keels(on_base), keels(merged), atol=1e-5, rtol=0)
-    critic = _critic(ppo_stage(), c.stage.path, context(tmp_path, "ppo", base))
+    critic = roles_of(ppo_stage(), context(tmp_path, "ppo", base)).critic(c.stage.path)
     assert (critic.mean, critic.std) == (merged.mean, merged.std) != (0.0, 1.0)
 
 
@@ -211,7 +211,7 @@ def test_a_reward_model_from_elsewhere_is_scored_as_transformers_does(
     if pad == TURN:  # which its tokenizer pads with, too
         for said in padded:
             torch.testing.assert_close(keels(scorer), said, atol=1e-5, rtol=0)
-    cut = RewardModelScorer(scorer, 10_000).score([ASK], [Completion(REPLIES[0], finished=False)])
+    cut = RewardModelScorer(scorer, 10_000).score([ASK], [Completion(REPLIES[0], finished=False)]).reply_N
     torch.testing.assert_close(cut, alone[:1], atol=1e-5, rtol=0)
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from test_stages import base_model, data_files, run
 from tiny import preferences, prompt, save_tiny, tiny_tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.data.collate import pack
@@ -30,9 +30,10 @@ from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent
 from keel.train.context import TrainContext
 from keel.train.online import make_rollouts
-from keel.train.ppo import _critic, train_ppo
+from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
-from keel.types import Completion, Encoded, Prompt, UserError
+from keel.train.roles import roles_of
+from keel.types import Completion, Encoded, Prompt, Scores, UserError
 
 ROOT = Path(__file__).parent.parent
 LORA = LoraConfig(rank=4)
@@ -104,7 +105,7 @@ def roles(base: Path, reward: Path, tmp: Path) -> dict[str, nn.Module]:
     scorer = scorer_of(trunk, reward)
     rollouts = make_rollouts(stage, PROMPTS, scorer, base, c)
     assert rollouts.reference is not None
-    critic = _critic(stage, reward, c)
+    critic = roles_of(stage, c).critic(reward)
     models = {"policy": rollouts.policy, "reference": rollouts.reference, "reward": scorer.reward_model.model}
     return models | {"critic": critic.model}
 
@@ -221,7 +222,7 @@ class Failing:
     def __init__(self, inner: RewardModelScorer) -> None:
         self.inner, self.calls = inner, 0
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         self.calls += 1
         if self.calls == 3:
             raise Interrupted

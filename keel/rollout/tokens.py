@@ -17,6 +17,9 @@ from keel.model.modules import inner_model, stated_positions
 from keel.recipe.sections import SamplingConfig
 from keel.types import Completion, UserError
 
+# Nats a token between a sampler's log-probabilities and the model's own: above it, ratios mean nothing.
+MISMATCH_BOUND = 0.5
+
 
 def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Draws one token a row: -> (ids [S] int64, log-probabilities [S] float32).

@@ -58,5 +58,5 @@ def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
         seed=recipe.seed,
         positions=positions(source),
         texts=read_texts(mixed, reading(context)) if mixed is not None else (),
-        trunk=Trunk(source, context.device, lora, precision) if on_one_base and lora else None,
+        shared=Trunk(source, context.device, lora, precision) if on_one_base and lora else None,
     )
