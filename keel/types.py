@@ -248,7 +248,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class Episode:
     """One episode of PPO or GRPO: a prompt's tokens, the completion sampled for it, and what was measured on it."""
 
     prompt: Prompt

@@ -32,7 +32,7 @@ from keel.train.loop import _update
 from keel.train.online import make_rollouts
 from keel.train.optim import make_optimizer
 from keel.train.ppo import train_ppo
-from keel.train.rollouts import Rollouts
+from keel.train.rollouts import RolloutCollector
 from keel.train.sft import train_sft
 from keel.types import Completion, Encoded, PackedBatch, UserError
 
@@ -314,7 +314,7 @@ class Off:
         return [replace(c, logprobs=tuple(x + self.by for x in c.logprobs)) for c in found]
 
 
-def rollouts_off_by(by: float, mode: str, model: Path, tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Rollouts:
+def rollouts_off_by(by: float, mode: str, model: Path, tmp: Path, monkeypatch: pytest.MonkeyPatch) -> RolloutCollector:
     def off(*args: Any, **kwargs: Any) -> Sampler:
         return Off(make_sampler(*args, **kwargs), by)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_trunk import context
+from test_one_base import context
 from tiny import tiny_llama, tiny_tokenizer
 
 from keel.check.data import data_findings

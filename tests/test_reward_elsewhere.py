@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trunk import context, ppo_stage
+from test_one_base import context, ppo_stage
 from tiny import preferences, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from keel.data.collate import pack
 from keel.model.checkpoint import load_scalar, load_tokenizer, save
 from keel.model.heads import ScalarModel
 from keel.model.padding import choose_pad
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.eval import EvalStage
 from keel.recipe.recipe import Recipe
 from keel.recipe.reward import RewardStage
@@ -167,7 +167,7 @@ def test_a_new_row_for_the_pad_leaves_the_base_known(tmp_path: Path) -> None:
     train_reward(RewardStage(name="reward", optim=OptimConfig(lr=1e-2), batch_size=8), preferences(20), c)
     merged = load_scalar(c.stage.path)
     assert len(merged.tokenizer) == len(tokenizer) + 1
-    on_base = Trunk(base, "cpu", LoraConfig(rank=4)).reward_model(c.stage.path)
+    on_base = SharedBase(base, "cpu", LoraConfig(rank=4)).reward_model(c.stage.path)
     torch.testing.assert_close(keels(on_base), keels(merged), atol=1e-5, rtol=0)
     critic = roles_of(ppo_stage(), context(tmp_path, "ppo", base)).critic(c.stage.path)
     assert (critic.mean, critic.std) == (merged.mean, merged.std) != (0.0, 1.0)

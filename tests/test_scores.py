@@ -24,7 +24,7 @@ from keel.train.grpo import Grpo
 from keel.train.online import Batch, make_rollouts
 from keel.train.ppo import Ppo
 from keel.train.rollouts import Episodes, placed_steps
-from keel.types import Completion, Encoded, Prompt, Scores, Step, Trajectory, UserError
+from keel.types import Completion, Encoded, Episode, Prompt, Scores, Step, UserError
 
 REWARDS = [{"source": {"kind": "python", "ref": "x:y"}}]
 
@@ -177,17 +177,17 @@ def test_one_step_at_the_end_is_the_replys_score(kind: str, model: Path, tmp_pat
     assert of_steps["objective/reward_clipped"] == figures["objective/reward_clipped"] / 2  # replies' own are all 0
 
 
-def trajectories(*lengths: int) -> list[Trajectory]:
-    return [Trajectory(prompt(n), (1,), Completion("", (9,) * length)) for n, length in enumerate(lengths)]
+def episodes(*lengths: int) -> list[Episode]:
+    return [Episode(prompt(n), (1,), Completion("", (9,) * length)) for n, length in enumerate(lengths)]
 
 
 def test_steps_are_placed_among_all_tokens() -> None:
     scores = Scores(torch.zeros(3), ((Step(1, 5.0), Step(0, -7.0)), (), (Step(2, 1.0),)))
-    found = placed_steps(scores, trajectories(2, 4, 3), torch.tensor([0, 2, 6, 9]), clip=6.0)
+    found = placed_steps(scores, episodes(2, 4, 3), torch.tensor([0, 2, 6, 9]), clip=6.0)
     assert found is not None
     assert found.value_S.tolist() == [5, -6, 1]
     assert found.place_S.tolist() == [1, 0, 8]
-    assert placed_steps(Scores(torch.zeros(1)), trajectories(2), torch.tensor([0, 2])) is None
+    assert placed_steps(Scores(torch.zeros(1)), episodes(2), torch.tensor([0, 2])) is None
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_steps_are_placed_among_all_tokens() -> None:
 def test_a_step_outside_its_reply_is_refused(step: Step, message: str) -> None:
     scores = Scores(torch.zeros(2), ((), (step,)))
     with pytest.raises(UserError, match=message):
-        placed_steps(scores, trajectories(5, 2), torch.tensor([0, 5, 7]))
+        placed_steps(scores, episodes(5, 2), torch.tensor([0, 5, 7]))
 
 
 class Stepped:

@@ -36,7 +36,7 @@ from keel.train.loop import _update
 from keel.train.optim import lr_factor, make_optimizer
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
-from keel.train.schedule import Schedule
+from keel.train.schedule import EpochSchedule
 from keel.train.sft import Sft, train_sft
 from keel.types import Completion, Demonstration, Message, Preference, Prompt, Scores, UserError
 
@@ -79,7 +79,7 @@ def test_learning_rate_by_hand() -> None:
 
 
 def test_schedule_sees_every_example_once_an_epoch() -> None:
-    schedule = Schedule(size=10, batch_size=4, epochs=2, seed=3)
+    schedule = EpochSchedule(size=10, batch_size=4, epochs=2, seed=3)
     assert schedule.steps == 5
     seen = [i for step in range(schedule.steps) for i in schedule.batch(step)]
     assert seen == epoch_order(10, 3, 0) + epoch_order(10, 3, 1)
@@ -301,7 +301,7 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
 
     from safetensors.torch import load_file, save_file
 
-    from keel.train.rollouts import Rollouts
+    from keel.train.rollouts import RolloutCollector
 
     other = tmp_path / "other"
     shutil.copytree(sft_model, other)
@@ -310,18 +310,18 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
     save_file({**tensors, name: tensors[name] * 1.5}, other / "model.safetensors", metadata={"format": "pt"})
     c = context(tmp_path, "ppo", sft_model)
     stage = PpoStage(**PPO, episodes=32)  # type: ignore[arg-type]
-    original = Rollouts.__init__
+    original = RolloutCollector.__init__
 
     def claims_the_same(self: object, *args: object, **kwargs: object) -> None:
         kwargs["same_start"] = True
         original(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    Rollouts.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
+    RolloutCollector.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
     try:
         with pytest.raises(UserError, match="same checkpoint"):
             train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), other, None, c)
     finally:
-        Rollouts.__init__ = original  # type: ignore[method-assign]
+        RolloutCollector.__init__ = original  # type: ignore[method-assign]
 
 
 def test_ppo_with_a_reward_model_of_another_tokenizer(sft_model: Path, tmp_path: Path) -> None:

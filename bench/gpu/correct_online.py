@@ -28,7 +28,7 @@ from keel.rollout.episodes import EpisodeSampler
 from keel.run import RunDir, Silent
 from keel.stages.registry import RUNNERS
 from keel.train.ppo import Ppo
-from keel.train.rollouts import Rollouts
+from keel.train.rollouts import RolloutCollector
 from keel.types import Completion, Encoded, Message, Prompt, Scores
 
 KL, CLIP, VALUE_CLIP, VALUE_COEF, ENTROPY, LAM, PENALTY = 0.1, 0.2, 0.2, 0.5, 0.01, 0.9, 0.7
@@ -85,7 +85,7 @@ def ppo(setting: Setting) -> Said:
         records = [Prompt(f"p{n}", (Message("user", f"{n}"),)) for n in range(len(prompts))]
         source = EpisodeSampler(given, Chat(tokenizer()), records, prompts, config.sampling)
         context = context_of(device, config.precision)
-        rollouts = Rollouts(ours, frozen(reference), source, given, config, context, same_start=False)
+        rollouts = RolloutCollector(ours, frozen(reference), source, given, config, context, same_start=False)
         found = trained(Ppo(rollouts, values, config), config, device, precision)
         yield Gap(
             f"{precision}: mean loss of three steps ({loss:.4f})", abs(found[-1]["loss"] - loss), BOUNDS[precision][0]

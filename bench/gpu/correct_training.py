@@ -41,7 +41,7 @@ from keel.data.collate import pack_shared
 from keel.model.checkpoint import frozen, load_policy, load_scalar, prepared, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compute_alike
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.dpo import DpoStage
 from keel.recipe.sections import LoraConfig, OptimConfig
 from keel.recipe.sft import SftStage
@@ -310,8 +310,8 @@ def start(setting: Setting) -> Said:
                 reference = frozen(load_policy(folder, device=device)[0])
                 compute_alike(reference, policy)
                 yield from _alike(f"{name}{', adapters' * bool(adapters)}", policy, reference, (whole, rows), device)
-        trunk = Trunk(folders["Llama"], device, LORA)
-        policy, reference = trunk.policy(False)[0], trunk.reference()
+        base = SharedBase(folders["Llama"], device, LORA)
+        policy, reference = base.policy(False)[0], base.reference()
         compute_alike(reference, policy)
         yield from _alike("Llama, one base", policy, reference, (whole, rows), device)
         yield from _values(Path(where), [row for group in rows for row in group], device)

@@ -20,7 +20,7 @@ from bench.worker import clock
 from bench.workers.keel import Stopwatch, context_of, even_words
 from keel.data.chat import Chat
 from keel.model.packed import compute_alike
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import PythonRef, RewardTerm
 from keel.recipe.ppo import PpoStage
@@ -33,7 +33,7 @@ from keel.train import rollouts as measuring
 from keel.train.grpo import Grpo
 from keel.train.loop import compile_as_asked
 from keel.train.ppo import Ppo
-from keel.train.rollouts import Rollouts
+from keel.train.rollouts import RolloutCollector
 from keel.types import Message, Prompt, Scorer
 
 ITERATIONS = 8  # that prompts are there for
@@ -70,7 +70,7 @@ def _config(setting: Setting, work: Work, checkpointing: bool, compiled: bool = 
 
 def _rollouts(
     setting: Setting, name: str, work: Work, config: OnlineBase, policy: Any, reference: Any, scorer: Scorer
-) -> Rollouts:
+) -> RolloutCollector:
     vocab = architecture(setting, name).vocab
     ids = prompts(
         Work(work.task, ITERATIONS * work.examples, work.batch, work.prompt, work.reply, 1, work.group), vocab
@@ -82,7 +82,7 @@ def _rollouts(
     if reference is not None:
         compute_alike(reference, policy)
     source = EpisodeSampler(sampler, chat, records, ids, config.sampling)
-    return Rollouts(policy, reference, source, scorer, config, context_of(setting.device, setting.precision))
+    return RolloutCollector(policy, reference, source, scorer, config, context_of(setting.device, setting.precision))
 
 
 def _step(record: Record, task: str, name: str) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _step(record: Record, task: str, name: str) -> dict[str, Any]:
     return timed_online(setting, algorithm, config, work)
 
 
-class OneBase(Trunk):
-    """A trunk that is made in memory. Its folder has a configuration and a tokenizer, but no weights."""
+class OneBase(SharedBase):
+    """A base that is made in memory. Its folder has a configuration and a tokenizer, but no weights."""
 
     def __init__(self, setting: Setting, name: str, folder: Path) -> None:
         shape = architecture(setting, name)
@@ -119,11 +119,11 @@ def one_base_step(record: Record, name: str, compiled: bool = True) -> dict[str,
     config = _config(setting, work, checkpointing=True, compiled=compiled)
     assert isinstance(config, PpoStage)
     with TemporaryDirectory() as folder:
-        trunk = OneBase(setting, name, Path(folder))
-        trained, _ = trunk.policy(config.gradient_checkpointing)
-        scorer = frozen_scorer(keels(trunk.new_critic(1, False)), setting.precision)
-        critic = trunk.new_critic(2, config.gradient_checkpointing)
-        rollouts = _rollouts(setting, name, work, config, trained, trunk.reference(), scorer)
+        shared = OneBase(setting, name, Path(folder))
+        trained, _ = shared.policy(config.gradient_checkpointing)
+        scorer = frozen_scorer(keels(shared.new_critic(1, False)), setting.precision)
+        critic = shared.new_critic(2, config.gradient_checkpointing)
+        rollouts = _rollouts(setting, name, work, config, trained, shared.reference(), scorer)
         return timed_online(setting, Ppo(rollouts, critic, config), config, work)
 
 

@@ -36,7 +36,7 @@ from keel.train.loop import Algorithm, compile_as_asked, train
 from keel.train.pairs import Pair
 from keel.train.ppo import Ppo
 from keel.train.reward import RewardTraining
-from keel.train.rollouts import Rollouts
+from keel.train.rollouts import RolloutCollector
 from keel.train.sft import Sft
 from keel.types import Encoded, Message, Preference, Prompt, Reporter, Scorer
 
@@ -199,13 +199,13 @@ def online_settings(job: Job, work: Work) -> dict[str, Any]:
 
 def make_rollouts(
     job: Job, work: Work, config: OnlineBase, reference: torch.nn.Module | None, scorer: Scorer
-) -> Rollouts:
+) -> RolloutCollector:
     ids = prompts(work, job.shape.vocab)
     records = [Prompt(f"p{n}", (Message("user", text(row)),)) for n, row in enumerate(ids)]
     model, chat = policy_and_chat(job)
     sampler = make_sampler(model, "auto", [], precision(job))  # nothing ends a completion
     source = EpisodeSampler(sampler, chat, records, ids, config.sampling)
-    return Rollouts(model, reference, source, scorer, config, own_context(job, work))
+    return RolloutCollector(model, reference, source, scorer, config, own_context(job, work))
 
 
 def online(job: Job, work: Work, algorithm: Ppo | Grpo, config: OnlineBase) -> Outcome:

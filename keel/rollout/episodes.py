@@ -9,7 +9,7 @@ from keel.data.chat import Chat
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.rollout.collect import with_decoded_text
 from keel.rollout.sampler import Sampler
-from keel.types import Prompt, Reporter, Trajectory, UserError, place_of
+from keel.types import Episode, Prompt, Reporter, UserError, place_of
 
 
 def encode_prompts(
@@ -44,11 +44,11 @@ class EpisodeSampler:
     prompt_ids: Sequence[Sequence[int]]
     sampling: SamplingConfig
 
-    def sample(self, indices: Sequence[int], seed: int) -> list[Trajectory]:
+    def sample(self, indices: Sequence[int], seed: int) -> list[Episode]:
         """An episode for each of the prompts' indices, with the completion's text."""
         completions = self.sampler.generate([self.prompt_ids[i] for i in indices], self.sampling, seed)
         return [
-            Trajectory(self.prompts[i], tuple(self.prompt_ids[i]), with_decoded_text(self.chat, completion))
+            Episode(self.prompts[i], tuple(self.prompt_ids[i]), with_decoded_text(self.chat, completion))
             for i, completion in zip(indices, completions, strict=True)
         ]
 

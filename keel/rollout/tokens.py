@@ -150,7 +150,7 @@ def context_length(model: nn.Module) -> int | None:
     return stated_positions(inner_model(model).config)
 
 
-def room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:
+def completion_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:
     """How many tokens each completion may have. Raises UserError for a prompt that leaves none."""
     limits = []
     for index, prompt in enumerate(prompts):

@@ -25,7 +25,7 @@ from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
-from keel.rollout.tokens import MISMATCH_BOUND, context_length, finite, room, stream_key
+from keel.rollout.tokens import MISMATCH_BOUND, completion_limits, context_length, finite, stream_key
 from keel.run import restore_rng, rng_state
 from keel.types import Completion, Encoded, UserError
 
@@ -71,7 +71,7 @@ class VllmSampler:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
-        limits = room(prompts, sampling.max_new_tokens, context_length(self.model))
+        limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
         random = rng_state()  # vLLM seeds the global generators when it starts, and draws from them when it samples

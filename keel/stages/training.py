@@ -8,7 +8,7 @@ from pathlib import Path
 from keel.data.chat import Chat
 from keel.data.sources import read_texts
 from keel.model.checkpoint import load_tokenizer, positions
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.precision import pick_precision
 from keel.recipe.reward import RewardStage
 from keel.recipe.sft import SftStage
@@ -58,5 +58,5 @@ def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
         seed=recipe.seed,
         positions=positions(source),
         texts=read_texts(mixed, reading(context)) if mixed is not None else (),
-        shared=Trunk(source, context.device, lora, precision) if on_one_base and lora else None,
+        shared=SharedBase(source, context.device, lora, precision) if on_one_base and lora else None,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.precision import Precision
 from keel.recipe.sections import DataConfig, ModelConfig, Source
 from keel.run import StageDir, write_json
@@ -32,7 +32,7 @@ class TrainContext:
     device: str
     precision: Precision
     seed: int
-    shared: Trunk | None = None
+    shared: SharedBase | None = None
     texts: Sequence[str] = ()
     positions: int | None = None
 

@@ -33,7 +33,7 @@ from keel.train.pairs import (
 )
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
-from keel.train.schedule import Schedule
+from keel.train.schedule import EpochSchedule
 from keel.types import Preference
 
 
@@ -51,7 +51,7 @@ class Dpo(Algorithm):
         self.modules: Mapping[str, nn.Module] = {"policy": model}
         self.groups, self.heldout, self.config, self.context = groups, heldout, config, context
         batch_size = groups_per_batch(groups, config.batch_size)
-        self.schedule = Schedule(len(groups), batch_size, config.epochs, context.seed)
+        self.schedule = EpochSchedule(len(groups), batch_size, config.epochs, context.seed)
         self.iterations = self.schedule.steps
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:

@@ -13,7 +13,7 @@ from keel.objective.kl import k1, k2, k3
 from keel.rollout.episodes import repetition
 from keel.stats import clustered_error
 from keel.train.loop import Stats
-from keel.types import Completion, Judge, Prompt, Trajectory
+from keel.types import Completion, Episode, Judge, Prompt
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Measured:
 
 
 def rollout_figures(
-    episodes: Sequence[Trajectory],
+    episodes: Sequence[Episode],
     measured: Sequence[Measured],
     scores_N: Tensor,
     parts: Mapping[str, Tensor],

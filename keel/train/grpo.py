@@ -14,14 +14,14 @@ from keel.objective.group import group_advantages, grpo_loss, step_advantages, t
 from keel.recipe.grpo import GrpoStage
 from keel.train.context import TrainContext
 from keel.train.online import Batch, Online, make_rollouts, train_online
-from keel.train.rollouts import Rollouts
+from keel.train.rollouts import RolloutCollector
 from keel.types import Judge, Prompt, Scorer
 
 
 class Grpo(Online[GrpoStage]):
     """GRPO for the training loop."""
 
-    def __init__(self, rollouts: Rollouts, config: GrpoStage) -> None:
+    def __init__(self, rollouts: RolloutCollector, config: GrpoStage) -> None:
         super().__init__(rollouts, config)
         self.kl_in_loss = config.beta > 0
         self.old_at_step = self.updates_per_iteration == 1 and config.old_logprobs == "auto"

@@ -27,7 +27,7 @@ from keel.train.figures import policy_stats
 from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
-from keel.train.rollouts import Episodes, Rollouts
+from keel.train.rollouts import Episodes, RolloutCollector
 from keel.types import Encoded, Judge, Prompt, Scorer
 
 Config = TypeVar("Config", bound=OnlineBase)
@@ -66,7 +66,7 @@ class Online(Algorithm, Generic[Config]):
     # its gradient that of log p: nothing but the probe need be measured.
     old_at_step = False
 
-    def __init__(self, rollouts: Rollouts, config: Config) -> None:
+    def __init__(self, rollouts: RolloutCollector, config: Config) -> None:
         self.rollouts, self.config = rollouts, config
         self.modules: Mapping[str, nn.Module] = {"policy": rollouts.policy}
         self.iterations = rollouts.count
@@ -149,7 +149,7 @@ def make_rollouts(
     reference_path: Path | None,
     context: TrainContext,
     watch: Judge | None = None,
-) -> Rollouts:
+) -> RolloutCollector:
     """Makes the policy that is trained, and the reference (None: there is none)."""
     roles = roles_of(config, context)
     policy, tokenizer = roles.policy()
@@ -160,7 +160,7 @@ def make_rollouts(
         sampler, chat, *encode_prompts(chat, prompts, context.data, context.reporter), config.sampling
     )
     same_start = reference_path == context.model_path
-    return Rollouts(policy, reference, source, scorer, config, context, watch, same_start=same_start)
+    return RolloutCollector(policy, reference, source, scorer, config, context, watch, same_start=same_start)
 
 
 def train_online(algorithm: Online[Any], context: TrainContext, policy_begins: int = 0) -> dict[str, Any]:

@@ -27,14 +27,14 @@ from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats
 from keel.train.online import Batch, Online, make_rollouts, train_online
 from keel.train.roles import roles_of
-from keel.train.rollouts import Rollouts
+from keel.train.rollouts import RolloutCollector
 from keel.types import Judge, Prompt, Scorer
 
 
 class Ppo(Online[PpoStage]):
     """PPO for the training loop."""
 
-    def __init__(self, rollouts: Rollouts, critic: ScalarModel, config: PpoStage) -> None:
+    def __init__(self, rollouts: RolloutCollector, critic: ScalarModel, config: PpoStage) -> None:
         super().__init__(rollouts, config)
         self.modules = {"policy": rollouts.policy, "critic": critic.model}
         self.critic = critic

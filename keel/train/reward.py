@@ -28,7 +28,7 @@ from keel.train.pairs import (
     split_pairs,
 )
 from keel.train.roles import roles_of
-from keel.train.schedule import Schedule
+from keel.train.schedule import EpochSchedule
 from keel.types import Encoded, HeldoutPair, Preference, UserError
 
 SCALED_ON = 4096  # replies: enough for the standard deviation to within 1%
@@ -49,7 +49,7 @@ class RewardTraining(Algorithm):
         self.context = context
         self.modules: Mapping[str, nn.Module] = {"reward": scorer.model}
         batch_size, seed = groups_per_batch(groups, config.batch_size), seed_of(config, context)
-        self.schedule = Schedule(len(groups), batch_size, config.epochs, seed)
+        self.schedule = EpochSchedule(len(groups), batch_size, config.epochs, seed)
         self.iterations = self.schedule.steps
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:

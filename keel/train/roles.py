@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from keel.model.checkpoint import frozen, has_reward_head, load_policy, load_scalar, load_tokenizer
 from keel.model.heads import ScalarModel
 from keel.model.packed import compute_alike
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.model.vocabulary import unreadable
 from keel.precision import Precision
 from keel.recipe.sections import LoraConfig
@@ -143,7 +143,7 @@ class RolesOnOneBase(Roles):
     """Makes a stage's models as adapters and heads on one frozen model. The recipe's rules have seen to it that the
     reference is that model, and that reward models were trained on it."""
 
-    def __init__(self, config: TrainBase, context: TrainContext, base: Trunk) -> None:
+    def __init__(self, config: TrainBase, context: TrainContext, base: SharedBase) -> None:
         super().__init__(config, context)
         self.base = base
 

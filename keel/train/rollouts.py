@@ -19,8 +19,8 @@ from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.tokens import MISMATCH_BOUND
 from keel.train.context import TrainContext
 from keel.train.figures import Measured, joined, present, rollout_figures
-from keel.train.schedule import Schedule
-from keel.types import Encoded, Judge, PackedBatch, Scorer, Scores, Trajectory, UserError
+from keel.train.schedule import EpochSchedule
+from keel.types import Encoded, Episode, Judge, PackedBatch, Scorer, Scores, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 # Nats a token: up to it, `auto` takes the sampler's log-probabilities. It moves a ratio by 0.2%, where clipping begins
@@ -51,7 +51,7 @@ class Episodes:
         return [int(length) for length in self.offsets.diff()]
 
 
-class Rollouts:
+class RolloutCollector:
     """Samples a batch of prompts with the policy as it is, scores the completions, and measures them under policy,
     reference and critic.
 
@@ -79,7 +79,7 @@ class Rollouts:
         self.temperature = config.sampling.temperature
         self.count = math.ceil(config.episodes / config.rollout_batch)
         prompts, per_rollout = len(source.prompts), config.rollout_batch // config.group_size
-        self.schedule = Schedule(prompts, per_rollout, self.count * per_rollout / prompts, context.seed)
+        self.schedule = EpochSchedule(prompts, per_rollout, self.count * per_rollout / prompts, context.seed)
 
     @torch.no_grad()
     def collect(self, iteration: int, values: Pass | None = None, old_at_step: bool = False) -> Episodes:
@@ -125,7 +125,7 @@ class Rollouts:
     # -------------------------------------------------------------------------------------------- measuring
 
     def _measure(
-        self, rows: Sequence[Encoded], episodes: Sequence[Trajectory], values: Pass | None, old_at_step: bool
+        self, rows: Sequence[Encoded], episodes: Sequence[Episode], values: Pass | None, old_at_step: bool
     ) -> tuple[list[Measured], float]:
         """(what was measured on each episode, mean absolute difference of sampler's and trainer's log-probabilities).
 
@@ -205,7 +205,7 @@ class Rollouts:
 
 
 def placed_steps(
-    scores: Scores, episodes: Sequence[Trajectory], offsets: Tensor, clip: float | None = None
+    scores: Scores, episodes: Sequence[Episode], offsets: Tensor, clip: float | None = None
 ) -> StepValues | None:
     """The values of the episodes' steps at their places among all completion tokens, each held within ``clip`` of 0;
     None where there are none. UserError for a step that ends outside its reply, or is worth no finite number."""

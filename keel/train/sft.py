@@ -20,7 +20,7 @@ from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
-from keel.train.schedule import Schedule
+from keel.train.schedule import EpochSchedule
 from keel.types import Demonstration, Encoded
 
 # Of the end token where a reply ends: below it, nineteen replies in twenty run past their end.
@@ -41,7 +41,7 @@ class Sft(Algorithm):
         self.modules: Mapping[str, nn.Module] = {"policy": model}
         self.rows, self.heldout, self.config = rows, heldout, config
         self.context = context
-        self.schedule = Schedule(len(rows), config.batch_size, config.epochs, context.seed)
+        self.schedule = EpochSchedule(len(rows), config.batch_size, config.epochs, context.seed)
         self.iterations = self.schedule.steps
         self.eval_every = config.eval_every or max(1, self.schedule.steps_per_epoch // 4)
         self.best_loss = math.inf
