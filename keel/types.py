@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the store, the web and the recipe exchange records too, and have no use for torch
     import torch
@@ -138,6 +138,16 @@ class Preference:
         )
 
 
+class HeldoutPair(NamedTuple):
+    """What a reward model says of a pair that it was not trained on. ``lead``: the raw score of the chosen reply less
+    that of the rejected one; tokens of either reply."""
+
+    record: Preference
+    lead: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
 def place_of(record: Prompt | Demonstration | Preference) -> str:
     """Where a record comes from, for a sentence about it: its file and line, or what names it when it is of no file."""
     return record.place or f"{type(record).__name__.lower()} {record.id}"
@@ -170,6 +180,11 @@ class Encoded:
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+
+    @staticmethod
+    def of(prompt: Sequence[int], completion: Sequence[int]) -> Encoded:
+        """A prompt's tokens and, masked, those of a completion."""
+        return Encoded((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -236,7 +251,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class Episode:
     """One episode of PPO or GRPO: a prompt's tokens, the completion sampled for it, and what was measured on it."""
 
     prompt: Prompt
@@ -262,12 +277,40 @@ class Judge(Protocol):
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sequence[Grade | None]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of a reply that has a value of its own. ``end``: the place of its last token in ``Completion.ids``."""
+
+    end: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a scorer says of N replies; higher is better.
+
+    ``reply_N``: float32 on the CPU, the score of each reply as a whole. It is earned with the reply's last token.
+    ``steps``: the steps of each reply, in any order; empty where the scorer knows none. Their values are earned where
+    the steps end, beside ``reply_N``: a scorer that judges nothing but steps leaves that at 0.
+    ``parts``: the terms of a sum, before weighting, by name [N].
+    """
+
+    reply_N: Tensor
+    steps: tuple[tuple[Step, ...], ...] = ()
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total_N(self) -> Tensor:
+        """All that each reply earns: the one number where one is asked for."""
+        if not self.steps:
+            return self.reply_N
+        return self.reply_N + self.reply_N.new_tensor([sum(step.value for step in steps) for steps in self.steps])
+
+
 class Scorer(Protocol):
     """Scores replies for training: a reward model, a mix of them, or a Python function."""
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        """Scores as a float32 tensor [N] on the CPU."""
-        ...
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores: ...
 
 
 class Reporter(Protocol):

@@ -14,7 +14,6 @@ import yaml
 from conftest import ROOT
 from test_stages import data_files, run, write_jsonl
 from tiny import Counting, prompt, save_tiny, tiny_tokenizer
-from torch import Tensor
 
 from keel.check import check_recipe
 from keel.data.chat import Chat
@@ -23,11 +22,11 @@ from keel.pipeline.run import plan
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig
 from keel.reward.scorer import RewardModelScorer
-from keel.rollout.collect import sample_replies
+from keel.rollout.collect import Choice, sample_replies
 from keel.run import RunDir
 from keel.stages.inputs import KEPT
 from keel.store import Store
-from keel.types import Completion, Message, Prompt, UserError
+from keel.types import Completion, Message, Prompt, Scores, UserError
 
 # ------------------------------------------------------------------------------------------------------ the choice
 
@@ -44,9 +43,9 @@ class Script:
 
 
 class Goods:
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         assert [p.id for p in prompts] == ["p0", "p0", "p1", "p1"], "cut replies are not even scored"
-        return torch.tensor([float(c.text.count("good")) for c in completions])
+        return Scores(torch.tensor([float(c.text.count("good")) for c in completions]))
 
 
 @pytest.mark.parametrize(
@@ -61,9 +60,8 @@ class Goods:
 def test_the_best_whole_replies_are_kept(keep: int, bound: float, kept: list[tuple[str, float]]) -> None:
     prompts = [prompt(0), prompt(1)]
     chat, sampling = Chat(tiny_tokenizer()), SamplingConfig()
-    found = sample_replies(
-        Script(), chat, prompts, sampling, keep, 0, Counting(), candidates=3, scorer=Goods(), min_score=bound
-    )
+    choice = Choice(keep, candidates=3, scorer=Goods(), min_score=bound)
+    found = sample_replies(Script(), chat, prompts, sampling, choice, 0, Counting())
     assert [[(c.text, c.reward) for c in group] for group in found] == [kept, kept]
 
 
@@ -188,7 +186,7 @@ def test_the_shipped_recipe_mixes_two_reward_models(tmp_path: Path) -> None:
     prompts = [Prompt(str(i), (Message("user", row["messages"][0]["content"]),)) for i, row in enumerate(rows)]
     replies = [Completion(row["messages"][-1]["content"]) for row in rows]
     helps, harms = (
-        RewardModelScorer(load_scalar(done.stage(name).path), 4096).score(prompts, replies).tolist()
+        RewardModelScorer(load_scalar(done.stage(name).path), 4096).score(prompts, replies).reply_N.tolist()
         for name in ("helpful", "harmless")
     )
     assert helps != harms

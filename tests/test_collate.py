@@ -217,5 +217,5 @@ def test_hash_sees_roles_and_borders() -> None:
 
 def test_pairs_of_a_prompt_stay_together() -> None:
     pairs = [pair("x", 0), pair("y", 0), pair("x", 1), pair("z", 0), pair("y", 1)]
-    groups = group_by_prompt(pairs)
+    groups = group_by_prompt(pairs, lambda pair: pair.prompt)
     assert [[p.id for p in group] for group in groups] == [["x-0", "x-1"], ["y-0", "y-1"], ["z-0"]]

@@ -17,7 +17,7 @@ from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.grading import Estimate, compare, evaluate_model, kl_from_reference, repetition, side_by_side, versus
 from keel.eval.overoptimisation import at_equal_kl, at_equal_steps, curve, gao_fit, guardrail
 from keel.eval.winrate import win_rate
-from keel.types import Completion, Encoded, Grade, Message, Prompt, UserError
+from keel.types import Completion, Encoded, Grade, Message, Prompt, Scores, UserError
 
 # ------------------------------------------------------------------------------------------------------- win rate
 
@@ -123,8 +123,8 @@ class TableJudge:
 
 
 class LengthScorer:
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> torch.Tensor:
-        return torch.tensor([float(len(c.ids)) for c in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([float(len(c.ids)) for c in completions]))
 
 
 TABLE = {

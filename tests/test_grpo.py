@@ -25,12 +25,14 @@ from keel.recipe.sections import OptimConfig, SamplingConfig
 from keel.recipe.sft import SftStage
 from keel.rollout.cpu import CpuDecoder
 from keel.rollout.sampler import Sampler, make_sampler
-from keel.train import grpo, online
+from keel.train import online
+from keel.train import rollouts as rollouts_module
 from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
-from keel.train.online import Rollouts, make_rollouts
+from keel.train.online import make_rollouts
 from keel.train.optim import make_optimizer
 from keel.train.ppo import train_ppo
+from keel.train.rollouts import RolloutCollector
 from keel.train.sft import train_sft
 from keel.types import Completion, Encoded, PackedBatch, UserError
 
@@ -220,7 +222,7 @@ def test_accumulation_changes_nothing(normalise: str, sft_model: Path, tmp_path:
         (micros,) = algorithm.updates(0)
         assert (len(micros) > 3) == (batch_tokens == 60)
         optimizer = make_optimizer(algorithm.modules, config.optim, {})
-        figures = _update(algorithm, optimizer, micros, config, "cpu", "fp32", 0)
+        figures = _update(algorithm, optimizer, micros, config, c, 0)
         ends.append((figures["loss"][0], figures["grad_norm"][0]))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
@@ -241,7 +243,7 @@ def test_a_shared_prompt_changes_no_number(sft_model: Path, tmp_path: Path, monk
     found = []
     for packing in (pack, pack_by_prompt):
         tokens.append(0)
-        for module in (online, grpo):
+        for module in (online, rollouts_module):
             monkeypatch.setattr(module, "pack_by_prompt", counting(packing))
         # Micro-batches so small that they cut through groups; two steps, so that groups are cut by steps too.
         config = stage(batch_tokens=50, minibatches=2, beta=0.5, old_logprobs="trainer")
@@ -312,7 +314,7 @@ class Off:
         return [replace(c, logprobs=tuple(x + self.by for x in c.logprobs)) for c in found]
 
 
-def rollouts_off_by(by: float, mode: str, model: Path, tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Rollouts:
+def rollouts_off_by(by: float, mode: str, model: Path, tmp: Path, monkeypatch: pytest.MonkeyPatch) -> RolloutCollector:
     def off(*args: Any, **kwargs: Any) -> Sampler:
         return Off(make_sampler(*args, **kwargs), by)
 
@@ -340,7 +342,7 @@ def test_whose_log_probabilities(
     assert found.rows == truth.rows
     shift = by if source == "sampler" else 0.0
     torch.testing.assert_close(found.old_logp_C, truth.old_logp_C + shift, atol=2e-6, rtol=0)
-    assert found.figures["rollout/measured"] == (1 / online.PROBE_EVERY if source == "sampler" else 1.0)
+    assert found.figures["rollout/measured"] == (1 / rollouts_module.PROBE_EVERY if source == "sampler" else 1.0)
     assert found.figures["rollout/logprob_diff"] == pytest.approx(by, abs=1e-5)
     assert found.figures["objective/kl"] == 0.0
     assert found.figures["policy/entropy_avg"] == pytest.approx(truth.figures["policy/entropy_avg"], rel=0.3)
@@ -358,13 +360,13 @@ def test_the_policys_pass_over_the_rollout_is_left_out(
     sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: dict[int, int] = {}
-    original = online.token_logprobs
+    original = rollouts_module.token_logprobs
 
     def counting(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         counts[id(model)] = counts.get(id(model), 0) + batch.num_sequences
         return original(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(online, "token_logprobs", counting)
+    monkeypatch.setattr(rollouts_module, "token_logprobs", counting)
     rollouts = rollouts_off_by(0.0, "auto", sft_model, tmp_path, monkeypatch)
     rollouts.collect(0)
     assert counts == {id(rollouts.policy): 4, id(rollouts.reference): 32}
@@ -389,7 +391,7 @@ def test_one_step_a_rollout_needs_nobodys_old_log_probabilities(
 
     _, expected, gradients = one(0.0, "trainer", 1)
     algorithm, loss, found = one(0.2, "auto", 1)
-    assert algorithm.figures["rollout/measured"] == 1 / online.PROBE_EVERY
+    assert algorithm.figures["rollout/measured"] == 1 / rollouts_module.PROBE_EVERY
     assert loss == pytest.approx(expected, abs=1e-6)
     for a, b in zip(found, gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -418,7 +420,7 @@ def test_ppo_with_the_samplers_log_probabilities_learns_the_same(mode: str, sft_
         rows[name] = c.stage.metrics.rows()
     assert rows[mode][0]["objective/kl"] == 0.0
     for a, b in zip(rows["trainer"], rows[mode], strict=True):
-        assert (a["rollout/measured"], b["rollout/measured"]) == (1.0, 1 / online.PROBE_EVERY)
+        assert (a["rollout/measured"], b["rollout/measured"]) == (1.0, 1 / rollouts_module.PROBE_EVERY)
         for key in ("objective/scores", "loss/policy_avg", "loss/value_avg", "policy/approxkl_avg"):
             assert b[key] == pytest.approx(a[key], abs=1e-3)
 

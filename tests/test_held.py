@@ -38,7 +38,7 @@ from keel.model.checkpoint import frozen, load_policy, load_scalar
 from keel.model.held import in_float32, is_held, stored_dtype
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compute_alike, inner_model
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.precision import autocast, held_dtype
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.recipe import Recipe
@@ -204,14 +204,14 @@ def test_bytes_by_role(tmp_path: Path) -> None:
 
 def test_one_base_holds_its_matrices_once(tmp_path: Path) -> None:
     source = saved(tmp_path, "qwen2")
-    trunk = Trunk(source, "cpu", LoraConfig(rank=2), "bf16")
-    policy, _ = trunk.policy(False)
-    critic = trunk.new_critic(0, False)
-    reference = trunk.reference()
+    shared = SharedBase(source, "cpu", LoraConfig(rank=2), "bf16")
+    policy, _ = shared.policy(False)
+    critic = shared.new_critic(0, False)
+    reference = shared.reference()
     assert inner_model(critic.model).score.weight.dtype == F32
     seen = {id(p): p for m in (policy, critic.model, reference) for p in m.parameters() if not p.requires_grad}
     spare = [p for n, p in critic.model.named_parameters() if not p.requires_grad and "score" in n]
-    assert size(seen.values()) == size(trunk.model.parameters()) + size(spare)
+    assert size(seen.values()) == size(shared.model.parameters()) + size(spare)
     torch.testing.assert_close(logps(policy), logps(reference), atol=0, rtol=0)
     with torch.no_grad(), autocast("cpu", "bf16"):
         assert critic.values_packed(BATCH).dtype == F32
@@ -314,9 +314,9 @@ def test_the_kl_to_a_held_reference_begins_at_0(lora: LoraConfig | None, tmp_pat
         optim=OptimConfig(lr=1e-2),
     )
     scorer = PythonScorer(lambda _, text: float(len(text)))
-    with mock.patch("keel.train.context.load_policy", wraps=load_policy) as reference:
+    with mock.patch("keel.train.roles.load_policy", wraps=load_policy) as loaded:
         summary = train_grpo(config, [prompt(n) for n in range(8)], scorer, tmp_path / "base", context)
-    assert reference.call_args.kwargs["products"] == "bf16"
+    assert [call.kwargs["products"] for call in loaded.call_args_list] == [lora and "bf16", "bf16"]  # policy, reference
     assert abs(summary["kl_at_start"]) <= 1e-5
     assert summary["dtype"] == "bfloat16"
     assert stored_dtype(Source(str(stage.path))) == BF16

@@ -33,7 +33,7 @@ from keel.train.optim import make_optimizer
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
 from keel.train.sft import train_sft
-from keel.types import Completion, Encoded, PackedBatch, Prompt, UserError
+from keel.types import Completion, Encoded, PackedBatch, Prompt, Scores, UserError
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -50,8 +50,8 @@ def context(tmp: Path, model: Path, lora: LoraConfig | None) -> TrainContext:
 
 
 class LikesO:
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        return torch.tensor([float(c.text.count("o")) for c in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([float(c.text.count("o")) for c in completions]))
 
 
 PROMPTS = [prompt(n) for n in range(20)]

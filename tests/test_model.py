@@ -34,6 +34,7 @@ from keel.model import varlen as varlen_module
 from keel.model.checkpoint import load_policy, load_scalar, save
 from keel.model.logits import LogitForm
 from keel.model.logprobs import head_logprobs, masked_offsets, sequence_sums, token_logprobs
+from keel.model.measure import completion_logprobs
 from keel.model.packed import enable_packing, hidden_states, padded_hidden_states
 from keel.recipe.sections import LoraConfig
 from keel.types import Encoded, PackedBatch, UserError
@@ -217,6 +218,20 @@ def test_log_probabilities_equal_a_full_softmax(name: str) -> None:
     torch.testing.assert_close(got.logp_C, torch.stack(expected), atol=1e-5, rtol=1e-5)
     assert got.entropy_C is not None
     torch.testing.assert_close(got.entropy_C, torch.stack(entropies), atol=1e-5, rtol=1e-5)
+
+
+def test_completions_are_measured_in_the_order_that_they_came(tmp_path: Path) -> None:
+    """In whatever batches: each model's log-probabilities of each completion, as transformers' own pass gives them."""
+    models = [load_policy(save_tiny(tmp_path / str(seed), seed))[0] for seed in (0, 1)]
+    completions = [((6, 7, 8), (9, 10)), ((20,), (21, 22, 23, 24)), ((6, 7, 8), (30,))]
+    rows = [Encoded.of(asked, reply) for asked, reply in completions]
+    found = completion_logprobs(models, rows, [[2, 0], [1]], "cpu", temperature=0.7)
+    for (asked, reply), of_row in zip(completions, found, strict=True):
+        for model, logps in zip((tiny_llama(0), tiny_llama(1)), of_row, strict=True):
+            with torch.no_grad():
+                every = (model.eval()(torch.tensor([[*asked, *reply]])).logits[0] / 0.7).log_softmax(-1)
+            expected = [float(every[len(asked) - 1 + n, token]) for n, token in enumerate(reply)]
+            assert logps.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

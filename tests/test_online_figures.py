@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_train import context
 from tiny import Counting, prompt, save_tiny
-from torch import Tensor, nn
+from torch import nn
 
 from keel.objective.policy import discounted_reward
 from keel.recipe.grpo import GrpoStage
@@ -21,9 +21,10 @@ from keel.recipe.ppo import PpoStage
 from keel.recipe.sections import OptimConfig
 from keel.reward.judge import JudgeFromPython
 from keel.train.grpo import train_grpo
-from keel.train.online import Episodes, make_rollouts
+from keel.train.online import make_rollouts
 from keel.train.ppo import Ppo, train_ppo
-from keel.types import Completion, Encoded, Prompt
+from keel.train.rollouts import Episodes
+from keel.types import Completion, Encoded, Prompt, Scores
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def ppo(**settings: Any) -> PpoStage:
 class PerCent:
     """A reward from 0 to 100."""
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        return torch.tensor([float(20 + sum(c.ids) % 81) for c in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([float(20 + sum(c.ids) % 81) for c in completions]))
 
 
 # ------------------------------------------------------------------------------------------------------- the reward
@@ -82,7 +83,7 @@ def test_rlhf_reward_is_what_ppo_maximises(gamma: float, expected: float) -> Non
     rollouts: Any = _Fixed()
     critic: Any = type("Critic", (), {"model": nn.Linear(1, 1), "values_packed": None})()
     algorithm = Ppo(rollouts, critic, ppo(kl={"coef": 2.0}, gamma=gamma, rollout_batch=2, episodes=2))
-    algorithm._rollout(0)
+    algorithm.rollout(0)
     assert algorithm.figures["objective/rlhf_reward"] == pytest.approx(expected)
     assert algorithm.figures["objective/non_score_reward"] == pytest.approx(-2 * (0.25 + 1.0) / 2)
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from test_trunk import context
+from test_one_base import context
 from tiny import tiny_llama, tiny_tokenizer
 
 from keel.check.data import data_findings
@@ -21,11 +20,11 @@ from keel.model.checkpoint import load_policy, load_scalar
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.reward.scorer import RewardModelScorer
-from keel.rollout.collect import sample_replies
+from keel.rollout.collect import Choice, sample_replies
 from keel.rollout.episodes import encode_prompts
 from keel.run import Silent
 from keel.train.pairs import encode_pairs
-from keel.types import Completion, Preference, Prompt, UserError, place_of
+from keel.types import Completion, Preference, Prompt, Scores, UserError, place_of
 
 TEMPLATE = (
     "{% for m in messages %}{% if 'rope' in m.content %}{{ raise_exception('no rope here') }}{% endif %}"
@@ -61,7 +60,7 @@ def evaluated(folder: Path, prompts: list[Prompt]) -> Any:
     return _one_model("base", load_policy(folder), baseline, inputs)
 
 
-def scored(folder: Path, prompts: list[Prompt]) -> torch.Tensor:
+def scored(folder: Path, prompts: list[Prompt]) -> Scores:
     scorer = RewardModelScorer(load_scalar(folder, new_head_seed=0), 4096)
     return scorer.score(prompts, [Completion("yes")] * len(prompts))
 
@@ -69,11 +68,17 @@ def scored(folder: Path, prompts: list[Prompt]) -> torch.Tensor:
 NO_SAMPLER: Any = None
 
 
+def sampled(folder: Path, prompts: list[Prompt]) -> Any:
+    return sample_replies(NO_SAMPLER, chat_of(folder), prompts, SamplingConfig(), Choice(), 0, Silent())
+
+
 @pytest.mark.parametrize(
     "encode",
     [
         lambda folder, prompts: encode_prompts(chat_of(folder), prompts, DataConfig(), Silent()),
-        lambda folder, prompts: sample_replies(NO_SAMPLER, chat_of(folder), prompts, SamplingConfig(), 1, 0, Silent()),
+        lambda folder, prompts: sample_replies(
+            NO_SAMPLER, chat_of(folder), prompts, SamplingConfig(), Choice(), 0, Silent()
+        ),
         evaluated,
         scored,
     ],

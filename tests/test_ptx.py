@@ -35,7 +35,7 @@ from keel.train.grpo import train_grpo
 from keel.train.ppo import Ppo, train_ppo
 from keel.train.ptx import Ptx
 from keel.train.sft import train_sft
-from keel.types import Completion, Prompt
+from keel.types import Completion, Prompt, Scores
 
 TEXTS = [" ".join(WORDS[(n * k + n) % len(WORDS)] for k in range(5 + 3 * n)) for n in range(12)]
 MIX = PtxConfig(coef=0.7, batch_size=5)
@@ -101,8 +101,8 @@ def test_every_text_is_seen_before_one_comes_again(model: Path, tmp_path: Path) 
 
 
 class _Liking:
-    def score(self, prompts: list[Prompt], completions: list[Completion]) -> torch.Tensor:
-        return torch.tensor([float("captain" in c.text) for c in completions])
+    def score(self, prompts: list[Prompt], completions: list[Completion]) -> Scores:
+        return Scores(torch.tensor([float("captain" in c.text) for c in completions]))
 
 
 def _train(kind: str, c: TrainContext, mix: PtxConfig | None, warmup: int = 0) -> None:

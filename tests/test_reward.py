@@ -73,13 +73,13 @@ def test_python_scorer_takes_numbers_and_grades() -> None:
         return Grade(float(len(text)), flags={"answered": bool(text)})
 
     for function in (length, grade, lambda _, text: torch.tensor(len(text))):
-        scores = PythonScorer(function).score(PROMPTS, REPLIES)
+        scores = PythonScorer(function).score(PROMPTS, REPLIES).reply_N
         assert scores.tolist() == [17.0 * n for n in range(7)]
         assert (scores.dtype, scores.device.type) == (torch.float32, "cpu")
     grades = JudgeFromPython(grade).grade(PROMPTS, REPLIES)
     assert [g.flags["answered"] for g in grades] == [False] + [True] * 6
     assert [g.score for g in JudgeFromPython(length).grade(PROMPTS, REPLIES)] == [17.0 * n for n in range(7)]
-    assert PythonScorer(length).score([], []).shape == (0,)
+    assert PythonScorer(length).score([], []).reply_N.shape == (0,)
 
 
 def _fails(p: Prompt, _: str) -> float:
@@ -122,7 +122,7 @@ def test_reward_scores_equal_transformers(reward_model: ScalarModel, tmp_path: P
     save(reward_model.model, reward_model.tokenizer, tmp_path)
     peer = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     foreign = [Completion(r.text, ids=(1, 1, 1), finished=r.finished) for r in REPLIES]
-    scores = RewardModelScorer(reward_model, batch_tokens=64).score(PROMPTS, foreign)
+    scores = RewardModelScorer(reward_model, batch_tokens=64).score(PROMPTS, foreign).reply_N
     for p, reply, score in zip(PROMPTS, REPLIES, scores.tolist(), strict=True):
         encoded = reward_model.chat.encode_reply(p.messages, reply.text, finished=reply.finished)
         with torch.no_grad():
@@ -132,9 +132,9 @@ def test_reward_scores_equal_transformers(reward_model: ScalarModel, tmp_path: P
 
 
 def test_a_reward_depends_on_neither_batch_nor_order(reward_model: ScalarModel) -> None:
-    together = RewardModelScorer(reward_model, batch_tokens=10_000).score(PROMPTS, REPLIES)
-    alone = RewardModelScorer(reward_model, batch_tokens=1).score(PROMPTS, REPLIES)
-    turned = RewardModelScorer(reward_model, batch_tokens=100).score(PROMPTS[::-1], REPLIES[::-1]).flip(0)
+    together = RewardModelScorer(reward_model, batch_tokens=10_000).score(PROMPTS, REPLIES).reply_N
+    alone = RewardModelScorer(reward_model, batch_tokens=1).score(PROMPTS, REPLIES).reply_N
+    turned = RewardModelScorer(reward_model, batch_tokens=100).score(PROMPTS[::-1], REPLIES[::-1]).reply_N.flip(0)
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(turned, together, atol=1e-5, rtol=0)
     assert not together.requires_grad
@@ -142,7 +142,7 @@ def test_a_reward_depends_on_neither_batch_nor_order(reward_model: ScalarModel) 
 
 def test_a_cut_reply_is_read_without_its_end(reward_model: ScalarModel) -> None:
     scorer = RewardModelScorer(reward_model, batch_tokens=64)
-    ended, cut = scorer.score(PROMPTS[:1] * 2, [Completion("good day"), Completion("good day", finished=False)])
+    ended, cut = scorer.score(PROMPTS[:1] * 2, [Completion("good day"), Completion("good day", finished=False)]).reply_N
     assert abs(ended - cut) > 1e-4
 
 
@@ -164,7 +164,7 @@ def test_a_broken_reward_model_is_found(tmp_path: Path) -> None:
 
 def test_without_a_template_no_conversation_is_scored_by_its_end_alone(tmp_path: Path) -> None:
     scorer = RewardModelScorer(load_scalar(save_tiny(tmp_path), new_head_seed=0), 4096)
-    assert scorer.score(PROMPTS, REPLIES).shape == (7,)
+    assert scorer.score(PROMPTS, REPLIES).reply_N.shape == (7,)
     turns = (Message("user", "hi"), Message("assistant", "yes"), Message("user", "and"))
     with pytest.raises(UserError, match=r"prompt 'long' has several messages.*no chat template.*from an SFT stage"):
         scorer.score([PROMPTS[0], Prompt("long", turns)], REPLIES[:2])
@@ -177,7 +177,7 @@ def test_scoring_reports_every_reply(reward_model: ScalarModel) -> None:
 
 
 def test_scorers_return_tensors_of_the_asked_length(reward_model: ScalarModel) -> None:
-    scores = RewardModelScorer(reward_model, batch_tokens=64).score([], [])
+    scores = RewardModelScorer(reward_model, batch_tokens=64).score([], []).reply_N
     assert scores.shape == (0,)
 
 
@@ -187,8 +187,9 @@ def test_scorers_return_tensors_of_the_asked_length(reward_model: ScalarModel) -
 def test_mixed_scores_by_hand() -> None:
     brevity = PythonScorer(lambda _, text: 1.0 if len(text) < 20 else 0.0)
     mixed = MixedScorer([RewardPart(PythonScorer(length), 0.5, "length"), RewardPart(brevity, -10.0, "brief")])
-    assert mixed.score(PROMPTS[:3], REPLIES[:3]).tolist() == [-10.0, 8.5 - 10.0, 17.0]
-    assert {name: x.tolist() for name, x in mixed.last_parts.items()} == {"length": [0, 17, 34], "brief": [1, 1, 0]}
+    scores = mixed.score(PROMPTS[:3], REPLIES[:3])
+    assert scores.reply_N.tolist() == [-10.0, 8.5 - 10.0, 17.0]
+    assert {name: x.tolist() for name, x in scores.parts.items()} == {"length": [0, 17, 34], "brief": [1, 1, 0]}
     assert [g.score for g in JudgeFromScorer(mixed).grade(PROMPTS[:3], REPLIES[:3])] == [-10.0, -1.5, 17.0]
 
 

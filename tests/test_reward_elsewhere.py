@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trunk import context, ppo_stage
+from test_one_base import context, ppo_stage
 from tiny import preferences, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,15 +19,15 @@ from keel.data.collate import pack
 from keel.model.checkpoint import load_scalar, load_tokenizer, save
 from keel.model.heads import ScalarModel
 from keel.model.padding import choose_pad
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.eval import EvalStage
 from keel.recipe.recipe import Recipe
 from keel.recipe.reward import RewardStage
 from keel.recipe.sections import LoraConfig, OptimConfig
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir
-from keel.train.ppo import _critic
 from keel.train.reward import train_reward
+from keel.train.roles import roles_of
 from keel.types import Completion, Message, Prompt, UserError
 
 END, PAD, USER, ASSISTANT, TURN = 0, 1, 2, 3, 5  # of tiny.tiny_tokenizer
@@ -90,7 +90,7 @@ def in_transformers(folder: Path, rows: list[list[int]]) -> list[Tensor]:
 
 def keels(scorer: ScalarModel, batch_tokens: int = 10_000) -> Tensor:
     replies = [Completion(text) for text in REPLIES]
-    return RewardModelScorer(scorer, batch_tokens).score([ASK] * len(REPLIES), replies)
+    return RewardModelScorer(scorer, batch_tokens).score([ASK] * len(REPLIES), replies).reply_N
 
 
 # ------------------------------------------------------------------------------------------------------------ padding
@@ -167,9 +167,9 @@ def test_a_new_row_for_the_pad_leaves_the_base_known(tmp_path: Path) -> None:
     train_reward(RewardStage(name="reward", optim=OptimConfig(lr=1e-2), batch_size=8), preferences(20), c)
     merged = load_scalar(c.stage.path)
     assert len(merged.tokenizer) == len(tokenizer) + 1
-    on_base = Trunk(base, "cpu", LoraConfig(rank=4)).reward_model(c.stage.path)
+    on_base = SharedBase(base, "cpu", LoraConfig(rank=4)).reward_model(c.stage.path)
     torch.testing.assert_close(keels(on_base), keels(merged), atol=1e-5, rtol=0)
-    critic = _critic(ppo_stage(), c.stage.path, context(tmp_path, "ppo", base))
+    critic = roles_of(ppo_stage(), context(tmp_path, "ppo", base)).critic(c.stage.path)
     assert (critic.mean, critic.std) == (merged.mean, merged.std) != (0.0, 1.0)
 
 
@@ -211,7 +211,7 @@ def test_a_reward_model_from_elsewhere_is_scored_as_transformers_does(
     if pad == TURN:  # which its tokenizer pads with, too
         for said in padded:
             torch.testing.assert_close(keels(scorer), said, atol=1e-5, rtol=0)
-    cut = RewardModelScorer(scorer, 10_000).score([ASK], [Completion(REPLIES[0], finished=False)])
+    cut = RewardModelScorer(scorer, 10_000).score([ASK], [Completion(REPLIES[0], finished=False)]).reply_N
     torch.testing.assert_close(cut, alone[:1], atol=1e-5, rtol=0)
 
 

@@ -21,7 +21,7 @@ from keel.recipe.sections import SamplingConfig
 from keel.rollout import embedded as embedded_module
 from keel.rollout import llama as llama_module
 from keel.rollout import make_sampler
-from keel.rollout.collect import choose_different, sample_replies, similarity, stop_token_ids
+from keel.rollout.collect import Choice, choose_different, sample_replies, similarity, stop_token_ids
 from keel.rollout.embedded import EmbeddedSampler, Request
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.llama import why_unsupported
@@ -489,7 +489,7 @@ def test_replies_are_text_without_the_stop_token_and_do_not_depend_on_the_batch(
     for batch_size in (4, 32):
         reporter = Counting()
         sampling = SamplingConfig(max_new_tokens=12, batch_size=batch_size)
-        kept.append(sample_replies(sampler, chat, prompts, sampling, 2, 0, reporter, candidates=5))
+        kept.append(sample_replies(sampler, chat, prompts, sampling, Choice(2, candidates=5), 0, reporter))
         assert reporter.seen == reporter.total == 9 * 5
     assert [[c.ids for c in row] for row in kept[0]] == [[c.ids for c in row] for row in kept[1]]
     assert all(len(row) == 2 and row[0].text != row[1].text for row in kept[0])

@@ -37,9 +37,9 @@ from keel.train.loop import _update
 from keel.train.optim import lr_factor, make_optimizer
 from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
-from keel.train.schedule import Schedule
+from keel.train.schedule import EpochSchedule
 from keel.train.sft import Sft, train_sft
-from keel.types import Completion, Demonstration, Message, Preference, Prompt, UserError
+from keel.types import Completion, Demonstration, Message, Preference, Prompt, Scores, UserError
 
 FAST = OptimConfig(lr=3e-3)
 
@@ -80,25 +80,26 @@ def test_learning_rate_by_hand() -> None:
 
 
 def test_schedule_sees_every_example_once_an_epoch() -> None:
-    schedule = Schedule(size=10, batch_size=4, epochs=2, seed=3)
+    schedule = EpochSchedule(size=10, batch_size=4, epochs=2, seed=3)
     assert schedule.steps == 5
     seen = [i for step in range(schedule.steps) for i in schedule.batch(step)]
     assert seen == epoch_order(10, 3, 0) + epoch_order(10, 3, 1)
     assert sorted(seen[:10]) == list(range(10))
 
 
-def test_accumulation_changes_nothing(sft_model: Path) -> None:
+def test_accumulation_changes_nothing(sft_model: Path, tmp_path: Path) -> None:
     """One step over a batch, whole or split into micro-batches: the same weights."""
+    c = context(tmp_path, "sft", sft_model)
     ends = []
     for batch_tokens in (100_000, 40):
         model, tokenizer = load_policy(sft_model)
         rows = Chat(tokenizer).encode_demonstrations(demonstrations(16))
         config = SftStage(name="x", batch_size=16, batch_tokens=batch_tokens, optim=OptimConfig(lr=1e-2, warmup=0))
-        algorithm = Sft(model, rows, [], config, "cpu", "fp32", 0)
+        algorithm = Sft(model, rows, [], config, c)
         (micros,) = algorithm.updates(0)
         assert (len(micros) > 3) == (batch_tokens == 40)
         optimizer = make_optimizer(algorithm.modules, config.optim, {})
-        figures = _update(algorithm, optimizer, micros, config, "cpu", "fp32", 0)
+        figures = _update(algorithm, optimizer, micros, config, c, 0)
         ends.append((figures["loss"][0], figures["grad_norm"][0]))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
@@ -167,10 +168,11 @@ def test_the_loss_of_plain_text_is_over_what_is_predicted(tmp_path: Path) -> Non
         with torch.no_grad():
             logp = tiny_llama().eval()(torch.tensor([row.ids])).logits[0].log_softmax(-1)
         losses += [-float(logp[i - 1, row.ids[i]]) for i in range(1, len(row.ids))]
-    algorithm = Sft(model, rows, [], SftStage(name="x", batch_size=len(rows)), "cpu", "fp32", 0)
+    c = context(tmp_path, "sft", tmp_path / "base")
+    algorithm = Sft(model, rows, [], SftStage(name="x", batch_size=len(rows)), c)
     (micros,) = algorithm.updates(0)
     optimizer = make_optimizer(algorithm.modules, algorithm.config.optim, {})
-    figures = _update(algorithm, optimizer, micros, algorithm.config, "cpu", "fp32", 0)
+    figures = _update(algorithm, optimizer, micros, algorithm.config, c, 0)
     assert figures["loss"][0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert sum(row.predicted for row in rows) == len(losses)
 
@@ -216,7 +218,7 @@ def test_reward_batches_hold_a_prompts_pairs_together(sft_model: Path, tmp_path:
     known = read_json(c.stage.path / "judgements.json")
     assert sorted(known["trained"]) == sorted(p.record.id for g in groups for p in g)
     assert known["heldout"] == [p.record.id for p in heldout]
-    training = RewardTraining(scorer, groups, heldout, RewardStage(name="r", batch_size=6), "cpu", "fp32", 0)
+    training = RewardTraining(scorer, groups, heldout, RewardStage(name="r", batch_size=6), c)
     assert all(len(training.schedule.batch(step)) == 2 for step in range(training.iterations - 1))
 
 
@@ -261,8 +263,8 @@ def test_dpo_learns_and_starts_at_the_reference(settings: dict[str, object], sft
 class LikesO:
     """A reward that likes the letter 'o'."""
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        return torch.tensor([float(min(4, completion.text.count("o"))) for completion in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([float(min(4, completion.text.count("o"))) for completion in completions]))
 
 
 PPO = {
@@ -300,7 +302,7 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
 
     from safetensors.torch import load_file, save_file
 
-    from keel.train.online import Rollouts
+    from keel.train.rollouts import RolloutCollector
 
     other = tmp_path / "other"
     shutil.copytree(sft_model, other)
@@ -309,18 +311,18 @@ def test_ppo_refuses_a_reference_that_is_not_the_start(sft_model: Path, tmp_path
     save_file({**tensors, name: tensors[name] * 1.5}, other / "model.safetensors", metadata={"format": "pt"})
     c = context(tmp_path, "ppo", sft_model)
     stage = PpoStage(**PPO, episodes=32)  # type: ignore[arg-type]
-    original = Rollouts.__init__
+    original = RolloutCollector.__init__
 
     def claims_the_same(self: object, *args: object, **kwargs: object) -> None:
         kwargs["same_start"] = True
         original(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    Rollouts.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
+    RolloutCollector.__init__ = claims_the_same  # type: ignore[assignment, method-assign]
     try:
         with pytest.raises(UserError, match="same checkpoint"):
             train_ppo(stage, [prompt(n) for n in range(50)], LikesO(), other, None, c)
     finally:
-        Rollouts.__init__ = original  # type: ignore[method-assign]
+        RolloutCollector.__init__ = original  # type: ignore[method-assign]
 
 
 def test_ppo_with_a_reward_model_of_another_tokenizer(sft_model: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from keel.run import RunDir, Silent
 from keel.train.context import TrainContext
 from keel.train.grpo import train_grpo
 from keel.train.ppo import train_ppo
-from keel.types import Completion, Encoded, Prompt, UserError
+from keel.types import Completion, Encoded, Prompt, Scores, UserError
 
 pytestmark = [
     pytest.mark.slow,
@@ -205,8 +205,8 @@ def test_an_engine_that_computes_something_else_is_found_out(monkeypatch: pytest
 class LikesO:
     """The more the letter o, the better."""
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> torch.Tensor:
-        return torch.tensor([float(c.text.count("o")) for c in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([float(c.text.count("o")) for c in completions]))
 
 
 class Watched:

@@ -23,7 +23,7 @@ from keel.recipe.reward import RewardStage
 from keel.store.settled import settle
 from keel.train.pairs import Pair, encode_pairs
 from keel.train.reward import RewardTraining
-from keel.types import Completion, Grade, Message, Preference, Prompt, UserError
+from keel.types import Completion, Grade, Message, Preference, Prompt, Scores, UserError
 
 
 def vote(n: int, chosen: str, annotator: str, other: str = "", **more: object) -> Preference:
@@ -216,9 +216,10 @@ def gradients(folder: Path, records: Sequence[Preference], batch_tokens: int) ->
     from test_train import context
 
     scorer = load_scalar(folder, new_head_seed=0)
-    pairs = encode_pairs(records, scorer.chat, context(folder.parent / "run", "r", folder))
+    c = context(folder.parent / "run", "r", folder)
+    pairs = encode_pairs(records, scorer.chat, c)
     stage = RewardStage(name="r", batch_size=99, batch_tokens=batch_tokens)
-    training = RewardTraining(scorer, [pairs], list[Pair](), stage, "cpu", "fp32", 0)
+    training = RewardTraining(scorer, [pairs], list[Pair](), stage, c)
     for update in training.updates(0):
         for micro in update:
             loss, _ = micro()
@@ -251,12 +252,12 @@ class Length:
         return [Grade(float(len(c.text))) for c in completions]
 
 
-class Scores:
+class TextScores:
     def __init__(self, **scores: float) -> None:
         self.scores = scores
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        return torch.tensor([self.scores[c.text] for c in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([self.scores[c.text] for c in completions]))
 
 
 def test_gold_accuracy_by_hand() -> None:
@@ -266,8 +267,8 @@ def test_gold_accuracy_by_hand() -> None:
         vote(2, "a", "b", other="ccc"),
         vote(3, "no", "a", other="it"),  # the judge can't tell them apart
     ]
-    good = Scores(yes=1, no=0, a=0, bb=1, ccc=-1, it=5)  # right on 1 and on the first of 2
-    table = gold_accuracy(pairs, Length(), {"good": good, "flat": Scores(yes=0, no=0, a=0, bb=0, ccc=0, it=0)}, 200)
+    good = TextScores(yes=1, no=0, a=0, bb=1, ccc=-1, it=5)  # right on 1 and on the first of 2
+    table = gold_accuracy(pairs, Length(), {"good": good, "flat": TextScores(yes=0, no=0, a=0, bb=0, ccc=0, it=0)}, 200)
     assert table["good"]["pairs"] == 3
     assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
     assert table["flat"] == {"accuracy": None, "pairs": 0}

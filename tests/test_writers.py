@@ -12,7 +12,6 @@ import pytest
 import torch
 from loopback import Reply, Server, chat_reply
 from tiny import Counting, prompt, tiny_llama, tiny_tokenizer
-from torch import Tensor
 
 from keel.data.chat import Chat
 from keel.endpoint import Endpoint
@@ -25,7 +24,7 @@ from keel.rollout.hf import TransformersSampler
 from keel.rollout.tokens import stream_key
 from keel.rollout.writer import EndpointWriter, SamplerWriter
 from keel.store import Store
-from keel.types import Completion, Prompt, UserError
+from keel.types import Completion, Prompt, Scores, UserError
 
 PROMPTS = [prompt(n) for n in range(3)]
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=6, stop=["salt"])
@@ -134,9 +133,9 @@ def test_a_simulated_comparer_says_what_the_queue_was_told(tmp_path: Path) -> No
 
 
 class Lengths:
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         assert len(prompts) == len(completions)
-        return torch.tensor([float(len(c.text)) for c in completions])
+        return Scores(torch.tensor([float(len(c.text)) for c in completions]))
 
 
 def test_a_reward_models_opinion_is_bradley_terrys() -> None:

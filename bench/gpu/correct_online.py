@@ -15,6 +15,7 @@ from transformers import LlamaForSequenceClassification
 
 from bench.gpu.correct import Check, Gap, Said, Setting, copied, drawn, forked, llama, row_logps, saved, tokenizer
 from bench.gpu.correct_training import BOUNDS, PRECISIONS, VOCAB, PlainAdamW, flat, policy_config, trained, weights
+from bench.workers.keel import context_of
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, prepared
 from keel.model.heads import ScalarModel
@@ -23,11 +24,12 @@ from keel.recipe.judges import PythonRef, RewardTerm
 from keel.recipe.ppo import KlConfig, PpoStage
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig
+from keel.rollout.episodes import EpisodeSampler
 from keel.run import RunDir, Silent
 from keel.stages.registry import RUNNERS
-from keel.train.online import Rollouts
 from keel.train.ppo import Ppo
-from keel.types import Completion, Encoded, Message, Prompt
+from keel.train.rollouts import RolloutCollector
+from keel.types import Completion, Encoded, Message, Prompt, Scores
 
 KL, CLIP, VALUE_CLIP, VALUE_COEF, ENTROPY, LAM, PENALTY = 0.1, 0.2, 0.2, 0.5, 0.01, 0.9, 0.7
 
@@ -48,8 +50,8 @@ class Given:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
         return [self.waiting[tuple(prompt)].pop(0) for prompt in prompts]
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        return torch.tensor([self.scores[completion.ids] for completion in completions])
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        return Scores(torch.tensor([self.scores[completion.ids] for completion in completions]))
 
 
 def is_whole(n: int) -> bool:
@@ -81,8 +83,9 @@ def ppo(setting: Setting) -> Said:
         given = Given(rows, scores, sampled)
         prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
         records = [Prompt(f"p{n}", (Message("user", f"{n}"),)) for n in range(len(prompts))]
-        rollouts = Rollouts(ours, frozen(reference), given, given, Chat(tokenizer()), records, prompts, config, device,
-                            config.precision, 0, same_start=False)  # fmt: skip
+        source = EpisodeSampler(given, Chat(tokenizer()), records, prompts, config.sampling)
+        context = context_of(device, config.precision)
+        rollouts = RolloutCollector(ours, frozen(reference), source, given, config, context, same_start=False)
         found = trained(Ppo(rollouts, values, config), config, device, precision)
         yield Gap(
             f"{precision}: mean loss of three steps ({loss:.4f})", abs(found[-1]["loss"] - loss), BOUNDS[precision][0]

@@ -104,7 +104,7 @@ def _lead(
 
 
 def text_of(prompt: Sequence[int], reply: Completion) -> Encoded:
-    return Encoded((*prompt, *reply.ids), (False,) * len(prompt) + (True,) * len(reply.ids))
+    return Encoded.of(prompt, reply.ids)
 
 
 @torch.no_grad()

@@ -36,16 +36,17 @@ from bench.gpu.correct import (
     text,
     tokenizer,
 )
+from bench.workers.keel import context_of
 from keel.data.collate import pack_shared
 from keel.model.checkpoint import frozen, load_policy, load_scalar, prepared, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compute_alike
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.dpo import DpoStage
 from keel.recipe.sections import LoraConfig, OptimConfig
 from keel.recipe.sft import SftStage
 from keel.run import Silent, StageDir
-from keel.train.dpo import Dpo, reference_logps
+from keel.train.dpo import Dpo, reference_logps, with_reference
 from keel.train.loop import Algorithm, train
 from keel.train.pairs import Pair
 from keel.train.sft import Sft
@@ -70,7 +71,7 @@ def trained(algorithm: Algorithm, config: Any, device: str, precision: str) -> l
     with tempfile.TemporaryDirectory() as folder:
         stage = StageDir(Path(folder) / "check")
         stage.begin("check")
-        train(algorithm, config, stage, Silent(), device, precision)
+        train(algorithm, config, context_of(device, precision, stage=stage))
         rows = stage.metrics.rows()
         stage.metrics.close()
     return rows
@@ -126,11 +127,11 @@ def dpo(setting: Setting) -> Said:
     for precision in PRECISIONS:
         config = policy_config(DpoStage, precision, epochs=3, batch_size=len(pairs), beta=beta)
         model, reference = (prepared(copied(m, "cpu"), device, None, False, "CAUSAL_LM", []) for m in (base, other))
-        groups = [[_pair(row[0], row[n], i) for n in (1, 2)] for i, row in enumerate(replies)]
-        every = [pair for group in groups for pair in group]
-        logps = reference_logps(frozen(reference), every, config.batch_tokens, device, precision).tolist()
-        known = {id(pair): (c, r) for pair, (c, r) in zip(every, logps, strict=True)}
-        rows = trained(Dpo(model, groups, [], known, config, device, precision, 0), config, device, precision)
+        every = [_pair(row[0], row[n], i) for i, row in enumerate(replies) for n in (1, 2)]
+        context = context_of(device, precision)
+        known = with_reference(every, reference_logps(frozen(reference), every, config.batch_tokens, context))
+        groups = [known[n : n + 2] for n in range(0, len(known), 2)]
+        rows = trained(Dpo(model, groups, [], config, context), config, device, precision)
         worst = max(abs(row["loss"] - loss) for row, loss in zip(rows, losses, strict=True))
         yield Gap(
             f"{precision}: losses of three steps ({losses[0]:.4f} ... {losses[-1]:.4f})", worst, BOUNDS[precision][0]
@@ -185,7 +186,7 @@ def lora(setting: Setting) -> Said:
         names = [name for name, p in plain.named_parameters() if p.requires_grad]
         start = torch.cat([plain.get_parameter(n).detach().double().flatten() for n in names])
         config = policy_config(SftStage, precision, epochs=3, batch_size=len(rows))
-        found = trained(Sft(model, rows, [], config, device, precision, 0), config, device, precision)
+        found = trained(Sft(model, rows, [], config, context_of(device, precision)), config, device, precision)
         adam = torch.optim.AdamW((plain.get_parameter(n) for n in names), LR, BETAS, EPS, weight_decay=0.0)
         losses = []
         for _ in range(3):
@@ -273,8 +274,9 @@ def resumed(setting: Setting) -> Said:
             model = prepared(llama(VOCAB), device, None, False, "CAUSAL_LM", [])
             stage = StageDir(folder)
             stage.begin("check")
+            context = context_of(device, precision, stage=stage, reporter=reporter)
             try:
-                train(Sft(model, rows, [], config, device, precision, 0), config, stage, reporter, device, precision)
+                train(Sft(model, rows, [], config, context), config, context)
             finally:
                 stage.metrics.close()
             return flat(model)
@@ -308,8 +310,8 @@ def start(setting: Setting) -> Said:
                 reference = frozen(load_policy(folder, device=device)[0])
                 compute_alike(reference, policy)
                 yield from _alike(f"{name}{', adapters' * bool(adapters)}", policy, reference, (whole, rows), device)
-        trunk = Trunk(folders["Llama"], device, LORA)
-        policy, reference = trunk.policy(False)[0], trunk.reference()
+        base = SharedBase(folders["Llama"], device, LORA)
+        policy, reference = base.policy(False)[0], base.reference()
         compute_alike(reference, policy)
         yield from _alike("Llama, one base", policy, reference, (whole, rows), device)
         yield from _values(Path(where), [row for group in rows for row in group], device)
@@ -362,7 +364,7 @@ def moved(setting: Setting) -> Said:
     for precision in PRECISIONS:
         model = prepared(llama(VOCAB), device, None, False, "CAUSAL_LM", [])
         config = policy_config(SftStage, precision, epochs=2, batch_size=len(rows))
-        trained(Sft(model, rows, [], config, device, precision, 0), config, device, precision)
+        trained(Sft(model, rows, [], config, context_of(device, precision)), config, device, precision)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             save(model, tokenizer(), Path(folder))
             there, _ = load_policy(Path(folder), device="cpu")

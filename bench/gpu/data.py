@@ -40,7 +40,7 @@ def replies(prompts: int, group: int, prompt: int, reply: int, vocab: int) -> li
     draw, rows = random.Random(0), []
     for _ in range(prompts):
         start = ids(draw, prompt, vocab)
-        rows += [Encoded(start + ids(draw, reply, vocab), (False,) * prompt + (True,) * reply) for _ in range(group)]
+        rows += [Encoded.of(start, ids(draw, reply, vocab)) for _ in range(group)]
     return rows
 
 
@@ -48,7 +48,7 @@ def pairs(count: int, prompt: int, reply: int, vocab: int) -> list[list[Pair]]:
     """Each in a group of its own: they have different prompts."""
     rows = replies(count, 2, prompt, reply, vocab)
     records = [Preference(f"r{n}", Prompt(f"p{n}", (Message("user", f"w{n}"),)), "", "") for n in range(count)]
-    return [[Pair(record, *rows[2 * n : 2 * n + 2])] for n, record in enumerate(records)]
+    return [[Pair(record, rows[2 * n], rows[2 * n + 1])] for n, record in enumerate(records)]
 
 
 def columns(rows: Sequence[Encoded], centre: float, spread: float) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from bench.gpu.steps import one_base_step
 from bench.gpu.timing import peak, reset_peak, timed_steps
 from bench.gpu.training import FOREVER, settings_of
 from bench.worker import clock
+from bench.workers.keel import context_of
 from keel.model.logprobs import head_logprobs
 from keel.model.packed import inner_model
 from keel.precision import autocast
@@ -74,6 +75,6 @@ def _sft(setting: Setting, name: str, lora: bool, length: int) -> dict[str, Any]
     rows = data.whole(1, length, architecture(setting, name).vocab)
     config = SftStage(**settings_of(setting, True), batch_tokens=length, batch_size=1, epochs=FOREVER)
     model = policy(setting, name, lora=LORA if lora else None, checkpointing=True)
-    algorithm = Sft(model, rows, [], config, setting.device, setting.precision, 0)
+    algorithm = Sft(model, rows, [], config, context_of(setting.device, setting.precision))
     found = timed_steps(algorithm, config, setting.device, setting.precision, 0.0)
     return {"tokens_a_second": length / found["step"], **found}

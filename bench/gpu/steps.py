@@ -17,22 +17,23 @@ from bench.gpu.timing import timed_steps
 from bench.gpu.training import settings_of
 from bench.work import Work, prompts, text
 from bench.worker import clock
-from bench.workers.keel import Stopwatch, even_words
+from bench.workers.keel import Stopwatch, context_of, even_words
 from keel.data.chat import Chat
 from keel.model.packed import compute_alike
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import PythonRef, RewardTerm
 from keel.recipe.ppo import PpoStage
 from keel.recipe.sections import SamplingConfig, Source
 from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import PythonScorer, frozen_scorer
+from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.sampler import make_sampler
-from keel.train import online
+from keel.train import rollouts as measuring
 from keel.train.grpo import Grpo
 from keel.train.loop import compile_as_asked
-from keel.train.online import Rollouts
 from keel.train.ppo import Ppo
+from keel.train.rollouts import RolloutCollector
 from keel.types import Message, Prompt, Scorer
 
 ITERATIONS = 8  # that prompts are there for
@@ -69,7 +70,7 @@ def _config(setting: Setting, work: Work, checkpointing: bool, compiled: bool = 
 
 def _rollouts(
     setting: Setting, name: str, work: Work, config: OnlineBase, policy: Any, reference: Any, scorer: Scorer
-) -> Rollouts:
+) -> RolloutCollector:
     vocab = architecture(setting, name).vocab
     ids = prompts(
         Work(work.task, ITERATIONS * work.examples, work.batch, work.prompt, work.reply, 1, work.group), vocab
@@ -80,9 +81,8 @@ def _rollouts(
     compile_as_asked(policy, config)
     if reference is not None:
         compute_alike(reference, policy)
-    return Rollouts(
-        policy, reference, scorer, sampler, chat, records, ids, config, setting.device, setting.precision, 0
-    )
+    source = EpisodeSampler(sampler, chat, records, ids, config.sampling)
+    return RolloutCollector(policy, reference, source, scorer, config, context_of(setting.device, setting.precision))
 
 
 def _step(record: Record, task: str, name: str) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _step(record: Record, task: str, name: str) -> dict[str, Any]:
     return timed_online(setting, algorithm, config, work)
 
 
-class OneBase(Trunk):
-    """A trunk that is made in memory. Its folder has a configuration and a tokenizer, but no weights."""
+class OneBase(SharedBase):
+    """A base that is made in memory. Its folder has a configuration and a tokenizer, but no weights."""
 
     def __init__(self, setting: Setting, name: str, folder: Path) -> None:
         shape = architecture(setting, name)
@@ -119,18 +119,18 @@ def one_base_step(record: Record, name: str, compiled: bool = True) -> dict[str,
     config = _config(setting, work, checkpointing=True, compiled=compiled)
     assert isinstance(config, PpoStage)
     with TemporaryDirectory() as folder:
-        trunk = OneBase(setting, name, Path(folder))
-        trained, _ = trunk.policy(config.gradient_checkpointing)
-        scorer = frozen_scorer(keels(trunk.new_critic(1, False)), setting.precision)
-        critic = trunk.new_critic(2, config.gradient_checkpointing)
-        rollouts = _rollouts(setting, name, work, config, trained, trunk.reference(), scorer)
+        shared = OneBase(setting, name, Path(folder))
+        trained, _ = shared.policy(config.gradient_checkpointing)
+        scorer = frozen_scorer(keels(shared.new_critic(1, False)), setting.precision)
+        critic = shared.new_critic(2, config.gradient_checkpointing)
+        rollouts = _rollouts(setting, name, work, config, trained, shared.reference(), scorer)
         return timed_online(setting, Ppo(rollouts, critic, config), config, work)
 
 
 def timed_online(setting: Setting, algorithm: Ppo | Grpo, config: OnlineBase, work: Work) -> dict[str, Any]:
     """Three iterations after one that is not timed: seconds of each part of one."""
     stopwatch = Stopwatch(setting.device)
-    stopwatch.watch(algorithm.rollouts.sampler, "generate", "sampling")
+    stopwatch.watch(algorithm.rollouts.source.sampler, "generate", "sampling")
     stopwatch.watch(algorithm.rollouts.scorer, "score", "scores")
     with _measuring_watched(stopwatch, algorithm):
         found = timed_steps(
@@ -152,7 +152,7 @@ def timed_online(setting: Setting, algorithm: Ppo | Grpo, config: OnlineBase, wo
 @contextmanager
 def _measuring_watched(stopwatch: Stopwatch, algorithm: Ppo | Grpo) -> Iterator[None]:
     """Times the passes without gradients by the model that they are of."""
-    logprobs, rollouts = online.token_logprobs, algorithm.rollouts
+    logprobs, rollouts = measuring.token_logprobs, algorithm.rollouts
 
     def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
         began = clock(stopwatch.device)
@@ -161,7 +161,7 @@ def _measuring_watched(stopwatch: Stopwatch, algorithm: Ppo | Grpo) -> Iterator[
         stopwatch.parts[name] = stopwatch.parts.get(name, 0.0) + clock(stopwatch.device) - began
         return found
 
-    online.token_logprobs = watched  # type: ignore[assignment]
+    measuring.token_logprobs = watched  # type: ignore[assignment]
     if isinstance(algorithm, Ppo):
         values = algorithm.critic.values_packed
 
@@ -177,4 +177,4 @@ def _measuring_watched(stopwatch: Stopwatch, algorithm: Ppo | Grpo) -> Iterator[
     try:
         yield
     finally:
-        online.token_logprobs = logprobs
+        measuring.token_logprobs = logprobs

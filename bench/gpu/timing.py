@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.worker import clock
+from bench.workers.keel import context_of
 from keel.recipe.stage import TrainBase
 from keel.train.loop import Algorithm, Micro, Stats, _update, compile_as_asked
 from keel.train.optim import make_optimizer
@@ -97,7 +98,7 @@ def timed_steps(
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
     for module in algorithm.modules.values():
         compile_as_asked(module, config)
-    parts = Parts(device)
+    parts, context = Parts(device), context_of(device, precision)
     hook = optimizer.register_step_post_hook(parts.optimizer_over)
     iteration = steps = 0
     rollout = 0.0
@@ -110,7 +111,7 @@ def timed_steps(
         iteration, steps = iteration + 1, len(updates)
         rollout += (ready := clock(device)) - began
         for micros in updates:
-            _update(algorithm, optimizer, [parts.watched(m) for m in micros], config, device, precision, iteration)
+            _update(algorithm, optimizer, [parts.watched(m) for m in micros], config, context, iteration)
         algorithm.after(iteration - 1)
         return clock(device) - ready
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from bench.gpu.need import trained
 from bench.gpu.setting import Record, Setting, release, share
 from bench.gpu.timing import timed_steps
 from bench.work import OPTIM
+from bench.workers.keel import context_of
 from keel.recipe.dpo import DpoStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import PythonRef, RewardTerm
@@ -22,9 +23,11 @@ from keel.recipe.ppo import PpoStage
 from keel.recipe.reward import RewardStage
 from keel.recipe.sections import OptimConfig
 from keel.recipe.sft import SftStage
-from keel.train import grpo, ppo
 from keel.train.dpo import Dpo
+from keel.train.grpo import Grpo
 from keel.train.loop import Algorithm
+from keel.train.online import Batch
+from keel.train.ppo import Ppo
 from keel.train.reward import RewardTraining
 from keel.train.sft import Sft
 
@@ -149,7 +152,7 @@ def _sft_steps(record: Record, case: Case, micro: int) -> dict[str, Any]:
         epochs=FOREVER,
     )
     model = policy(setting, case.model, lora=LORA if case.lora else None, checkpointing=case.checkpointing)
-    algorithm = Sft(model, rows, [], config, setting.device, setting.precision, 0)
+    algorithm = Sft(model, rows, [], config, context_of(setting.device, setting.precision))
     found = timed_steps(algorithm, config, setting.device, setting.precision, 0.0 if setting.tiny else 6.0)
     lengths = [len(row.ids) for row in rows]
     flops = trained(shape, lengths, sum(n - 1 for n in lengths), LORA.rank if case.lora else None)
@@ -205,16 +208,16 @@ Made = tuple[Algorithm, Any]
 
 def _dpo(setting: Setting, model: str, count: int, half: int) -> Made:
     groups = data.pairs(count, half, half, architecture(setting, model).vocab)
-    reference = {id(pair): (-100.0, -100.0) for group in groups for pair in group}
+    groups = [[replace(pair, reference=(-100.0, -100.0)) for pair in group] for group in groups]
     config = DpoStage(**settings_of(setting, False), epochs=FOREVER, batch_size=count)
-    return Dpo(policy(setting, model), groups, [], reference, config, setting.device, setting.precision, 0), config
+    return Dpo(policy(setting, model), groups, [], config, context_of(setting.device, setting.precision)), config
 
 
 def _reward(setting: Setting, model: str, count: int, half: int) -> Made:
     groups = data.pairs(count, half, half, architecture(setting, model).vocab)
     config = RewardStage(**settings_of(setting, False), epochs=FOREVER, batch_size=count)
     scorer = scalar(setting, model, 0)
-    return RewardTraining(scorer, groups, [], config, setting.device, setting.precision, 0), config
+    return RewardTraining(scorer, groups, [], config, context_of(setting.device, setting.precision)), config
 
 
 def _online(setting: Setting, count: int, group: int) -> dict[str, Any]:
@@ -230,25 +233,26 @@ def _online(setting: Setting, count: int, group: int) -> dict[str, Any]:
 
 def _sampled(setting: Setting, model: str) -> Any:
     """What the updates ask of rollouts that are over."""
-    return SimpleNamespace(policy=policy(setting, model), device=setting.device, temperature=1.0, seed=0, count=1)
+    context = context_of(setting.device, setting.precision)
+    return SimpleNamespace(policy=policy(setting, model), context=context, temperature=1.0, count=1)
 
 
-class _Ppo(ppo.Ppo):
+class _Ppo(Ppo):
     """Updates over a rollout that is there."""
 
-    data: ppo.Rollout
+    data: Batch
 
-    def _rollout(self, iteration: int) -> ppo.Rollout:
+    def rollout(self, iteration: int) -> Batch:
         return self.data
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
         return {}, False
 
 
-class _Grpo(grpo.Grpo):
-    data: grpo.Rollout
+class _Grpo(Grpo):
+    data: Batch
 
-    def _rollout(self, iteration: int) -> grpo.Rollout:
+    def rollout(self, iteration: int) -> Batch:
         return self.data
 
 
@@ -256,9 +260,8 @@ def _ppo(setting: Setting, model: str, count: int, half: int) -> Made:
     config = PpoStage(**_online(setting, count, 1))
     algorithm = _Ppo(_sampled(setting, model), scalar(setting, model, 1), config)
     rows = data.replies(count, 1, half, half, architecture(setting, model).vocab)
-    algorithm.data = ppo.Rollout(
-        rows, data.columns(rows, -11, 1), *(data.columns(rows, 0, 1) for _ in ("values", "advantages", "returns"))
-    )
+    advantage, value, returns = (data.columns(rows, 0, 1) for _ in range(3))
+    algorithm.data = Batch(rows, data.columns(rows, -11, 1), advantage, value=value, returns=returns)
     return algorithm, config
 
 
@@ -267,6 +270,5 @@ def _grpo(setting: Setting, model: str, count: int, half: int) -> Made:
     config = GrpoStage(**_online(setting, count, group), beta=0.0)
     algorithm = _Grpo(_sampled(setting, model), config)
     rows = data.replies(count // group, group, half, half, architecture(setting, model).vocab)
-    lengths = torch.tensor([sum(row.mask) for row in rows])
-    algorithm.data = grpo.Rollout(rows, data.columns(rows, -11, 1), None, torch.ones(count), lengths)
+    algorithm.data = Batch(rows, data.columns(rows, -11, 1), data.columns(rows, 1, 0))
     return algorithm, config

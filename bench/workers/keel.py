@@ -22,21 +22,23 @@ from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import PythonRef, RewardTerm
 from keel.recipe.ppo import PpoStage
 from keel.recipe.reward import RewardStage
-from keel.recipe.sections import OptimConfig, SamplingConfig
+from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import PythonScorer, RewardModelScorer
+from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.sampler import make_sampler
 from keel.run import Silent, StageDir
-from keel.train.dpo import Dpo, reference_logps
+from keel.train.context import TrainContext
+from keel.train.dpo import Dpo, reference_logps, with_reference
 from keel.train.grpo import Grpo
 from keel.train.loop import Algorithm, compile_as_asked, train
-from keel.train.online import Rollouts
 from keel.train.pairs import Pair
 from keel.train.ppo import Ppo
 from keel.train.reward import RewardTraining
+from keel.train.rollouts import RolloutCollector
 from keel.train.sft import Sft
-from keel.types import Encoded, Message, Preference, Prompt, Scorer
+from keel.types import Encoded, Message, Preference, Prompt, Reporter, Scorer
 
 ADAMW = OptimConfig(**OPTIM, warmup=0, schedule="constant")  # type: ignore[arg-type]
 
@@ -63,6 +65,27 @@ def precision(job: Job) -> Any:
     return job.settings.get("precision", "fp32")
 
 
+def context_of(
+    device: str, precision: Any, seed: int = 0, stage: StageDir | None = None, reporter: Reporter | None = None
+) -> TrainContext:
+    """What training is handed, where the models are made by the bench and nothing is read from a checkpoint."""
+    nowhere = Path("nowhere")
+    return TrainContext(
+        stage or StageDir(nowhere),
+        reporter or Silent(),
+        nowhere,
+        ModelConfig(path=str(nowhere)),
+        DataConfig(),
+        device,
+        precision,
+        seed,
+    )
+
+
+def own_context(job: Job, work: Work) -> TrainContext:
+    return context_of(job.device, precision(job), work.seed)
+
+
 class Clock(Silent):
     """A reporter that remembers when training began: after the optimizer was made, before the first batch was."""
 
@@ -80,7 +103,7 @@ def timed(job: Job, algorithm: Algorithm, config: Any) -> float:
     with tempfile.TemporaryDirectory() as folder:
         stage = StageDir(Path(folder) / config.name)
         stage.begin("bench")
-        train(algorithm, config, stage, reporter, job.device, precision(job))
+        train(algorithm, config, context_of(job.device, precision(job), stage=stage, reporter=reporter))
         seconds = clock(job.device) - reporter.began
         stage.metrics.close()
     return seconds
@@ -104,7 +127,7 @@ def sft(job: Job) -> Repetition:
     def run(work: Work) -> Outcome:
         rows = [Encoded(tuple(ids), (True,) * len(ids)) for ids in conversations(work, job.shape.vocab)]
         config = SftStage(**stage_settings(job, work), epochs=1, batch_size=work.batch)
-        algorithm = Sft(policy(job), rows, [], config, job.device, precision(job), work.seed)
+        algorithm = Sft(policy(job), rows, [], config, own_context(job, work))
         seconds = timed(job, algorithm, config)
         return Outcome(sum(len(row.ids) for row in rows), seconds, precision(job))
 
@@ -114,15 +137,12 @@ def sft(job: Job) -> Repetition:
 def encoded_pairs(job: Job, work: Work) -> list[list[Pair]]:
     """Each pair in a group of its own: they have different prompts."""
 
-    def encoded(prompt: list[int], reply: list[int]) -> Encoded:
-        return Encoded(tuple(prompt + reply), (False,) * len(prompt) + (True,) * len(reply))
-
     return [
         [
             Pair(
                 Preference(f"r{n}", Prompt(f"p{n}", (Message("user", text(p.prompt)),)), "", ""),
-                encoded(p.prompt, p.chosen),
-                encoded(p.prompt, p.rejected),
+                Encoded.of(p.prompt, p.chosen),
+                Encoded.of(p.prompt, p.rejected),
             )
         ]
         for n, p in enumerate(pairs(work, job.shape.vocab))
@@ -139,11 +159,11 @@ def dpo(job: Job) -> Repetition:
         compile_as_asked(trained, config)
         compute_alike(reference, trained)
         began = clock(job.device)
-        logps = reference_logps(reference, flat, config.batch_tokens, job.device, precision(job)).tolist()
+        context = own_context(job, work)
+        known = with_reference(flat, reference_logps(reference, flat, config.batch_tokens, context))
         before = clock(job.device) - began
         del reference  # as in training: from here on its log-probabilities will do
-        by_pair = {id(pair): (float(c), float(r)) for pair, (c, r) in zip(flat, logps, strict=True)}
-        algorithm = Dpo(trained, groups, [], by_pair, config, job.device, precision(job), work.seed)
+        algorithm = Dpo(trained, [[pair] for pair in known], [], config, context)
         seconds = timed(job, algorithm, config)
         return Outcome(len(flat), before + seconds, precision(job), {"reference": before, "training": seconds})
 
@@ -157,7 +177,7 @@ def reward(job: Job) -> Repetition:
         scorer = load_scalar(
             job.model_path, device=job.device, new_head_seed=0, gradient_checkpointing=config.gradient_checkpointing
         )
-        algorithm = RewardTraining(scorer, groups, [], config, job.device, precision(job), work.seed)
+        algorithm = RewardTraining(scorer, groups, [], config, own_context(job, work))
         return Outcome(len(groups), timed(job, algorithm, config), precision(job))
 
     return run
@@ -179,20 +199,19 @@ def online_settings(job: Job, work: Work) -> dict[str, Any]:
 
 def make_rollouts(
     job: Job, work: Work, config: OnlineBase, reference: torch.nn.Module | None, scorer: Scorer
-) -> Rollouts:
+) -> RolloutCollector:
     ids = prompts(work, job.shape.vocab)
     records = [Prompt(f"p{n}", (Message("user", text(row)),)) for n, row in enumerate(ids)]
     model, chat = policy_and_chat(job)
     sampler = make_sampler(model, "auto", [], precision(job))  # nothing ends a completion
-    return Rollouts(
-        model, reference, scorer, sampler, chat, records, ids, config, job.device, precision(job), work.seed
-    )
+    source = EpisodeSampler(sampler, chat, records, ids, config.sampling)
+    return RolloutCollector(model, reference, source, scorer, config, own_context(job, work))
 
 
 def online(job: Job, work: Work, algorithm: Ppo | Grpo, config: OnlineBase) -> Outcome:
     """A whole run, and how long its parts take: what remains of an iteration is its optimizer steps."""
     rollouts, stopwatch = algorithm.rollouts, Stopwatch(job.device)
-    stopwatch.watch(rollouts.sampler, "generate", "sampling")
+    stopwatch.watch(rollouts.source.sampler, "generate", "sampling")
     stopwatch.watch(rollouts.scorer, "score", "scoring")
     stopwatch.watch(rollouts, "_measure", "log-probs and values" if isinstance(algorithm, Ppo) else "log-probs")
     seconds = timed(job, algorithm, config)

@@ -181,7 +181,7 @@ def sample_with(source: Source, sampling: SamplingConfig) -> Callable[[Sequence[
         from keel.data.chat import Chat
         from keel.model.checkpoint import frozen, load_policy
         from keel.precision import pick_precision
-        from keel.rollout.collect import sample_replies, stop_token_ids
+        from keel.rollout.collect import Choice, sample_replies, stop_token_ids
         from keel.rollout.sampler import make_sampler
         from keel.run import resolve_device
 
@@ -193,6 +193,6 @@ def sample_with(source: Source, sampling: SamplingConfig) -> Callable[[Sequence[
         chat = Chat(tokenizer)
         sampler = make_sampler(model, sampling.backend, stop_token_ids(chat, sampling), precision)
         seed = time.time_ns() % sys.maxsize  # asked again, it is to say something else
-        return sample_replies(sampler, chat, prompts, sampling, per_prompt, seed, Silent())
+        return sample_replies(sampler, chat, prompts, sampling, Choice(per_prompt), seed, Silent())
 
     return sample

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Record = Prompt | Demonstration | Preference | LabelledCompletion | StepLabels
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
 def pack(sequences: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedBatch:
@@ -212,10 +213,10 @@ def split_by_prompt(records: Sequence[R], fraction: float, seed: int) -> tuple[l
     return train, heldout
 
 
-def group_by_prompt(preferences: Sequence[Preference]) -> list[list[Preference]]:
-    """The pairs of each prompt together (InstructGPT, section 3.5, puts them in one batch: seen apart, the many pairs
-    of one prompt overfit). Groups and their members keep the order of first appearance."""
-    groups: dict[str, list[Preference]] = {}
-    for preference in preferences:
-        groups.setdefault(messages_hash(preference.prompt.messages), []).append(preference)
+def group_by_prompt(items: Sequence[T], prompt: Callable[[T], Prompt]) -> list[list[T]]:
+    """What belongs to each prompt together: InstructGPT, section 3.5, puts the pairs of one in one batch, for seen
+    apart they overfit. Groups and their members keep the order of first appearance."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(messages_hash(prompt(item).messages), []).append(item)
     return list(groups.values())

@@ -121,7 +121,7 @@ class Tokens:
     def _behind(self, row: Row, index: int) -> Encoded:
         """The prompt as it is by itself, and what follows as it is by itself."""
         prompt, rest = token_ids(self.tokenizer, [_text(row[:index]), _text(row[index:])])
-        return Encoded((*prompt, *rest), (False,) * len(prompt) + (True,) * len(rest))
+        return Encoded.of(prompt, rest)
 
     def _with_marks(self, row: Row, inside: Encoded) -> Encoded:
         """What the row's marks put before and behind its text."""

@@ -69,12 +69,14 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class ModelEvaluation:
-    """``replies[i]`` are the graded replies to prompt i, in the order of the prompts; ``by_kind`` by Prompt.kind."""
+    """``replies[i]`` are the graded replies to prompt i, in the order of the prompts; ``by_kind`` by Prompt.kind;
+    ``reward_parts``: the mean of each term of a mixed reward, before weighting."""
 
     name: str
     replies: tuple[tuple[GradedReply, ...], ...]
     figures: Figures
     by_kind: Mapping[str, Figures] = field(default_factory=dict)
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate_model(
@@ -101,9 +103,9 @@ def evaluate_model(
     for prompt, grade in zip(asked, grades, strict=True):
         if grade is not None and not math.isfinite(grade.score):
             raise UserError(f"the judge's score of model {name!r} on prompt {prompt.id!r} is {grade.score}")
-    rewards: list[float | None] = [None] * len(given)
-    if scorer is not None:
-        rewards = [float(r) for r in scorer.score(asked, given).tolist()]
+    scores = scorer.score(asked, given) if scorer is not None else None
+    rewards = scores.total_N.tolist() if scores else [None] * len(given)
+    parts = {part: float(score_N.mean()) for part, score_N in scores.parts.items()} if scores else {}
 
     graded = iter([GradedReply(*row) for row in zip(asked, given, grades, rewards, strict=True)])
     rows = tuple(tuple(next(graded) for _ in group) for group in replies)
@@ -111,7 +113,8 @@ def evaluate_model(
     for row in rows:
         if row[0].prompt.kind:
             by_kind.setdefault(row[0].prompt.kind, []).append(row)
-    return ModelEvaluation(name, rows, _figures(rows), {kind: _figures(group) for kind, group in by_kind.items()})
+    kinds = {kind: _figures(group) for kind, group in by_kind.items()}
+    return ModelEvaluation(name, rows, _figures(rows), kinds, parts)
 
 
 def _figures(rows: Sequence[Sequence[GradedReply]]) -> Figures:

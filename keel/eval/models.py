@@ -8,22 +8,21 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat import Chat
-from keel.data.collate import batches_by_tokens, pack
+from keel.data.collate import batches_by_tokens
 from keel.data.sources import Fact
 from keel.eval.alarms import find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import Place, frozen, load_policy
-from keel.model.logprobs import masked_offsets, token_logprobs
+from keel.model.measure import completion_logprobs
 from keel.model.vocabulary import unreadable
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
-from keel.reward.scorer import MixedScorer
 from keel.rollout.collect import stop_token_ids, with_decoded_text
 from keel.rollout.sampler import make_sampler
 from keel.rollout.tokens import context_length
@@ -122,8 +121,7 @@ def _one_model(
     replies = [with_decoded_text(chat, reply) for reply in sampler.generate(prompt_ids, inputs.sampling, inputs.seed)]
     evaluation = evaluate_model(name, inputs.prompts, [(reply,) for reply in replies], inputs.judge, inputs.scorer)
     figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}
-    if isinstance(inputs.scorer, MixedScorer):
-        figures |= {f"reward/{part}": float(scores.mean()) for part, scores in inputs.scorer.last_parts.items()}
+    figures |= {f"reward/{part}": mean for part, mean in evaluation.reward_parts.items()}
     # A model that is asked in another form, or in other tokens, has no KL to one that is asked through a template.
     asked_alike = not chat.plain and not Chat(baseline[1]).plain
     if asked_alike and unreadable(*baseline, tokenizer) is None:
@@ -151,17 +149,10 @@ def _kl(
     inputs: EvaluationInputs,
 ) -> Any:
     """KL(model || baseline) from the model's own samples at temperature 1."""
-    rows = [
-        Encoded((*ids, *reply.ids), (False,) * len(ids) + (True,) * len(reply.ids))
-        for ids, reply in zip(prompt_ids, replies, strict=True)
-    ]
-    policy: list[Tensor] = []
-    reference: list[Tensor] = []
-    lengths: list[int] = []
-    with torch.no_grad(), autocast(inputs.device, inputs.precision):
-        for group in batches_by_tokens([len(row.ids) for row in rows], TOKENS):
-            batch = pack([rows[i] for i in group], inputs.device)
-            policy.append(token_logprobs(model, batch).logp_C.cpu())
-            reference.append(token_logprobs(baseline, batch).logp_C.cpu())
-            lengths += masked_offsets(batch).diff().tolist()
+    rows = [Encoded.of(ids, reply.ids) for ids, reply in zip(prompt_ids, replies, strict=True)]
+    batches = batches_by_tokens([len(row.ids) for row in rows], TOKENS)
+    with autocast(inputs.device, inputs.precision):
+        measured = completion_logprobs([model, baseline], rows, batches, inputs.device)
+    policy, reference = zip(*measured, strict=True)
+    lengths = [len(logp) for logp in policy]
     return kl_from_reference(torch.cat(policy), torch.cat(reference), torch.tensor([0, *lengths]).cumsum(0))

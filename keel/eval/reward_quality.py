@@ -13,16 +13,16 @@ from keel.data.collate import messages_hash
 from keel.eval.calibration import both_ways, ece, reliability, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
 from keel.stats import bootstrap_interval, ceiling_bounds, clustered_error, noise_ceiling, proportion, sigmoid
-from keel.types import Completion, Judge, Preference, Scorer
+from keel.types import Completion, HeldoutPair, Judge, Preference, Scorer
 
 
 def reward_quality(
-    heldout: Sequence[tuple[Preference, float, int, int]],
+    heldout: Sequence[HeldoutPair],
     truth: Mapping[str, float],
     agreement: float | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Figures over held-out pairs ``(record, raw score of chosen - rejected, tokens of each)``; ties are left out.
+    """Figures over held-out pairs; ties are left out.
 
     ``truth``: by pair id, the probability that the population prefers the record's chosen response, where it is known
     (simulated annotators): then the ceiling E[max(q, 1-q)] is exact and ``accuracy_on_truth`` says how often the model
@@ -73,9 +73,7 @@ def reward_quality(
     }
 
 
-def _share_of_ceiling(
-    known: Sequence[tuple[Preference, float, int, int]], truth: Mapping[str, float], seed: int
-) -> dict[str, Any]:
+def _share_of_ceiling(known: Sequence[HeldoutPair], truth: Mapping[str, float], seed: int) -> dict[str, Any]:
     """How often the model sides with votes, over how often the majority does: [point, low, high], the interval a
     bootstrap over prompts."""
     if not known:
@@ -136,13 +134,13 @@ def gold_accuracy(
     groups = [prompts[i].id for i in told]
     table = {}
     for name, scorer in scorers.items():
-        scores = scorer.score(prompts, replies).tolist() if prompts else []
+        scores = scorer.score(prompts, replies).total_N.tolist() if prompts else []
         right = win_rate([scores[i] for i in better], [scores[i] for i in worse], groups, n_boot, seed)
         table[name] = {"accuracy": right.as_list(), "pairs": right.wins + right.losses}
     return table
 
 
-def _calibrated(decided: Sequence[tuple[Preference, float, int, int]]) -> list[float]:
+def _calibrated(decided: Sequence[HeldoutPair]) -> list[float]:
     """P(chosen is preferred) of each pair, by the temperature of the other half of the prompts."""
     halves = [int(messages_hash(record.prompt.messages), 16) % 2 for record, _, _, _ in decided]
     leads = [lead for _, lead, _, _ in decided]

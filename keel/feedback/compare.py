@@ -40,7 +40,7 @@ class ScorerComparer:
     def compare(
         self, prompts: Sequence[Prompt], left: Sequence[Completion], right: Sequence[Completion]
     ) -> list[Opinion | None]:
-        scores = self.scorer.score([*prompts, *prompts], [*left, *right]).tolist()
+        scores = self.scorer.score([*prompts, *prompts], [*left, *right]).total_N.tolist()
         both = zip(scores[: len(prompts)], scores[len(prompts) :], strict=True)
         return [Opinion.of(sigmoid((a - b) / self.temperature)) for a, b in both]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keel.objective.kl import k3
-from keel.objective.policy import clipped_policy_loss
+from keel.objective.policy import StepValues, clipped_policy_loss, gae
 
 # Keeps a group whose scores hardly differ from being blown up to unit spread; TRL's constant, in units of the score.
 EPS = 1e-4
@@ -36,6 +36,25 @@ def group_advantages(score_N: Tensor, group_size: int, scale: bool = True) -> Te
     return torch.where(without_spread(score_N, group_size)[:, None], 0, centred).flatten()
 
 
+def step_advantages(steps: StepValues, offsets: Tensor, group_size: int, scale: bool = True) -> Tensor:
+    """The values of a group's steps less their mean and, with ``scale``, divided by their standard deviation, as in
+    :func:`group_advantages`; a token's advantage is the sum over the steps of its completion that end at it or after
+    it. -> [C], without gradient. Shao et al. 2024, section 4.1.3 ("process supervision").
+
+    Steps whose group has no others, or only equal ones, teach nothing; nor is there anything behind the last step.
+    """
+    row_S = torch.searchsorted(offsets, steps.place_S, right=True) - 1
+    group_S = row_S // group_size
+    normal_S = torch.zeros_like(steps.value_S)
+    for group in group_S.unique():
+        inside_S = group_S == group
+        if (count := int(inside_S.sum())) > 1:
+            normal_S[inside_S] = group_advantages(steps.value_S[inside_S], count, scale)
+    earned_C = normal_S.new_zeros(int(offsets[-1])).index_add(0, steps.place_S, normal_S)
+    to_go_C, _ = gae(earned_C, torch.zeros_like(earned_C), offsets, gamma=1.0, lam=1.0)  # no values: rewards to go
+    return to_go_C
+
+
 def without_spread(score_N: Tensor, group_size: int) -> Tensor:
     """Where all scores of a group are the same -> [N / group_size] bool."""
     low, high = score_N.view(-1, group_size).aminmax(dim=1)
@@ -52,7 +71,8 @@ def grpo_loss(
     beta: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss plus beta * k3(policy || reference) on each token: Shao et al. 2024, eq. 3 and 4, before the
-    mean. -> (loss_C, clipped_C). ``advantage_C`` is each completion's advantage on every one of its tokens.
+    mean. -> (loss_C, clipped_C). ``advantage_C`` is each completion's advantage on every one of its tokens, and what
+    its steps add (:func:`step_advantages`).
 
     The KL stands in the loss and not in the reward as in PPO: a group's baseline would cancel a penalty that all of its
     completions share. ``ref_logp_C`` may be None when ``beta`` is 0.

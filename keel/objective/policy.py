@@ -7,11 +7,20 @@ hence no mask: a mean over C is a mean over real tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 # exp(20) is far beyond any clip range, and far from overflowing float32 when multiplied by an advantage.
 MAX_LOG_RATIO = 20.0
+
+
+class StepValues(NamedTuple):
+    """What S steps of completions are worth [S], and at which of the C tokens each ends (int64 [S])."""
+
+    value_S: Tensor
+    place_S: Tensor
 
 
 def episode_scores(
@@ -24,13 +33,17 @@ def episode_scores(
     return torch.where(finished_N, score_N, score_N - missing_eos_penalty)
 
 
-def token_rewards(kl_C: Tensor, score_N: Tensor, offsets: Tensor, kl_coef: float) -> Tensor:
-    """-kl_coef * kl on every token, and the score on each completion's last real token (its end token if it has one).
-    -> [C]. Ziegler et al. 2019, eq. 2, spread over tokens; ``kl_C`` is the k1 estimate (:func:`keel.objective.kl.k1`),
-    whose sum is unbiased for the sequence, so an episode's rewards sum to score - kl_coef * KL.
+def token_rewards(
+    kl_C: Tensor, score_N: Tensor, offsets: Tensor, kl_coef: float, steps: StepValues | None = None
+) -> Tensor:
+    """-kl_coef * kl on every token, the score on each completion's last real token (its end token if it has one), and
+    each step's value on the token where it ends. -> [C]. Ziegler et al. 2019, eq. 2, spread over tokens; ``kl_C`` is
+    the k1 estimate (:func:`keel.objective.kl.k1`), whose sum is unbiased for the sequence, so an episode's rewards sum
+    to score + steps - kl_coef * KL.
     """
     _check(offsets, kl_C, score_N)
-    return (-kl_coef * kl_C).index_add(0, offsets[1:] - 1, score_N.to(kl_C.dtype))
+    rewards_C = (-kl_coef * kl_C).index_add(0, offsets[1:] - 1, score_N.to(kl_C.dtype))
+    return rewards_C if steps is None else rewards_C.index_add(0, steps.place_S, steps.value_S.to(kl_C.dtype))
 
 
 def discounted_reward(rewards_C: Tensor, offsets: Tensor, gamma: float) -> float:

@@ -33,6 +33,6 @@ def leads(scorers: Sequence[RewardModelScorer], pairs: Sequence[Candidate], temp
     prompts, completions = [prompt for prompt, _ in replies.values()], [reply for _, reply in replies.values()]
     rows = []
     for scorer in scorers:
-        score_R = scorer.score(prompts, completions).double().numpy() * scorer.reward_model.std
+        score_R = scorer.score(prompts, completions).total_N.double().numpy() * scorer.reward_model.std
         rows.append((score_R[first_N] - score_R[second_N]) / temperature)
     return np.stack(rows)

@@ -31,7 +31,7 @@ class JudgeFromScorer:
         self.scorer = scorer
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]:
-        return [Grade(score) for score in self.scorer.score(prompts, completions).tolist()]
+        return [Grade(score) for score in self.scorer.score(prompts, completions).total_N.tolist()]
 
 
 INSTRUCTIONS = """You grade replies of an assistant. You are given a conversation and the assistant's reply to its \

@@ -1,12 +1,13 @@
-"""Scorers (``keel.types.Scorer``): what training takes its rewards from. Higher is better; float32 [N] on the CPU."""
+"""Scorers (``keel.types.Scorer``): what training takes its rewards from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen
@@ -14,7 +15,7 @@ from keel.model.heads import ScalarModel
 from keel.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
 from keel.rollout.tokens import context_length
-from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, UserError, place_of
+from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
 
@@ -25,9 +26,10 @@ class PythonScorer:
     def __init__(self, function: Grader) -> None:
         self.function = function
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         """Raises UserError, naming the prompt, when the function fails or its score is not finite."""
-        return torch.tensor([g.score for g in grades_of(self.function, prompts, completions)], dtype=torch.float32)
+        grades = grades_of(self.function, prompts, completions)
+        return Scores(torch.tensor([grade.score for grade in grades], dtype=torch.float32))
 
 
 class RewardModelScorer:
@@ -60,7 +62,7 @@ class RewardModelScorer:
         self.max_length = context_length(reward_model.model) if max_length is None else max_length
         self.precision = precision
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         """Centred and scaled scores. Raises UserError for a reply that is too long, or a score that is not finite."""
         rows = self._encode(prompts, completions)
         scores_N = torch.zeros(len(rows))
@@ -76,7 +78,7 @@ class RewardModelScorer:
         for prompt, score in zip(prompts, scores_N.isfinite().tolist(), strict=True):
             if not score:
                 raise UserError(f"the reward model's score for prompt {prompt.id!r} is not finite; train it again")
-        return scores_N
+        return Scores(scores_N)
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Encoded]:
         if self.reward_model.chat.plain and (several := [prompt for prompt in prompts if len(prompt.messages) > 1]):
@@ -112,18 +114,25 @@ class RewardPart(NamedTuple):
 
 
 class MixedScorer:
-    """The weighted sum of several scorers (helpful, harmless, a rule, ...).
-
-    ``last_parts`` holds each term's own scores [N] of the latest call, before weighting, by name: for metrics.
-    """
+    """The weighted sum of several scorers (helpful, harmless, a rule, ...): of what each says of a reply, and of its
+    steps where it knows any."""
 
     def __init__(self, parts: Sequence[RewardPart]) -> None:
         names = [part.name for part in parts]
         if not names or len(set(names)) < len(names):
             raise UserError(f"a mixed reward needs terms with names of their own, not {names}")
         self.parts = tuple(parts)
-        self.last_parts: dict[str, Tensor] = {}
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        self.last_parts = {part.name: part.scorer.score(prompts, completions) for part in self.parts}
-        return torch.stack([part.weight * self.last_parts[part.name] for part in self.parts]).sum(0)
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        """``Scores.parts`` are what each term's replies earn in all."""
+        found = [part.scorer.score(prompts, completions) for part in self.parts]
+        weighted = [
+            [tuple(replace(step, value=part.weight * step.value) for step in steps) for steps in scores.steps]
+            for part, scores in zip(self.parts, found, strict=True)
+            if scores.steps
+        ]
+        return Scores(
+            torch.stack([part.weight * scores.reply_N for part, scores in zip(self.parts, found, strict=True)]).sum(0),
+            tuple(tuple(chain.from_iterable(steps)) for steps in zip(*weighted, strict=True)),
+            {part.name: scores.total_N for part, scores in zip(self.parts, found, strict=True)},
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from keel.data.chat import Chat
 from keel.recipe.sections import SamplingConfig
@@ -16,29 +16,47 @@ from keel.types import Completion, Prompt, Reporter, Scorer, UserError, place_of
 CHUNK = 2048  # sequences between two signs of life; a constant, because the seed of a chunk depends on where it starts
 
 
-def sample_replies(
-    sampler: Sampler,
-    chat: Chat,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    per_prompt: int,
-    seed: int,
-    reporter: Reporter,
-    candidates: int = 0,
-    max_similarity: float = 1.0,
-    scorer: Scorer | None = None,
-    min_score: float = -math.inf,
-) -> list[list[Completion]]:
-    """``per_prompt`` replies to each prompt, chosen from ``candidates`` samples (0: as many as are kept) by
+@dataclass(frozen=True)
+class Choice:
+    """Which of a prompt's samples are kept: ``per_prompt`` of ``candidates`` (0: as many as are kept), by
     :func:`choose_different`; fewer only where the samples do not hold that many different texts.
 
     With a ``scorer`` (best-of-n) the samples come to that choice in the order of their scores, highest first. Those
     below ``min_score`` are left out, and so are those that were cut at the length limit: they are worse than what was
     scored of them.
+    """
+
+    per_prompt: int = 1
+    candidates: int = 0
+    max_similarity: float = 1.0
+    scorer: Scorer | None = None
+    min_score: float = -math.inf
+
+    @property
+    def samples(self) -> int:
+        return max(self.per_prompt, self.candidates)
+
+    def of(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> list[list[Completion]]:
+        """What is kept of each prompt's samples."""
+        if self.scorer is not None:
+            groups = _best_first(prompts, groups, self.scorer, self.min_score)
+        return [choose_different(group, self.per_prompt, self.max_similarity) for group in groups]
+
+
+def sample_replies(
+    sampler: Sampler,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    choice: Choice,
+    seed: int,
+    reporter: Reporter,
+) -> list[list[Completion]]:
+    """The replies to each prompt that ``choice`` keeps.
 
     ``Completion.text`` is the reply without its stop token. Raises UserError naming the prompt that does not fit.
     """
-    samples = max(per_prompt, candidates)
+    samples = choice.samples
     encoded = chat.encode_prompts([p.messages for p in prompts], [place_of(p) for p in prompts])
     replies: list[list[Completion]] = []
     reporter.start("sampling", len(prompts) * samples)
@@ -52,9 +70,7 @@ def sample_replies(
             raise UserError(f"{error} (of those sampled from {prompts[start].id} on)") from error
         drawn = [with_decoded_text(chat, c) for c in completions]
         groups = [drawn[i : i + samples] for i in range(0, len(drawn), samples)]
-        if scorer is not None:
-            groups = _best_first(prompts[start : start + step], groups, scorer, min_score)
-        replies += [choose_different(group, per_prompt, max_similarity) for group in groups]
+        replies += choice.of(prompts[start : start + step], groups)
         reporter.advance(len(requests), tokens=sum(len(c.ids) for c in completions))
     return replies
 
@@ -64,8 +80,10 @@ def _best_first(
 ) -> list[list[Completion]]:
     """Each prompt's samples with their scores, the best first, without the cut ones and those below ``min_score``."""
     whole = [(i, reply) for i, group in enumerate(groups) for reply in group if reply.finished]
-    scores = scorer.score([prompts[i] for i, _ in whole], [reply for _, reply in whole]).tolist() if whole else []
     ordered: list[list[Completion]] = [[] for _ in groups]
+    if not whole:
+        return ordered
+    scores = scorer.score([prompts[i] for i, _ in whole], [reply for _, reply in whole]).total_N.tolist()
     for (i, reply), score in sorted(zip(whole, scores, strict=True), key=lambda pair: -pair[1]):
         if score >= min_score:
             ordered[i].append(replace(reply, reward=score))

@@ -24,7 +24,7 @@ from keel.recipe.sections import SamplingConfig
 from keel.rollout.cuda import CudaDecoder, slots_that_fit
 from keel.rollout.llama import Decoder, Weights
 from keel.rollout.slots import Slots
-from keel.rollout.tokens import context_length, finite, not_finite, room, stream_key, uniforms
+from keel.rollout.tokens import completion_limits, context_length, finite, not_finite, stream_key, uniforms
 from keel.types import Completion
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class EmbeddedSampler:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
-        limits = room(prompts, sampling.max_new_tokens, context_length(self.model))
+        limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
         requests = [Request(i, tuple(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
@@ -64,7 +64,7 @@ class EmbeddedSampler:
         slots = -(-sampling.batch_size // len(parts))
         done: list[Completion | None] = [None] * len(requests)
         threads = torch.get_num_threads() if len(parts) == 1 else 1
-        runs = [_Run(self, weights, part, min(slots, len(part)), threads, sampling, seed, done) for part in parts]
+        runs = [Scheduler(self, weights, part, min(slots, len(part)), threads, sampling, seed, done) for part in parts]
         if len(runs) == 1:
             runs[0].run()
         else:
@@ -98,11 +98,11 @@ def divided(requests: Sequence[Request], parts: int) -> list[list[Request]]:
     return [part for part in dealt if part]
 
 
-def side_by_side(runs: Sequence[_Run]) -> None:
+def side_by_side(runs: Sequence[Scheduler]) -> None:
     """Each run in a thread of its own, which computes alone."""
     threads = torch.get_num_threads()
 
-    def alone(run: _Run) -> None:
+    def alone(run: Scheduler) -> None:
         torch.set_num_threads(1)  # of this thread
         with torch.inference_mode():
             run.run()
@@ -137,7 +137,7 @@ def make_decoder(
     return Decoder(model, weights, slots, context)
 
 
-class _Run:
+class Scheduler:
     """Decodes ``requests``, and writes the completions into ``done``."""
 
     def __init__(

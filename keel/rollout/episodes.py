@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from keel.data.chat import Chat
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.rollout.collect import with_decoded_text
 from keel.rollout.sampler import Sampler
-from keel.types import Prompt, Reporter, Trajectory, UserError, place_of
+from keel.types import Episode, Prompt, Reporter, UserError, place_of
 
 
 def encode_prompts(
@@ -33,20 +34,23 @@ def encode_prompts(
     return [prompt for prompt, _ in kept], [ids for _, ids in kept]
 
 
-def rollout(
-    sampler: Sampler,
-    chat: Chat,
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
-    seed: int,
-) -> list[Trajectory]:
-    """One episode a prompt, with the completion's text."""
-    completions = sampler.generate(prompt_ids, sampling, seed)
-    return [
-        Trajectory(prompt, tuple(ids), with_decoded_text(chat, completion))
-        for prompt, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
-    ]
+@dataclass(frozen=True)
+class EpisodeSampler:
+    """Samples episodes of ``prompts``, whose tokens are ``prompt_ids``."""
+
+    sampler: Sampler
+    chat: Chat
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Sequence[int]]
+    sampling: SamplingConfig
+
+    def sample(self, indices: Sequence[int], seed: int) -> list[Episode]:
+        """An episode for each of the prompts' indices, with the completion's text."""
+        completions = self.sampler.generate([self.prompt_ids[i] for i in indices], self.sampling, seed)
+        return [
+            Episode(self.prompts[i], tuple(self.prompt_ids[i]), with_decoded_text(self.chat, completion))
+            for i, completion in zip(indices, completions, strict=True)
+        ]
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:

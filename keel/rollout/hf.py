@@ -25,7 +25,7 @@ from keel.model.padded import stretched_beyond
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.roads import Road, passable
-from keel.rollout.tokens import choose, context_length, finite, room, stream_key, uniforms
+from keel.rollout.tokens import choose, completion_limits, context_length, finite, stream_key, uniforms
 from keel.types import Completion
 
 
@@ -44,7 +44,7 @@ class TransformersSampler:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
-        limits = room(prompts, sampling.max_new_tokens, context_length(self.model))
+        limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
         road = self.road(max(len(p) + n for p, n in zip(prompts, limits, strict=True)))

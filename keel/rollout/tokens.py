@@ -17,6 +17,9 @@ from keel.model.modules import inner_model, stated_positions
 from keel.recipe.sections import SamplingConfig
 from keel.types import Completion, UserError
 
+# Nats a token between a sampler's log-probabilities and the model's own: above it, ratios mean nothing.
+MISMATCH_BOUND = 0.5
+
 
 def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Draws one token a row: -> (ids [S] int64, log-probabilities [S] float32).
@@ -147,7 +150,7 @@ def context_length(model: nn.Module) -> int | None:
     return stated_positions(inner_model(model).config)
 
 
-def room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:
+def completion_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:
     """How many tokens each completion may have. Raises UserError for a prompt that leaves none."""
     limits = []
     for index, prompt in enumerate(prompts):

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from keel.data.collate import micro_batches, pack
-from keel.model.logprobs import masked_offsets, token_logprobs
+from keel.data.collate import micro_batches
+from keel.model.measure import completion_logprobs
 from keel.model.merged import merged_weights
 from keel.model.packed import inner_model
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
-from keel.rollout.tokens import context_length, finite, room, stream_key
+from keel.rollout.tokens import MISMATCH_BOUND, completion_limits, context_length, finite, stream_key
 from keel.run import restore_rng, rng_state
 from keel.types import Completion, Encoded, UserError
 
@@ -36,7 +36,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 BLOCK = 128  # tokens: vLLM's cache is handed out in blocks of at most so many
-MISMATCH_BOUND = 0.5  # nats a token between vLLM's log-probabilities and the model's
 MEASURE_TOKENS = 8192  # in one forward pass of the model
 
 
@@ -72,7 +71,7 @@ class VllmSampler:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
-        limits = room(prompts, sampling.max_new_tokens, context_length(self.model))
+        limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
         random = rng_state()  # vLLM seeds the global generators when it starts, and draws from them when it samples
@@ -198,19 +197,12 @@ class VllmSampler:
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
     ) -> list[Completion]:
         """The completions with the model's own log-probabilities, before filters."""
-        rows = [
-            Encoded((*prompt, *c.ids), (False,) * len(prompt) + (True,) * len(c.ids))
-            for prompt, c in zip(prompts, completions, strict=True)
-        ]
+        rows = [Encoded.of(prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True)]
+        batches = micro_batches([len(row.ids) for row in rows], MEASURE_TOKENS)
         device = next(self.model.parameters()).device
-        done = list(completions)
         with autocast(device.type, self.precision):
-            for group in micro_batches([len(row.ids) for row in rows], MEASURE_TOKENS):
-                batch = pack([rows[i] for i in group], device)
-                logp_C = token_logprobs(self.model, batch, temperature).logp_C.float().cpu()
-                for i, part in zip(group, logp_C.split(masked_offsets(batch).diff().tolist()), strict=True):
-                    done[i] = replace(done[i], logprobs=tuple(part.tolist()))
-        return done
+            measured = completion_logprobs([self.model], rows, batches, device, temperature)
+        return [replace(c, logprobs=tuple(logp.tolist())) for c, (logp,) in zip(completions, measured, strict=True)]
 
 
 def _filtered(sampling: SamplingConfig) -> bool:

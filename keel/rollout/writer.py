@@ -9,7 +9,7 @@ from keel.data.chat import Chat
 from keel.endpoint import Answer, Endpoint, Question
 from keel.recipe.judges import EndpointRef
 from keel.recipe.sections import SamplingConfig
-from keel.rollout.collect import sample_replies
+from keel.rollout.collect import Choice, sample_replies
 from keel.rollout.sampler import Sampler
 from keel.rollout.tokens import stream_key
 from keel.types import Completion, Message, Prompt, Reporter, place_of
@@ -36,7 +36,7 @@ class SamplerWriter:
 
     def write(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Completion | None]:
         """Raises UserError naming a prompt that does not fit the model's context."""
-        groups = sample_replies(self.sampler, self.chat, prompts, sampling, 1, seed, self.reporter)
+        groups = sample_replies(self.sampler, self.chat, prompts, sampling, Choice(), seed, self.reporter)
         return [group[0] for group in groups]
 
 

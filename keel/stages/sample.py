@@ -9,7 +9,7 @@ from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy
 from keel.precision import pick_precision
 from keel.recipe.sample import SampleStage
-from keel.rollout.collect import sample_replies, stop_token_ids
+from keel.rollout.collect import Choice, sample_replies, stop_token_ids
 from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.stages.context import StageContext
@@ -33,19 +33,14 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     chat = Chat(tokenizer)
     sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
     prompts, _ = encode_prompts(chat, training_prompts(stage.prompts, context), recipe.data, context.reporter)
-    replies = sample_replies(
-        sampler,
-        chat,
-        prompts,
-        stage.sampling,
+    choice = Choice(
         stage.per_prompt,
-        recipe.seed,
-        context.reporter,
-        candidates=stage.candidates,
-        max_similarity=stage.max_similarity,
-        scorer=mixed_scorer(stage.rewards, context, precision) if stage.rewards else None,
-        min_score=-math.inf if stage.min_reward is None else stage.min_reward,
+        stage.candidates,
+        stage.max_similarity,
+        mixed_scorer(stage.rewards, context, precision) if stage.rewards else None,
+        -math.inf if stage.min_reward is None else stage.min_reward,
     )
+    replies = sample_replies(sampler, chat, prompts, stage.sampling, choice, recipe.seed, context.reporter)
     everything = [reply for group in replies for reply in group]
     if not everything:
         raise UserError(

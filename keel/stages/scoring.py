@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from keel.model.checkpoint import load_scalar
-from keel.model.trunk import Trunk
 from keel.precision import Precision
 from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.stages.context import StageContext
+from keel.train.roles import Roles
 from keel.types import Judge, Scorer, UserError
 
 
 def reward_model_scorer(
-    name: str, context: StageContext, precision: Precision, trunk: Trunk | None = None
+    name: str, context: StageContext, precision: Precision, roles: Roles | None = None
 ) -> RewardModelScorer:
-    source = context.source(name)
-    if trunk:
-        return frozen_scorer(trunk.reward_model(Path(source.path)), precision)
-    return frozen_scorer(load_scalar(source, device=context.device, products=precision), precision)
+    """``roles``: what makes the models of the stage, where it trains some."""
+    if roles:
+        return frozen_scorer(roles.reward_model(context.model_path(name)), precision)
+    return frozen_scorer(load_scalar(context.source(name), device=context.device, products=precision), precision)
 
 
 def mixed_scorer(
-    terms: Sequence[RewardTerm], context: StageContext, precision: Precision, trunk: Trunk | None = None
+    terms: Sequence[RewardTerm], context: StageContext, precision: Precision, roles: Roles | None = None
 ) -> Scorer:
     parts = []
     for term in terms:
         if isinstance(term.source, PythonRef):
             scorer: Scorer = PythonScorer(context.python(term.source))
         else:
-            scorer = reward_model_scorer(term.source.model, context, precision, trunk)
+            scorer = reward_model_scorer(term.source.model, context, precision, roles)
         parts.append(RewardPart(scorer, term.weight, source_name(term.source)))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer

@@ -8,7 +8,7 @@ from pathlib import Path
 from keel.data.chat import Chat
 from keel.data.sources import read_texts
 from keel.model.checkpoint import load_tokenizer, positions
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.precision import pick_precision
 from keel.recipe.stage import OnlineBase, PolicyBase, TrainBase
 from keel.reward.judge import JudgeFromPython
@@ -55,5 +55,5 @@ def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
         seed=recipe.seed,
         positions=positions(source),
         texts=read_texts(mixed, reading(context)) if mixed is not None else (),
-        trunk=Trunk(source, context.device, lora, precision) if on_one_base and lora else None,
+        shared=SharedBase(source, context.device, lora, precision) if on_one_base and lora else None,
     )

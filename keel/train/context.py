@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from keel.model.checkpoint import frozen, load_policy
-from keel.model.trunk import Trunk
-from keel.model.vocabulary import unreadable
+from keel.model.shared_base import SharedBase
 from keel.precision import Precision
-from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, Source
+from keel.recipe.sections import DataConfig, ModelConfig, Source
 from keel.run import StageDir, write_json
 from keel.types import Encoded, Reporter, UserError
 
@@ -25,7 +20,7 @@ T = TypeVar("T")
 class TrainContext:
     """``model_path`` is the checkpoint that the stage starts from; ``base_model`` the recipe's model section (adapters,
     template, revision, trust), which applies to it.
-    ``trunk``: that checkpoint held once, for stages whose models share it (``one_base``).
+    ``shared``: that checkpoint held once, for stages whose models share it (``one_base``; see ``keel.train.roles``).
     ``texts``: the pretraining text that the recipe has the stage mix in. ``positions``: how long a record the model can
     read, where its config says."""
 
@@ -37,37 +32,13 @@ class TrainContext:
     device: str
     precision: Precision
     seed: int
-    trunk: Trunk | None = None
+    shared: SharedBase | None = None
     texts: Sequence[str] = ()
     positions: int | None = None
 
     def source(self, path: Path | None = None) -> Source:
         """Where the checkpoint at ``model_path``, or at another path, is read from."""
         return self.base_model.source(path or self.model_path)
-
-    @property
-    def products_over_base(self) -> Precision | None:
-        """``products`` of ``load_policy`` for what the stage trains: nothing of the model itself with adapters."""
-        return self.precision if self.base_model.lora else None
-
-    @property
-    def whole_lora(self) -> LoraConfig | None:
-        """The recipe's adapters for stages that compare log-probabilities of models."""
-        return self.base_model.lora and self.base_model.lora.whole()
-
-
-def load_reference(
-    path: Path, policy_tokenizer: PreTrainedTokenizerBase, stage: str, context: TrainContext
-) -> nn.Module:
-    """A frozen reference. UserError when it does not know the policy's tokens: there is then no KL from it."""
-    model, tokenizer = load_policy(context.source(path), device=context.device, products=context.precision)
-    problem = unreadable(model, tokenizer, policy_tokenizer)
-    if problem is not None:
-        raise UserError(
-            f"{stage}.reference ({path}): it cannot read what the policy writes: {problem}; leave reference out, or "
-            "name a model with the policy's tokens"
-        )
-    return frozen(model)
 
 
 def record_lineage(

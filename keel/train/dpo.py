@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from keel.data.chat import Chat
-from keel.model.checkpoint import load_policy, save
+from keel.model.checkpoint import save
 from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
-from keel.model.packed import compute_alike
 from keel.objective.preference import dpo_sigmoid, implicit_reward, ipo, per_token
 from keel.precision import autocast
 from keel.recipe.dpo import DpoStage
 from keel.run import atomic_write
-from keel.train.context import TrainContext, load_reference
-from keel.train.loop import Micro, Stats, compile_as_asked, train
+from keel.train.context import TrainContext
+from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.pairs import (
     Aggregate,
     PackedPairs,
@@ -32,32 +32,26 @@ from keel.train.pairs import (
     split_pairs,
 )
 from keel.train.ptx import Ptx
-from keel.train.schedule import Schedule
+from keel.train.roles import roles_of
+from keel.train.schedule import EpochSchedule
 from keel.types import Preference
 
 
-class Dpo:
-    """DPO and its relatives for the training loop. ``reference`` maps a pair's place (``(group, member)`` flattened)
-    to the reference's log-probabilities of its two completions."""
-
-    updates_per_iteration = 1
-    lrs: Mapping[str, float] = {}
+class Dpo(Algorithm):
+    """DPO and its relatives for the training loop. Each pair brings the reference's log-probabilities."""
 
     def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Sequence[Pair]],
         heldout: Sequence[Pair],
-        reference: Mapping[int, tuple[float, float]],
         config: DpoStage,
-        device: str,
-        precision: str,
-        seed: int,
+        context: TrainContext,
     ) -> None:
         self.modules: Mapping[str, nn.Module] = {"policy": model}
-        self.groups, self.heldout, self.reference, self.config = groups, heldout, reference, config
-        self.device, self.precision = device, precision
-        self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
+        self.groups, self.heldout, self.config, self.context = groups, heldout, config, context
+        batch_size = groups_per_batch(groups, config.batch_size)
+        self.schedule = EpochSchedule(len(groups), batch_size, config.epochs, context.seed)
         self.iterations = self.schedule.steps
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
@@ -65,15 +59,15 @@ class Dpo:
         yield pair_update(pairs, self._loss, self.config.batch_tokens)
 
     def _loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, Stats]:
-        config = self.config
-        chosen, rejected, counts = pair_logps(self.modules["policy"], pairs, self.device)
-        ref = torch.tensor([self.reference[id(pair)] for pair in pairs], device=self.device)
+        config, device = self.config, self.context.device
+        chosen, rejected, counts = pair_logps(self.modules["policy"], pairs, device)
+        ref = torch.tensor([pair.reference for pair in pairs], device=device)
         ref_chosen, ref_rejected = ref[:, 0], ref[:, 1]
         stats_logps = (float(chosen.detach().sum()), float(rejected.detach().sum()))
         if config.length_normalised:
             chosen, ref_chosen = per_token(chosen, counts[0::2]), per_token(ref_chosen, counts[0::2])
             rejected, ref_rejected = per_token(rejected, counts[1::2]), per_token(ref_rejected, counts[1::2])
-        tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.device)
+        tie_N = torch.tensor([pair.record.tie for pair in pairs], device=device)
         if config.loss == "ipo":
             loss_N = ipo(chosen, rejected, ref_chosen, ref_rejected, config.beta, tie_N)
         else:
@@ -91,16 +85,8 @@ class Dpo:
         }
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        figures = heldout_figures(
-            self.heldout, self._loss, iteration, self.iterations, self.config.batch_tokens, self.device, self.precision
-        )
-        return figures, False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        batch_tokens = self.config.batch_tokens
+        return heldout_figures(self.heldout, self._loss, iteration, self.iterations, batch_tokens, self.context), False
 
 
 def pair_logps(model: nn.Module, pairs: Sequence[Pair], device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,15 +99,20 @@ def pair_logps(model: nn.Module, pairs: Sequence[Pair], device: str) -> tuple[Te
     return sums.index_select(0, packed.chosen_N), sums.index_select(0, packed.rejected_N), counts[both_2N]
 
 
-def reference_logps(model: nn.Module, pairs: Sequence[Pair], batch_tokens: int, device: str, precision: str) -> Tensor:
+def reference_logps(model: nn.Module, pairs: Sequence[Pair], batch_tokens: int, context: TrainContext) -> Tensor:
     """[N, 2] log-probabilities (chosen, rejected) under the reference, on the CPU."""
-    place = {id(pair): i for i, pair in enumerate(pairs)}
     out = torch.zeros(len(pairs), 2)
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), autocast(context.device, context.precision):
         for part in micro_batches_of_pairs(pairs, batch_tokens):
-            chosen, rejected, _ = pair_logps(model, part, device)
-            out[torch.tensor([place[id(pair)] for pair in part])] = torch.stack([chosen, rejected], 1).float().cpu()
+            chosen, rejected, _ = pair_logps(model, [pairs[i] for i in part], context.device)
+            out[torch.tensor(part)] = torch.stack([chosen, rejected], 1).float().cpu()
     return out
+
+
+def with_reference(pairs: Sequence[Pair], logps_N2: Tensor) -> list[Pair]:
+    """The pairs with what :func:`reference_logps` has of them."""
+    both = [(chosen, rejected) for chosen, rejected in logps_N2.tolist()]
+    return [replace(pair, reference=logps) for pair, logps in zip(pairs, both, strict=True)]
 
 
 def train_dpo(
@@ -133,37 +124,28 @@ def train_dpo(
 ) -> dict[str, Any]:
     """Trains the checkpoint at ``context.model_path`` on pairs and writes it; returns the stage's summary.
     ``aggregate`` makes the training records of the votes (``keel.feedback.aggregate``)."""
-    model, tokenizer = load_policy(
-        context.source(),
-        device=context.device,
-        lora=context.whole_lora,
-        gradient_checkpointing=config.gradient_checkpointing,
-        products=context.products_over_base,
-        note=context.reporter.note,
-    )
-    chat = Chat(tokenizer)
-    groups, heldout = split_pairs(preferences, chat, config.heldout_fraction, context, aggregate)
-    pairs = [pair for group in groups for pair in group] + heldout
+    roles = roles_of(config, context)
+    model, tokenizer = policy = roles.policy()
+    groups, heldout = split_pairs(preferences, Chat(tokenizer), config.heldout_fraction, context, aggregate)
+    pairs = [pair for group in groups for pair in group]
     cache = context.stage.path / "reference_logps.safetensors"
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
         logps = load_file(str(cache))["logps"]
     else:
-        reference = load_reference(reference_path, tokenizer, config.name, context)
-        compile_as_asked(model, config)
-        compute_alike(reference, model)
-        logps = reference_logps(reference, pairs, config.batch_tokens, context.device, context.precision)
+        reference = roles.reference(reference_path, policy)
+        logps = reference_logps(reference, pairs + heldout, config.batch_tokens, context)
         del reference
         atomic_write(cache, lambda file: file.write(to_bytes({"logps": logps})))
-    by_pair = {id(pair): (float(c), float(r)) for pair, (c, r) in zip(pairs, logps.tolist(), strict=True)}
-    algorithm = Dpo(model, groups, heldout, by_pair, config, context.device, context.precision, context.seed)
-    texts = Ptx(model, tokenizer, config, context)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
+    known = iter(with_reference(pairs + heldout, logps))
+    groups = [[next(known) for _ in group] for group in groups]
+    algorithm = Dpo(model, groups, list(known), config, context)
+    steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context))
     with context.stage.checkpoint() as folder:
         dtype = save(model, tokenizer, folder)
     last = context.stage.metrics.rows()[-1]
     figures = {name: value for name, value in last.items() if name.startswith(("rewards/", "eval/"))}
     return {
-        "pairs": len(pairs) - len(heldout),
+        "pairs": len(pairs),
         "heldout_pairs": len(heldout),
         "steps": steps,
         "dtype": dtype,

@@ -1,101 +1,62 @@
 """Group relative policy optimisation (Shao et al. 2024): PPO's clipped loss without a critic. A completion's baseline
-is the mean score of its group, the completions of one prompt. One iteration is one rollout and the optimizer steps
-over it."""
+is the mean score of its group, the completions of one prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from keel.data.collate import pack_by_prompt
-from keel.model.logprobs import token_logprobs
-from keel.objective.group import group_advantages, grpo_loss, token_weights, without_spread
+from keel.objective.group import group_advantages, grpo_loss, step_advantages, token_weights, without_spread
 from keel.recipe.grpo import GrpoStage
 from keel.train.context import TrainContext
-from keel.train.loop import Micro, Stats, train
-from keel.train.online import Rollouts, finish, make_rollouts, minibatches, policy_stats
-from keel.train.ptx import Ptx
-from keel.types import Encoded, Judge, Prompt, Scorer
+from keel.train.online import Batch, Online, make_rollouts, train_online
+from keel.train.rollouts import RolloutCollector
+from keel.types import Judge, Prompt, Scorer
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """What one rollout's optimizer steps read: one entry an episode, log-probabilities over its completion tokens."""
-
-    rows: list[Encoded]
-    old_logp: list[Tensor]
-    ref_logp: list[Tensor] | None
-    advantage_N: Tensor
-    length_N: Tensor
-
-
-class Grpo:
+class Grpo(Online[GrpoStage]):
     """GRPO for the training loop."""
 
-    lrs: Mapping[str, float] = {}
-
-    def __init__(self, rollouts: Rollouts, config: GrpoStage) -> None:
-        self.modules: Mapping[str, nn.Module] = {"policy": rollouts.policy}
-        self.rollouts, self.config = rollouts, config
-        self.iterations = rollouts.count
-        self.updates_per_iteration = config.epochs * config.minibatches
-        # The policy of a rollout's first step is the one that sampled it. Where there is no other step, the ratio is 1
-        # and its gradient that of log p: nothing but the probe need be measured.
+    def __init__(self, rollouts: RolloutCollector, config: GrpoStage) -> None:
+        super().__init__(rollouts, config)
+        self.kl_in_loss = config.beta > 0
         self.old_at_step = self.updates_per_iteration == 1 and config.old_logprobs == "auto"
-        self.figures: dict[str, float] = {}
 
-    def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        config = self.config
-        data = self._rollout(iteration)
-        for part, groups in minibatches(data.rows, config, self.rollouts.seed, iteration):
-            weights = token_weights(data.length_N[part], config.normalise, config.sampling.max_new_tokens)
-            weight = dict(zip(part, weights.tolist(), strict=True))
-            yield [self._micro(data, group, [weight[i] for i in group]) for group in groups]
-
-    def _rollout(self, iteration: int) -> Rollout:
-        config = self.config
+    def rollout(self, iteration: int) -> Batch:
+        size, scale = self.config.group_size, self.config.scale_rewards == "group"
         episodes = self.rollouts.collect(iteration, old_at_step=self.old_at_step)
-        still_N = without_spread(episodes.shaped_N, config.group_size)
-        self.figures = episodes.figures | {"frac_reward_zero_std": float(still_N.float().mean())}
-        lengths, ref_logp_C = episodes.lengths, episodes.ref_logp_C
-        return Rollout(
-            episodes.rows,
-            list(episodes.old_logp_C.split(lengths)),
-            list(ref_logp_C.split(lengths)) if ref_logp_C is not None else None,
-            group_advantages(episodes.shaped_N, config.group_size, config.scale_rewards == "group"),
-            episodes.offsets.diff(),
-        )
+        score_N, lengths_N = episodes.shaped_N, episodes.offsets.diff()
+        advantage_C = group_advantages(score_N, size, scale).repeat_interleave(lengths_N)
+        still_G = without_spread(score_N, size)
+        if episodes.steps is not None:
+            of_steps_C = step_advantages(episodes.steps, episodes.offsets, size, scale)
+            advantage_C = advantage_C + of_steps_C
+            tokens_G = lengths_N.view(-1, size).sum(1).tolist()
+            still_G &= torch.tensor([not bool(of_group.any()) for of_group in of_steps_C.split(tokens_G)])
+        self.figures = episodes.figures | {"frac_reward_zero_std": float(still_G.float().mean())}
+        return Batch.of(episodes, advantage_C)
 
-    def _micro(self, data: Rollout, part: Sequence[int], weights: Sequence[float]) -> Micro:
-        def compute() -> tuple[Tensor, Stats]:
-            config, device = self.config, self.rollouts.device
-            batch = pack_by_prompt([data.rows[i] for i in part], device)
-            length_N = data.length_N[part]
-            advantage = data.advantage_N[part].repeat_interleave(length_N).to(device)
-            weight = torch.tensor(weights).repeat_interleave(length_N).to(device)
-            ref_logp = torch.cat([data.ref_logp[i] for i in part]).to(device) if data.ref_logp else None
-            logp = token_logprobs(self.rollouts.policy, batch, self.rollouts.temperature).logp_C
-            old_logp = logp.detach() if self.old_at_step else torch.cat([data.old_logp[i] for i in part]).to(device)
-            loss, clipped = grpo_loss(
-                logp, old_logp, advantage, config.clip_low, config.clip_high, ref_logp, config.beta
-            )
-            return (loss * weight).sum(), policy_stats(loss, clipped, logp, old_logp)
+    def policy_loss(
+        self, logp_C: Tensor, old_logp_C: Tensor, advantage_C: Tensor, ref_logp_C: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return grpo_loss(logp_C, old_logp_C, advantage_C, config.clip_low, config.clip_high, ref_logp_C, config.beta)
 
-        return compute
+    def mean(self, batch: Batch, step: Sequence[int], group: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        config = self.config
+        length_N = torch.tensor([batch.tokens([i]) for i in step])
+        weights = token_weights(length_N, config.normalise, config.sampling.max_new_tokens)
+        weight = dict(zip(step, weights.tolist(), strict=True))
 
-    def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        return self.figures, False
+        def weighted(loss_C: Tensor) -> Tensor:
+            weight_C = torch.cat([torch.full((batch.tokens([i]),), weight[i]) for i in group])
+            return (loss_C * weight_C.to(loss_C.device)).sum()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        return weighted
 
 
 def train_grpo(
@@ -112,7 +73,4 @@ def train_grpo(
     """
     assert config.beta == 0 or reference_path is not None, "a KL needs a reference"
     rollouts = make_rollouts(config, prompts, scorer, reference_path, context, watch)
-    algorithm = Grpo(rollouts, config)
-    texts = Ptx(rollouts.policy, rollouts.chat.tokenizer, config, context)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
-    return finish(rollouts, context, steps)
+    return train_online(Grpo(rollouts, config), context)

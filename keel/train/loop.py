@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from keel.model.packed import compile_passes, pays_to_compile
 from keel.precision import autocast
 from keel.recipe.stage import TrainBase
 from keel.run import StageDir, restore_rng, rng_state
+from keel.train.context import TrainContext
 from keel.train.optim import lr_factor, make_optimizer, set_lr
-from keel.types import Reporter, UserError
+from keel.types import UserError
 
 Stats = Mapping[str, tuple[float, float]]
 """Metric name -> (sum, count): summed over micro-batches, divided once."""
@@ -34,25 +36,31 @@ Extra = Callable[[int], list[Micro]]
 """What an optimizer step (its number) learns beside the algorithm's own loss."""
 
 
-class Algorithm(Protocol):
+class Algorithm(ABC):
+    """What the loop trains by."""
+
     modules: Mapping[str, nn.Module]
     """What is trained. Gradients are clipped for each module on its own."""
     iterations: int
-    updates_per_iteration: int
-    lrs: Mapping[str, float]
+    updates_per_iteration: int = 1
+    lrs: Mapping[str, float] = MappingProxyType({})
     """Learning rates by module, where they differ from the recipe's."""
 
+    @abstractmethod
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         """The optimizer steps of one iteration. Everything random in it follows from the seed and ``iteration``."""
-        ...
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
         """Called once the iteration's updates are done: figures to log, and whether to stop early."""
-        ...
+        return {}, False
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights, the optimizer and the iteration: nothing, for most."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` left."""
+        assert not state, "what is written is read by whoever wrote it"
 
 
 class Totals:
@@ -74,10 +82,7 @@ class Totals:
 def train(
     algorithm: Algorithm,
     config: TrainBase,
-    stage: StageDir,
-    reporter: Reporter,
-    device: str,
-    precision: str,
+    context: TrainContext,
     extra: Extra = lambda step: [],
     begins: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
@@ -88,6 +93,7 @@ def train(
     State (weights, optimizer, RNG, cursor) is written every ``config.save_every_seconds``, between iterations, so a
     killed run repeats at most that much and ends with the same weights, bit for bit on a CPU.
     """
+    stage, reporter = context.stage, context.reporter
     optimizer = make_optimizer(algorithm.modules, config.optim, algorithm.lrs)
     for module in algorithm.modules.values():
         compile_as_asked(module, config)
@@ -113,7 +119,7 @@ def train(
                 },
             )
             with adapters_thinned(thinned):
-                totals.add(_update(algorithm, optimizer, micros + extra(step), config, device, precision, step))
+                totals.add(_update(algorithm, optimizer, micros + extra(step), config, context, step))
             step += 1
         average.add(iteration)
         figures, stop = algorithm.after(iteration)
@@ -177,21 +183,20 @@ def _update(
     optimizer: torch.optim.Optimizer,
     micros: list[Micro],
     config: TrainBase,
-    device: str,
-    precision: str,
+    context: TrainContext,
     step: int,
 ) -> Stats:
     """One optimizer step."""
     totals: dict[str, tuple[float, float]] = {}
     optimizer.zero_grad(set_to_none=True)
     for micro in micros:
-        with autocast(device, precision):
+        with autocast(context.device, context.precision):
             loss, stats = micro()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
                 f"{config.name}: the loss is {value} at optimizer step {step}; nothing was saved past the last good "
-                "state. Lower optim.lr, use precision: fp32, or look at the batch with log_every: 1"
+                "state. Lower optim.lr, use precision: fp32, or look for broken rows in the data"
             )
         if loss.requires_grad:
             loss.backward()

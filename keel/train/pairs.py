@@ -27,9 +27,12 @@ EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
 @dataclass(frozen=True)
 class Pair:
+    """``reference``: the log-probabilities (nats) of the chosen and of the rejected completion under a reference."""
+
     record: Preference
     chosen: Encoded
     rejected: Encoded
+    reference: tuple[float, float] | None = None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -50,7 +53,7 @@ class PackedPairs:
         place: dict[Encoded, int] = {}
         rows: list[list[Encoded]] = []
         for group in _by_prompt(pairs):
-            for row in shared_rows(completions(group)):
+            for row in shared_rows(completions([pairs[i] for i in group])):
                 rows.append(row)
                 for completion in row:
                     place[completion] = len(place)
@@ -64,24 +67,27 @@ def completions(pairs: Sequence[Pair]) -> list[Encoded]:
     return list(dict.fromkeys(completion for pair in pairs for completion in (pair.chosen, pair.rejected)))
 
 
-def _by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    groups: dict[tuple[int, ...], list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.prompt_ids, []).append(pair)
+def _by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
+    """The places of each prompt's pairs."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(pair.prompt_ids, []).append(i)
     return list(groups.values())
 
 
-def micro_batches_of_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
-    """Pairs in batches of at most ``max_tokens`` tokens, those of one prompt together as far as they fit."""
-    pieces: list[list[Pair]] = []
+def micro_batches_of_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
+    """Places of pairs, in batches of at most ``max_tokens`` tokens, those of one prompt together as far as they fit."""
+    pieces: list[list[int]] = []
     sizes: list[int] = []
     for group in _by_prompt(pairs):
         # Cut by the tokens that the pairs would have apart: at most what they have together.
-        for part in batches_by_tokens([len(p.chosen.ids) + len(p.rejected.ids) for p in group], max_tokens):
-            pieces.append([group[i] for i in part])
-            shared = len(group[0].prompt_ids)
-            sizes.append(shared + sum(len(c.ids) - shared for c in completions(pieces[-1])))
-    return [[pair for i in batch for pair in pieces[i]] for batch in micro_batches(sizes, max_tokens)]
+        apart = [len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids) for i in group]
+        for part in batches_by_tokens(apart, max_tokens):
+            pieces.append([group[j] for j in part])
+            shared = len(pairs[group[0]].prompt_ids)
+            together = completions([pairs[i] for i in pieces[-1]])
+            sizes.append(shared + sum(len(c.ids) - shared for c in together))
+    return [[place for i in batch for place in pieces[i]] for batch in micro_batches(sizes, max_tokens)]
 
 
 def encode_pairs(records: Sequence[Preference], chat: Chat, context: TrainContext) -> list[Pair]:
@@ -108,10 +114,9 @@ def split_pairs(
     raw, so that models trained on differently aggregated votes are measured on the same. Which votes stand behind
     either side is recorded in the stage's folder (``record_lineage``)."""
     training, heldout = split_by_prompt(records, fraction, context.seed)
-    pairs = {id(pair.record): pair for pair in encode_pairs(aggregate(training), chat, context)}
-    groups = group_by_prompt([pair.record for pair in pairs.values()])
+    pairs = encode_pairs(aggregate(training), chat, context)
     held = encode_pairs(heldout, chat, context)
-    kept = {pair.record.item for pair in pairs.values()}
+    kept = {pair.record.item for pair in pairs}
     settled = {record.item for record in training if record.settled}
     behind = [record for record in training if record.item in kept]
     record_lineage(
@@ -120,7 +125,7 @@ def split_pairs(
         heldout=[pair.record.id for pair in held],
         settled=[record.id for record in behind if record.item in settled],
     )
-    return [[pairs[id(record)] for record in group] for group in groups], held
+    return group_by_prompt(pairs, lambda pair: pair.record.prompt), held
 
 
 def groups_per_batch(groups: Sequence[Sequence[Pair]], pairs_per_batch: int) -> int:
@@ -145,7 +150,7 @@ def pair_update(pairs: Sequence[Pair], loss: PairLoss, batch_tokens: int) -> lis
 
         return compute
 
-    return [micro(part) for part in micro_batches_of_pairs(pairs, batch_tokens)]
+    return [micro([pairs[i] for i in part]) for part in micro_batches_of_pairs(pairs, batch_tokens)]
 
 
 def heldout_figures(
@@ -154,16 +159,15 @@ def heldout_figures(
     iteration: int,
     iterations: int,
     batch_tokens: int,
-    device: str,
-    precision: str,
+    context: TrainContext,
 ) -> dict[str, float]:
     """``eval/...`` figures of held-out pairs, ``EVALUATIONS`` times a run and after its last iteration; else none."""
     every = max(1, iterations // EVALUATIONS)
     if not pairs or not (iteration + 1 == iterations or (iteration + 1) % every == 0):
         return {}
     totals = Totals()
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), autocast(context.device, context.precision):
         for part in micro_batches_of_pairs(pairs, batch_tokens):
-            loss_N, stats = loss(part)
+            loss_N, stats = loss([pairs[i] for i in part])
             totals.add({**stats, "loss": (float(loss_N.sum()), float(len(part)))})
     return {f"eval/{name}": value for name, value in totals.means().items()}

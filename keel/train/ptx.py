@@ -15,7 +15,7 @@ from keel.model.logprobs import token_logprobs
 from keel.recipe.stage import PolicyBase
 from keel.train.context import TrainContext
 from keel.train.loop import Micro, Stats
-from keel.train.schedule import Schedule
+from keel.train.schedule import EpochSchedule
 from keel.types import Encoded
 
 
@@ -34,7 +34,7 @@ class Ptx:
     ) -> None:
         self.policy, self.chat, self.config, self.context, self.begin = policy, Chat(tokenizer), config, context, begin
         batch_size = config.ptx.batch_size if config.ptx else 1
-        self.schedule = Schedule(len(context.texts), batch_size, math.inf, context.seed)
+        self.schedule = EpochSchedule(len(context.texts), batch_size, math.inf, context.seed)
 
     def __call__(self, step: int) -> list[Micro]:
         if self.config.ptx is None or step < self.begin:

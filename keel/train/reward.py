@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
-from keel.model.checkpoint import has_reward_head, load_scalar, save
+from keel.model.checkpoint import save
 from keel.model.heads import ScalarModel
 from keel.objective.preference import bradley_terry, center_penalty
 from keel.precision import autocast
 from keel.recipe.reward import RewardStage
 from keel.train.context import TrainContext
-from keel.train.loop import Micro, Stats, train
+from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.pairs import (
     Aggregate,
     PackedPairs,
@@ -27,17 +27,15 @@ from keel.train.pairs import (
     pair_update,
     split_pairs,
 )
-from keel.train.schedule import Schedule
-from keel.types import Encoded, Preference, UserError
+from keel.train.roles import roles_of
+from keel.train.schedule import EpochSchedule
+from keel.types import Encoded, HeldoutPair, Preference, UserError
 
 SCALED_ON = 4096  # replies: enough for the standard deviation to within 1%
 
 
-class RewardTraining:
+class RewardTraining(Algorithm):
     """Bradley-Terry for the training loop: one iteration is one optimizer step over whole prompts' pairs."""
-
-    updates_per_iteration = 1
-    lrs: Mapping[str, float] = {}
 
     def __init__(
         self,
@@ -45,14 +43,13 @@ class RewardTraining:
         groups: Sequence[Sequence[Pair]],
         heldout: Sequence[Pair],
         config: RewardStage,
-        device: str,
-        precision: str,
-        seed: int,
+        context: TrainContext,
     ) -> None:
         self.scorer, self.groups, self.heldout, self.config = scorer, groups, heldout, config
-        self.device, self.precision = device, precision
+        self.context = context
         self.modules: Mapping[str, nn.Module] = {"reward": scorer.model}
-        self.schedule = Schedule(len(groups), groups_per_batch(groups, config.batch_size), config.epochs, seed)
+        batch_size, seed = groups_per_batch(groups, config.batch_size), seed_of(config, context)
+        self.schedule = EpochSchedule(len(groups), batch_size, config.epochs, seed)
         self.iterations = self.schedule.steps
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
@@ -61,8 +58,8 @@ class RewardTraining:
 
     def _loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, Stats]:
         chosen_N, rejected_N = self._raw(pairs)
-        tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.device)
-        strength_N = torch.tensor([pair.record.margin for pair in pairs], device=self.device)
+        tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.context.device)
+        strength_N = torch.tensor([pair.record.margin for pair in pairs], device=self.context.device)
         loss_N = bradley_terry(
             chosen_N, rejected_N, strength_N * self.config.margin_weight, tie_N, self.config.label_smoothing
         ) + self.config.center_coef * center_penalty(chosen_N, rejected_N)
@@ -73,30 +70,28 @@ class RewardTraining:
         return loss_N, {"accuracy": (right, count), "margin": (lead, count)}
 
     def _raw(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        packed = PackedPairs.of(pairs, self.device)
+        packed = PackedPairs.of(pairs, self.context.device)
         raw = self.scorer.raw_packed(packed.batch)
         return raw.index_select(0, packed.chosen_N), raw.index_select(0, packed.rejected_N)
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        figures = heldout_figures(
-            self.heldout, self._loss, iteration, self.iterations, self.config.batch_tokens, self.device, self.precision
-        )
-        return figures, False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        batch_tokens = self.config.batch_tokens
+        return heldout_figures(self.heldout, self._loss, iteration, self.iterations, batch_tokens, self.context), False
 
 
-def raw_scores(scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str) -> Tensor:
+def seed_of(config: RewardStage, context: TrainContext) -> int:
+    """Of the head and of the order of examples. The split stays the recipe's: the members of an ensemble hold out the
+    same prompts."""
+    return context.seed if config.seed is None else config.seed
+
+
+def raw_scores(scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, context: TrainContext) -> Tensor:
     """Raw head outputs [N] on the CPU, in the order of ``rows``."""
     different = list(dict.fromkeys(rows))  # a completion stands in several pairs, and is run once
     scores = torch.zeros(len(different))
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), autocast(context.device, context.precision):
         for group in micro_batches_by_prompt(different, batch_tokens):
-            batch = pack_by_prompt([different[i] for i in group], device)
+            batch = pack_by_prompt([different[i] for i in group], context.device)
             scores[torch.tensor(group)] = scorer.raw_packed(batch).float().cpu()
     place = {row: i for i, row in enumerate(different)}
     return scores[torch.tensor([place[row] for row in rows])]
@@ -104,59 +99,57 @@ def raw_scores(scorer: ScalarModel, rows: Sequence[Encoded], batch_tokens: int, 
 
 def train_reward(
     config: RewardStage, preferences: Sequence[Preference], context: TrainContext, aggregate: Aggregate = list
-) -> tuple[dict[str, Any], list[tuple[Preference, float, int, int]]]:
+) -> tuple[dict[str, Any], list[HeldoutPair]]:
     """Trains a reward model from the checkpoint at ``context.model_path`` and writes it.
 
     ``aggregate`` makes the training records of the votes (``keel.feedback.aggregate``); held-out votes stay raw.
-    Returns the summary and, for every held-out pair, (record, raw score of chosen minus rejected, tokens of the chosen,
-    tokens of the rejected completion): what calibration and accuracy are computed from.
+    Returns the summary and the held-out pairs, of which calibration and accuracy are computed.
     """
-    # The split stays the recipe's: the members of an ensemble hold out the same prompts.
-    seed = context.seed if config.seed is None else config.seed
-    scorer = load_scalar(
-        context.source(),
-        device=context.device,
-        lora=context.base_model.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
-        new_head_seed=None if has_reward_head(context.source()) else seed,
-        take_over=True,
-        products=context.products_over_base,
-        note=context.reporter.note,
-    )
+    scorer = roles_of(config, context).new_reward_model(seed_of(config, context))
     groups, heldout = split_pairs(preferences, scorer.chat, config.heldout_fraction, context, aggregate)
-    if all(pair.record.tie for group in groups for pair in group):
+    pairs = [pair for group in groups for pair in group]
+    if all(pair.record.tie for pair in pairs):
         raise UserError(f"{config.name}: every training pair is a tie, so there is nothing to learn; add decided pairs")
-    algorithm = RewardTraining(scorer, groups, heldout, config, context.device, context.precision, seed)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision)
-    # Centred and scaled on the replies it was trained on, so that a reward of 1 means the same for every reward model.
-    rows = completions([pair for group in groups for pair in group])
-    rows = rows[:: math.ceil(len(rows) / SCALED_ON)]
-    training = raw_scores(scorer, rows, config.batch_tokens, context.device, context.precision)
-    scorer.set_scale(float(training.mean()), float(training.std()))
+    algorithm = RewardTraining(scorer, groups, heldout, config, context)
+    steps = train(algorithm, config, context)
+    _scale(scorer, pairs, config, context)
     with context.stage.checkpoint() as folder:
         dtype = save(scorer.model, scorer.tokenizer, folder)
-    held_rows = [row for pair in heldout for row in (pair.chosen, pair.rejected)]
-    raw = raw_scores(scorer, held_rows, config.batch_tokens, context.device, context.precision)
-    leads = (raw[0::2] - raw[1::2]).tolist()
-    results = [
-        (pair.record, lead, sum(pair.chosen.mask), sum(pair.rejected.mask))
-        for pair, lead in zip(heldout, leads, strict=True)
-    ]
-    scaled = ((raw - scorer.mean) / scorer.std).tolist()
-    scatter = [[sum(row.mask), round(s, 4)] for row, s in zip(held_rows, scaled, strict=True)]
-    pairs = sum(len(group) for group in groups)
+    rows = [row for pair in heldout for row in (pair.chosen, pair.rejected)]
+    raw = raw_scores(scorer, rows, config.batch_tokens, context)
     summary = {
-        "pairs": pairs,
+        "pairs": len(pairs),
         "prompts": len(groups),
         "heldout_pairs": len(heldout),
         "steps": steps,
         "dtype": dtype,
         "mean": scorer.mean,
         "std": scorer.std,
+        **_by_length(rows, (raw - scorer.mean) / scorer.std),
+    }
+    leads = (raw[0::2] - raw[1::2]).tolist()
+    return summary, [
+        HeldoutPair(pair.record, lead, sum(pair.chosen.mask), sum(pair.rejected.mask))
+        for pair, lead in zip(heldout, leads, strict=True)
+    ]
+
+
+def _scale(scorer: ScalarModel, pairs: Sequence[Pair], config: RewardStage, context: TrainContext) -> None:
+    """Centres and scales the scores on replies that were trained on, so that a reward of 1 means the same for every
+    reward model."""
+    rows = completions(pairs)
+    rows = rows[:: math.ceil(len(rows) / SCALED_ON)]
+    raw = raw_scores(scorer, rows, config.batch_tokens, context)
+    scorer.set_scale(float(raw.mean()), float(raw.std()))
+
+
+def _by_length(rows: Sequence[Encoded], scores_N: Tensor) -> dict[str, Any]:
+    """Whether longer replies score higher: the first replies' (tokens, score), and the correlation of all."""
+    scatter = [[sum(row.mask), round(score, 4)] for row, score in zip(rows, scores_N.tolist(), strict=True)]
+    return {
         "length_scatter": scatter[:400],
         "length_correlation": _correlation([a for a, _ in scatter], [b for _, b in scatter]),
     }
-    return summary, results
 
 
 def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -9,7 +9,7 @@ from keel.data.collate import epoch_order
 
 
 @dataclass(frozen=True)
-class Schedule:
+class EpochSchedule:
     """``size`` examples (or groups) in shuffled epochs, ``batch_size`` of them a step; a pure function of the step, so
     that resuming needs no cursor but the step itself. ``epochs`` may be infinite: then whoever asks ends it."""
 

@@ -11,26 +11,24 @@ from torch import Tensor, nn
 
 from keel.data.chat import Chat
 from keel.data.collate import micro_batches, pack, split_by_prompt
-from keel.model.checkpoint import load_policy, load_tokenizer, save
+from keel.model.checkpoint import load_tokenizer, save
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import inner_model
 from keel.precision import autocast
 from keel.recipe.sft import SftStage
 from keel.train.context import TrainContext, record_lineage, within_length
-from keel.train.loop import Micro, Stats, train
+from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.ptx import Ptx
-from keel.train.schedule import Schedule
+from keel.train.roles import roles_of
+from keel.train.schedule import EpochSchedule
 from keel.types import Demonstration, Encoded
 
 # Of the end token where a reply ends: below it, nineteen replies in twenty run past their end.
 ENDS = 0.05
 
 
-class Sft:
+class Sft(Algorithm):
     """The SFT algorithm for the training loop: one iteration is one optimizer step."""
-
-    updates_per_iteration = 1
-    lrs: Mapping[str, float] = {}
 
     def __init__(
         self,
@@ -38,14 +36,12 @@ class Sft:
         rows: Sequence[Encoded],
         heldout: Sequence[Encoded],
         config: SftStage,
-        device: str,
-        precision: str,
-        seed: int,
+        context: TrainContext,
     ) -> None:
         self.modules: Mapping[str, nn.Module] = {"policy": model}
         self.rows, self.heldout, self.config = rows, heldout, config
-        self.device, self.precision = device, precision
-        self.schedule = Schedule(len(rows), config.batch_size, config.epochs, seed)
+        self.context = context
+        self.schedule = EpochSchedule(len(rows), config.batch_size, config.epochs, context.seed)
         self.iterations = self.schedule.steps
         self.eval_every = config.eval_every or max(1, self.schedule.steps_per_epoch // 4)
         self.best_loss = math.inf
@@ -60,7 +56,7 @@ class Sft:
 
     def _micro(self, rows: Sequence[Encoded], total: int) -> Micro:
         def compute() -> tuple[Tensor, Stats]:
-            batch = pack(rows, self.device)
+            batch = pack(rows, self.context.device)
             loss = -token_logprobs(self.modules["policy"], batch).logp_C.sum()
             return loss / total, {"tokens": (float(batch.num_tokens), 1.0)}
 
@@ -70,7 +66,7 @@ class Sft:
         last = iteration + 1 == self.iterations
         if not self.heldout or not (last or (iteration + 1) % self.eval_every == 0):
             return {}, False
-        loss = mean_loss(self.modules["policy"], self.heldout, self.config.batch_tokens, self.device, self.precision)
+        loss = mean_loss(self.modules["policy"], self.heldout, self.config.batch_tokens, self.context)
         if loss < self.best_loss:
             self.best_loss, self.misses = loss, 0
             self.best_weights = {
@@ -92,18 +88,18 @@ class Sft:
             self.modules["policy"].load_state_dict(self.best_weights, strict=False)
 
 
-def mean_loss(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, device: str, precision: str) -> float:
+def mean_loss(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, context: TrainContext) -> float:
     """Mean negative log-likelihood (nats a token) of the masked tokens."""
     total, count = 0.0, 0
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), autocast(context.device, context.precision):
         for group in micro_batches([len(row.ids) for row in rows], batch_tokens):
-            logp_C = token_logprobs(model, pack([rows[i] for i in group], device)).logp_C
+            logp_C = token_logprobs(model, pack([rows[i] for i in group], context.device)).logp_C
             total, count = total - float(logp_C.double().sum()), count + logp_C.numel()
     return total / max(count, 1)
 
 
 def end_probability(
-    model: nn.Module, rows: Sequence[Encoded], chat: Chat, batch_tokens: int, device: str, precision: str
+    model: nn.Module, rows: Sequence[Encoded], chat: Chat, batch_tokens: int, context: TrainContext
 ) -> float | None:
     """Mean probability of the token that stops a sampler, where the replies of ``rows`` end; None where none ends."""
     ends = [
@@ -115,39 +111,29 @@ def end_probability(
     ]
     ending = [Encoded(row.ids, mask) for row, mask in zip(rows, ends, strict=True) if any(mask)]
     total, count = 0.0, 0
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), autocast(context.device, context.precision):
         for group in micro_batches([len(row.ids) for row in ending], batch_tokens):
-            logp_C = token_logprobs(model, pack([ending[i] for i in group], device)).logp_C
+            logp_C = token_logprobs(model, pack([ending[i] for i in group], context.device)).logp_C
             total, count = total + float(logp_C.double().exp().sum()), count + logp_C.numel()
     return total / count if count else None
 
 
 def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context: TrainContext) -> dict[str, Any]:
     """Fine-tunes the model on demonstrations and writes its checkpoint; returns the stage's summary."""
-    settings = context.base_model
-    template = settings.chat_template
+    template = context.base_model.chat_template
     if template is None and Chat(load_tokenizer(context.source())).plain:
         template = "keel"
-    model, tokenizer = load_policy(
-        context.source(),
-        device=context.device,
-        chat_template=template,
-        learn_marks=True,
-        lora=settings.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
-        products=context.products_over_base,
-        note=context.reporter.note,
-    )
+    model, tokenizer = roles_of(config, context).assistant(template)
     chat = Chat(tokenizer)
     training, heldout = split_by_prompt(demonstrations, context.data.heldout_fraction, context.seed)
     (trained, rows), (held, heldout_rows) = (_encode(part, chat, context) for part in (training, heldout))
     record_lineage(context.stage, trained, held)
-    algorithm = Sft(model, rows, heldout_rows, config, context.device, context.precision, context.seed)
-    before = mean_loss(model, heldout_rows, config.batch_tokens, context.device, context.precision)
+    algorithm = Sft(model, rows, heldout_rows, config, context)
+    before = mean_loss(model, heldout_rows, config.batch_tokens, context)
     texts = Ptx(model, tokenizer, config, context)
-    steps = train(algorithm, config, context.stage, context.reporter, context.device, context.precision, texts)
+    steps = train(algorithm, config, context, texts)
     algorithm.restore_best()
-    ending = end_probability(model, heldout_rows, chat, config.batch_tokens, context.device, context.precision)
+    ending = end_probability(model, heldout_rows, chat, config.batch_tokens, context)
     if ending is not None and ending < ENDS:
         context.reporter.note(
             f"{config.name}: at the ends of held-out replies the end token has a mean probability of {ending:.2g}, so "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,14 +15,14 @@ import torch
 import yaml
 from test_stages import base_model, data_files, run
 from tiny import preferences, prompt, save_tiny, tiny_tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.data.collate import pack
 from keel.model.checkpoint import load_scalar
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import backbone
-from keel.model.trunk import Trunk
+from keel.model.shared_base import SharedBase
 from keel.recipe.ppo import PpoStage
 from keel.recipe.recipe import Recipe
 from keel.recipe.reward import RewardStage
@@ -30,21 +31,22 @@ from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent
 from keel.train.context import TrainContext
 from keel.train.online import make_rollouts
-from keel.train.ppo import _critic, train_ppo
+from keel.train.ppo import train_ppo
 from keel.train.reward import train_reward
-from keel.types import Completion, Encoded, Prompt, UserError
+from keel.train.roles import roles_of
+from keel.types import Completion, Encoded, Prompt, Scores, UserError
 
 ROOT = Path(__file__).parent.parent
 LORA = LoraConfig(rank=4)
 PROMPTS = [prompt(n) for n in range(40)]
 
 
-def context(tmp: Path, name: str, model: Path, trunk: Trunk | None = None) -> TrainContext:
+def context(tmp: Path, name: str, model: Path, shared: SharedBase | None = None) -> TrainContext:
     stage = RunDir(tmp / "run").stage(name)
     stage.begin(name)
     torch.manual_seed(7)  # new adapters are drawn from the global generator
     settings = ModelConfig(path=str(model), lora=LORA)
-    return TrainContext(stage, Silent(), model, settings, DataConfig(), "cpu", "fp32", 0, trunk)
+    return TrainContext(stage, Silent(), model, settings, DataConfig(), "cpu", "fp32", 0, shared)
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +76,24 @@ def ppo_stage(**changes: Any) -> PpoStage:
     return PpoStage(**settings | changes)
 
 
-def scorer_of(trunk: Trunk, reward: Path) -> RewardModelScorer:
-    model = trunk.reward_model(reward)
+def scorer_of(shared: SharedBase, reward: Path) -> RewardModelScorer:
+    model = shared.reward_model(reward)
     model.model.requires_grad_(False)
     return RewardModelScorer(model, 4096)
 
 
 def ppo(tmp: Path, base: Path, reward: Path, **changes: Any) -> TrainContext:
-    trunk = Trunk(base, "cpu", LORA)
-    c = context(tmp, "ppo", base, trunk)
-    train_ppo(ppo_stage(**changes), PROMPTS, scorer_of(trunk, reward), base, reward, c)
+    shared = SharedBase(base, "cpu", LORA)
+    c = context(tmp, "ppo", base, shared)
+    train_ppo(ppo_stage(**changes), PROMPTS, scorer_of(shared, reward), base, reward, c)
     return c
+
+
+def test_a_training_stages_models_are_made_in_one_place() -> None:
+    """Whoever else in the room loads a model would not put it on one base, nor spread it over devices."""
+    makes = re.compile(r"\b(load_policy|load_scalar|SharedBase\()")
+    found = {path.name for path in (ROOT / "keel" / "train").glob("*.py") if makes.search(path.read_text("utf-8"))}
+    assert found == {"roles.py"}
 
 
 def held_bytes(parameters: Iterable[nn.Parameter]) -> int:
@@ -99,12 +108,12 @@ def parameters_of(models: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 def roles(base: Path, reward: Path, tmp: Path) -> dict[str, nn.Module]:
     """The four models of a PPO stage, as its own code makes them."""
-    trunk = Trunk(base, "cpu", LORA)
-    c, stage = context(tmp, "roles", base, trunk), ppo_stage()
-    scorer = scorer_of(trunk, reward)
+    shared = SharedBase(base, "cpu", LORA)
+    c, stage = context(tmp, "roles", base, shared), ppo_stage()
+    scorer = scorer_of(shared, reward)
     rollouts = make_rollouts(stage, PROMPTS, scorer, base, c)
     assert rollouts.reference is not None
-    critic = _critic(stage, reward, c)
+    critic = roles_of(stage, c).critic(reward)
     models = {"policy": rollouts.policy, "reference": rollouts.reference, "reward": scorer.reward_model.model}
     return models | {"critic": critic.model}
 
@@ -134,7 +143,7 @@ def test_the_same_numbers_as_four_models_apart(
     base: Path, reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = ppo(tmp_path / "together", base, reward)
-    monkeypatch.setattr(Trunk, "_tree", lambda self: copy.deepcopy(self.model))
+    monkeypatch.setattr(SharedBase, "_tree", lambda self: copy.deepcopy(self.model))
     apart = ppo(tmp_path / "apart", base, reward)
     rows = [c.stage.metrics.rows() for c in (together, apart)]
     assert len(rows[0]) == 4
@@ -171,14 +180,14 @@ def test_reward_and_critic_are_the_merged_checkpoint(base: Path, reward: Path) -
     """What was trained with adapters and saved merged is the oracle; the scale comes along."""
     merged = load_scalar(reward)
     assert (merged.mean, merged.std) != (0.0, 1.0)
-    trunk = Trunk(base, "cpu", LORA)
+    shared = SharedBase(base, "cpu", LORA)
     batch = pack(some_rows())
     for checkpointing in (False, True):
-        on_trunk = trunk.reward_model(reward, checkpointing)
+        on_base = shared.reward_model(reward, checkpointing)
         with torch.no_grad():
-            torch.testing.assert_close(on_trunk.score_packed(batch), merged.score_packed(batch), atol=1e-5, rtol=0)
-            torch.testing.assert_close(on_trunk.values_packed(batch), merged.values_packed(batch), atol=1e-5, rtol=0)
-        assert on_trunk.values_packed(batch).requires_grad
+            torch.testing.assert_close(on_base.score_packed(batch), merged.score_packed(batch), atol=1e-5, rtol=0)
+            torch.testing.assert_close(on_base.values_packed(batch), merged.values_packed(batch), atol=1e-5, rtol=0)
+        assert on_base.values_packed(batch).requires_grad
 
 
 def test_a_new_critic_is_the_base_with_a_drawn_head(base: Path) -> None:
@@ -186,16 +195,16 @@ def test_a_new_critic_is_the_base_with_a_drawn_head(base: Path) -> None:
     plain = load_scalar(base, new_head_seed=3)
     with torch.no_grad():
         torch.testing.assert_close(
-            Trunk(base, "cpu", LORA).new_critic(3, False).values_packed(batch), plain.values_packed(batch)
+            SharedBase(base, "cpu", LORA).new_critic(3, False).values_packed(batch), plain.values_packed(batch)
         )
 
 
 def test_training_leaves_the_base_alone_and_writes_a_whole_model(base: Path, reward: Path, tmp_path: Path) -> None:
     before = {n: t.clone() for n, t in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}
-    trunk = Trunk(base, "cpu", LORA)
-    c = context(tmp_path, "ppo", base, trunk)
-    train_ppo(ppo_stage(), PROMPTS, scorer_of(trunk, reward), base, None, c)  # with a new critic
-    for name, tensor in trunk.model.state_dict().items():
+    shared = SharedBase(base, "cpu", LORA)
+    c = context(tmp_path, "ppo", base, shared)
+    train_ppo(ppo_stage(), PROMPTS, scorer_of(shared, reward), base, None, c)  # with a new critic
+    for name, tensor in shared.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     trained = AutoModelForCausalLM.from_pretrained(c.stage.path)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
@@ -221,7 +230,7 @@ class Failing:
     def __init__(self, inner: RewardModelScorer) -> None:
         self.inner, self.calls = inner, 0
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         self.calls += 1
         if self.calls == 3:
             raise Interrupted
@@ -230,13 +239,13 @@ class Failing:
 
 def test_an_interrupted_run_ends_with_the_same_weights(base: Path, reward: Path, tmp_path: Path) -> None:
     whole = ppo(tmp_path / "whole", base, reward, save_every_seconds=0)
-    trunk = Trunk(base, "cpu", LORA)
-    c = context(tmp_path / "cut", "ppo", base, trunk)
+    shared = SharedBase(base, "cpu", LORA)
+    c = context(tmp_path / "cut", "ppo", base, shared)
     stage = ppo_stage(save_every_seconds=0)
     with pytest.raises(Interrupted):
-        train_ppo(stage, PROMPTS, Failing(scorer_of(trunk, reward)), base, reward, c)
+        train_ppo(stage, PROMPTS, Failing(scorer_of(shared, reward)), base, reward, c)
     torch.manual_seed(1234)  # other adapters to begin with: all is in the state
-    again = Trunk(base, "cpu", LORA)
+    again = SharedBase(base, "cpu", LORA)
     resumed = TrainContext(c.stage, Silent(), base, c.base_model, DataConfig(), "cpu", "fp32", 0, again)
     train_ppo(stage, PROMPTS, scorer_of(again, reward), base, reward, resumed)
     states = [AutoModelForCausalLM.from_pretrained(x.stage.path).state_dict() for x in (whole, resumed)]
@@ -250,12 +259,12 @@ def test_an_interrupted_run_ends_with_the_same_weights(base: Path, reward: Path,
 def test_adapters_of_another_base_are_refused(base: Path, reward: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="trained on another base than"):
-        Trunk(other, "cpu", LORA).reward_model(reward)
+        SharedBase(other, "cpu", LORA).reward_model(reward)
     without = tmp_path / "without"
     shutil.copytree(reward, without)
     shutil.rmtree(without / "adapter")
     with pytest.raises(UserError, match="no adapters there"):
-        Trunk(base, "cpu", LORA).reward_model(without)
+        SharedBase(base, "cpu", LORA).reward_model(without)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from keel.recipe.sections import LoraConfig, Source
 from keel.types import UserError
 
 
-class Trunk:
+class SharedBase:
     """A causal LM, frozen and held once. A role's model costs the bytes of its adapters and head."""
 
     def __init__(self, place: Place, device: str, lora: LoraConfig, products: Precision | None = None) -> None:
