@@ -30,8 +30,8 @@ class GrpoStage(OnlineBase):
     )
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "auto",
-        description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's, "
-        "and the trainer's at the step itself where each rollout gets one step",
+        description="whose log-probabilities the ratios divide by; auto: the sampler's, as long as a probe "
+        "agrees with the trainer, and the trainer's at the step itself where each rollout gets one step",
     )
 
     def kl_weight(self) -> float:

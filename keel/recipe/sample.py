@@ -22,9 +22,14 @@ class SampleStage(StageBase):
     model: str = "sft"
     prompts: str | None = Field(None, description="default: data.prompts")
     per_prompt: int = Field(4, ge=1, description="responses kept a prompt")
-    candidates: int = Field(0, ge=0, description="responses sampled a prompt before near-duplicates go; 0: per_prompt")
+    candidates: int = Field(
+        0, ge=0, description="responses sampled a prompt before near-duplicates are removed; 0: per_prompt"
+    )
     max_similarity: float = Field(
-        0.95, ge=0, le=1, description="token-set similarity at which two responses are the same; 0: the least alike"
+        0.95,
+        ge=0,
+        le=1,
+        description="token-set similarity at which two responses are the same; 0 keeps the least similar",
     )
     rewards: list[RewardTerm] = Field(
         default_factory=list,

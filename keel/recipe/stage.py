@@ -271,7 +271,8 @@ class OnlineBase(PolicyBase):
     )
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
         "trainer",
-        description="whose log-probabilities the ratios divide by; auto: the sampler's while they are the trainer's",
+        description="whose log-probabilities the ratios divide by; auto: the sampler's, as long as a "
+        "probe agrees with the trainer (0.002 nats a token)",
     )
     watch: PythonRef | None = Field(None, description="a judge that only watches: its mean is logged as eval/gold")
 
