@@ -362,10 +362,9 @@ def test_rewards_and_values_are_the_classifiers_own(name: str, expected_road: st
 # ------------------------------------------------------------------------------------------------- adapters, limits
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_adapters_on_the_output_layer_learn(tied: bool, tmp_path: Path) -> None:
-    """Values and gradients against transformers' logits through peft's own layer."""
-    LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)).save_pretrained(tmp_path)
+def test_adapters_on_the_output_layer_learn(tmp_path: Path) -> None:
+    """Values and gradients against transformers' logits through peft's own layer. (On a tied one they are refused.)"""
+    LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path)
     model = drawn(AutoModelForCausalLM.from_pretrained(tmp_path))
     ready: Any = prepared(model, "cpu", LoraConfig(rank=2, targets=["lm_head", "q_proj"]), False, "CAUSAL_LM", [])
     with torch.no_grad():

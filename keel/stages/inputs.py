@@ -142,8 +142,10 @@ def _without_heldout(
     records: list[T], messages: Callable[[T], Sequence[Message]], what: str, context: StageContext
 ) -> list[T]:
     """People may have worked on any prompt (its ``messages``); the evaluation's must stay unseen."""
+    if not records:  # of a stage that learns from nobody's, which declares no held-out prompts either
+        return records
     source = context.recipe.data.heldout_prompts
-    if source is None or not records:
+    if source is None:
         return records
     heldout = _hashes(source, context)
     kept = [record for record in records if messages_hash(messages(record)) not in heldout]
