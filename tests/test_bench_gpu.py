@@ -67,6 +67,7 @@ def ran(piece: str, folder: Path, *more: str) -> dict[str, dict[str, object]]:
     return found["cases"]  # type: ignore[no-any-return]
 
 
+@pytest.mark.wide
 def test_training_runs(tmp_path: Path) -> None:
     cases = ran("training", tmp_path)
     assert {name.split()[0] for name in cases} == {"sft", "dpo", "reward", "ppo", "grpo"}

@@ -12,6 +12,7 @@ from bench.gpu.correct import Check, Gap, LeftOut, Said, Setting
 from bench.gpu.correctness import CHECKS, Alone
 
 
+@pytest.mark.wide
 def test_every_check_passes_on_a_cpu(tmp_path: Path) -> None:
     found = correctness.run(Alone("cpu", True, tmp_path))
     assert not found["failed"]

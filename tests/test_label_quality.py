@@ -86,7 +86,7 @@ def test_bad_annotators_are_named_and_no_others(
 
 def test_crowd_bt_names_them_where_nothing_was_judged_twice() -> None:
     """Nine replies a prompt, each pair judged once: Dawid & Skene can say nothing."""
-    found = [quality(crowd(seed, 100 * 36, 1, responses=9), {}) for seed in range(2)]
+    found = [quality(crowd(seed, 100 * 36, 1, responses=9), {}) for seed in range(1)]
     precision, recall = precision_and_recall(found)
     print(f"Crowd-BT alone: precision {precision:.2f}, recall {recall:.2f}")
     assert precision >= 0.9

@@ -195,7 +195,7 @@ def losses_and_gradients(model: nn.Module) -> list[Tensor]:
         ),
     ],
 )
-@pytest.mark.parametrize("options", [{"lora": LoraConfig(rank=2)}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("options", [{"lora": LoraConfig(rank=2), "gradient_checkpointing": True}])
 def test_compiled_passes_give_the_same_numbers_for_any_shape(
     options: dict[str, Any], backend: str, tmp_path: Path
 ) -> None:

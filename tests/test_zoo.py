@@ -6,6 +6,7 @@ import torch
 from tests import zoo
 
 
+@pytest.mark.wide
 def test_most_types_can_be_made_and_the_others_say_why() -> None:
     names = zoo.names()
     made = [name for name in names if zoo.why_not(name) is None]
