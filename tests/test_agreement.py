@@ -294,6 +294,7 @@ def test_crowd_bt_reaches_the_maximum_that_scipy_finds(case: int) -> None:
     assert [fit.eta[str(k)].point for k in range(5)] == pytest.approx(oracle["eta"], abs=0.01)
 
 
+@pytest.mark.wide
 def test_crowd_bt_recovers_scores_and_reliabilities() -> None:
     rng, covered, errors = random.Random(0), 0, []
     scores = [rng.gauss(0, 1.5) for _ in range(60)]
@@ -328,6 +329,7 @@ def shared_store(store: Store, pairs: Sequence[tuple[Prompt, str, str]], overlap
         s.add_comparisons(items, overlap)
 
 
+@pytest.mark.wide
 def test_the_harbors_bad_annotators_are_named(tmp_path: Path) -> None:
     honest = population(0)
     lazy, adversarial = {"a04", "a12"}, {"a08", "a17"}

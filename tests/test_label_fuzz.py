@@ -14,7 +14,7 @@ from keel.store import Store
 from keel.web.app.limits import Rate
 from keel.web.app.security import COOKIE
 
-EXAMPLES = 6  # a route; there are fifty
+EXAMPLES = 4  # a route; there are fifty
 ENDS_THE_SESSION = {"/sign-out", "/account"}
 
 

@@ -65,7 +65,9 @@ def precision_and_recall(found: Sequence[Quality]) -> tuple[float, float]:
     return right / max(1, sum(map(len, named))), right / (len(bad) * len(found))
 
 
-@pytest.mark.parametrize(("items", "judges", "least"), [(700, 2, 0.6), (1000, 3, 0.9)])
+@pytest.mark.parametrize(
+    ("items", "judges", "least"), [(700, 2, 0.6), pytest.param(1000, 3, 0.9, marks=pytest.mark.wide)]
+)
 def test_bad_annotators_are_named_and_no_others(
     items: int, judges: int, least: float, record_property: pytest.RecordProperty
 ) -> None:
@@ -84,6 +86,7 @@ def test_bad_annotators_are_named_and_no_others(
         assert all(one.crowd_bt is None for one in each.annotators)  # too few votes a response for it to tell
 
 
+@pytest.mark.wide
 def test_crowd_bt_names_them_where_nothing_was_judged_twice() -> None:
     """Nine replies a prompt, each pair judged once: Dawid & Skene can say nothing."""
     found = [quality(crowd(seed, 100 * 36, 1, responses=9), {}) for seed in range(1)]
@@ -97,6 +100,7 @@ def test_crowd_bt_names_them_where_nothing_was_judged_twice() -> None:
         assert all(one.crowd_bt is not None and one.crowd_bt.interval is not None for one in each.annotators)
 
 
+@pytest.mark.wide
 def test_the_app_names_the_harbors_bad_annotators(tmp_path: Path) -> None:
     """Through the store and the queue, with the demo's population, which has habits and noise of its own."""
     people = [

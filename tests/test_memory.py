@@ -182,6 +182,7 @@ def losses_and_gradients(model: nn.Module) -> list[Tensor]:
     return found
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "backend",
     [
