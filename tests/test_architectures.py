@@ -14,6 +14,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_a_family_is_right_or_refused(name: str) -> None:
     row = examine(name)

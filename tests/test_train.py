@@ -486,7 +486,11 @@ RESUMED: dict[str, Callable[[Path, Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(RESUMED))
+# GRPO has PPO's loop and rollouts.
+KILLED = [pytest.param(kind, marks=pytest.mark.wide) if kind == "grpo" else kind for kind in RESUMED]
+
+
+@pytest.mark.parametrize("kind", KILLED)
 def test_killed_runs_end_with_the_same_weights_bit_for_bit(
     kind: str, runs: subprocess.Popen[str], sft_model: Path, tmp_path: Path
 ) -> None:
