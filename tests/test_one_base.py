@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_stages import base_model, data_files, run
-from tiny import preferences, prompt, save_tiny, tiny_tokenizer
+from test_stages import assistant, run
+from tiny import preferences, prompt, save_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -291,18 +291,8 @@ def test_recipes_that_cannot_share_a_base(change: dict[str, Any], message: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_recipe_runs(architecture: str, tmp_path: Path) -> None:
-    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "ppo_one_base.yaml").read_text())
-    base_model(architecture).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    recipe["model"] = {"path": str(tmp_path / "base"), "lora": {"rank": 4}}
-    recipe["data"] = {**data_files(tmp_path), "max_length": 120, "max_prompt_length": 60}
-    short = {"max_new_tokens": 6, "batch_size": 8}
-    for stage in recipe["stages"]:
-        stage |= {
-            "sft": {"epochs": 1, "batch_size": 16},
-            "ppo": {"episodes": 16, "rollout_batch": 8, "minibatches": 2, "sampling": short},
-            "eval": {"sampling": short, "bootstrap": 100},
-        }.get(stage["name"], {})
+    recipe = assistant(tmp_path, architecture, "ppo_one_base")
+    recipe["model"]["lora"] = {"rank": 4}
     done = run(recipe, tmp_path / "run")
     assert done.stage("ppo").summary()["kl_at_start"] == pytest.approx(0, abs=1e-5)
     assert AutoModelForCausalLM.from_pretrained(done.stage("ppo").path)

@@ -89,9 +89,9 @@ def run(recipe: dict[str, Any], out: Path) -> RunDir:
     return directory
 
 
-def assistant(tmp: Path, architecture: str) -> dict[str, Any]:
-    """The shipped recipe, on tiny data."""
-    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "assistant.yaml").read_text())
+def assistant(tmp: Path, architecture: str, shipped: str = "assistant") -> dict[str, Any]:
+    """A shipped recipe, on tiny data."""
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / f"{shipped}.yaml").read_text())
     base = tmp / "base"
     base_model(architecture).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
