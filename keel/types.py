@@ -106,6 +106,8 @@ class Preference:
     A completion that was cut at the length limit is not ``finished``: it gets no end token, lest the model learn to
     stop there. ``weight`` is what the record counts for in a loss beside the others (``keel.feedback.aggregate``).
     ``settled`` is a reviewer's last word on this pair, whatever this vote says; empty where there is none.
+    ``probability``: how probable it is that ``chosen`` is the better one, where that is known (a soft label); None for
+    a label as it stands.
     """
 
     id: str
@@ -119,6 +121,7 @@ class Preference:
     rejected_finished: bool = True
     weight: float = 1.0
     settled: Settled = ""
+    probability: float | None = None
     place: str = field(default="", compare=False)
 
     @property
@@ -135,6 +138,7 @@ class Preference:
             chosen_finished=self.rejected_finished,
             rejected_finished=self.chosen_finished,
             settled=_SWAPPED[self.settled],
+            probability=None if self.probability is None else 1 - self.probability,
         )
 
 
@@ -148,19 +152,24 @@ class HeldoutPair(NamedTuple):
     rejected_tokens: int
 
 
-def place_of(record: Prompt | Demonstration | Preference) -> str:
+def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion) -> str:
     """Where a record comes from, for a sentence about it: its file and line, or what names it when it is of no file."""
     return record.place or f"{type(record).__name__.lower()} {record.id}"
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledCompletion:
-    """A completion with a thumbs up or down (``prompt`` + ``completion`` + ``label`` rows, as KTO uses)."""
+    """A completion with a thumbs up or down (``prompt`` + ``completion`` + ``label`` rows, as KTO uses). One that was
+    cut at the length limit is not ``finished`` and gets no end token."""
 
     id: str
     prompt: Prompt
     completion: str
     label: bool
+    annotator: str = ""
+    finished: bool = True
+    weight: float = 1.0
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

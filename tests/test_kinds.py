@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from pydantic import Field
 
 from keel.pipeline.fingerprint import Contents, stage_fingerprint
 from keel.recipe.annotate import AnnotateStage
@@ -308,3 +309,17 @@ def test_a_new_kind_touches_five_files(tmp_path: Path, subprocess_env: dict[str,
 
 def _sources(package: Path) -> set[tuple[str, str]]:
     return {(str(file), file.read_text()) for file in package.rglob("*.py")}
+
+
+def test_a_setting_that_came_later_leaves_earlier_runs_as_they_are() -> None:
+    class Older(RewardStage):
+        later = frozenset({"label_smoothing"})
+
+    class Newer(Older):
+        later = frozenset({"extra"})
+        extra: list[str] = Field(default_factory=list)
+
+    before = {k: v for k, v in RewardStage(name="a").settings().items() if k != "label_smoothing"}
+    assert Newer(name="b", log_every=3).settings() == before  # both classes' later settings are left out
+    changed = Newer(name="b", label_smoothing=0.1, extra=["x"]).settings()
+    assert changed == before | {"label_smoothing": 0.1, "extra": ["x"]}

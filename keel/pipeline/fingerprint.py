@@ -63,7 +63,7 @@ def stage_fingerprint(
     recipe: Recipe, stage: Stage, above: Mapping[str, str], device: str, contents: Contents, votes: VoteHashes
 ) -> str:
     """``above``: the fingerprints of the stages that it uses; ``votes``: of the run's store."""
-    settings = stage.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds"})
+    settings = stage.settings()
     for field, named in stage.files().items():
         if isinstance(named, str):
             settings[field] = contents.of(named)

@@ -4,7 +4,7 @@ learning from own samples."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,16 @@ class StageBase(Strict):
     gives_template: ClassVar[bool] = False  # its model has a chat template, whatever it starts from
     compares_models: ClassVar[bool] = False  # the models that it loads are asked the same
     weights_on_disk: ClassVar[int] = 0  # float32 copies of the model that its folder may hold while it works
+    # Settings that this class got after runs had been made. At their defaults they do what was done before, and a
+    # fingerprint leaves them out, so that those runs still stand.
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    def settings(self) -> dict[str, Any]:
+        """What its result depends on of its own fields, as JSON has it."""
+        later = frozenset[str]().union(*(kind.__dict__.get("later", ()) for kind in type(self).__mro__))
+        fields = type(self).model_fields
+        same = {name for name in later if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+        return self.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds", *same})
 
     def references(self) -> Iterator[Reference]:
         """Every field that names a stage or a checkpoint folder."""
