@@ -40,16 +40,23 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """One server for all tests of a process: to set one up takes longer than most of them."""
+    pg_server.server_or_skip()
+    with pg_server.running() as url:
+        yield url
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
     """Makes empty databases, of both kinds in turn."""
     if request.param == "sqlite":
         with sqlite_urls(tmp_path) as make:
             yield make
-        return
-    pg_server.server_or_skip()
-    with pg_server.running() as server, postgres_urls(server) as make:
-        yield make
+    else:
+        with postgres_urls(request.getfixturevalue("postgres")) as make:
+            yield make
 
 
 @pytest.fixture

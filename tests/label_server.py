@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pg_server
 from databases import postgres_urls
+from loopback import free_port
 
 from keel.store import Store
 from keel.web.service.people import People
@@ -36,9 +36,7 @@ class Process:
     """``lease``: seconds; ``wait``: seconds that the server waits for a locked database."""
 
     def __init__(self, url: str, lease: float = 1800.0, wait: float = 1.0) -> None:
-        with socket.socket() as probe:  # one port for good: what a browser keeps belongs to it
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()  # one for good: what a browser keeps belongs to it
         self._arguments = [sys.executable, "-c", SERVER, url, str(port), str(lease), str(wait)]
         self.url = f"http://127.0.0.1:{port}"
         self.store = Store(url)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
+import anyio
+from anyio.from_thread import BlockingPortal
+from argon2 import PasswordHasher
 from fastapi.testclient import TestClient
 
 from keel.recipe.sections import SamplingConfig
@@ -16,6 +22,7 @@ from keel.store.people import Account, AccountRole
 from keel.types import Completion, Message, Prompt
 from keel.web.app.create import create_app
 from keel.web.app.security import COOKIE
+from keel.web.service import people as accounts
 from keel.web.service.people import People
 from keel.web.service.sources import ArenaModel, SampledModel, Sources
 from keel.web.service.start import prepare
@@ -23,6 +30,11 @@ from keel.web.service.start import prepare
 PASSWORD = "a long enough password"
 SECRET_MODEL = "runs/hidden-model"
 SECRET_META = "the graders' note"
+
+
+# The package's takes 64 MiB and a tenth of a second. Each app hashes once at its start, and most tests start one.
+HASHER = accounts._HASHER
+accounts._HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 
 def token() -> str:
@@ -68,11 +80,26 @@ def fake_sources(delay: float = 0.0) -> Sources:
     return Sources(read, [words("secret-one", delay), words("secret-two", delay)], {"sft": hidden})
 
 
+@cache
+def portal() -> BlockingPortal:
+    """An event loop in a thread, for all clients: left alone, each of their requests starts one of its own."""
+    begun: queue.SimpleQueue[BlockingPortal] = queue.SimpleQueue()
+
+    async def stay() -> None:
+        async with BlockingPortal() as made:
+            begun.put(made)
+            await made.sleep_until_stopped()
+
+    threading.Thread(target=anyio.run, args=(stay,), daemon=True).start()
+    return begun.get()
+
+
 class Client:
     """A browser of sorts: it keeps the cookie and sends the page's token."""
 
     def __init__(self, app: object, cookie: str | None = None) -> None:
         self.http = TestClient(app, follow_redirects=False, raise_server_exceptions=False)  # type: ignore[arg-type]
+        self.http.portal = portal()
         self.csrf = ""
         if cookie is not None:
             self.http.cookies.set(COOKIE, cookie)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, dict[str, str], str]  # status, headers, body
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for a server that is told one, and has it again when it is started again. It lies
+    below those that systems give out by themselves (Linux from 32768, others from 49152): nobody gets it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def chat_reply(content: str | None) -> Reply:

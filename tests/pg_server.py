@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from loopback import free_port
 
 
 class Unavailable(Exception):
@@ -48,9 +48,7 @@ class Server:
         self._account = _account()
         if self._account is not None:
             os.chown(folder, self._account.pw_uid, self._account.pw_gid)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self.url = f"postgresql://keel@127.0.0.1:{self._port}"
         self._call("initdb", "-D", self._data, "-U", "keel", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
 

@@ -7,17 +7,15 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pg_server
 import pytest
-from databases import postgres_urls, sqlite_urls
 from labelling_world import World, fill
 from test_stages import loop_recipe
 from test_stages import run as run_recipe
+from waiting import eventually
 
 from keel.cli.ensemble import RunEnsemble
 from keel.cli.label import _RunModels
@@ -31,14 +29,9 @@ from keel.web.service.ordering import Ordering
 from keel.web.service.sources import Sources
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "sqlite":
-        with sqlite_urls(tmp_path) as make, Store(make()) as found:
-            yield found
-        return
-    pg_server.server_or_skip()
-    with pg_server.running() as server, postgres_urls(server) as make, Store(make()) as found:
+@pytest.fixture
+def store(new_url: Callable[[], str]) -> Iterator[Store]:
+    with Store(new_url()) as found:
         yield found
 
 
@@ -210,11 +203,8 @@ def test_the_order_over_http_and_after_a_restart(tmp_path: Path) -> None:
 
 
 def wait_for(training: Retraining, *states: str, seconds: float = 60.0) -> Any:
-    end = time.monotonic() + seconds
-    while (status := training.status()).state not in states:
-        assert time.monotonic() < end, status
-        time.sleep(0.05)
-    return status
+    eventually(lambda: training.status().state in states, seconds=seconds)
+    return training.status()
 
 
 def a_run(tmp_path: Path) -> Path:
@@ -241,10 +231,7 @@ def test_training_is_one_at_a_time_and_its_end_is_kept(tmp_path: Path) -> None:
         assert one.status().state == "running"
         with pytest.raises(UserError, match="under way already"):
             one.start("other")
-    end = time.monotonic() + 30
-    while "reward: 1/2" not in another_server.status().log:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    eventually(lambda: "reward: 1/2" in another_server.status().log)
     gate.touch()
     status = wait_for(another_server, "done")
     assert status.by == "boss"
@@ -261,31 +248,21 @@ def test_how_it_ended(tmp_path: Path, code: int, state: str) -> None:
 
 def test_stopping_interrupts_it(tmp_path: Path) -> None:
     training = Retraining(a_run(tmp_path), script("import time\nprint('begun', flush=True)\ntime.sleep(60)"))
-    training.start("boss")
-    end = time.monotonic() + 30
-    while "begun" not in training.status().log:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    training.stop()
-    wait_for(training, "stopped", "failed", seconds=20)
-    assert any("KeyboardInterrupt" in line for line in training.status().log)
-    time.sleep(0.3)
-    training.start("boss")  # and again
-    while "begun" not in training.status().log:
-        assert time.monotonic() < end + 30
-        time.sleep(0.05)
-    training.stop()
-    wait_for(training, "stopped", "failed", seconds=20)
+    for _ in range(2):  # and again
+        training.start("boss")
+        eventually(lambda: "begun" in training.status().log)
+        training.stop()
+        wait_for(training, "stopped", "failed")
+        assert any("KeyboardInterrupt" in line for line in training.status().log)
+        assert training._process is not None
+        training._process.wait()  # which lets its lock go
 
 
 def test_a_killed_training_is_no_longer_running(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     training = Retraining(run, script("import time\ntime.sleep(60)"))
     training.start("boss")
-    end = time.monotonic() + 30
-    while "pid" not in json.loads((run / FOLDER / "state.json").read_text()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    eventually(lambda: "pid" in json.loads((run / FOLDER / "state.json").read_text()))
     os.killpg(json.loads((run / FOLDER / "state.json").read_text())["pid"], signal.SIGKILL)
     status = wait_for(Retraining(run), "stopped")
     assert "killed" in status.message
@@ -317,10 +294,8 @@ def test_the_page_starts_it_and_labelling_goes_on(tmp_path: Path) -> None:
         item = ann.api("next", {"kind": "compare"}).json()["item"]
         body = {"assignment": item["id"], "token": "t" * 12, "choice": "left"}
         assert ann.api("judge", body).status_code == 200
-        end = time.monotonic() + 30
-        while "step 1" not in (page := client.get("/manage/training").text):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        eventually(lambda: "step 1" in client.get("/manage/training").text)
+        page = client.get("/manage/training").text
         assert "&lt;b&gt;step 1" in page
         assert "http-equiv" in page
         assert "<strong>1</strong> <span>judgements by people" in page

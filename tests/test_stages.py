@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pg_server
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from databases import postgres_urls
 from tiny import demonstrations, preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -356,16 +356,17 @@ def loop_recipe(tmp: Path, store: str | None) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def postgres_url() -> Iterator[str]:
-    pg_server.server_or_skip()
-    with pg_server.running() as url:
-        yield f"{url}/postgres"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """None: the run's own file."""
+    if request.param == "sqlite":
+        yield None
+    else:
+        with postgres_urls(request.getfixturevalue("postgres")) as make:
+            yield make()
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_the_loop_through_the_database(database: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    url = request.getfixturevalue("postgres_url") if database == "postgresql" else None
+def test_the_loop_through_the_database(url: str | None, tmp_path: Path) -> None:
     done = run(loop_recipe(tmp_path, url), tmp_path / "run")
     with Store(url or done.store_url) as store:
         votes = store.judgements()

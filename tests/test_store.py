@@ -34,36 +34,6 @@ from keel.store.records import NewVote
 from keel.store.settled import settle
 from keel.types import Completion, Message, Preference, Prompt, UserError
 
-# ------------------------------------------------------------------------------------------------------ two databases
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    pg_server.server_or_skip()
-    with pg_server.running() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Makes empty databases and returns their URLs."""
-    if request.param == "sqlite":
-        numbers = itertools.count()
-        yield lambda: f"sqlite:///{tmp_path}/feedback{next(numbers)}.db"
-        return
-    server = request.getfixturevalue("postgres")
-
-    engine = create_engine(parse_url(f"{server}/postgres"))
-
-    def create() -> str:  # a schema of its own in one database: a new database takes longer to make and to remove
-        name = f"keel_{uuid.uuid4().hex[:12]}"
-        with engine.begin() as connection:
-            connection.execute(text(f"CREATE SCHEMA {name}"))
-        return f"{server}/postgres?options=-csearch_path%3D{name}"
-
-    yield create
-    engine.dispose()
-
 
 @pytest.fixture
 def url(new_url: Callable[[], str]) -> str:
