@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import BertConfig, BertLMHeadModel, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from waiting import eventually
 
 from keel.check import preflight
 from keel.cli import main
@@ -71,8 +72,8 @@ def _keel(
 def test_run_killed_and_run_again_ends_with_the_same_weights(
     folder: Path, keel_command: list[str], subprocess_env: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(folder / "recipe.yaml")
-    assert main(["run", recipe, "--out", str(folder / "whole")]) == 0
+    run = ["run", str(folder / "recipe.yaml"), "sft.epochs=12"]  # a second or two, in which it can be killed
+    assert main([*run, "--out", str(folder / "whole")]) == 0
     said = capfd.readouterr().out
     assert "sft: started" in said
     assert "What each stage did" in said
@@ -81,16 +82,14 @@ def test_run_killed_and_run_again_ends_with_the_same_weights(
 
     state = folder / "killed" / "sft" / "state" / "state.pt"
     for _ in range(5):  # on a busy machine the run may end before this process looks again
-        killed = subprocess.Popen([*keel_command, "run", recipe, "--out", str(folder / "killed")], env=subprocess_env)
-        deadline = time.monotonic() + 60
-        while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        killed = subprocess.Popen([*keel_command, *run, "--out", str(folder / "killed")], env=subprocess_env)
+        eventually(lambda: state.exists() or killed.poll() is not None, lambda _: time.sleep(0.005))
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         if state.exists():  # a stage that is done has none
             break
         shutil.rmtree(folder / "killed")
-    assert main(["run", recipe, "--out", str(folder / "killed")]) == 0
+    assert main([*run, "--out", str(folder / "killed")]) == 0
     assert "resumed at" in capfd.readouterr().out
     whole, again = (folder / name / "sft" / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == again.read_bytes()
@@ -124,9 +123,7 @@ def test_ctrl_c_is_130_and_can_go_on(folder: Path, keel_command: list[str], subp
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state = folder / "stopped" / "sft" / "state" / "state.pt"
-    deadline = time.monotonic() + 60
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: state.exists() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate()
     assert process.returncode == 130, errors

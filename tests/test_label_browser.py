@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import uvicorn
 from labelling_world import PASSWORD, fake_sources, fill
 from test_label_models import Judged
+from waiting import eventually
 
 from keel.store import Store
 from keel.web.app.create import create_app
@@ -28,12 +30,22 @@ if not Path(CHROMIUM).exists() and os.environ.get("CI") != "true":
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright  # noqa: E402
 
+expect.set_options(timeout=30_000)  # a slow machine is none of the things that are tested
 MANAGED = (
     "quality", "models", "disagreements", "flags", "prompts", "queue", "gold", "training", "people", "guideline",
     "export", "events",
 )  # fmt: skip
 SETTLED = 300  # milliseconds, after which an item on the screen takes a vote
 SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
+
+
+class Clock:
+    """The server's time, which tests move on."""
+
+    ahead = timedelta()
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
 
 
 class Served:
@@ -50,8 +62,7 @@ class Served:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        while not self._server.started:
-            time.sleep(0.02)
+        eventually(lambda: self._server.started)
         self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
 
     def close(self) -> None:
@@ -69,7 +80,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -77,9 +88,16 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """Pages that were left open would go on asking a server that is gone."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
+
+
 def open_as(browser: Browser, served: Served, link: str, **options: object) -> tuple[BrowserContext, Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 800}, **options)  # type: ignore[arg-type]
-    context.set_default_timeout(30_000)
     page = context.new_page()
     page.on("pageerror", lambda error: pytest.fail(f"a script failed: {error}"))
     page.goto(f"{served.url}{link}")
@@ -109,12 +127,26 @@ def press(page: Page, key: str) -> None:
     expect(page.locator("#messages")).not_to_have_text(before)
 
 
-def test_a_new_guideline_is_announced_where_people_work(browser: Browser, served: Served) -> None:
+def fetched(page: Page) -> None:
+    """Once a page that was opened shows an item and has fetched the next ones. (Later on nothing is waited for.)"""
+    expect(page.locator("#item")).to_be_visible()
+    page.wait_for_load_state("networkidle")
+
+
+def wait_for_votes(store: Store, count: int, page: Page | None = None) -> None:
+    """A page goes on once its browser keeps a vote; the store has it later. ``page``: its handlers work meanwhile."""
+    rest = time.sleep if page is None else lambda seconds: page.wait_for_timeout(1000 * seconds)
+    eventually(lambda: len(store.judgements()) == count, rest)
+
+
+def test_a_new_guideline_is_announced_where_people_work(
+    browser: Browser, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keel.web.service.labelling._KEPT_SECONDS", 0.0)
     _, page = owner(browser, served)
     expect(page.locator("#left")).to_contain_text("Answer")
     expect(page.locator("#changed")).to_be_hidden()
     Manage(served.store).add_guideline("New words", "", "boss")
-    page.wait_for_timeout(5200)  # the server looks for a new one every five seconds
     press(page, "1")
     expect(page.locator("#changed")).to_contain_text("The guideline has changed")
     page.screenshot(path=SHOTS / "compare-new-guideline.png")
@@ -126,13 +158,6 @@ def test_a_new_guideline_is_announced_where_people_work(browser: Browser, served
     press(page, "3")
     wait_for_votes(served.store, 3)
     assert [vote.guideline for vote in served.store.judgements()] == ["1", "1", "2"]
-
-
-def wait_for_votes(store: Store, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while len(store.judgements()) != count and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(store.judgements()) == count
 
 
 def test_twenty_items_by_keyboard_and_undo(browser: Browser, served: Served) -> None:
@@ -175,8 +200,7 @@ def test_twenty_items_by_keyboard_and_undo(browser: Browser, served: Served) -> 
 
 def test_a_key_or_tap_that_comes_twice_is_no_vote_on_the_next_item(browser: Browser, served: Served) -> None:
     _, page = owner(browser, served)
-    expect(page.locator("#left")).to_contain_text("Answer")
-    page.wait_for_timeout(1000)  # until the next ones are fetched
+    fetched(page)
     first = page.locator("#messages").inner_text()
     page.keyboard.press("1")
     page.keyboard.press("1")
@@ -204,8 +228,7 @@ def test_two_people_at_once_get_different_items(browser: Browser, served: Served
 
 def test_votes_made_without_a_connection_are_sent_later_and_count_once(browser: Browser, served: Served) -> None:
     context, page = owner(browser, served)
-    expect(page.locator("#left")).to_contain_text("Answer")
-    page.wait_for_timeout(1000)  # until the next ones are fetched
+    fetched(page)
     context.set_offline(True)
     press(page, "1")
     press(page, "7")

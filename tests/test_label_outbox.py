@@ -4,7 +4,6 @@ session gone, the item given away, and storage that takes nothing. In a real bro
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from label_server import Process, postgres_that_stops, sqlite_that_locks
 from labelling_world import PASSWORD, fill, person
-from test_label_browser import SETTLED, SHOTS, Served, browser, press, wait_for_votes
+from test_label_browser import SETTLED, SHOTS, Clock, Served, browser, chromium, fetched, press, wait_for_votes
 
 from keel.store import Store
 from keel.store.records import NewVote
@@ -25,7 +24,7 @@ from keel.web.service.start import prepare
 if True:  # after the skip of test_label_browser
     from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
-__all__ = ["browser"]
+__all__ = ["browser", "chromium"]
 
 NO_ROOM = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
 CLOSED = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
@@ -38,22 +37,18 @@ def process_of(url: str) -> Process:
     return Process(url)
 
 
-def serve(folder: Path, items: int = 12, lease: float = 1800.0) -> Served:
-    store = Store(folder / "feedback.db", lease=timedelta(seconds=lease))
-    fill(store, items, replies=4)
-    return Served(store)
-
-
-def stop(served: Served) -> None:
-    served.close()
-    served.store.close()
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    running = serve(tmp_path)
-    yield running
-    stop(running)
+def served(tmp_path: Path, clock: Clock) -> Iterator[Served]:
+    with Store(tmp_path / "feedback.db", clock=clock) as store:
+        fill(store, 12, replies=4)
+        running = Served(store)
+        yield running
+        running.close()
 
 
 def enter(context: BrowserContext, served: Served | Process, secret: str | None = None, page: str = "compare") -> Page:
@@ -65,11 +60,6 @@ def enter(context: BrowserContext, served: Served | Process, secret: str | None 
     if page != "compare":
         opened.goto(f"{served.url}/{page}")
     return opened
-
-
-def fetched(page: Page) -> None:
-    expect(page.locator("#item")).to_be_visible()
-    page.wait_for_load_state("networkidle")  # until the next ones are here
 
 
 def vote(page: Page, keys: str) -> list[tuple[str, str]]:
@@ -202,15 +192,19 @@ def give_away(store: Store, name: str) -> None:
         labelling.judge(who, screen.id, NewVote("tie", token=f"{name}-{screen.id}-token"))
 
 
-def test_what_is_refused_for_good_stays_on_the_page_with_its_text(browser: Browser, tmp_path: Path) -> None:
-    served = serve(tmp_path, items=3, lease=2.0)
+LEASE = timedelta(minutes=31)  # and a minute
+
+
+def test_what_is_refused_for_good_stays_on_the_page_with_its_text(
+    browser: Browser, served: Served, clock: Clock
+) -> None:
     context = browser.new_context()
     page = enter(context, served)
     fetched(page)
     page.route("**/api/hold", lambda route: route.abort())  # a page that slept
     question = page.locator("#messages .text").last.inner_text()
     page.locator("#reason").fill("A gives its source, B does not")
-    time.sleep(2.2)
+    clock.ahead += LEASE
     give_away(served.store, "bo")
     page.locator("#reason").blur()
     page.keyboard.press("2")
@@ -238,25 +232,26 @@ def test_what_is_refused_for_good_stays_on_the_page_with_its_text(browser: Brows
     expect(refused).to_be_hidden()
     assert {one.annotator for one in served.store.judgements()} == {"bo"}
     context.close()
-    stop(served)
 
 
-def test_an_open_page_keeps_its_items(browser: Browser, tmp_path: Path) -> None:
-    served = serve(tmp_path, items=4, lease=3.0)
+def test_an_open_page_keeps_its_items(browser: Browser, served: Served, clock: Clock) -> None:
     context = browser.new_context()
+    context.clock.install()
     page = enter(context, served)
     fetched(page)
-    time.sleep(5)
+    for _ in range(8):  # 40 minutes; an item that nobody asks for is kept for 30
+        clock.ahead += timedelta(minutes=5)
+        with page.expect_response("**/api/hold"):
+            page.clock.run_for(300_000)
     give_away(served.store, "bo")
-    assert served.store.judgements() == []  # all four are before the page's person
+    assert len(served.store.judgements()) == 8  # the other four are before the page's person
     said = vote(page, "123")
-    wait_for_votes(served.store, 3)
-    assert counted(served.store) == said
+    wait_for_votes(served.store, 11)
+    assert counted(served.store)[8:] == said
     context.close()
-    time.sleep(4)
+    clock.ahead += LEASE
     give_away(served.store, "cy")  # the page is closed: what it held goes to others
-    assert [one.annotator for one in served.store.judgements()] == ["owner"] * 3 + ["cy"]
-    stop(served)
+    assert [one.annotator for one in served.store.judgements()] == ["bo"] * 8 + ["owner"] * 3 + ["cy"]
 
 
 def test_a_page_that_nobody_looks_at_gives_its_items_back_at_last(browser: Browser, served: Served) -> None:
@@ -274,8 +269,8 @@ def test_a_page_that_nobody_looks_at_gives_its_items_back_at_last(browser: Brows
     held.clear()
     page.clock.run_for(3_600_000)
     assert held == []
-    page.keyboard.press("Shift")  # somebody is there again
-    page.wait_for_timeout(300)
+    with page.expect_request("**/api/hold"):
+        page.keyboard.press("Shift")  # somebody is there again
     assert len(held) == 1
     context.close()
 
@@ -314,21 +309,19 @@ def test_what_is_being_typed_survives_a_reload_and_a_crash(browser: Browser, ser
     context.close()
 
 
-def test_a_draft_whose_item_went_away_is_in_the_list(browser: Browser, tmp_path: Path) -> None:
-    served = serve(tmp_path, items=2, lease=2.0)
+def test_a_draft_whose_item_went_away_is_in_the_list(browser: Browser, served: Served, clock: Clock) -> None:
     context = browser.new_context()
     page = enter(context, served)
     fetched(page)
     page.locator("#reason").fill("half a thought")
     page.close()
-    time.sleep(2.2)
+    clock.ahead += LEASE
     give_away(served.store, "bo")
     page = context.new_page()
     page.goto(f"{served.url}/compare")
     expect(page.locator("#refused pre")).to_have_text("half a thought")
     expect(page.locator("#refused")).to_contain_text("it went to somebody else")
     context.close()
-    stop(served)
 
 
 def test_only_keels_own_word_is_the_last_one_and_one_letter_in_trouble_holds_up_no_other(
@@ -351,24 +344,15 @@ def test_only_keels_own_word_is_the_last_one_and_one_letter_in_trouble_holds_up_
 
     page.route("**/api/judge", proxy)
     said = vote(page, "416")
-    wait_for_counted(page, served.store, 2)
+    wait_for_votes(served.store, 2, page)
     assert counted(served.store) == said[1:]
     assert tries.count("left") == tries.count("right") == 2
     expect(page.locator("#refused")).to_be_hidden()
     expect(page.locator("#offline")).to_contain_text("The server is in trouble. 1 judgement of yours is kept")
     page.unroute("**/api/judge")
-    wait_for_counted(page, served.store, 3)
+    wait_for_votes(served.store, 3, page)
     assert counted(served.store)[-1] == said[0]
     context.close()
-
-
-def wait_for_counted(page: Page, store: Store, count: int) -> None:
-    """As ``wait_for_votes``, with the browser's handlers at work meanwhile."""
-    for _ in range(300):
-        if len(store.judgements()) == count:
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError(f"{len(store.judgements())} of {count} votes")
 
 
 # ------------------------------------------------------------------------------------------- storage and other windows
@@ -399,8 +383,8 @@ def test_without_storage_votes_count_for_what_is_on_the_screen(browser: Browser,
         dialog.dismiss()
 
     page.on("dialog", stay)
-    page.close(run_before_unload=True)
-    page.wait_for_timeout(300)
+    with page.expect_event("dialog"):
+        page.close(run_before_unload=True)
     assert asked == ["beforeunload"]
     page.unroute("**/api/**")
     wait_for_votes(served.store, 5)
@@ -470,8 +454,10 @@ def test_two_windows_of_one_person_do_not_vote_on_one_item_twice(browser: Browse
     said = vote(one, "1")
     expect(two.locator("#messages")).not_to_have_text(first)
     two.bring_to_front()
+    second = two.locator("#messages").inner_text()
     said += vote(two, "6")
     one.bring_to_front()
+    expect(one.locator("#messages")).not_to_have_text(second)
     said += vote(one, "3")
     wait_for_votes(served.store, 3)
     assert counted(served.store) == said
@@ -520,7 +506,7 @@ def test_an_undo_takes_back_only_what_has_not_left_the_browser(browser: Browser,
     fetched(page)
     page.route("**/api/judge", lambda route: (route.fetch(), route.abort()))  # it counts, and nobody hears of it
     said = vote(page, "1")
-    wait_for_votes(served.store, 1)
+    wait_for_votes(served.store, 1, page)
     page.keyboard.press("u")
     expect(page.locator("#toast")).to_contain_text("may have been sent already")
     page.unroute("**/api/judge")

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 def eventually(ask: Callable[[], T], pause: Callable[[float], object] = time.sleep, seconds: float = 60.0) -> T:
     """The first answer that is true, or [...]; asked again every twentieth of a second. Where a page's handlers must
-    work meanwhile, ``pause`` is `test_label_browser.resting`."""
+    work meanwhile, ``pause`` is that page's own."""
     end = time.monotonic() + seconds
     while not (answer := ask()):
         assert time.monotonic() < end, f"still {answer!r} after {seconds:g} s"
