@@ -60,12 +60,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _keel(
-    command: list[str], env: dict[str, str], *arguments: str, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, input=stdin)
-
-
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
@@ -83,7 +77,8 @@ def test_run_killed_and_run_again_ends_with_the_same_weights(
     state = folder / "killed" / "sft" / "state" / "state.pt"
     for _ in range(5):  # on a busy machine the run may end before this process looks again
         killed = subprocess.Popen([*keel_command, *run, "--out", str(folder / "killed")], env=subprocess_env)
-        eventually(lambda: state.exists() or killed.poll() is not None, lambda _: time.sleep(0.005))
+        while not state.exists() and killed.poll() is None:
+            time.sleep(0.005)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         if state.exists():  # a stage that is done has none
