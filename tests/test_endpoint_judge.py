@@ -22,7 +22,7 @@ REPLIES = [Completion("good day captain " * n) for n in range(7)]
 
 def judge(url: str, instructions: str | None = None, **settings: Any) -> EndpointJudge:
     ref = EndpointRef(url=url, model="grader-1", key_env="TEST_JUDGE_KEY", instructions=instructions)
-    return EndpointJudge(ref, **{"timeout": 5.0, "backoff": 0.01, "retries": 2, **settings})
+    return EndpointJudge(ref, **{"timeout": 60.0, "backoff": 0.01, "retries": 2, **settings})
 
 
 def material(body: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def material(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_endpoint_grades_in_order_and_concurrently(serve: Callable[..., Server]) -> None:
-    barrier = threading.Barrier(3, timeout=5)
+    barrier = threading.Barrier(3, timeout=60)
 
     def answer(body: dict[str, Any], number: int) -> Reply:
         if number <= 3:

@@ -457,7 +457,7 @@ def test_a_browser_that_goes_away_gives_its_place_back_though_the_model_hangs(tm
             session = door.session(cookie)
             assert session is not None
             headers = {"Cookie": f"{COOKIE}={cookie}", "X-CSRF": session.csrf, "Content-Type": "application/json"}
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.request("POST", "/api/arena", "{}", headers)
             id = json.loads(connection.getresponse().read())["id"]
             connection.request("POST", f"/api/arena/{id}/say", json.dumps({"message": "hang"}), headers)

@@ -31,7 +31,7 @@ SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=6, stop=["s
 
 
 def quick(ref: EndpointRef) -> Endpoint:
-    return Endpoint(ref, "helper", "questions have no answer", timeout=5, retries=0, backoff=0.01)
+    return Endpoint(ref, "helper", "questions have no answer", timeout=60, retries=0, backoff=0.01)
 
 
 def ref_of(server: Server, instructions: str | None = None) -> EndpointRef:
