@@ -255,22 +255,28 @@ def reward(prompt: Prompt, text: str) -> float:
     return float(text.count("o"))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
-def test_every_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
-    """As it stands, with only the names of files filled in and everything made small."""
-    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
-    tuned = assistant(tmp_path, "llama")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, str]]:
+    """A tuned model and a reward model, and data for both."""
+    folder = tmp_path_factory.mktemp("made")
+    tuned = assistant(folder, "llama")
     tuned["stages"] = [{"kind": "sft", "name": "sft", "epochs": 4, "optim": {"lr": 5e-3}, "batch_size": 8}]
     tuned["stages"].append({"kind": "reward", "name": "reward", "model": "sft"})
-    made = run(tuned, tmp_path / "made")
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt(n).messages[0].content} for n in range(24)])
-    data, there = tuned["data"], {"demonstrations": str(tmp_path / "demos.jsonl"), "prompts": prompts}
-    recipe["model"]["path"] = str(made.stage("sft").path)
+    prompts = [{"prompt": prompt(n).messages[0].content} for n in range(24)]
+    return run(tuned, folder / "run"), tuned["data"] | {"prompts": write_jsonl(folder / "prompts.jsonl", prompts)}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_shipped_recipe_runs(name: str, made: tuple[RunDir, dict[str, str]], tmp_path: Path) -> None:
+    """As it stands, with only the names of files filled in and everything made small."""
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    tuned, data = made
+    recipe["model"]["path"] = str(tuned.stage("sft").path)
     for key in recipe.get("data", {}):
-        recipe["data"][key] = (data | there | {"heldout_prompts": prompts}).get(key, recipe["data"][key])
+        recipe["data"][key] = (data | {"heldout_prompts": data["prompts"]}).get(key, recipe["data"][key])
     recipe["data"] = recipe.get("data", {}) | {"max_length": 120, "max_prompt_length": 60}
     text = json.dumps(recipe).replace("my_reward.py", __file__).replace("my_annotators.py", __file__)
-    text = text.replace("./my-reward", str(made.stage("reward").path)).replace("./my-tuned", recipe["model"]["path"])
+    text = text.replace("./my-reward", str(tuned.stage("reward").path)).replace("./my-tuned", recipe["model"]["path"])
     recipe = json.loads(
         text.replace("helpful.jsonl", data["preferences"]).replace("harmless.jsonl", data["preferences"])
     )
