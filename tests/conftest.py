@@ -11,7 +11,7 @@ from typing import Any
 import pg_server
 import pytest
 import torch
-from databases import postgres_urls, sqlite_urls
+from databases import Migrations, postgres_urls, sqlite_urls
 from loopback import Reply, Server
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_migrations() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keel.store.engine.command", Migrations())
+        yield
 
 
 @pytest.fixture(scope="session")
