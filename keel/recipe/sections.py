@@ -60,8 +60,8 @@ class ModelConfig(Strict):
     revision: str | None = Field(None, description="of a hub model: a branch, tag or commit")
     chat_template: str | None = Field(
         None,
-        description="Jinja file, one of Keel's built-in names (keel, chatml), or the name of one of the tokenizer's own "
-        "where it has several; default: the model's own, else keel",
+        description="a Jinja file, one of Keel's built-in names (keel, chatml), or of several that the tokenizer has "
+        "one's name; default: the model's own, else keel",
     )
     lora: LoraConfig | None = None
     trust_remote_code: bool = Field(
