@@ -15,6 +15,7 @@ from torch import nn
 from keel.check.finding import Finding, broken
 from keel.data.collate import pack
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar
+from keel.model.loading import refuse_unfit
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import merged_weights
 from keel.model.probe import slow_road
@@ -81,10 +82,11 @@ def own_numbers(recipe: Recipe) -> Iterator[Finding]:
     and can be sampled from; where its weights are on this machine."""
     for path, start in starting_points(recipe).items():
         source, place = recipe.model.source(path), f"model ({path})"
-        if not _weights_here(source):
-            continue
         slower = ""
         try:
+            refuse_unfit(source, start.policy)
+            if not _weights_here(source):
+                continue
             if start.policy:
                 model = load_policy(source)[0]
                 slower = slow_road(model)
