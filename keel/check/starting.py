@@ -18,12 +18,12 @@ from keel.model.checkpoint import has_reward_head, load_policy, load_scalar
 from keel.model.loading import refuse_unfit
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import merged_weights
+from keel.model.modules import context_length
 from keel.model.probe import slow_road
 from keel.recipe.recipe import Recipe
-from keel.recipe.sections import SamplingConfig, Source
+from keel.recipe.sections import Backend, SamplingConfig, Source
 from keel.rollout.hf import TransformersSampler
-from keel.rollout.sampler import Backend, make_sampler
-from keel.rollout.tokens import context_length
+from keel.rollout.sampler import make_sampler
 from keel.types import Encoded, UserError
 
 ADAPTER_TOLERANCE = 1e-3  # nats: new adapters add zero

@@ -131,6 +131,9 @@ class OptimConfig(Strict):
     )
 
 
+Backend = Literal["auto", "embedded", "transformers", "vllm"]
+
+
 class SamplingConfig(Strict):
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
     top_k: int = Field(0, ge=0, description="0 is off")
@@ -139,7 +142,7 @@ class SamplingConfig(Strict):
     max_new_tokens: int = Field(256, ge=1)
     stop: list[str] = Field(default_factory=list, description="stop tokens besides the model's end tokens")
     batch_size: int = Field(128, ge=1, description="sequences decoded together")
-    backend: Literal["auto", "embedded", "transformers", "vllm"] = "auto"
+    backend: Backend = "auto"
 
 
 class LoggingConfig(Strict):

@@ -12,9 +12,9 @@ import torch
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen
 from keel.model.heads import ScalarModel
+from keel.model.modules import context_length
 from keel.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
-from keel.rollout.tokens import context_length
 from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
