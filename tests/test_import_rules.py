@@ -44,11 +44,11 @@ COMPILING = {f"kernels/{name}.py" for name in ("cache", "decoding", "intrinsics"
 OPTIONAL = {
     "wandb": {"run/wandb.py"},
     "tensorboard": {"run/tensorboard.py"},
-    "datasets": {"data/rows.py", "data/hub.py", "store/hub.py"},
+    "datasets": {"data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
     "bitsandbytes": {"train/adamw8bit.py"},
     "ray": set(),
-    "psycopg": {"store/store.py", "store/engine.py", "store/database.py"},
+    "psycopg": set(),  # SQLAlchemy finds it by the database's address
     "fastapi": None,  # the web room, whichever file
     "uvicorn": None,
     "starlette": None,

@@ -36,8 +36,8 @@ class RewardModelScorer:
     """A reward model as a scorer.
 
     It reads the reply's *text*, encoded with the reward model's own tokenizer and template: the policy may have others.
-    Replies of like length go through together, ``batch_tokens`` tokens at a time and without padding, those of a prompt
-    behind one copy of it: a score depends on neither batch mates nor order.
+    Replies of similar length share a batch of ``batch_tokens`` tokens, without padding; replies to one prompt share one
+    copy of the prompt. A score depends on neither batch mates nor order.
 
     ``max_length``: tokens of prompt and reply that are allowed; by default what the reward model has positions for.
     ``precision``: of the matrix products (``keel.precision``); the head is float32 always.
