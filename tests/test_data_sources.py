@@ -397,6 +397,7 @@ def test_parquet_and_csv_rows_are_counted_from_one(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("none.jsonl", None, "no such file or folder; name a .jsonl, .json, .csv, .parquet file"),
+        ("~nobody-is-called-so/rows.jsonl", None, "no such file or folder"),
         ("empty.jsonl", b"", "no rows"),
         ("blank.jsonl", b"\n \n", "no rows"),
         ("empty.json", b"", "no rows"),

@@ -146,7 +146,7 @@ def _weights_here(source: Source) -> bool:
         return False
     named: set[str] = set()
     for index in folder.glob("*.index.json"):
-        named |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+        named |= set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
     return all((folder / name).exists() for name in named) and any(
         file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
     )

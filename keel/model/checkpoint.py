@@ -299,4 +299,5 @@ def _state_dtype(path: Path, dtype: str) -> None:
             return config
         return {key: dtype if key == "dtype" else stated(value) for key, value in config.items()}
 
-    path.write_text(json.dumps(stated(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
+    config = stated(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
