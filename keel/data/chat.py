@@ -55,7 +55,8 @@ class Chat:
         self._begin_text = put_before(tokenizer)
         self._eos_text: str = tokenizer.eos_token or ""
         self._end_text = self._habits.end or self._eos_text
-        self.begin_ids, self.end_ids = (tuple(ids) for ids in token_ids(tokenizer, [self._begin_text, self._end_text]))
+        self.begin_ids: tuple[int, ...] = tuple(token_ids(tokenizer, [self._begin_text])[0]) if self._begin_text else ()
+        self.end_ids: tuple[int, ...] = tuple(token_ids(tokenizer, [self._end_text])[0])
         eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos + ends))
         self._tokens = Tokens(tokenizer, self._samples())
@@ -160,8 +161,7 @@ class Chat:
             raise UserError(f"a prompt must wait for the assistant, and this one {last}")
         rendered = self._render_prompt(messages)
         if self.plain:
-            begin = [Segment(self._begin_text, False, mark=True)] if self._begin_text else []
-            return [*begin, Segment(rendered.removeprefix(self._begin_text), False)]
+            return [*self._begin(), Segment(rendered.removeprefix(self._begin_text), False)]
         segments: list[Segment] = []
         done = ""
         for i, message in enumerate(messages):
@@ -184,8 +184,11 @@ class Chat:
             return [Segment(text, True)]
         return [Segment(text + self._habits.after, True), Segment(self._end_text, True, mark=self.plain)]
 
+    def _begin(self) -> list[Segment]:
+        return [Segment(self._begin_text, False, mark=True)] if self._begin_text else []
+
     def _text_segments(self, text: str, finished: bool) -> list[Segment]:
-        segments = [Segment(self._begin_text, False, mark=True), Segment(text, True)]
+        segments = [*self._begin(), Segment(text, True)]
         if finished and self._eos_text and not text.endswith(self._eos_text):
             segments.append(Segment(self._eos_text, True, mark=True))
         return segments

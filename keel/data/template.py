@@ -64,7 +64,7 @@ def put_before(tokenizer: PreTrainedTokenizerBase) -> str:
     starts = (at for at in range(len(whole)) if own and whole[at : at + len(own)] == own)
     before = whole[: next(starts, int(whole[:1] == [tokenizer.bos_token_id]))]
     written = "".join(tokenizer.convert_ids_to_tokens(before))
-    if token_ids(tokenizer, [written])[0] != before:
+    if before and token_ids(tokenizer, [written])[0] != before:
         raise UserError(
             f"the tokenizer puts {written!r} before a text and reads something else where that is written, so no "
             "template can write it; use the model's fast tokenizer (tokenizer.json)"
