@@ -360,6 +360,66 @@ def test_templates_that_trim_give_the_trimmed_reply() -> None:
 
 
 @pytest.mark.parametrize(
+    ("how", "reply"),
+    [
+        (".lstrip()", " \n hello \n"),
+        (".rstrip()", "  hello \n"),
+        (".strip('\n')", "\n  hello \n"),
+        (".lstrip('\n')", "\n hello \n"),
+        ("", "  hello \n"),
+    ],
+)
+def test_a_template_takes_white_space_off_one_side_and_of_one_kind(how: str, reply: str) -> None:
+    """transformers renders the whole; the row's own white space stands where the template leaves it."""
+    tok = tokenizer(LLAMA3.replace(" | trim", how), SPECIALS["llama3"])
+    ragged = [*HELLO, Message("assistant", reply), Message("user", "so?"), Message("assistant", reply)]
+    encoded = Chat(tok).encode_conversation(ragged)
+    assert list(encoded.ids) == tok.apply_chat_template(dicts(ragged), return_dict=False)
+    assert Chat(tok).encode_prompt(ragged[:3]) == tok.apply_chat_template(
+        dicts(ragged[:3]), add_generation_prompt=True, return_dict=False
+    )
+
+
+@pytest.mark.parametrize("marks", [["[gMASK]", "<sop>"], ["</s>"]])
+def test_what_the_tokenizer_puts_before_a_text_stands_there(marks: list[str]) -> None:
+    """GLM's two tokens, XGLM's end of text: whatever it is, not BOS alone."""
+    tok = tokenizer(specials=marks)
+    before = tok.convert_tokens_to_ids(marks)
+    written = " ".join([*marks, "$A"])
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=written, pair=f"{written} $B", special_tokens=list(zip(marks, before, strict=True))
+    )
+    text, chat = tok("hello world")["input_ids"], Chat(tok)
+    assert text[: len(marks)] == before
+    assert chat.encode_text("hello world", finished=False) == Encoded(
+        tuple(text), (False,) * len(marks) + (True,) * (len(text) - len(marks))
+    )
+    assert chat.encode_prompt(HELLO) == tok("hello world\n")["input_ids"]
+    for name in BUILT_IN:
+        install_template(tok, name)
+        templated = Chat(tok)
+        assert templated.encode_prompt(HELLO)[: len(marks)] == before
+        assert list(templated.encode_conversation(LONG).ids).count(before[0]) == 1
+        assert templated.check() == []
+    tok.chat_template = QWEN25
+    assert f"starts a text with {''.join(marks)} and the template does not" in " ".join(Chat(tok).check())
+
+
+def test_of_several_templates_one_is_named() -> None:
+    tok = tokenizer(specials=[*SPECIALS["qwen"], *SPECIALS["llama3"]])
+    tok.chat_template = {"tool_use": QWEN25, "rag": LLAMA3}
+    with pytest.raises(UserError, match=r"templates tool_use, rag and none called default; .*model\.chat_template"):
+        Chat(tok)
+    assert Chat(tok, template="rag").encode_prompt(HELLO) == tok.apply_chat_template(
+        dicts(HELLO), chat_template=LLAMA3, add_generation_prompt=True, return_dict=False
+    )
+    install_template(tok, "tool_use")
+    assert tok.chat_template == QWEN25
+    tok.chat_template = {"rag": LLAMA3, "default": QWEN25}
+    assert Chat(tok).template == QWEN25
+
+
+@pytest.mark.parametrize(
     ("template", "specials", "words"),
     [
         ("{{ bos_token }}" + LLAMA3, SPECIALS["llama3"], "<s> twice"),

@@ -288,7 +288,7 @@ def pair(q: str, tie: bool = False) -> dict[str, Any]:
             "sample",
             "heldout_prompts",
             [{"prompt": f"what is port {i}"} for i in range(8)],
-            "all of them are in data.held",
+            "every prompt of data.prompts is in data.held",
         ),
     ],
 )

@@ -1,9 +1,10 @@
 """Checkpoints as they are found: settings that transformers reads and does not write, quantised weights, broken
-pickles, adapters that lie on a shared weight or cannot be merged."""
+pickles, other tasks' heads, adapters that lie on a shared weight, beside a whole model, or cannot be merged."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ import peft
 import pytest
 import torch
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from keel.model.checkpoint import load_policy, save
+from keel.check import starting
+from keel.model.checkpoint import load_policy, load_scalar, save
 from keel.model.modules import inner_model, own_attention
+from keel.recipe.recipe import Recipe
 from keel.recipe.sections import LoraConfig
 from keel.types import UserError
 
@@ -58,7 +67,14 @@ def test_what_can_be_read_can_be_saved(file: str, fields: dict[str, Any], tmp_pa
     [
         ("config.json", {"bos_token_id": "x"}, "Validation error for field 'bos_token_id': TypeError"),
         ("config.json", {"pad_token_id": 99999}, "Padding_idx must be within num_embeddings"),
-        ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised (fp8)"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "its weights are quantised (fp8), and Keel computes with plain ones; name the model that it was made from, "
+            "or load it with FineGrainedFP8Config(dequantize=True)",
+        ),
+        ("config.json", {"quantization_config": {"quant_method": "mxfp4"}}, "(mxfp4)"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(gptq)"),
         ("generation_config.json", {"eos_token_id": "0"}, "generation_config.json has '0' as eos_token_id"),
     ],
 )
@@ -126,3 +142,59 @@ def test_adapters_that_cannot_be_merged_are_one_sentence(config: peft.PeftConfig
     found = adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"), config)
     with pytest.raises(UserError, match=words):
         load_policy(found)
+
+
+def policy_of(folder: Path) -> list[str]:
+    """What `keel check` finds in a recipe that only samples from a model."""
+    stages = [{"kind": "sample", "name": "sample", "model": "base"}]
+    recipe = Recipe.model_validate({"name": "r", "model": {"path": str(folder)}, "stages": stages})
+    return [str(finding) for finding in starting.own_numbers(recipe) if finding.level == "error"]
+
+
+def test_a_check_finds_quantised_weights_before_they_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub model's configuration is read before its weights are fetched."""
+    folder = changed(tmp_path / "base", "config.json", quantization_config={"quant_method": "mxfp4"})
+    monkeypatch.setattr(starting, "_weights_here", lambda source: False)
+    (error,) = policy_of(folder)
+    assert "quantised (mxfp4)" in error
+    assert "Mxfp4Config(dequantize=True)" in error
+    assert policy_of(save_tiny(tmp_path / "plain")) == []
+
+
+def test_another_tasks_model_is_no_policy(tmp_path: Path) -> None:
+    """Its embedding would serve as the head of a language model, where the two are tied."""
+    base = save_tiny(tmp_path / "base")
+    scorer = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=1)
+    shutil.copytree(base, tmp_path / "scorer")
+    scorer.save_pretrained(tmp_path / "scorer")
+    assert load_scalar(tmp_path / "scorer").foreign
+    with pytest.raises(UserError, match=r"scorer: by its configuration \(LlamaForSequenceClassification\) it scores"):
+        load_policy(tmp_path / "scorer")
+    (error,) = policy_of(tmp_path / "scorer")
+    assert "it is no policy" in error
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    peft.get_peft_model(scorer, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapters of a sequence classifier"):
+        load_policy(tmp_path / "adapter")
+    renamed = changed(tmp_path / "renamed", "config.json", architectures=["LlamaForTokenClassification"])
+    with pytest.raises(UserError, match=r"LlamaForTokenClassification.*; .* correct the configuration"):
+        load_policy(renamed)
+
+
+def test_adapters_beside_a_whole_model_are_refused(tmp_path: Path) -> None:
+    """transformers would compute with both, which neither folder's name says."""
+    base = save_tiny(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    found = adapter(tmp_path / "adapter", base, config)
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(found, both, dirs_exist_ok=True)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(both)
+    assert any("lora_" in name for name, _ in loaded.named_parameters())
+    with pytest.raises(UserError, match=r"both: it holds a whole model and adapters too.* move adapter_config\.json"):
+        load_policy(both)
+    # A configuration alone is no model: some trainers write it beside their adapters.
+    alone = load_policy(found)[0].state_dict()
+    shutil.copy(base / "config.json", found)
+    torch.testing.assert_close(load_policy(found)[0].state_dict(), alone)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(alone[name], load_policy(base)[0].state_dict()[name], atol=1e-3)

@@ -24,6 +24,7 @@ from waiting import eventually
 from keel.check import preflight
 from keel.cli import main
 from keel.cli.chat import stream_ids, stream_text
+from keel.cli.commands import COMMANDS
 from keel.cli.finished import find_model
 from keel.cli.live import Progress, closing
 from keel.cli.process import MALLOC, restart_with_malloc_settings
@@ -193,6 +194,35 @@ def test_two_runs_in_one_folder(folder: Path, tmp_path: Path, capfd: pytest.Capt
     with RunDir(tmp_path).lock():
         assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path)]) == 2
     assert f"another run (process {os.getpid()}) is at work here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "manifest", [{"name": "a browser's extension"}, {"recipe": {"stages": "none"}}, {"recipe": {"stages": [{}]}}]
+)
+def test_a_folder_of_another_program(
+    manifest: dict[str, object], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps(manifest)
+    (tmp_path / "manifest.json").write_text(text)
+    commands = [["chat", str(tmp_path)], ["label", str(tmp_path)], ["sft", "--out", str(tmp_path)]]
+    if "recipe" not in manifest:
+        commands.append(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path)])
+    for command in commands:
+        assert main(command) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("keel: ")
+        assert "Traceback" not in error
+    assert (tmp_path / "manifest.json").read_text() == text
+
+
+def test_a_file_that_is_gone_is_named(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def gone(_: object) -> int:
+        return len((tmp_path / "truth.json").read_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMMANDS, "check", gone)
+        assert main(["check", str(folder / "recipe.yaml")]) == 2
+    assert capfd.readouterr().err == f"keel: {tmp_path}/truth.json: it is gone; put it back, or redo what made it\n"
 
 
 # --------------------------------------------------------------------------------------------------------- help

@@ -80,6 +80,11 @@ HI_YO = said(("user", "hi"), ("assistant", "yo"))
         ({"instruction": "add", "input": "1 2", "output": "3"}, (user("add\n\n1 2"), assistant("3"))),
         ({"instruction": "add", "input": "", "output": "3"}, (user("add"), assistant("3"))),
         ({"instruction": "add", "output": "3"}, (user("add"), assistant("3"))),
+        ({"instruction": "add", "context": "1 2", "response": "3", "category": "sums"},
+         (user("add\n\n1 2"), assistant("3"))),
+        ({"instruction": "add", "context": "", "response": "3"}, (user("add"), assistant("3"))),
+        ({"instruction": "add", "input": "", "context": "1 2", "output": "3", "response": "3"},
+         (user("add\n\n1 2"), assistant("3"))),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
                        {"role": "assistant", "content": "yo", "tool_calls": None, "weight": 1}]},
          (user("hi"), assistant("yo"))),
@@ -110,6 +115,7 @@ def test_texts(write: Callable[..., Path]) -> None:
         ({"prompt": "hi", "system": "be"}, (system("be"), user("hi")), {}),
         ({"messages": HI}, (user("hi"),), {}),
         ({"instruction": "add", "input": "1 2", "output": "3"}, (user("add\n\n1 2"),), {"output": "3"}),
+        ({"instruction": "add", "context": "1 2", "response": "3"}, (user("add\n\n1 2"),), {"response": "3"}),
         ({"prompt": "hi", "meta": {"a": [1]}, "answer": 4}, (user("hi"),), {"a": [1], "answer": 4}),
         ({"prompt": "hi", "meta": "{\"a\": 1}"}, (user("hi"),), {"a": 1}),
     ],
@@ -302,6 +308,10 @@ def fails(read: Callable[[Path], Any], path: Path) -> str:
         (read_demonstrations, {"prompt": " ", "completion": "x"}, "field 'prompt': expected a text that is not blank"),
         (read_demonstrations, {"prompt": "hi", "response": "x"},
          "columns are prompt, response; expected messages | conversations | prompt+completion |"),
+        (read_demonstrations, {"instruction": "add", "input": "1", "context": "2", "output": "3"},
+         "fields input and context give different inputs; keep one"),
+        (read_demonstrations, {"instruction": "add", "output": "3", "response": "4"},
+         "fields output and response give different replies; keep one"),
         (read_demonstrations, {"text": "\ud800"}, "half a character"),
         (read_texts, {"text": ["a"]}, "field 'text': expected a text or content parts"),
         (read_texts, {"body": "a"}, "columns are body; expected text"),
@@ -370,6 +380,10 @@ def test_several_bad_rows_come_in_one_message(tmp_path: Path) -> None:
     message = fails(read_prompts, path)
     assert "9 of 9 rows" in message
     assert len(message.split("\n")) == 1 + 5 + 1  # the head, five rows, "..."
+
+
+def test_a_home_that_nobody_has_is_no_such_file() -> None:
+    assert "no such file or folder" in fails(read_texts, Path("~nobody-is-called-so/rows.jsonl"))
 
 
 def test_parquet_and_csv_rows_are_counted_from_one(tmp_path: Path) -> None:

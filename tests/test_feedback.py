@@ -44,12 +44,20 @@ def one(**settings: float) -> SimulatedAnnotator:
 
 def test_probability_is_the_documented_formula() -> None:
     annotator = one(temperature=2.0, lapse=0.1, left_bias=0.5)
-    # d = 3 - 1 = 2, (2 + 0.5) / 2 = 1.25, sigmoid(1.25) = 0.777300, 0.9 * 0.777300 + 0.05
-    assert annotator.probability_left(PROMPT, "a b c", "a") == pytest.approx(0.749570, abs=1e-6)
-    # the other way round: (-2 + 0.5) / 2 = -0.75, sigmoid = 0.320821, 0.9 * 0.320821 + 0.05
-    assert annotator.probability_left(PROMPT, "a", "a b c") == pytest.approx(0.338739, abs=1e-6)
-    assert one(lapse=1.0).probability_left(PROMPT, "a " * 900, "a") == 0.5
-    assert one(temperature=1e-3).probability_left(PROMPT, "a", "a b") == 0.0  # no overflow
+    # Shown left: d = 3 - 1 = 2, (2 + 0.5) / 2 = 1.25, sigmoid(1.25) = 0.777300, 0.9 * 0.777300 + 0.05 = 0.749570.
+    # Shown right: (-2 + 0.5) / 2 = -0.75, sigmoid = 0.320821, the other wins with 0.9 * 0.320821 + 0.05 = 0.338739.
+    expected = (0.749570 + 1 - 0.338739) / 2
+    assert annotator.probability_of_first(PROMPT, "a b c", "a") == pytest.approx(expected, abs=1e-6)
+    assert annotator.probability_of_first(PROMPT, "a", "a b c") == pytest.approx(1 - expected, abs=1e-6)
+    assert one(lapse=1.0).probability_of_first(PROMPT, "a " * 900, "a") == 0.5
+    assert one(temperature=1e-3).probability_of_first(PROMPT, "a", "a b") == 0.0  # no overflow
+    assert one(tie_width=3.0).probability_of_first(PROMPT, "a b c", "a") is None
+
+
+def chosen_left(annotator: SimulatedAnnotator, left: str, right: str) -> float:
+    """The formula of `keel.feedback.simulated` with a word's worth of utility for each word."""
+    felt = (len(left.split()) - len(right.split()) + annotator.left_bias) / annotator.temperature
+    return (1 - annotator.lapse) / (1 + math.exp(-felt)) + annotator.lapse / 2
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,7 @@ def test_judgements_have_that_probability(settings: dict[str, float]) -> None:
     annotator, n = one(**settings), 20_000
     rng = random.Random(0)
     left = sum(annotator.judge(PROMPT, "a b c", "a b", rng).choice == "left" for _ in range(n))
-    q = annotator.probability_left(PROMPT, "a b c", "a b")
+    q = chosen_left(annotator, "a b c", "a b")
     assert abs(left / n - q) < 4 * math.sqrt(q * (1 - q) / n)
 
 
@@ -105,7 +113,7 @@ def test_impossible_annotators_are_refused(settings: dict[str, float]) -> None:
 
 def test_a_utility_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(UserError, match="prompt 'p' is not finite"):
-        SimulatedAnnotator("ann", lambda prompt, text: math.nan).probability_left(PROMPT, "a", "b")
+        SimulatedAnnotator("ann", lambda prompt, text: math.nan).probability_of_first(PROMPT, "a", "b")
 
 
 # ------------------------------------------------------------------------------------------------ a population
@@ -173,7 +181,7 @@ def test_left_bias_shows_and_everyone_works_alike(tmp_path: Path) -> None:
         fill(store, 400, overlap=1)
         summary = label(store, annotators, 0, "guide", Silent())
         votes = store.judgements()
-    q = [annotators[0].probability_left(v.prompt, v.left.text, v.right.text) for v in votes]
+    q = [chosen_left(annotators[0], v.left.text, v.right.text) for v in votes]
     assert summary["left"] == pytest.approx(sum(q) / len(q), abs=3 * math.sqrt(0.25 / 400))
     assert summary["left"] > 0.65
     assert [sum(v.annotator == a.name for v in votes) for a in annotators] == [100] * 4

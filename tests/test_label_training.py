@@ -173,7 +173,7 @@ def test_one_model_differs_from_nobody(tmp_path: Path) -> None:
     with Store(tmp_path / "f.db") as store:
         fill(store, 1)
         for ensemble in (None, Odd(["one"])):
-            with pytest.raises(UserError, match="two reward stages or more"):
+            with pytest.raises(UserError, match="two reward models or more"):
                 Ordering(store, ensemble).uncertain_first("admin")
 
 

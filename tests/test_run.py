@@ -28,6 +28,7 @@ from keel.run import (
     hash_config,
     hash_file,
     load_state,
+    refusals_as_user_errors,
     restore_rng,
     rng_state,
     save_state,
@@ -68,6 +69,21 @@ def test_a_full_disk_is_a_user_error_that_says_where(tmp_path: Path) -> None:
     assert _tree(tmp_path) == {"a.txt": "old"}
 
 
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.EACCES, "permission denied"), (errno.EROFS, "the file system is read-only")]
+)
+def test_what_may_not_be_written_is_a_user_error_too(code: int, words: str, tmp_path: Path) -> None:
+    def refused(_: object) -> None:
+        raise OSError(code, os.strerror(code), str(tmp_path / "b.txt.tmp-12"))
+
+    with pytest.raises(UserError, match=rf"a\.txt: {words}; what was saved before is intact"):
+        atomic_write(tmp_path / "a.txt", refused)
+    with pytest.raises(UserError, match=rf"elsewhere: {words}"), refusals_as_user_errors(tmp_path):
+        raise OSError(code, os.strerror(code), str(tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError), refusals_as_user_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+
+
 def test_a_compiled_writers_full_disk_is_told_too(tmp_path: Path) -> None:
     # safetensors and torch wrap the system's error in one of their own.
     with pytest.raises(UserError, match="the disk is full"), atomic_dir(tmp_path / "model"):
@@ -78,21 +94,19 @@ def test_a_compiled_writers_full_disk_is_told_too(tmp_path: Path) -> None:
 def test_a_truly_full_disk_loses_nothing(tmp_path: Path) -> None:
     """The kernel's own file-size limit stands in for a full disk; only the process's own bytes are counted."""
     script = textwrap.dedent(f"""
-        import resource, signal, sys, os, errno
+        import resource, signal, sys
         import torch
         from pathlib import Path
         from keel.run import load_state, save_state
-        from keel.run import files
         from keel.types import UserError
         path = Path({str(tmp_path)!r}) / "state.pt"
         save_state(path, {{"step": 1, "w": torch.ones(10)}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        files._FULL = (errno.EFBIG,)
         try:
             save_state(path, {{"step": 2, "w": torch.ones(100_000)}})
         except UserError as error:
-            assert "the disk is full" in str(error), error
+            assert "state.pt: a file would become larger than the system allows (ulimit -f)" in str(error), error
         else:
             sys.exit("no error")
         assert load_state(path)["step"] == 1
@@ -328,6 +342,10 @@ def test_manifest_updates_and_damage(tmp_path: Path) -> None:
     manifest.path.write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json: not JSON"):
         manifest.read()
+    for other in ("[]", '{"recipe": "cake"}', '{"stages": [1]}'):
+        manifest.path.write_text(other)
+        with pytest.raises(UserError, match=r"manifest\.json: not the manifest of a run"):
+            manifest.read()
 
 
 def test_hashes_see_content_and_nothing_else(tmp_path: Path) -> None:

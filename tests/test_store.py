@@ -231,7 +231,7 @@ def test_a_prompt_keeps_its_messages_and_may_change_its_meta(store: Store) -> No
     store.add_prompts([Prompt("p", prompt().messages, kind="fact", meta={"answer": "Bo"})])
     assert store.prompts()[0].meta == {"answer": "Bo"}
     assert store.events()[-1].old == {"meta": {"answer": ["Ann"], "n": 1.5}}
-    with pytest.raises(UserError, match="'p' is there with other messages"):
+    with pytest.raises(UserError, match="'p' already exists with other messages"):
         store.add_prompts([prompt(content="Something else?")])
     with pytest.raises(UserError, match=r"meta of prompt 'q'.*JSON"):
         store.add_prompts([Prompt("q", prompt().messages, meta={"bad": {1, 2}})])
@@ -535,7 +535,7 @@ def test_guidelines_do_not_change(store: Store) -> None:
     with pytest.raises(UserError, match="new version"):
         store.add_guideline("1", "Prefer the short one.")
     store.add_annotator("ann")
-    with pytest.raises(UserError, match="'ann' is there as person"):
+    with pytest.raises(UserError, match="'ann' already exists, as person"):
         store.add_annotator("ann", "simulated")
 
 

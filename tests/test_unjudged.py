@@ -74,6 +74,15 @@ def test_every_form_says_the_same(tmp_path: Path, rows: list[dict], answers: boo
             read_unjudged(path)
 
 
+def test_what_an_instruction_is_about_and_earlier_rounds_belong_to_the_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "context": "1 2", "output_1": "A", "output_2": "B"},
+        {"prompt": "Q?", "history": [["P?", "O"]], "responses": ["A", "B"]},
+    ]
+    found = read_unjudged(write(tmp_path / "rows.jsonl", rows))
+    assert [[m.content for m in group.prompt.messages] for group in found] == [["Add.\n\n1 2"], ["P?", "O", "Q?"]]
+
+
 def test_rows_of_one_prompt_belong_together_by_its_id(tmp_path: Path) -> None:
     rows = [
         {"prompt_id": "q1", "prompt": "Q?", "completion": "A", "model": "m1"},

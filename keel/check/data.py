@@ -14,6 +14,7 @@ from keel.data.sources import read_demonstrations, read_facts, read_preferences,
 from keel.recipe.declared import PEOPLE
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import DataConfig
+from keel.stages.inputs import training_side
 from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError, place_of
 
 FEW = 100  # records below which a stage can hardly learn
@@ -87,18 +88,14 @@ def _sides(
         tied = [isinstance(row, Preference) and row.tie for row in training]
         if tied and "reward model" in stage.makes and all(tied):
             yield Finding("error", place, "every pair to train on is a tie", "add decided pairs")
-    pool, heldout = prompts.get("data.prompts", []), {messages_hash(p.messages) for p in prompts.get(HELDOUT, [])}
+    pool = prompts.get("data.prompts", [])
+    named = None if data.heldout_prompts is None else {messages_hash(p.messages) for p in prompts.get(HELDOUT, [])}
     asking = [s for s in recipe.stages if "prompts" in s.reads(data) and "prompts" not in s.files()]
-    if not pool:
-        return
-    if asking and data.heldout_prompts is None:
+    if pool and any(named is None or s.makes for s in asking):
         try:
-            split_by_prompt(pool, data.heldout_fraction, recipe.seed)
+            training_side(pool, named, data, recipe.seed)
         except UserError as error:
             yield broken(error, "data.prompts")
-    elif any(s.makes for s in asking) and all(messages_hash(p.messages) in heldout for p in pool):
-        sentence = "all of them are in data.heldout_prompts too"
-        yield Finding("error", "data.prompts", sentence, "give others to train on")
 
 
 def _reading(data: DataConfig, place: str, found: list[Finding]) -> Reading:

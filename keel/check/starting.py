@@ -15,14 +15,15 @@ from torch import nn
 from keel.check.finding import Finding, broken
 from keel.data.collate import pack
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar
+from keel.model.loading import refuse_unfit
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import merged_weights
+from keel.model.modules import context_length
 from keel.model.probe import slow_road
 from keel.recipe.recipe import Recipe
-from keel.recipe.sections import SamplingConfig, Source
+from keel.recipe.sections import Backend, SamplingConfig, Source
 from keel.rollout.hf import TransformersSampler
-from keel.rollout.sampler import Backend, make_sampler
-from keel.rollout.tokens import context_length
+from keel.rollout.sampler import make_sampler
 from keel.types import Encoded, UserError
 
 ADAPTER_TOLERANCE = 1e-3  # nats: new adapters add zero
@@ -81,10 +82,11 @@ def own_numbers(recipe: Recipe) -> Iterator[Finding]:
     and can be sampled from; where its weights are on this machine."""
     for path, start in starting_points(recipe).items():
         source, place = recipe.model.source(path), f"model ({path})"
-        if not _weights_here(source):
-            continue
         slower = ""
         try:
+            refuse_unfit(source, start.policy)
+            if not _weights_here(source):
+                continue
             if start.policy:
                 model = load_policy(source)[0]
                 slower = slow_road(model)
@@ -144,7 +146,7 @@ def _weights_here(source: Source) -> bool:
         return False
     named: set[str] = set()
     for index in folder.glob("*.index.json"):
-        named |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+        named |= set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
     return all((folder / name).exists() for name in named) and any(
         file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
     )

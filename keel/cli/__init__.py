@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ def main(argv: Sequence[str]) -> int:
 
 def entry() -> None:
     """The ``keel`` command: `main` in a process set up for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows ? for what it lacks
+            stream.reconfigure(errors="replace")
     arguments = parse(sys.argv[1:])
     if arguments.computes:
         from keel.cli.process import restart_with_malloc_settings
@@ -32,15 +36,20 @@ def entry() -> None:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         from keel.cli.commands import COMMANDS
-        from keel.run import disk_full_as_user_error
+        from keel.run import refusals_as_user_errors
         from keel.types import UserError
 
         try:
             # The files' own writers say which one; this is for all others (the lock, the event files, a log).
-            with disk_full_as_user_error(Path(getattr(arguments, "out", None) or ".")):
+            with refusals_as_user_errors(Path(getattr(arguments, "out", None) or ".")):
                 return COMMANDS[arguments.command](arguments)
         except UserError as error:
             print(f"keel: {error}", file=sys.stderr)
+            return 2
+        except FileNotFoundError as error:  # of a file that was there when it was looked for, or should be
+            if error.filename is None:
+                raise
+            print(f"keel: {error.filename}: it is gone; put it back, or redo what made it", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
         print("\nkeel: interrupted; run the same command to resume", file=sys.stderr)

@@ -13,7 +13,7 @@ from keel.cli.finished import find_model, loading
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
-from keel.model.packed import inner_model
+from keel.model.modules import context_length, inner_model
 from keel.precision import autocast, pick_precision
 from keel.recipe.sections import Source
 from keel.run import resolve_device
@@ -68,7 +68,7 @@ class Talker:
         inner.eval()
         self._inner = inner
         self.chat = Chat(tokenizer)
-        self._context = int(getattr(inner.config, "max_position_embeddings", 0) or sys.maxsize)
+        self._context = context_length(model) or sys.maxsize
         self._temperature, self._limit = temperature, limit
 
     def reply(self, messages: Sequence[Message]) -> Iterator[str]:

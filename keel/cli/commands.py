@@ -54,7 +54,7 @@ def _stage(arguments: argparse.Namespace) -> int:
         raise UserError(f"{out}: no run lies here, so there is nothing to report; name a run's folder with --out")
     if file is not None:
         draft = read_draft(Path(file))
-    elif earlier and any(stage["kind"] == kind for stage in earlier["stages"]):
+    elif earlier and any(stage.kind == kind for stage in finish(Draft(earlier, str(out / "manifest.json"))).stages):
         draft = Draft(earlier, str(out / "manifest.json"))
     else:
         draft = read_draft(packaged(kind))

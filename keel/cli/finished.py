@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keel.cli.process import set_threads
+from keel.recipe.file import Draft, finish
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import Source
 from keel.run import RunDir
@@ -25,13 +26,23 @@ def loading() -> Iterator[None]:
         yield
 
 
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of the run that lies in a folder; None where none does. UserError where it is none of this Keel's."""
+    manifest = RunDir(folder).manifest.read()
+    if not manifest:
+        return None
+    origin = folder / "manifest.json"
+    if "recipe" not in manifest:
+        raise UserError(f"{origin}: not the manifest of a run; name a run's folder, or a checkpoint's")
+    return finish(Draft(manifest["recipe"], str(origin)))
+
+
 def trained_models(run: str) -> dict[str, Source]:
     """Checkpoints by stage: what a run directory has trained so far, in the recipe's order."""
     folder = Path(run)
-    manifest = RunDir(folder).manifest.read()
-    if not manifest:
+    recipe = recipe_of(folder)
+    if recipe is None:
         return {}
-    recipe = Recipe.model_validate(manifest["recipe"])
     return {stage.name: recipe.model.source(folder / stage.name) for stage in _finished(recipe, folder)}
 
 
@@ -48,12 +59,11 @@ def find_model(run: str, stage: str | None) -> tuple[str, Source]:
     there to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
     """
     folder = Path(run)
-    manifest = RunDir(folder).manifest.read()
-    if not manifest:
+    recipe = recipe_of(folder)
+    if recipe is None:
         if stage is not None:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
         return run, Source(run)
-    recipe = Recipe.model_validate(manifest["recipe"])
     done = _finished(recipe, folder)
     names = ["base", *(s.name for s in done)]
     if stage is None:

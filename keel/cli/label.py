@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
-from keel.cli.finished import find_model, loading, trained_models
+from keel.cli.finished import find_model, loading, recipe_of, trained_models
 from keel.cli.retrain import Retraining
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
-from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig, Source
 from keel.run import RunDir, Silent, StageDir
 from keel.store import Store
@@ -165,10 +164,9 @@ def sampled_models(run: str | None) -> list[tuple[str, Source, str, SamplingConf
     """(name, checkpoint, fingerprint, sampling) of what responses can be sampled from."""
     if run is None:
         return []
-    trained = trained_models(run)
-    if not trained:
+    trained, recipe = trained_models(run), recipe_of(Path(run))
+    if not trained or recipe is None:
         return []
-    recipe = Recipe.model_validate(RunDir(run).manifest.read()["recipe"])
     samplings = [stage.samples() for stage in recipe.stages if "responses" in stage.makes]
     sampling = next(filter(None, samplings), SamplingConfig())
     return [(name, source, RunDir(run).stage(name).fingerprint or "", sampling) for name, source in trained.items()]

@@ -72,7 +72,7 @@ def _running(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="the whole pipeline on Keel's built-in world, with its built-in model")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
     demo.add_argument("--seed", type=natural_number, default=0, help="default: 0")
-    demo.add_argument("--quick", action="store_true", help="a minute's worth: every stage, too small to learn much")
+    demo.add_argument("--quick", action="store_true", help="about a minute: every stage, too small to learn much")
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
 
@@ -92,9 +92,11 @@ def _exchange(commands: Commands) -> None:
     export = commands.add_parser("export", help="write a store's votes to a file, one row a vote")
     export.add_argument("store", metavar="STORE", help=store)
     export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
-    export.add_argument("--form", choices=("trl", "openai"), default="trl", help="whose rows (default: %(default)s)")
+    export.add_argument(
+        "--form", choices=("trl", "openai"), default="trl", help="format of the rows (default: %(default)s)"
+    )
     export.add_argument("--plain", action="store_true", help="only the columns of that format, without ties")
-    export.add_argument("--batch", default=None, help="only what was judged for this (default: everything)")
+    export.add_argument("--batch", default=None, help="only the votes of this batch (default: all)")
 
     imports = commands.add_parser(
         "import", help="add votes of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
@@ -103,20 +105,28 @@ def _exchange(commands: Commands) -> None:
     imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; the format is detected")
     imports.add_argument("--annotator", default="import", help="annotator for rows without one (default: import)")
     imports.add_argument(
-        "--batch", default=None, help="where to put them (default: where they were, or import; responses: responses)"
+        "--batch",
+        default=None,
+        help="batch to put them in (default: the file's own, else import; for responses: responses)",
     )
     imports.add_argument("--prompt", default=None, metavar="FIELD", help="Argilla, Label Studio: the prompt's field")
     imports.add_argument("--responses", default="", metavar="A,B", help="the two responses' fields, in the order shown")
     imports.add_argument(
-        "--unlabelled", action="store_true", help="take responses alone, chosen and rejected or a winner as no answer"
+        "--unlabelled", action="store_true", help="import responses only, without the answer that a file has to them"
     )
     imports.add_argument(
-        "--pairs", type=positive, default=None, metavar="K", help="responses: queue K pairs a prompt (default: all)"
+        "--pairs",
+        type=positive,
+        default=None,
+        metavar="K",
+        help="responses: pairs to queue for each prompt (default: all)",
     )
     imports.add_argument(
-        "--overlap", type=positive, default=1, metavar="N", help="responses: people a pair (default: 1)"
+        "--overlap", type=positive, default=1, metavar="N", help="responses: people to judge each pair (default: 1)"
     )
-    imports.add_argument("--question", default=None, metavar="NAME", help="the question (control) that compares them")
+    imports.add_argument(
+        "--question", default=None, metavar="NAME", help="Argilla, Label Studio: the question that compares them"
+    )
 
 
 def _label(commands: Commands) -> None:

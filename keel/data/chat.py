@@ -14,15 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from keel.data.template import BUILT_IN as BUILT_IN
-from keel.data.template import bos_that_tokenizer_adds, stop_tokens, template_text
+from keel.data.template import PROBE, REMEDY, Habits, habits_of, own_template, put_before, render, template_text
 from keel.data.tokens import Segment, Tokens, token_ids
 from keel.types import Demonstration, Encoded, Message, UserError, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_REMEDY = "set model.chat_template to keel, chatml or a Jinja file"
-_PROBE = "kEEL-rEPLY-pROBE"  # stands for a reply where the template's habits are found out; no template knows it
 
 
 class Chat:
@@ -35,15 +32,15 @@ class Chat:
     ``stop_ids`` tokens at which sampling stops: those, eos, and what the checkpoint's generation config names as ends
     (``tokenizer.keel_ends``, which ``keel.model.loading`` sets: Llama 3's two, GLM's marks of the next speaker).
 
-    BOS comes from the template alone, or in plain mode and plain text from the tokenizer: never from both.
+    What the tokenizer puts before a text (BOS, GLM's ``[gMASK]<sop>``) comes from the template alone, or in plain mode
+    and plain text from the tokenizer: never from both. ``begin_ids`` are these tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template: str | None
         if template is None:
-            own = tokenizer.chat_template
-            self.template = own.get("default") if isinstance(own, dict) else own or None
+            self.template = own_template(tokenizer)
         else:
             self.template = template_text(template, tokenizer)
             vocabulary = tokenizer.get_vocab()
@@ -53,18 +50,15 @@ class Chat:
                     f"the tokenizer lacks the {template} template's tokens {', '.join(missing)}; a training stage adds "
                     "them when the recipe's model.chat_template names it"
                 )
-        self._bos_text = bos_that_tokenizer_adds(tokenizer)
+        ends: tuple[int, ...] = tuple(getattr(tokenizer, "keel_ends", ()))
+        self._habits = Habits() if self.template is None else habits_of(tokenizer, self.template, ends)
+        self._begin_text = put_before(tokenizer)
         self._eos_text: str = tokenizer.eos_token or ""
-        self._trims = False
-        self._before_reply = self._after_reply = ""  # white space that the template writes around one
-        self._ends: tuple[int, ...] = tuple(getattr(tokenizer, "keel_ends", ()))
-        self._end_text = self._eos_text
-        self._end_from_template = False
-        if self.template is not None:
-            self._learn_template()
+        self._end_text = self._habits.end or self._eos_text
+        self.begin_ids: tuple[int, ...] = tuple(token_ids(tokenizer, [self._begin_text])[0]) if self._begin_text else ()
         self.end_ids: tuple[int, ...] = tuple(token_ids(tokenizer, [self._end_text])[0])
         eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos + self._ends))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self.end_ids[-1:] + eos + ends))
         self._tokens = Tokens(tokenizer, self._samples())
 
     @property
@@ -157,7 +151,7 @@ class Chat:
         kept = [i for i in own if i != tokenizer.pad_token_id or i in self.stop_ids]
         text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        return text.removeprefix(self._before_reply).removesuffix(self._after_reply)
+        return text.removeprefix(self._habits.before).removesuffix(self._habits.after)
 
     # ------------------------------------------------------------------------------------------------- segments
 
@@ -167,8 +161,7 @@ class Chat:
             raise UserError(f"a prompt must wait for the assistant, and this one {last}")
         rendered = self._render_prompt(messages)
         if self.plain:
-            bos = [Segment(self._bos_text, False, mark=True)] if self._bos_text else []
-            return [*bos, Segment(rendered.removeprefix(self._bos_text), False)]
+            return [*self._begin(), Segment(rendered.removeprefix(self._begin_text), False)]
         segments: list[Segment] = []
         done = ""
         for i, message in enumerate(messages):
@@ -186,13 +179,16 @@ class Chat:
         return [*segments, Segment(rendered[len(done) :], False)]
 
     def _reply_segments(self, reply: str, finished: bool) -> list[Segment]:
-        text = self._before_reply + (reply.strip() if self._trims else reply)
+        text = self._habits.before + self._habits.taken_off(reply)
         if not finished or not self._end_text:
             return [Segment(text, True)]
-        return [Segment(text + self._after_reply, True), Segment(self._end_text, True, mark=self.plain)]
+        return [Segment(text + self._habits.after, True), Segment(self._end_text, True, mark=self.plain)]
+
+    def _begin(self) -> list[Segment]:
+        return [Segment(self._begin_text, False, mark=True)] if self._begin_text else []
 
     def _text_segments(self, text: str, finished: bool) -> list[Segment]:
-        segments = [Segment(self._bos_text, False, mark=True), Segment(text, True)]
+        segments = [*self._begin(), Segment(text, True)]
         if finished and self._eos_text and not text.endswith(self._eos_text):
             segments.append(Segment(self._eos_text, True, mark=True))
         return segments
@@ -203,7 +199,7 @@ class Chat:
         if self.plain and [m.role for m in messages] != ["user", "assistant"]:
             raise UserError(
                 "the tokenizer has no chat template, and without one only a user message and one reply can be learned; "
-                + _REMEDY
+                + REMEDY
             )
         if self.plain:
             return self._prompt_segments(messages[:-1]) + self._reply_segments(messages[-1].content, finished=True)
@@ -217,7 +213,7 @@ class Chat:
                 raise UserError(
                     f"the chat template writes the turns before message {i + 1} differently from how they were learned "
                     f"({_first_difference(done, prompt)}), so this conversation cannot be learned in one piece; "
-                    f"split it into one row for each reply, or {_REMEDY}"
+                    f"split it into one row for each reply, or {REMEDY}"
                 )
             turn = self._reply_segments(message.content, finished=True)
             segments += [Segment(prompt[len(done) :], False), *turn]
@@ -233,7 +229,7 @@ class Chat:
         if not full.startswith(prompt):
             raise UserError(
                 "the chat template's prompt is not how its full rendering of the conversation starts "
-                f"({_first_difference(prompt, full)}); fix the template, or {_REMEDY}"
+                f"({_first_difference(prompt, full)}); fix the template, or {REMEDY}"
             )
 
     def _samples(self) -> list[list[Segment]]:
@@ -247,68 +243,26 @@ class Chat:
                 rows.append(self._prompt_segments([ask]) + self._reply_segments(reply, finished=True))
         return [[segment for segment in row if not segment.mark] for row in rows]
 
-    # ------------------------------------------------------------------------------------------------- template
+    # ------------------------------------------------------------------------------------------------ rendering
 
-    def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """What the template writes for these messages, with (``prompt``) or without the start of a reply."""
+    def _render(self, messages: Sequence[Message]) -> str:
         assert self.template is not None
-        conversation = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # whatever a template raises, jinja2's errors and Python's
-            roles = ", ".join(m.role for m in messages)
-            raise UserError(
-                f"the chat template refuses a conversation of roles {roles}: {error}; change the rows, or {_REMEDY}"
-            ) from error
-        assert isinstance(text, str)
-        return text
+        return render(self.tokenizer, self.template, messages)
 
     def _render_prompt(self, messages: Sequence[Message]) -> str:
-        if not self.plain:
-            return self._render(messages, prompt=True)
+        if self.template is not None:
+            return render(self.tokenizer, self.template, messages, prompt=True)
         questions = [m.content for m in messages if m.role == "user"]
         if not questions:
             raise UserError("without a chat template a prompt needs a user message, and this one has none")
-        return self._bos_text + questions[-1] + "\n"
-
-    def _learn_template(self) -> None:
-        """Find out what the template writes after a reply, and whether it strips white space around one."""
-        question = Message("user", "Hello")
-        rendered = self._render([question, Message("assistant", f" \n{_PROBE}\n ")])
-        self._trims = f"{_PROBE}\n " not in rendered
-        _, found, tail = self._render([question, Message("assistant", _PROBE)]).partition(_PROBE)
-        if not found:
-            raise UserError(f"the chat template does not write the assistant's messages; fix it, or {_REMEDY}")
-        white, end = self._first_mark(tail, stop_tokens(self.tokenizer))
-        if not end:  # the next speaker's mark may end it (GLM), where the checkpoint says so
-            later = self._render([question, Message("assistant", _PROBE), question])
-            white, end = self._first_mark(later.partition(_PROBE)[2], set(self._ends))
-        if end:
-            self._end_text, self._end_from_template, self._after_reply = end, True, white
-        prompt, whole = self._render_prompt([question]), self._render([question, Message("assistant", _PROBE)])
-        between = whole[len(prompt) :].partition(_PROBE)[0] if whole.startswith(prompt) else ""
-        self._before_reply = between if between.isspace() else ""
-
-    def _first_mark(self, text: str, marks: set[int]) -> tuple[str, str]:
-        """(white space, the one of ``marks`` behind it) that a text begins with; ("", "") where it does not."""
-        after = text.lstrip()
-        ids = token_ids(self.tokenizer, [after])[0]
-        if not ids or ids[0] not in marks:
-            return "", ""
-        mark = self.tokenizer.convert_ids_to_tokens(ids[0])
-        assert isinstance(mark, str)
-        return (text[: len(text) - len(after)], mark) if after.startswith(mark) else ("", "")
+        return self._begin_text + questions[-1] + "\n"
 
     # ---------------------------------------------------------------------------------------------------- check
 
     def check(self) -> list[str]:
         """What is wrong or surprising about this tokenizer and template, a sentence each; [] is a clean bill."""
         if self.plain:
-            problems = [
-                f"the tokenizer has no chat template: only single questions can be asked and learned; {_REMEDY}"
-            ]
+            problems = [f"the tokenizer has no chat template: only single questions can be asked and learned; {REMEDY}"]
             return problems if self.end_ids else [*problems, "the tokenizer has no eos token: no reply can end"]
         return [*self._check_tokens(), *self._check_history()]
 
@@ -318,7 +272,7 @@ class Chat:
             problems.append(
                 "the template writes no stop token after a reply and the tokenizer has no eos: no reply ends"
             )
-        elif not self._end_from_template:
+        elif not self._habits.end:
             problems.append(
                 f"the template writes no stop token after a reply, so {self._eos_text} ends one instead, and "
                 "conversations of several replies cannot be learned"
@@ -327,8 +281,8 @@ class Chat:
         ids, bos = self.encode_prompt(question), self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             problems.append(f"the template writes {self.tokenizer.bos_token} twice")
-        if self._bos_text and ids[:1] != [bos]:
-            problems.append(f"the tokenizer starts a text with {self._bos_text} and the template does not")
+        if tuple(ids[: len(self.begin_ids)]) != self.begin_ids:
+            problems.append(f"the tokenizer starts a text with {self._begin_text} and the template does not")
         vocabulary = self.tokenizer.get_vocab()
         written = dict.fromkeys(
             re.findall(r"<\|\w+\|>|<\w+_of_\w+>", self._render([*question, Message("assistant", "Hi")]))
@@ -343,16 +297,16 @@ class Chat:
     def _check_history(self) -> list[str]:
         ask, again = Message("user", "Hello"), Message("user", "Go on")
         prompt = self._render_prompt([ask])
-        full = self._render([ask, Message("assistant", _PROBE)])
+        full = self._render([ask, Message("assistant", PROBE)])
         if not full.startswith(prompt):
             return [f"the prompt is not how the full rendering starts ({_first_difference(prompt, full)})"]
         problems = []
-        between = full[len(prompt) : full.index(_PROBE)]
+        between = full[len(prompt) : full.index(PROBE)]
         if between.strip():
             problems.append(
                 f"the template puts {between!r} between a prompt and the last reply; Keel learns and samples without it"
             )
-        thought = Message("assistant", f"<think>\n{_PROBE}\n</think>\n\nHi")
+        thought = Message("assistant", f"<think>\n{PROBE}\n</think>\n\nHi")
         done = prompt + "".join(s.text for s in self._reply_segments("Hi", finished=True))
         self.encode_conversation([ask, Message("assistant", "Hi")])
         try:
@@ -365,7 +319,7 @@ class Chat:
                 "the template rewrites earlier replies, so conversations of several replies cannot be learned "
                 f"({_first_difference(done, later)})"
             )
-        if _PROBE not in later_thought:
+        if PROBE not in later_thought:
             problems.append(
                 "the template strips thinking from earlier replies: conversations with thinking in a reply that is not "
                 "the last cannot be learned"

@@ -1,8 +1,8 @@
 """Names of columns and message fields that change what is learned, as other tools write them: one table for all
 readers. Each is honoured or refused; a refused one is passed over where its value says nothing.
 
-The names are those of OpenAI's fine-tuning files, TRL, axolotl, LLaMA-Factory, ms-swift, NeMo, Mistral's finetune and
-ShareGPT's many heirs.
+The names are those of OpenAI's fine-tuning files, TRL, axolotl, LLaMA-Factory, ms-swift, NeMo, Mistral's finetune,
+Alpaca, Dolly and ShareGPT's many heirs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from keel.data.rows import RowError, shown
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "instruction_system", "sys_prompt")
 HISTORY = "history"
+# Beside an ``instruction``: what it is about (Alpaca's, Dolly's), and the reply to it.
+MATERIAL = ("input", "context")
+ANSWER = ("output", "response")
 WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss")  # of a message: 0 is not learned
 TRAINED = ("train", "training", "trainable", "train_on_turn", "learn")  # the same, and 1 would teach a user's turn
 

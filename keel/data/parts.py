@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from keel.data.collate import messages_hash
-from keel.data.columns import SYSTEM
+from keel.data.columns import MATERIAL, SYSTEM
 from keel.data.fields import Fields, earlier_rounds, json_value, message_list, name, text, utterance
 from keel.data.rows import RowError, shown
 from keel.types import Message, Prompt
@@ -22,13 +22,20 @@ def prompt_of(row: Fields, messages: tuple[Message, ...], id: str) -> Prompt:
     return Prompt(id or messages_hash(messages), messages, name(row, "kind"), meta)
 
 
+def named(row: Fields, names: Sequence[str], what: str) -> str:
+    """Under which of ``names`` the row has a text ("": none). RowError where several have different ones."""
+    given = {name: text(row, name) for name in names if name in row}
+    texts = {name: value for name, value in given.items() if value.strip()}
+    if len(set(texts.values())) > 1:
+        raise RowError(f"fields {' and '.join(texts)} give different {what}; keep one")
+    return next(iter(texts or given), "")
+
+
 def system_of(row: Fields) -> tuple[Message, ...]:
     """The system message that a column gives, under whichever of its names."""
-    given = {name: text(row, name) for name in SYSTEM if name in row}
-    texts = {name: system for name, system in given.items() if system.strip()}
-    if len(set(texts.values())) > 1:
-        raise RowError(f"fields {' and '.join(texts)} give different system messages; keep one")
-    return tuple(Message("system", system) for system in list(texts.values())[:1])
+    name = named(row, SYSTEM, "system messages")
+    system = text(row, name) if name else ""
+    return (Message("system", system),) if system.strip() else ()
 
 
 def with_system(row: Fields, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -70,7 +77,8 @@ def _asked_in_writing(row: Fields, taught: bool) -> tuple[Message, ...]:
 
 
 def ask_instruction(row: Fields, taught: bool = False) -> tuple[Message, ...]:
-    parts = [utterance(row, "instruction", empty=False), text(row, "input") if "input" in row else ""]
+    about = named(row, MATERIAL, "inputs")
+    parts = [utterance(row, "instruction", empty=False), text(row, about) if about else ""]
     asked = Message("user", "\n\n".join(part for part in parts if part))
     return (*system_of(row), *earlier_rounds(row, taught), asked)
 

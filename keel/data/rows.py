@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -97,7 +98,7 @@ def read_rows(source: str | Path, bad: BadRows, note: Callable[[str], None] = _n
     if str(source).startswith(hub.PREFIX):
         found = _numbered(str(source), hub.load(str(source)), bad)
     else:
-        found = _read_local(Path(source).expanduser(), bad, note)
+        found = _read_local(Path(os.path.expanduser(source)), bad, note)  # which leaves a ~ that nobody knows
     for row in found:
         bad.rows += 1
         yield row

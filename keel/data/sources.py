@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keel.data.collate import messages_hash
-from keel.data.columns import OWN, PAIRED, SHOWN, SYSTEM, TAUGHT, Refused, refuse
+from keel.data.columns import ANSWER, HISTORY, MATERIAL, OWN, PAIRED, SHOWN, SYSTEM, TAUGHT, Refused, refuse
 from keel.data.fields import (
     Fields,
     earlier_rounds,
@@ -34,6 +34,7 @@ from keel.data.parts import (
     ask_instruction,
     conversation,
     implicit_prompt,
+    named,
     prompt_of,
     system_of,
     the_reply,
@@ -70,7 +71,8 @@ R = TypeVar("R", bound=_Identified)
 
 
 def read_demonstrations(source: str | Path, reading: Reading = PLAIN_READING) -> list[Demonstration]:
-    """Rows ``messages``, ``conversations``, ``prompt``+``completion``, ``instruction``+``output``, or ``text``."""
+    """Rows ``messages``, ``conversations``, ``prompt``+``completion``, ``instruction``+``output``, or ``text``.
+    Beside an instruction ``context`` is ``input``, and ``response`` is ``output``."""
     forms = "messages | conversations | prompt+completion | instruction[+input]+output | text"
     return _read(source, _demonstration, forms, reading, TAUGHT)
 
@@ -198,8 +200,8 @@ def _demonstration(row: Fields) -> Demonstration:
     elif "prompt" in row and "completion" in row:
         asked = ask(row, taught=True)
         messages = asked + after_prompt(row, "completion", asked, taught=True)
-    elif "instruction" in row and "output" in row:
-        messages = (*ask_instruction(row, taught=True), Message("assistant", utterance(row, "output")))
+    elif "instruction" in row and (answer := named(row, ANSWER, "replies")):
+        messages = (*ask_instruction(row, taught=True), Message("assistant", utterance(row, answer)))
     else:
         return _plain_text(row)
     if messages[-1].role != "assistant":
@@ -330,7 +332,7 @@ def as_prompt(value: Any) -> Prompt:
 
 def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
     """The prompt of a row, as a prompt's row has it. RowError when there is none."""
-    fields = ("prompt", "messages", "instruction", "input", *SYSTEM)
+    fields = ("prompt", "messages", "instruction", *MATERIAL, *SYSTEM, HISTORY)
     return _prompt_row(Fields({field: row[field] for field in fields if field in row}))
 
 

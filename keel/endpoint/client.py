@@ -94,7 +94,7 @@ class Endpoint:
     # ------------------------------------------------------------------------------------------------------ asking
 
     def ask(self, question: Question, read: Callable[[Answer], T]) -> T:
-        """``read`` of the answer. Raises UserError when it cannot be had."""
+        """``read`` of the answer. Raises UserError when none comes that it can read."""
         result = self._try(question, read, threading.Event())
         if isinstance(result, _Missing):
             raise self._failure(result.problem)
@@ -110,7 +110,7 @@ class Endpoint:
         """``read`` of each question's place and answer, in order, ``concurrency`` of them under way at a time.
 
         ``read`` runs in a thread as soon as its answer is there; it raises Unreadable for one to ask for again. None
-        stands for an answer that could not be had. Raises UserError when the server fails, or when more than
+        stands for an answer that did not come. Raises UserError when the server fails, or when more than
         MISSING_BOUND of them (of ``among``, where others were answered before) are missing.
         """
         total = len(questions) if among is None else among

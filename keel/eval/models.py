@@ -20,12 +20,12 @@ from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.measure import completion_logprobs
+from keel.model.modules import context_length
 from keel.model.vocabulary import unreadable
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.collect import stop_token_ids, with_decoded_text
 from keel.rollout.sampler import make_sampler
-from keel.rollout.tokens import context_length
 from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer, place_of
 
 TOKENS = 8192  # tokens in one forward pass

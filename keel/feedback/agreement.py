@@ -92,57 +92,6 @@ def cohens_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     return (observed - expected) / (1 - expected)
 
 
-def cohens_kappa_of_items(pairs: Sequence[tuple[str, str]], bootstrap: int = 2000, seed: int = 0) -> Agreement | None:
-    """``cohens_kappa`` of two raters who each labelled every item once (a pair an item), with its interval."""
-    point = cohens_kappa(pairs)
-    if point is None:
-        return None
-    labels = sorted({label for pair in pairs for label in pair})
-    k = len(labels)
-    rows_NF = np.zeros((len(pairs), k * k))
-    for row, (a, b) in zip(rows_NF, pairs, strict=True):
-        row[labels.index(a) * k + labels.index(b)] = 1
-
-    def kappa(sums: np.ndarray) -> np.ndarray:
-        table = sums.reshape(-1, k, k) / sums.sum(axis=1)[:, None, None]
-        observed = np.trace(table, axis1=1, axis2=2)
-        expected = (table.sum(axis=1) * table.sum(axis=2)).sum(axis=1)
-        return _chance_corrected(observed, expected)
-
-    return Agreement(point, bootstrap_interval(rows_NF, kappa, bootstrap, seed), len(pairs))
-
-
-def fleiss_kappa(votes: Votes, ties: bool = True, bootstrap: int = 2000, seed: int = 0) -> Agreement | None:
-    """Fleiss' kappa (1971): agreement of any number of judges beyond chance, (P - P_e) / (1 - P_e).
-
-    P is the mean over items with two votes or more of the share of equal pairs (his eq. 2); P_e the sum over
-    categories of the squared share of votes in it (eqs. 5 and 6). ``ties``: whether a tie is a category of its own;
-    else ties are left out. Items may have different numbers of votes: an item's shares then weigh the same however
-    many they are, and items with one vote count for P_e alone (Gwet 2014, "Handbook of Inter-Rater Reliability",
-    ch. 2); with equally many votes an item this is Fleiss' own. None when no item has two votes, or all votes are in
-    one category. ``items`` counts those with two votes or more.
-    """
-    kept = [counts for item in sorted(votes) if (counts := Counter(_kept(votes[item], ties)))]
-    labels = sorted({label for counts in kept for label in counts})
-    rows = []
-    for counts in kept:
-        n = counts.total()
-        equal = sum(c * (c - 1) for c in counts.values()) / (n * (n - 1)) if n > 1 else 0.0
-        rows.append([equal, float(n > 1), 1.0, *(counts[label] / n for label in labels)])
-
-    def kappa(sums: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            observed = sums[:, 0] / sums[:, 1]
-        return _chance_corrected(observed, ((sums[:, 3:] / sums[:, 2:3]) ** 2).sum(axis=1))
-
-    return _estimate(np.array(rows), kappa, sum(row[1] > 0 for row in rows), bootstrap, seed)
-
-
-def _chance_corrected(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    room = np.where(expected < 1 - 1e-12, 1 - expected, np.nan)
-    return (observed - expected) / room
-
-
 def _estimate(
     rows_NF: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], items: int, bootstrap: int, seed: int
 ) -> Agreement | None:

@@ -13,8 +13,7 @@ import numpy as np
 
 from keel.feedback.agreement import Agreement
 from keel.stats import bootstrap_interval
-from keel.store import Judgement
-from keel.store.sides import InStore, in_store
+from keel.store.sides import InStore
 
 Scale = Literal["nominal", "ordinal", "interval"]
 VALUES: Mapping[InStore, float] = {"first": 1.0, "second": -1.0, "tie": 0.0}  # of a comparison, as a number
@@ -51,13 +50,6 @@ def krippendorff_alpha(
 
     point = float(alpha(rows_NF.sum(axis=0)[None])[0])
     return Agreement(point, bootstrap_interval(rows_NF, alpha, bootstrap, seed), len(paired))
-
-
-def signed_strength(judgement: Judgement) -> float:
-    """A comparison as a value on an ordinal scale from -3 (the second response much better) over 0 (tie, both bad) to
-    3 (the first much better); without a strength it counts as 1. First is the response that was stored first."""
-    said = in_store(judgement.choice, (judgement.left.id, judgement.right.id))
-    return VALUES[said] * (judgement.strength or 1.0)
 
 
 def _coincidences(unit: Sequence[int], size: int) -> np.ndarray:

@@ -65,10 +65,6 @@ class SimulatedAnnotator:
             )
         return difference
 
-    def probability_left(self, prompt: Prompt, left: str, right: str) -> float:
-        """P(left preferred | no tie), the formula at the top of this file."""
-        return self._probability(self.difference(prompt, left, right))
-
     def probability_of_first(self, prompt: Prompt, a: str, b: str) -> float | None:
         """P(a preferred | no tie) with sides drawn at random; None for a tie."""
         difference = self.difference(prompt, a, b)

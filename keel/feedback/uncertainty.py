@@ -20,7 +20,7 @@ def disagreement(
     scorers: Sequence[RewardModelScorer], temperatures: Sequence[float], pairs: Sequence[Candidate]
 ) -> list[float]:
     """:func:`bald` of each pair under an ensemble of reward models. ``temperatures``: what fits each member's held-out
-    votes; their geometric mean serves all, so that no member weighs more for being surer of itself."""
+    votes. Their geometric mean serves all, so that an overconfident member does not dominate."""
     gains: list[float] = bald(leads(scorers, pairs, geometric_mean(temperatures))).tolist()
     return gains
 

@@ -23,7 +23,7 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     target = folder / ADAPTER
     model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
     tokenizer.save_pretrained(str(target))
-    (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n")
+    (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n", encoding="utf-8")
 
 
 def digest(model: nn.Module) -> str:

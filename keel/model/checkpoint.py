@@ -33,6 +33,7 @@ from keel.model.loading import (
     read_model,
     read_tokenizer,
     refuse_adapted_ties,
+    refuse_unfit,
 )
 from keel.model.merged import file_weights
 from keel.model.modules import inner_model, set_attention, stated_positions
@@ -94,6 +95,7 @@ def load_policy(
     where the model has never learned them. ``note`` is told of it, and of what was fixed in the checkpoint.
     """
     source = Source.of(place)
+    refuse_unfit(source, policy=True)
     tokenizer = load_tokenizer(source)
     known = len(tokenizer)
     if chat_template is not None:
@@ -137,6 +139,7 @@ def load_scalar(
     trained on, and read as Keel's own from here on; ``note`` is told.
     """
     source = Source.of(place)
+    refuse_unfit(source, policy=False)
     tokenizer = load_tokenizer(source)
     new = new_head_seed is not None
     if not new and not classifies(source):
@@ -296,4 +299,5 @@ def _state_dtype(path: Path, dtype: str) -> None:
             return config
         return {key: dtype if key == "dtype" else stated(value) for key, value in config.items()}
 
-    path.write_text(json.dumps(stated(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
+    config = stated(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

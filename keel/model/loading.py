@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from keel.model.held import matrices_in, settle, stored_dtype
 from keel.model.modules import unwrapped
+from keel.model.weights import is_table, named, refuse_not_finite, refuse_other_weights
 from keel.precision import Precision, held_dtype
 from keel.recipe.sections import Source
 from keel.types import UserError
@@ -37,9 +38,16 @@ Note = Callable[[str], None]
 ADAPTER_CONFIG = "adapter_config.json"
 # What wrappers put before the names of the weights that they save: DataParallel and FSDP, torch.compile, peft.
 WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module\.|_orig_mod\.|base_model\.model\.)+")
-# Tables that older versions saved and newer ones compute.
-TABLES = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|cos_cached|sin_cached|causal_mask)$")
-SHOWN = 3  # names in a sentence
+# Architectures whose head writes no text.
+OTHER_HEADS = re.compile(r"For\w*(Classification|Reward\w*|Regression|QuestionAnswering|MultipleChoice)$")
+# How transformers makes quantised weights plain, by method.
+PLAIN = {
+    "bitsandbytes": "save model.dequantize() of it",
+    "higgs": "save model.dequantize() of it",
+    "fp8": "load it with FineGrainedFP8Config(dequantize=True) in transformers and save that",
+    "mxfp4": "load it with Mxfp4Config(dequantize=True) in transformers and save that",
+    "compressed-tensors": "load it with CompressedTensorsConfig(dequantize=True) in transformers and save that",
+}
 
 
 def _silent(text: str) -> None:
@@ -102,10 +110,16 @@ def _first_words(error: Exception) -> str:
 
 
 def _base_of(source: Source) -> Source | None:
-    """The model that a folder of adapters alone belongs to; None for a whole checkpoint."""
+    """The model that a folder of adapters belongs to; None for a whole checkpoint. UserError for a folder with both:
+    peft would compute with the two, other tools with either."""
     folder = Path(source.path)
-    if not (folder / ADAPTER_CONFIG).exists() or (folder / "config.json").exists():
+    if not (folder / ADAPTER_CONFIG).exists():
         return None
+    if any(next(folder.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
+        raise UserError(
+            f"{source.path}: it holds a whole model and adapters too, and does not say which is meant; move "
+            f"{ADAPTER_CONFIG} and adapter_model.* into a folder of their own, and name that folder or this one"
+        )
     settings = _adapter_config(source)
     name = settings.base_model_name_or_path
     if not name:
@@ -185,17 +199,16 @@ def read_model(
     base = _base_of(source)
     if base is not None:
         return _with_adapters(auto, base, source, what, note, settings | {"held": held})
-    _refuse_quantised(source, what)
     model, found = _read(auto, source, what, held, settings)
     wrapped = [name for name in found["unexpected_keys"] if WRAPPED.search(name)]
     if wrapped and found["missing_keys"]:
         model, found = _read(auto, source, what, held, settings | {"key_mapping": {WRAPPED.pattern: ""}})
         note(f"{source.path}: took what a wrapper put there out of the weights' names ({wrapped[0]}, ...)")
-    _refuse_other_weights(source, what, model, found, new_head)
-    left = [name for name in sorted(found["unexpected_keys"]) if not _is_table(name, model)]
+    refuse_other_weights(source, what, model, found, new_head)
+    left = [name for name in sorted(found["unexpected_keys"]) if not is_table(name, model)]
     if left and not new_head:  # a head that gives way to a new one is no news
-        note(f"{source.path}: {_named(left)} in the file is of no use to this {what}")
-    _refuse_not_finite(source, model)
+        note(f"{source.path}: {named(left)} in the file is of no use to this {what}")
+    refuse_not_finite(source, model)
     settle(model)
     for config in (model.config, model.config.get_text_config()):  # what a notebook switched on before it was saved
         config.output_attentions = config.output_hidden_states = False
@@ -233,88 +246,40 @@ def _read(
                 **settings,
             )
 
-    return _checked(source, what, load)
+    model, found = _checked(source, what, load)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers looks for adapters on the hub, too
+        raise UserError(
+            f"{source.path}: it holds a whole model and adapters too, and does not say which is meant; download it, "
+            f"take {ADAPTER_CONFIG} out of its folder, and name that"
+        )
+    return model, found
 
 
-def _refuse_quantised(source: Source, what: str) -> None:
-    """Some methods' weights can be computed with but not trained, others' are made plain on some devices, and saved
-    with scales that nobody reads again."""
-    config = read_config(source)
+def refuse_unfit(source: Source, policy: bool) -> None:
+    """UserError for what the configuration alone shows: a policy whose head is another task's, and quantised weights.
+
+    transformers would give the first a head all the same, the embedding's where the two are tied. Some methods' weights
+    can be computed with but not trained, others' are made plain on some devices, and saved with scales that nobody
+    reads again.
+    """
+    base = _base_of(source)
+    config = read_config(base or source)
+    heads = [name for name in config.architectures or () if OTHER_HEADS.search(name)]
+    if base is not None and classifies(source):
+        heads.insert(0, "adapters of a sequence classifier")
+    if policy and heads:
+        raise UserError(
+            f"{source.path}: by its configuration ({heads[0]}) it scores or sorts texts and writes none, so it is no "
+            "policy; name the causal language model that it was made from, or correct the configuration"
+        )
     for part in (config, config.get_text_config()):
         if (how := getattr(part, "quantization_config", None)) is not None:
             method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+            method = getattr(method, "value", method)
+            also = f", or {PLAIN[method]}" if method in PLAIN else ""
             raise UserError(
-                f"{source.path}: its weights are quantised ({getattr(method, 'value', method)}), and Keel computes "
-                f"with plain ones; name the {what} that it was made from, or save model.dequantize() of it"
-            )
-
-
-def _refuse_other_weights(
-    source: Source, what: str, model: PreTrainedModel, found: dict[str, Any], new_head: bool
-) -> None:
-    other = sorted((name, tuple(there), tuple(wanted)) for name, there, wanted in found["mismatched_keys"])
-    if other:
-        name, there, wanted = other[0]
-        more = f", and so are {len(other) - 1} more" if len(other) > 1 else ""
-        raise UserError(
-            f"{source.path}: {name} is {list(there)} in the file and {list(wanted)} by config.json{more}; this is not "
-            f"a {what} of that configuration"
-        )
-    unexpected = found["unexpected_keys"]
-    missing = sorted(found["missing_keys"])
-    if new_head:
-        missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-    if missing and any(".lora_" in name or ".base_layer." in name for name in unexpected):
-        raise UserError(
-            f"{source.path}: its weights were saved inside adapters that were not merged; merge them with peft's "
-            "merge_and_unload and save the model again"
-        )
-    if missing:
-        raise UserError(
-            f"{source.path}: the file lacks {_named(missing)}, which this {what} needs; save the whole model again, "
-            "or name another"
-        )
-    needed = sorted(name for name in unexpected if _belongs(name, model))
-    if needed:
-        raise UserError(
-            f"{source.path}: the file has {_named(needed)}, for which the model of its config.json has no place, so it "
-            "would compute something else; correct config.json"
-        )
-
-
-def _belongs(name: str, model: PreTrainedModel) -> bool:
-    """Whether a weight that was not used lies in a part that the model has: a bias, or a layer more. What stands beside
-    its parts (another task's head, a vision tower) does not."""
-    parts = name.split(".")[:-1]
-    modules = {path for path, _ in model.named_modules() if path} - {model.base_model_prefix}
-    within = any(".".join(parts[:n]) in modules for n in range(1, len(parts) + 1))
-    return within and not _is_table(name, model)
-
-
-def _is_table(name: str, model: PreTrainedModel) -> bool:
-    """Whether a weight is computed nowadays: a table by its name, or a mask. GPT-2 and its kin saved masks as the
-    "bias" of an attention that has no weight of its own."""
-    path, _, last = name.rpartition(".")
-    modules = dict(model.named_modules())
-    masks = last == "bias" and path in modules and not list(modules[path].parameters(recurse=False))
-    return masks or TABLES.search(name) is not None
-
-
-def _named(names: list[str]) -> str:
-    """``1 weight (a)`` or ``7 weights (a, b, c, ...)``"""
-    more = ", ..." if len(names) > SHOWN else ""
-    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(names[:SHOWN])}{more})"
-
-
-def _refuse_not_finite(source: Source, model: PreTrainedModel) -> None:
-    """A sum is not finite where one of its numbers is not: one pass over memory, a seventh of the time that loading
-    takes (0.4 s of 3 s with 135M parameters)."""
-    weights = {weight.data_ptr(): (name, weight) for name, weight in model.state_dict().items()}  # tied ones once
-    for name, weight in weights.values():
-        if weight.is_floating_point() and not weight.sum().isfinite() and not (good := weight.isfinite()).all():
-            raise UserError(
-                f"{source.path}: {int((~good).sum())} of the {weight.numel()} numbers of {name} are NaN or infinite; "
-                "take an earlier checkpoint"
+                f"{(base or source).path}: its weights are quantised ({method}), and Keel computes with plain ones; "
+                f"name the model that it was made from{also}"
             )
 
 
@@ -332,7 +297,7 @@ def _with_adapters(
             model.resize_token_embeddings(rows)
     wrapped = put_adapters(model, source)
     merged: Any = _checked(source, "folder of adapters", lambda: wrapped.merge_and_unload())
-    _refuse_not_finite(source, merged)
+    refuse_not_finite(source, merged)
     note(f"{source.path}: adapters, merged into {base.path}")
     return merged
 
@@ -355,9 +320,9 @@ def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False
     refuse_adapted_ties(wrapped, f"{source.path}: its adapters")
     wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if missing := sorted(wanted - there):
-        raise UserError(f"{source.path}: the adapters lack {_named(missing)}; save them again")
+        raise UserError(f"{source.path}: the adapters lack {named(missing)}; save them again")
     if left := sorted(there - wanted - set(wrapped.state_dict())):
-        raise UserError(f"{source.path}: the adapters have {_named(left)}, for which their base has no place")
+        raise UserError(f"{source.path}: the adapters have {named(left)}, for which their base has no place")
     if with_head and not any("score" in name for name in there):
         raise UserError(f"{source.path}: the adapters bring no score.weight, so this is no reward model")
     return wrapped

@@ -149,11 +149,16 @@ def stated_positions(config: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens of prompt and completion that the model has positions for; None when it states no limit."""
+    return stated_positions(inner_model(model).config)
+
+
 def check_reach(model: nn.Module, batch: PackedBatch) -> None:
     """UserError for a token that the model has no embedding for, and for a text longer than its positions."""
     inner: Any = inner_model(model)
     token, position = batch.reached()
-    rows, limit = embedding_rows(model), stated_positions(inner.config)
+    rows, limit = embedding_rows(model), context_length(model)
     if rows is not None and token >= rows:
         raise UserError(
             f"model.path: {type(inner).__name__} has embeddings for {rows} tokens, and the text has token {token}; "

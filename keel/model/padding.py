@@ -53,7 +53,7 @@ def _used(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
     chat = Chat(tokenizer)
     named = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in (chat.template or "")}
     other = set(given_tokens(model.config.to_dict())) - {tokenizer.pad_token_id}
-    begin = {tokenizer.bos_token_id} - {None}
+    begin = {tokenizer.bos_token_id, *chat.begin_ids} - {None}
     return named | other | begin | {*chat.stop_ids, *chat.end_ids, *template_marks(tokenizer)}
 
 

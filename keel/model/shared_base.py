@@ -89,7 +89,7 @@ class SharedBase:
                 f"{path}: no adapters there to put on one base; train this reward model with model.lora, "
                 "or set one_base: false"
             )
-        if json.loads((folder / "base.json").read_text())["digest"] != digest(self.model):
+        if json.loads((folder / "base.json").read_text(encoding="utf-8"))["digest"] != digest(self.model):
             raise UserError(
                 f"{path}: its adapters were trained on another base than {self.source.path}; train it from the same "
                 "checkpoint as the policy, or set one_base: false"

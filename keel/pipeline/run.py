@@ -21,7 +21,7 @@ from keel.recipe.recipe import Recipe, Stage
 from keel.run import RunDir, peak_rss_mb, resolve_device, seed_rng, versions
 from keel.stages.context import StageContext
 from keel.store.trained_on import VoteHashes
-from keel.types import Reporter
+from keel.types import Reporter, UserError
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def run_pipeline(
     """
     device = resolve_device(recipe.device)
     with run.lock():
-        contents = Contents(run.manifest.read().get("data", {}))
+        earlier = run.manifest.read()
+        if earlier and "recipe" not in earlier:
+            raise UserError(f"{run.manifest.path}: not the manifest of a run; choose another --out")
+        contents = Contents(earlier.get("data", {}))
         votes = store_hashes(recipe, run)
         steps = _plan(recipe, run, device, contents, votes)
         run.manifest.update(

@@ -60,7 +60,8 @@ class ModelConfig(Strict):
     revision: str | None = Field(None, description="of a hub model: a branch, tag or commit")
     chat_template: str | None = Field(
         None,
-        description="Jinja file, or one of Keel's built-in names (keel, chatml); default: the model's own, else keel",
+        description="a Jinja file, one of Keel's built-in names (keel, chatml), or of several that the tokenizer has "
+        "one's name; default: the model's own, else keel",
     )
     lora: LoraConfig | None = None
     trust_remote_code: bool = Field(
@@ -130,6 +131,9 @@ class OptimConfig(Strict):
     )
 
 
+Backend = Literal["auto", "embedded", "transformers", "vllm"]
+
+
 class SamplingConfig(Strict):
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
     top_k: int = Field(0, ge=0, description="0 is off")
@@ -138,7 +142,7 @@ class SamplingConfig(Strict):
     max_new_tokens: int = Field(256, ge=1)
     stop: list[str] = Field(default_factory=list, description="stop tokens besides the model's end tokens")
     batch_size: int = Field(128, ge=1, description="sequences decoded together")
-    backend: Literal["auto", "embedded", "transformers", "vllm"] = "auto"
+    backend: Backend = "auto"
 
 
 class LoggingConfig(Strict):

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def load_python(ref: str) -> Callable[..., Any]:
         raise UserError(f"{ref!r} is no Python reference; write module:name or path/to/file.py:name")
     is_file = place.endswith(".py")
     try:
-        module = _load_file(Path(place).expanduser(), ref) if is_file else importlib.import_module(place)
+        module = _load_file(Path(os.path.expanduser(place)), ref) if is_file else importlib.import_module(place)
     except UserError:
         raise
     except ModuleNotFoundError as error:

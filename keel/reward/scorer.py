@@ -12,9 +12,9 @@ import torch
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.checkpoint import frozen
 from keel.model.heads import ScalarModel
+from keel.model.modules import context_length
 from keel.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
-from keel.rollout.tokens import context_length
 from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
@@ -36,8 +36,8 @@ class RewardModelScorer:
     """A reward model as a scorer.
 
     It reads the reply's *text*, encoded with the reward model's own tokenizer and template: the policy may have others.
-    Replies of like length go through together, ``batch_tokens`` tokens at a time and without padding, those of a prompt
-    behind one copy of it: a score depends on neither batch mates nor order.
+    Replies of similar length share a batch of ``batch_tokens`` tokens, without padding; replies to one prompt share one
+    copy of the prompt. A score depends on neither batch mates nor order.
 
     ``max_length``: tokens of prompt and reply that are allowed; by default what the reward model has positions for.
     ``precision``: of the matrix products (``keel.precision``); the head is float32 always.

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from keel.model.packed import inner_model
+from keel.model.modules import context_length, inner_model
 from keel.precision import Precision
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.cuda import CudaDecoder, slots_that_fit
 from keel.rollout.llama import Decoder, Weights
 from keel.rollout.slots import Slots
-from keel.rollout.tokens import completion_limits, context_length, finite, not_finite, stream_key, uniforms
+from keel.rollout.tokens import completion_limits, finite, not_finite, stream_key, uniforms
 from keel.types import Completion
 
 if TYPE_CHECKING:

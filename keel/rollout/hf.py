@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from keel.model.held import in_float32
-from keel.model.modules import accepted, evaluating, inner_model, set_attention
+from keel.model.modules import accepted, context_length, evaluating, inner_model, set_attention
 from keel.model.packed import ATTENTION
 from keel.model.padded import stretched_beyond
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.roads import Road, passable
-from keel.rollout.tokens import choose, completion_limits, context_length, finite, stream_key, uniforms
+from keel.rollout.tokens import choose, completion_limits, finite, stream_key, uniforms
 from keel.types import Completion
 
 

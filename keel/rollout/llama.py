@@ -29,10 +29,10 @@ from keel.rollout.tokens import choose
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the sequence
-COLUMNS = 16  # the cache grows in multiples of this,
+COLUMNS = 16  # the cache grows in multiples of this, because each new shape of a matrix product costs oneDNN about
+# half a millisecond to prepare: the time of the product itself in a small model
+ROWS = 8  # prefills are padded and batches shrink to multiples of this, for the same reason
 JOINED_UP_TO = 2**25  # numbers in weights that a GPU multiplies at once, copied for it: as in a model of 1.7 billion
-ROWS = 8  # prefills are padded and batches shrink to multiples of this: each new shape of a matrix product costs oneDNN
-# about half a millisecond to prepare, the time of the product itself in a small model
 
 
 # ------------------------------------------------------------------------------------------------- parameters

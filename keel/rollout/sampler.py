@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from keel.precision import Precision
-from keel.recipe.sections import SamplingConfig
+from keel.recipe.sections import Backend, SamplingConfig
 from keel.rollout.embedded import EmbeddedSampler
 from keel.rollout.hf import TransformersSampler
 from keel.rollout.llama import why_unsupported
 from keel.rollout.vllm import VllmSampler
 from keel.types import Completion, UserError
-
-Backend = Literal["auto", "embedded", "transformers", "vllm"]
 
 
 class Sampler(Protocol):

@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from keel.model.modules import inner_model, stated_positions
 from keel.recipe.sections import SamplingConfig
 from keel.types import Completion, UserError
 
@@ -143,11 +142,6 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens of prompt and completion that the model has positions for; None when it states no limit."""
-    return stated_positions(inner_model(model).config)
 
 
 def completion_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> list[int]:

@@ -22,10 +22,10 @@ from torch import nn
 from keel.data.collate import micro_batches
 from keel.model.measure import completion_logprobs
 from keel.model.merged import merged_weights
-from keel.model.packed import inner_model
+from keel.model.modules import context_length, inner_model
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
-from keel.rollout.tokens import MISMATCH_BOUND, completion_limits, context_length, finite, stream_key
+from keel.rollout.tokens import MISMATCH_BOUND, completion_limits, finite, stream_key
 from keel.run import restore_rng, rng_state
 from keel.types import Completion, Encoded, UserError
 

@@ -21,38 +21,55 @@ from typing import Any, BinaryIO
 from keel.types import UserError
 
 _TEMPORARY = re.compile(r"^(?P<name>.+)\.(?P<what>tmp|old)-\d+$")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = ("the disk is full", "Free some space")
+# What the system refuses, by its number: what that means, and what to do.
+_REFUSED = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: ("a file would become larger than the system allows (ulimit -f)", "Raise that limit"),
+    errno.EROFS: ("the file system is read-only", "Make it writable"),
+    errno.EACCES: ("permission denied", "Change the rights of that file or folder"),
+    errno.EPERM: ("permission denied", "Change the rights of that file or folder"),
+    errno.EIO: ("the disk cannot be read or written", "Look at the disk"),
+}
+# Compiled writers (torch's zip writer, safetensors, SQLite) put the system's words into errors of their own.
+_WORDS = {
+    "database or disk is full": _FULL,
+    **{os.strerror(code): _REFUSED[code] for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)},
+}
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the disk is full.
-
-    Compiled writers (torch's zip writer, safetensors) wrap the system's error in their own, so the chain and the
-    text are looked at too.
-    """
+def _refused(error: BaseException | None, path: Path) -> tuple[Path, str, str] | None:
+    """(where, what, remedy) when an error, or one that it came from, says that the system refused to read or write."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if any(os.strerror(code) in str(error) for code in _FULL):
-            return True
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            named = Path(error.filename) if isinstance(error.filename, str) else path
+            own = any(_TEMPORARY.match(part) for part in named.parts)  # of what is being written to ``path``
+            return path if own else named, *_REFUSED[error.errno]
+        for words, refused in _WORDS.items():
+            if words in str(error):
+                return path, *refused
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 @contextlib.contextmanager
-def disk_full_as_user_error(path: Path) -> Iterator[None]:
-    """Turns "no space left" in its body into a `UserError` that says where; other errors pass."""
+def refusals_as_user_errors(path: Path) -> Iterator[None]:
+    """Turns what the system refuses in its body (a full disk, a folder that may not be written) into a `UserError` that
+    says where; other errors pass."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if _is_disk_full(error):
-            raise UserError(
-                f"{path}: the disk is full; what was saved before is intact. Free some space and run the same command "
-                "again: it resumes from the last saved state"
-            ) from error
-        raise
+        refused = _refused(error, path)
+        if refused is None:
+            raise
+        where, what, remedy = refused
+        raise UserError(
+            f"{where}: {what}; what was saved before is intact. {remedy} and run the same command again: it resumes "
+            "from the last saved state"
+        ) from error
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -78,9 +95,9 @@ def _temporary(path: Path, what: str = "tmp") -> Path:
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls ``write`` with a binary file whose content replaces ``path`` once it is safely on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    with disk_full_as_user_error(path):
+    with refusals_as_user_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 write(file)
@@ -118,7 +135,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary(path), _temporary(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
-    with disk_full_as_user_error(path):
+    with refusals_as_user_errors(path):
         try:
             temporary.mkdir()
             yield temporary
@@ -145,7 +162,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder / "checkpoint")
     shutil.rmtree(temporary, ignore_errors=True)
-    with disk_full_as_user_error(folder):
+    with refusals_as_user_errors(folder):
         try:
             temporary.mkdir()
             yield temporary

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from keel.run.files import atomic_write_text, disk_full_as_user_error
+from keel.run.files import atomic_write_text, refusals_as_user_errors
 
 Figures = Mapping[str, float]
 
@@ -54,7 +54,7 @@ class MetricsLog:
             self._file = self.path.open("a", encoding="utf-8")
         if self._sinks is None:
             self._sinks = [open_sink(self._resume_step) for open_sink in self._openers]
-        with disk_full_as_user_error(self.path):
+        with refusals_as_user_errors(self.path):
             printable = {name: figure if math.isfinite(figure) else None for name, figure in row.items()}
             self._file.write(json.dumps({"step": step, **printable}) + "\n")
             self._file.flush()

@@ -35,8 +35,9 @@ class Manifest:
         if not self.path.exists():
             return {}
         value = read_json(self.path)
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path}: not a manifest; use another run directory")
+        # Other programs call files so, too.
+        if not isinstance(value, dict) or not all(isinstance(value.get(key, {}), dict) for key in ("recipe", "stages")):
+            raise UserError(f"{self.path}: not the manifest of a run; use another run directory")
         return value
 
     def update(self, changes: Mapping[str, Any]) -> None:

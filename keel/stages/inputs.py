@@ -13,6 +13,7 @@ from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
 from keel.feedback.stored import training_demonstrations, training_votes
 from keel.recipe.declared import PEOPLE
+from keel.recipe.sections import DataConfig
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import PreferenceBase
 from keel.run import atomic_write_text, read_json
@@ -182,12 +183,19 @@ def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
         return read_prompts(context.file(source), reading(context))
     data = context.recipe.data
     found = _pool(context)
-    if data.heldout_prompts is None:
-        return split_by_prompt(found, data.heldout_fraction, context.recipe.seed)[0]
-    heldout = _hashes(data.heldout_prompts, context)
-    kept = [prompt for prompt in found if messages_hash(prompt.messages) not in heldout]
-    if len(kept) < len(found):
+    heldout = None if data.heldout_prompts is None else _hashes(data.heldout_prompts, context)
+    kept = training_side(found, heldout, data, context.recipe.seed)
+    if heldout is not None and len(kept) < len(found):
         context.reporter.note(f"left out {len(found) - len(kept)} prompts that are held out for the evaluation")
+    return kept
+
+
+def training_side(pool: Sequence[Prompt], heldout: set[str] | None, data: DataConfig, seed: int) -> list[Prompt]:
+    """What of a pool of prompts is trained on. ``heldout``: the hashes of ``data.heldout_prompts``; None where a share
+    is split off. UserError where one side has none."""
+    if heldout is None:
+        return split_by_prompt(pool, data.heldout_fraction, seed)[0]
+    kept = [prompt for prompt in pool if messages_hash(prompt.messages) not in heldout]
     if not kept:
         raise UserError("every prompt of data.prompts is in data.heldout_prompts too; give others to train on")
     return kept

@@ -59,9 +59,9 @@ def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = 
     loads from disk; returns how many rows. An old file stays as it was until the new one is whole; a folder must be
     new.
 
-    ``plain``: the form's own columns alone, for tools that refuse others. Such rows can't say that neither was
-    preferred, so ties are left out; nor that a reviewer settled the pair, so that word stands for the votes on it;
-    nor that it is a gold item's, or one that was taken out of use, so those votes are left out.
+    ``plain``: only the columns of that format, for tools that refuse others. Such rows cannot say that neither was
+    preferred, so ties are left out. Votes on gold items and on items taken out of use are left out too. Where a
+    reviewer settled a pair, that word replaces the votes on it.
     """
     if form == "openai" and path.suffix != ".jsonl":
         raise UserError(f"{path}: OpenAI's form is JSONL; give the file the ending .jsonl")

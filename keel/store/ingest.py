@@ -161,7 +161,9 @@ def add_annotators(connection: Connection, kinds: Mapping[str, str], role: str, 
     known = {row.name: row for row in rows_of(connection, annotators, annotators.c.name, list(kinds))}
     for row in known.values():
         if kinds[row.name] not in (row.kind, "unknown"):
-            raise UserError(f"annotator {row.name!r} is there as {row.kind}; give the {kinds[row.name]} another name")
+            raise UserError(
+                f"annotator {row.name!r} already exists, as {row.kind}; give the {kinds[row.name]} another name"
+            )
     new = [
         {"name": name, "kind": kind, "role": role, "created": now} for name, kind in kinds.items() if name not in known
     ]
@@ -200,11 +202,11 @@ def add_guideline(
     insert_missing(connection, guidelines, [row])
     stored = connection.execute(select(guidelines).where(guidelines.c.version == version)).one()
     if text and (stored.text != text or (aspects is not None and stored.aspects != given)):
-        raise UserError(f"guideline {version!r} is there with another text; give the new text a new version")
+        raise UserError(f"guideline {version!r} already exists with another text; give the new text a new version")
 
 
 def _other_messages(prompt_id: str) -> UserError:
-    return UserError(f"prompt {prompt_id!r} is there with other messages; give the new prompt an id of its own")
+    return UserError(f"prompt {prompt_id!r} already exists with other messages; give the new prompt an id of its own")
 
 
 def in_places(connection: Connection, batch: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

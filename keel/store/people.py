@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import accounts, links, sessions, settings
@@ -215,8 +215,3 @@ def log(
     guideline: str | None = None,
 ) -> None:
     connection.execute(insert(events), event(now, actor, action, entity, entity_id, old, new, guideline))
-
-
-def admins(connection: Connection) -> int:
-    query = select(func.count()).select_from(accounts.join(annotators))
-    return int(connection.execute(query.where(annotators.c.role == "admin", accounts.c.active)).scalar_one())

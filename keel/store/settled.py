@@ -9,9 +9,12 @@ from keel.types import Preference
 
 
 def settle(votes: Sequence[Preference]) -> list[Preference]:
-    """The votes, but those on an item that a reviewer settled are one record, at the place of the first of them, that
-    says what the reviewer said: the first vote that agrees, or else the first one made to, under nobody's name, with
-    the mean strength of those that agree. Settled twice (in two batches), the later word counts."""
+    """The votes, with one record in place of those on each item that a reviewer settled.
+
+    It stands where the first of them stood and says what the reviewer said. It is the first vote that agrees, or the
+    first vote turned round, under nobody's name, with the mean strength of the votes that agree. Where an item was
+    settled twice (in two batches), the later word counts.
+    """
     items: dict[Hashable, list[Preference]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)

@@ -195,8 +195,8 @@ def _update(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
-                f"{config.name}: the loss is {value} at optimizer step {step}; nothing was saved past the last good "
-                "state. Lower optim.lr, use precision: fp32, or look for broken rows in the data"
+                f"{config.name}: the loss is {value} at optimizer step {step}, and nothing was saved after the last "
+                "good state; lower optim.lr, use precision: fp32, or look for broken rows in the data"
             )
         if loss.requires_grad:
             loss.backward()
@@ -211,7 +211,8 @@ def _update(
         key = "grad_norm" if len(algorithm.modules) == 1 else f"grad_norm/{name}"
         if not math.isfinite(float(norm)):
             raise UserError(
-                f"{config.name}: the gradient of {name} is not finite at optimizer step {step}; lower optim.lr"
+                f"{config.name}: the gradient of {name} is not finite at optimizer step {step}; lower optim.lr, or use "
+                "precision: fp32"
             )
         totals[key] = (float(norm), 1.0)
     optimizer.step()

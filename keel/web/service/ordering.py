@@ -44,7 +44,8 @@ class Ordering:
         """Returns at once; ``state`` says how it went."""
         if len(self.models) < 2:
             raise UserError(
-                "one model has nobody to differ from: train two reward stages or more, with a seed of their own each"
+                "this needs two reward models or more, which may differ; train several reward stages, each with a "
+                "seed of its own"
             )
         with self._starting:
             if self._thread is not None and self._thread.is_alive():
