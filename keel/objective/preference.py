@@ -4,7 +4,7 @@ The reward of a reply is r = beta * T(log p - log p_ref), the log-probabilities 
 with a reference or without. With f the link, z = r_w - r_l, m the margin and u = r - beta * anchor, a pair costs::
 
     pair * [P f(z - m) + (1 - P) f(-z - m)]                                         the contrast of the two
-    + P [up0 f(u_w) + up1 f(-u_w) + down0 f(u_l) + down1 f(-u_l)] + (1 - P) [...]    each by itself; [...]: w and l swapped
+    + P [up0 f(u_w) + up1 f(-u_w) + down0 f(u_l) + down1 f(-u_l)] + (1 - P) [...]    each by itself; [...]: swapped
 
 P is how much the label weighs, 1 - P the opposite one: 1 for a label as it stands, 1/2 for a tie, a probability for a
 soft label; beyond 1 where the flips of a known rate are taken out again. So swapping the two replies and P with 1 - P
@@ -158,10 +158,10 @@ def _point(form: PreferenceLoss, reward_N: Tensor, good_N: Tensor, bad_N: Tensor
     return contrast(form.link, reward_N - form.beta * anchor, ahead_N, behind_N, form.beta)
 
 
-def kl_anchor(policy_M: Tensor, reference_M: Tensor) -> float:
-    """KTO's estimate of the KL (nats a sequence) from M replies to prompts that are not theirs: the mean log-ratio, but
-    no less than 0 (Ethayarajh et al. 2024, section 4.1). 0 without any. Take it over a whole optimizer step."""
-    return max(0.0, float((policy_M.double() - reference_M.double()).mean())) if policy_M.numel() else 0.0
+def kl_anchor(log_ratio_M: Tensor) -> float:
+    """KTO's estimate of the KL from the log-ratios of M replies behind prompts that are not theirs: their mean, but no
+    less than 0 (Ethayarajh et al. 2024, section 4.1). 0 without any. Take it over a whole optimizer step."""
+    return max(0.0, float(log_ratio_M.double().mean())) if log_ratio_M.numel() else 0.0
 
 
 class RunningMean:
@@ -206,10 +206,13 @@ def bradley_terry(
     """
     margin_N = torch.zeros_like(chosen_N) if margin_N is None else margin_N
     lead_N = chosen_N - rejected_N
-    right_N = torch.ones_like(lead_N) if probability_N is None else probability_N
+    if probability_N is None:
+        right_N = _label_probability(lead_N, tie_N, label_smoothing)
+    else:
+        right_N = (1 - label_smoothing) * probability_N + label_smoothing * (1 - probability_N)
+        right_N = right_N if tie_N is None else torch.where(tie_N, 0.5, right_N)
     if tie_N is not None:
-        right_N, margin_N = torch.where(tie_N, 0.5, right_N), torch.where(tie_N, 0, margin_N)
-    right_N = label_weights(right_N, "smoothed", label_smoothing)
+        margin_N = torch.where(tie_N, 0, margin_N)
     return -right_N * F.logsigmoid(lead_N - margin_N) - (1 - right_N) * F.logsigmoid(-lead_N - margin_N)
 
 
@@ -217,64 +220,6 @@ def center_penalty(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
     """(r_chosen + r_rejected)^2 -> [N]. Bradley-Terry sees differences only; this settles where zero is (Eisenstein et
     al. 2023, "Helping or Herding?", section 2). Add it with a small coefficient."""
     return (chosen_N + rejected_N) ** 2
-
-
-# --------------------------------------------------------------------------------------------- until train/dpo.py moves
-
-
-def dpo_sigmoid(
-    policy_chosen_N: Tensor,
-    policy_rejected_N: Tensor,
-    ref_chosen_N: Tensor,
-    ref_rejected_N: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    tie_N: Tensor | None = None,
-) -> Tensor:
-    """Bradley-Terry on the implicit rewards beta * log(policy / reference): Rafailov et al. 2023, eq. 7. -> [N]
-
-    ``beta`` weighs the KL to the reference that the closed form assumes. With ``label_smoothing`` this is the
-    conservative DPO of Mitchell 2023. For the length-normalised variant pass all four through :func:`per_token`.
-    """
-    return bradley_terry(
-        beta * (policy_chosen_N - ref_chosen_N),
-        beta * (policy_rejected_N - ref_rejected_N),
-        tie_N=tie_N,
-        label_smoothing=label_smoothing,
-    )
-
-
-def ipo(
-    policy_chosen_N: Tensor,
-    policy_rejected_N: Tensor,
-    ref_chosen_N: Tensor,
-    ref_rejected_N: Tensor,
-    beta: float,
-    tie_N: Tensor | None = None,
-) -> Tensor:
-    """(h - (p - 1/2) / beta)^2 with h the difference of the log-ratios: Azar et al. 2023, eq. 17 (their tau). -> [N]
-
-    p is 1 for a label and 1/2 for a tie, so a labelled pair regresses h to 1 / (2 beta) and a tie to 0. The paper's
-    log-probabilities are sums over the completion, and so are these. TRL averages them over the completion's tokens
-    instead, and cites the paper's authors for it: pass all four through :func:`per_token` for that. A ``beta`` means
-    very different things in the two: a target of 5 nats a sequence at 0.1, or of 5 nats a token.
-    """
-    lead_N = (policy_chosen_N - ref_chosen_N) - (policy_rejected_N - ref_rejected_N)
-    return (lead_N - (_label_probability(lead_N, tie_N, 0.0) - 0.5) / beta) ** 2
-
-
-def per_token(logp_N: Tensor, tokens_N: Tensor) -> Tensor:
-    """Summed log-probabilities over the completion's number of tokens. -> [N], nats per token.
-
-    Log-ratios are differences of these, so feeding a loss with them normalises its log-ratios by length.
-    """
-    return logp_N / tokens_N.clamp(min=1)
-
-
-def implicit_reward(policy_N: Tensor, ref_N: Tensor, beta: float) -> Tensor:
-    """beta * log(policy / reference) -> [N]: the reward that a DPO policy stands for, up to a function of the prompt
-    (Rafailov et al. 2023, eq. 5). For metrics: it carries no gradient."""
-    return beta * (policy_N - ref_N).detach()
 
 
 def _label_probability(like_N: Tensor, tie_N: Tensor | None, label_smoothing: float) -> Tensor:
