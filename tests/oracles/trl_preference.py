@@ -114,8 +114,8 @@ def orpo(pairs: list[dict], beta: float) -> dict:
 
 
 def kto(pairs: list[dict], beta: float, loss_type: str, kl: list[list[float]]) -> dict:
-    """The chosen replies are good ones, the rejected ones bad. ``kl``: log-probabilities of mismatched replies, under the
-    policy and under the reference."""
+    """The chosen replies are good ones, the rejected ones bad. ``kl``: log-probabilities of mismatched replies, under
+    the policy and under the reference."""
     batch = Batch(pairs)
     reference = Replay(batch.ref)
     model = Replay(batch.policy).train()
