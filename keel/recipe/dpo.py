@@ -10,10 +10,10 @@ from pydantic import Field
 from keel.recipe.declared import Doubt
 from keel.recipe.preference_loss import PreferenceLossBase, traps
 from keel.recipe.sections import DataConfig
-from keel.recipe.stage import PolicyBase, PreferenceBase
+from keel.recipe.stage import PolicyBase
 
 
-class DpoStage(PreferenceLossBase, PreferenceBase, PolicyBase):
+class DpoStage(PreferenceLossBase, PolicyBase):
     help: ClassVar[str] = "optimise a policy on preferences directly"
     adapter_dropout: ClassVar[bool] = False
 
