@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keel.data.collate import messages_hash
-from keel.data.columns import OWN, PAIRED, SHOWN, SYSTEM, TAUGHT, Refused, refuse
+from keel.data.columns import OWN, PAIRED, PROBABILITY, SHOWN, SYSTEM, TAUGHT, Refused, refuse
 from keel.data.fields import (
     Fields,
     earlier_rounds,
@@ -85,10 +85,11 @@ def read_preferences(source: str | Path, reading: Reading = PLAIN_READING) -> li
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
     ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
-    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` or ``out`` (of Keel's own export)
-    is left out: its answer was known, and such votes measure their annotator; or its pair was taken out of use.
+    reviewer's last word on the pair: chosen, rejected or tie), ``probability`` (that the chosen reply is the better
+    one, a soft label; ``columns.PROBABILITY`` has its other names). A row with ``gold`` or ``out`` (of Keel's own
+    export) is left out: its answer was known, and such votes measure their annotator; or its pair was taken out of use.
 
-    Two equal replies are a tie, whatever the row says: neither can be better.
+    Two equal replies are a tie, whatever the row says: neither can be better. A tie's probability is a half.
     """
     forms = "prompt+chosen+rejected | chosen+rejected | input+preferred_output+non_preferred_output"
     return _read(source, _preference, forms, reading, PAIRED)
@@ -267,8 +268,25 @@ def _preference(row: Fields) -> Preference:
     cut = "" if all(ends) else f" finished {ends}"
     settled = _settled(row)
     word = f" settled {settled}" if settled else ""
-    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}")
-    return Preference(name(row, "id") or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
+    probability = _probability(row, tie)
+    soft = "" if probability is None else f" probability {probability}"
+    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}{soft}")
+    return Preference(
+        name(row, "id") or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled, probability
+    )
+
+
+def _probability(row: Fields, tie: bool) -> float | None:
+    """A soft label under any of its names; None where there is none."""
+    given = {field: number(row, field, low=0.0, high=1.0) for field in PROBABILITY if row.get(field, "") != ""}
+    if len(set(given.values())) > 1:
+        raise RowError(f"field '{next(iter(given))}': {' and '.join(given)} differ; keep one")
+    if not given:
+        return None
+    field, found = next(iter(given.items()))
+    if tie and found != 0.5 and flag(row, "tie", default=False):
+        raise RowError(f"field '{field}': expected 0.5 in a tie, got {shown(found)}; keep the one or the other")
+    return 0.5 if tie else found
 
 
 def _settled(row: Fields) -> Settled:

@@ -37,7 +37,7 @@ class Reference:
 Voter = Literal["people", "models", "simulated"]
 VOTERS: tuple[Voter, ...] = ("people", "models", "simulated")
 Voters = Literal["all", Voter]
-How = Literal["raw", "majority", "weighted"]
+How = Literal["raw", "majority", "weighted", "posterior"]
 
 
 @dataclass(frozen=True)

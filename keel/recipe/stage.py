@@ -224,7 +224,8 @@ class PreferenceBase(TrainBase):
     )
     votes: How = Field(
         "raw",
-        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
+        description="each vote a record; each item's majority, ties out; votes weighted by annotators' reliability; or "
+        "posterior: one record an item, with the probability that its response is the better one",
     )
 
     @property

@@ -10,6 +10,7 @@ nothing is lost on the way out and in again:
     choice                                          left, right, tie, both_bad: what was said, of the sides as shown
     chosen_side                                     left or right: where ``chosen`` was shown (left in a tie)
     strength, seconds, guideline, reason, created   the judgement's; null when not known
+    probability                                     that ``chosen`` is the better one, where a model said so; else null
     batch, item                                     what it was judged for, and which rows judged the same item
     settled, settled_by                             a reviewer's last word on the item (chosen, rejected, tie); null
                                                     where nobody settled it
@@ -49,7 +50,7 @@ COLUMNS = (
     *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
     *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
     *("reason", "created", "batch", "item", "settled", "settled_by", "gold", "ratings", "ranking", "edit", "out"),
-    *("chosen_source", "rejected_source"),
+    *("chosen_source", "rejected_source", "probability"),
 )
 Form = Literal["trl", "openai"]
 
@@ -168,6 +169,7 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         created=now,
         settled=of_record(pair.settled, side) if pair.settled else None,
         settled_by=annotator if pair.settled else None,
+        probability=pair.probability,
     )
 
 
@@ -221,6 +223,7 @@ def _common(given: Given, pair: Preference) -> dict[str, Any]:
         "settled": pair.settled or None,
         "edit": False,
         "out": given.out,
+        "probability": pair.probability,
     }
 
 
@@ -236,7 +239,8 @@ def _source(response: Response) -> dict[str, Any]:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """The row with the columns that an older export lacks, and what Parquet keeps as a string read."""
     read = {name: json.loads(row[name]) for name in _JSON_COLUMNS if isinstance(row.get(name), str)}
-    return dict.fromkeys(("settled", "settled_by", "gold", "ratings", "ranking", "edit", "out")) | row | read
+    later = ("settled", "settled_by", "gold", "ratings", "ranking", "edit", "out", "probability")
+    return dict.fromkeys(later) | row | read
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
@@ -299,7 +303,14 @@ def _vote(row: dict[str, Any]) -> Judgement:
         gold=of_record(row["gold"], side) if row["gold"] is not None else None,
         ratings={side_of(rated, side): values for rated, values in (row["ratings"] or {}).items()},
         out=bool(row["out"]),
+        probability=_share(row["probability"]),
     )
+
+
+def _share(value: Any) -> float | None:
+    if value is not None and not 0 <= float(value) <= 1:
+        raise ValueError(f"probability {value}")
+    return None if value is None else float(value)
 
 
 def _response(prompt_id: str, row: dict[str, Any], side: str) -> Response:
@@ -336,6 +347,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     special = {"tie": pa.bool_(), "margin": pa.float64(), "strength": pa.float64(), "seconds": pa.float64()}
     special |= {"prompt": messages, "chosen": messages, "rejected": messages, "item": pa.int64()}
     special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_(), "edit": pa.bool_(), "out": pa.bool_()}
+    special["probability"] = pa.float64()
     flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS if name in row} for row in rows]
     present = [name for name in COLUMNS if not rows or name in rows[0]]
     return pa.Table.from_pylist(flat, schema=pa.schema([(name, special.get(name, pa.string())) for name in present]))

@@ -55,6 +55,7 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
                 if response in rated.get(row.id, ())
             },
             out=row.out,
+            probability=row.probability,
         )
         for row in rows
     ]

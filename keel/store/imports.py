@@ -146,6 +146,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
             "guideline": versions[place.vote.guideline],
             "reason": None if place.vote.reason is None else storable(place.vote.reason),
             "created": place.vote.created,
+            "probability": place.vote.probability,
         }
         for place, assignment_id in zip(places, assigned, strict=True)
     ]
@@ -158,6 +159,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
         new |= {"assignment": row["assignment_id"], "item": entry.item, "shown": entry.shown, "batch": place.batch}
         ratings = {side: dict(given) for side, given in place.vote.ratings.items()}
         new |= {"created": place.vote.created.isoformat()} | ({"ratings": ratings} if ratings else {})
+        new |= {} if row["probability"] is None else {"probability": row["probability"]}
         log.append(event(now, name, "imported", "judgement", id, None, new, versions[place.vote.guideline]))
         rated += [
             {"judgement_id": id, "response_id": response, "aspect": aspect, "value": value}

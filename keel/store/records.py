@@ -98,12 +98,14 @@ def check_token(token: str) -> None:
 @dataclass(frozen=True, slots=True)
 class NewVote(NewWork):
     """A vote as it comes in. ``strength``: 1 slightly, 2 better, 3 much better, for ``left`` and ``right``;
-    ``ratings``: of each side on the guideline's aspects, 1 to 5, as ``{"left": {"helpful": 4}, ...}``."""
+    ``ratings``: of each side on the guideline's aspects, 1 to 5, as ``{"left": {"helpful": 4}, ...}``;
+    ``probability`` that the preferred one (of a tie, the left one) is the better one, where the annotator gives it."""
 
     choice: Choice
     strength: int | None = None
     reason: str | None = None
     ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
+    probability: float | None = None
 
     def __post_init__(self) -> None:
         NewWork.__post_init__(self)  # super() does not know a class with slots
@@ -116,6 +118,8 @@ class NewVote(NewWork):
         for side, values in self.ratings.items():
             if side not in SIDES or any(value not in (1, 2, 3, 4, 5) for value in values.values()):
                 raise UserError("ratings are 1 to 5 for each aspect of left and right")
+        if self.probability is not None and not 0 <= self.probability <= 1:
+            raise UserError(f"probability is {self.probability}; give one from 0 to 1, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,8 @@ class Judgement:
     was not asked. ``seconds``, ``guideline``, ``reason``: None when not known. ``settled``: what a reviewer said of the
     item in the end, in terms of the sides of this vote; None while nobody did. ``gold``: the known answer of a gold
     item, in the same terms: such a vote is never trained on. ``ratings``: of each side on the guideline's aspects.
-    ``out``: the item was taken out of use, so the vote is not trained on either.
+    ``out``: the item was taken out of use, so the vote is not trained on either. ``probability``: that the preferred
+    response (of a tie, the left one) is the better one, as the annotator said; None where not given.
     """
 
     token: str
@@ -163,6 +168,7 @@ class Judgement:
     gold: OnScreen | None = None
     ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
     out: bool = False
+    probability: float | None = None
 
     @property
     def preferred(self) -> Response | None:
@@ -192,6 +198,7 @@ class Judgement:
             margin=self.strength or 0.0,
             annotator=self.annotator,
             settled=in_record(self.settled, chosen_side(self.choice)) if self.settled else "",
+            probability=self.probability,
         )
 
 

@@ -204,6 +204,7 @@ judgements = Table(
     Column("reason", Text),
     Column("created", UtcDateTime, nullable=False),
     Column("undone_at", UtcDateTime),
+    Column("probability", Float),  # that the preferred one (of a tie, the left one) is the better one; NULL: not given
     CheckConstraint("choice IN ('left', 'right', 'tie', 'both_bad')", name="choice"),
 )
 Index(
