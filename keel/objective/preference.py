@@ -18,16 +18,22 @@ def bradley_terry(
     margin_N: Tensor | None = None,
     tie_N: Tensor | None = None,
     label_smoothing: float = 0.0,
+    probability_N: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of the labels when P(a beats b) = sigmoid(r_a - r_b) (Bradley & Terry 1952). -> [N]
 
     ``margin_N`` (in units of reward, >= 0) is the lead that a pair must have before its loss is small: Llama 2
     (Touvron et al. 2023), eq. 2. ``label_smoothing`` is the probability that a label is the wrong way round; the loss
-    is the mixture of both labels'. A tie is the mixture in equal parts, and has no margin.
+    is the mixture of both labels'. A tie is the mixture in equal parts, and has no margin. ``probability_N``: soft
+    labels, the probability that "chosen" is the better one; default: 1.
     """
     margin_N = torch.zeros_like(chosen_N) if margin_N is None else margin_N
     lead_N = chosen_N - rejected_N
-    right_N = _label_probability(lead_N, tie_N, label_smoothing)
+    if probability_N is None:
+        right_N = _label_probability(lead_N, tie_N, label_smoothing)
+    else:
+        right_N = (1 - label_smoothing) * probability_N + label_smoothing * (1 - probability_N)
+        right_N = right_N if tie_N is None else torch.where(tie_N, 0.5, right_N)
     if tie_N is not None:
         margin_N = torch.where(tie_N, 0, margin_N)
     return -right_N * F.logsigmoid(lead_N - margin_N) - (1 - right_N) * F.logsigmoid(-lead_N - margin_N)

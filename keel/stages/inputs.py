@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_preferences, read_prompts
+from keel.feedback.aggregate import likelier_first
 from keel.feedback.stored import training_demonstrations, training_votes
 from keel.recipe.declared import PEOPLE
 from keel.recipe.sft import SftStage
@@ -112,7 +113,7 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     annotated = {other.name for other in recipe.stages if "votes" in other.makes}
     named = context.file if stage.sources else str
     files = [named(name) for name in sources if name not in {*annotated, PEOPLE}]
-    pairs = [pair for file in files for pair in read_preferences(file, reading(context))]
+    pairs = [likelier_first(pair) for file in files for pair in read_preferences(file, reading(context))]
     if not {*annotated, PEOPLE} & set(sources):
         return Preferences(pairs)
     truth: dict[str, float] = {}
