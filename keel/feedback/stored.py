@@ -11,7 +11,7 @@ from typing import Any
 from keel.recipe.declared import VOTERS, Voter
 from keel.run import read_json, write_json
 from keel.store import Store
-from keel.store.records import VOTER_KINDS
+from keel.store.records import OWN_QUEUE, VOTER_KINDS
 from keel.types import Demonstration, Message, Preference, Prompt
 
 FILE = "votes.json"
@@ -22,7 +22,8 @@ def training_votes(
     folder: Path, location: str, batches: Sequence[str], whose: Collection[Voter]
 ) -> dict[Voter, list[Preference]]:
     """``simulated``: the simulated votes of the queues ``batches``; ``people`` and ``models``: theirs in all of the
-    store, whichever queue they came from. Those that are not in ``whose`` are empty.
+    store, whichever queue they came from, but that votes which a stage had a model give are those of ``batches`` alone.
+    Those that are not in ``whose`` are empty.
 
     The first call keeps them in ``folder`` (a stage's own), and later ones find them there.
     """
@@ -37,6 +38,11 @@ def training_votes(
 
 
 def _votes_of(store: Store, who: Voter, batches: Sequence[str]) -> list[Preference]:
+    if who == "models":
+        given = [one for one in store.all_given() if one.annotator_kind in VOTER_KINDS[who]]
+        own = {OWN_QUEUE + batch for batch in batches}
+        taken = [one for one in given if not one.batch.startswith(OWN_QUEUE) or one.batch in own]
+        return [vote for one in taken for vote in one.preferences()]
     queues = batches if who == "simulated" else [None]
     return [vote for batch in queues for vote in store.preferences(batch, VOTER_KINDS[who])]
 

@@ -91,7 +91,7 @@ def stage_fingerprint(
         facts["store"] = recipe.store
     if learned != VoteHashes():  # what stands there besides the annotate stages' own
         facts["votes"] = learned.facts()
-    if stage.uses_model:
+    if stage.needs_model():
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")
         model |= {"path": contents.of(recipe.model.path), "chat_template": contents.of(template) if template else None}
@@ -107,6 +107,7 @@ def votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
         withdrawn=votes.withdrawn if "simulated" in read.voters else "",
         written=votes.written if read.written else "",
         models=votes.models if "models" in read.voters else "",
+        withdrawn_models=votes.withdrawn_models if "models" in read.voters else "",
     )
 
 

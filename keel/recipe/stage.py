@@ -64,6 +64,10 @@ class StageBase(Strict):
     # fingerprint leaves them out, so that those runs still stand.
     later: ClassVar[frozenset[str]] = frozenset()
 
+    def needs_model(self) -> bool:
+        """``uses_model``, where that is a matter of its settings."""
+        return self.uses_model
+
     def settings(self) -> dict[str, Any]:
         """What its result depends on of its own fields, as JSON has it."""
         later = frozenset[str]().union(*(kind.__dict__.get("later", ()) for kind in type(self).__mro__))

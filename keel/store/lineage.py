@@ -23,7 +23,7 @@ TABLES = (judgements, rankings, writings)
 @dataclass(frozen=True, slots=True)
 class Work:
     """One judgement, ranking, demonstration or edit; ``undone``: when it was taken back, None while it stands.
-    ``gold``: on a gold item, so never trained on."""
+    ``gold``: on a gold item, so never trained on. ``batch``: the queue that it was given in."""
 
     token: str
     kind: WorkKind
@@ -34,6 +34,7 @@ class Work:
     created: datetime
     undone: datetime | None
     gold: bool
+    batch: str = ""
 
 
 def works(connection: Connection) -> dict[str, Work]:
@@ -42,13 +43,14 @@ def works(connection: Connection) -> dict[str, Work]:
     for table in TABLES:
         query = (
             done(table, table.c.token, table.c.guideline, table.c.created, table.c.undone_at, assignments.c.item_id)
-            .add_columns(items.c.kind, items.c.gold, annotators.c.name, annotators.c.kind.label("annotator_kind"))
+            .add_columns(items.c.kind, items.c.gold, items.c.batch)
+            .add_columns(annotators.c.name, annotators.c.kind.label("annotator_kind"))
             .order_by(table.c.id)
         )
         for row in connection.execute(query):
             found[row.token] = Work(
                 row.token, row.kind, row.item_id, row.name, row.annotator_kind, row.guideline, row.created,
-                row.undone_at, row.gold is not None,
+                row.undone_at, row.gold is not None, row.batch,
             )  # fmt: skip
     return found
 

@@ -20,6 +20,9 @@ VOTER_KINDS: Mapping[Voter, tuple[AnnotatorKind, ...]] = {
     "simulated": ("simulated",),
 }
 WorkKind = Literal["compare", "rank", "write", "edit"]
+# How the queues begin in which a stage of a recipe had a model judge: those votes are that stage's, as those of its
+# simulated annotators are, and no model's votes "in the store".
+OWN_QUEUE = "annotate/"
 
 
 class LeaseLost(UserError):
