@@ -191,6 +191,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _lineage(arguments: argparse.Namespace) -> int:
+    from keel.cli.lineage import describe
+
+    print(describe(arguments.run, arguments.stage, arguments.ids))
+    return 0
+
+
 def _import(arguments: argparse.Namespace) -> int:
     from keel.cli.exchange import holds_responses, import_unjudged, import_votes
     from keel.store.foreign import Names
@@ -224,6 +231,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "harbor": _harbor,
     "export": _export,
     "import": _import,
+    "lineage": _lineage,
     "label": _label,
     **dict.fromkeys(STAGES, _stage),
 }

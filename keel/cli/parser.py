@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _running(commands)
     _chat(commands)
     _exchange(commands)
+    _lineage(commands)
     _label(commands)
     _harbor(commands)
     return parser
@@ -84,6 +85,13 @@ def _chat(commands: Commands) -> None:
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.set_defaults(computes=True)
+
+
+def _lineage(commands: Commands) -> None:
+    lineage = commands.add_parser("lineage", help="which votes, of which round, shaped which weights")
+    lineage.add_argument("run", metavar="RUN", help="a run directory")
+    lineage.add_argument("--stage", default=None, metavar="NAME", help="of this stage alone")
+    lineage.add_argument("--ids", action="store_true", help="every vote's id, one a line")
 
 
 def _exchange(commands: Commands) -> None:

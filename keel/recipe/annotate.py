@@ -82,10 +82,12 @@ class AnnotateStage(StageBase):
                 continue
             if self.name in other.sources and alone.keys() >= set(other.sources):
                 first = alone[other.sources[0]]
-                why = f"{first.name}.overlap is 0; raise it" if first.judge is None else f"{first.name} has one judge;"
+                why = (
+                    f"{first.name}.overlap is 0; raise it or" if first.judge is None else f"{first.name} has one judge;"
+                )
                 raise ValueError(
                     f"{other.name}.votes: {other.votes} tells annotators apart by what two of them judged, and {why} "
-                    "or use votes: raw"
+                    "use votes: raw"
                 )
 
     @property
