@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, or_, select
 
 from keel.recipe.declared import Voter
 from keel.store.engine import exists
-from keel.store.people_tables import adjudications, rankings, writings
+from keel.store.people_tables import adjudications, rankings, thumbs, writings
 from keel.store.standing import by, standing
 from keel.store.store import Store
 from keel.store.tables import annotators, assignments, items, judgements
@@ -27,17 +27,18 @@ class VoteHashes:
     """``people``, ``models``: of all their judgements that stand and are trained on (none on gold items and on what is
     out). ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made their items gold
     items, took them out or settled them. ``written``: of all replies that people wrote or edited, on what is in use.
-    Empty where there are none."""
+    ``thumbs``: of people's thumbs on single replies. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
     written: str = ""
     models: str = ""
+    thumbs: str = ""
 
     def facts(self) -> dict[str, str]:
-        """For a fingerprint. ``models`` are left out where there are none: so were they before they were told apart
-        from people, and runs without any stay done."""
-        return {name: value for name, value in asdict(self).items() if value or name != "models"}
+        """For a fingerprint. ``models`` and ``thumbs`` are left out where there are none: so were they before they were
+        told apart, and runs without any stay done."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("models", "thumbs")}
 
 
 def vote_hashes(location: str | Path) -> VoteHashes:
@@ -50,6 +51,7 @@ def vote_hashes(location: str | Path) -> VoteHashes:
             withdrawn=_hash(_withdrawn(connection)),
             written=_hash(_written(connection)),
             models=_hash(_judged(connection, "models")),
+            thumbs=_hash(_thumbs(connection)),
         )
 
 
@@ -96,7 +98,15 @@ def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
     query = standing(judgements, judgements.c.token).where(or_(items.c.gold.is_not(None), items.c.out), simulated)
     query = query.order_by(judgements.c.id)
     yield from map(tuple, connection.execute(query))
+    query = standing(thumbs, thumbs.c.token).where(or_(items.c.gold.is_not(None), items.c.out), simulated)
+    yield from map(tuple, connection.execute(query.order_by(thumbs.c.id)))
     yield from _settled(connection, simulated)
+
+
+def _thumbs(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    query = standing(thumbs, thumbs.c.token, thumbs.c.up, assignments.c.shown, annotators.c.name)
+    query = query.where(items.c.gold.is_(None), items.c.out.is_(False), by("people")).order_by(thumbs.c.id)
+    yield from map(tuple, connection.execute(query))
 
 
 def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:
