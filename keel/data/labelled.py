@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from keel.data.collate import messages_hash
 from keel.data.fields import Fields, flag, name, number, thumb, utterance
 from keel.data.parts import ask, ask_instruction, conversation, prompt_of, the_reply, waits
@@ -13,6 +16,13 @@ Bounds = tuple[float, float]
 
 FORMS = "prompt+completion | messages | conversations | instruction+output, each with a label or a rating"
 THUMBS, RATINGS = ("label", "kto_tag"), ("rating", "score")
+
+
+def is_labelled(row: Mapping[str, Any]) -> bool:
+    """Whether these are the columns of a single reply with a thumb."""
+    forms = {"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"}
+    one = any(form <= row.keys() for form in forms) and "responses" not in row
+    return one and any(field in row for field in THUMBS)
 
 
 def labelled(row: Fields, bounds: Bounds | None) -> LabelledCompletion:

@@ -179,7 +179,7 @@ def sample(
     prompts: FormCount,
     per_prompt: FormCount,
     overlap: FormCount,
-    kind: Annotated[Literal["compare", "rank", "edit"], Form()],
+    kind: Annotated[Literal["compare", "rank", "thumb", "edit"], Form()],
 ) -> Response:
     services(request).sampling.request(model, prompts, per_prompt, overlap, kind, session.account.name)
     return done("/prompts", "Asked for.")

@@ -25,6 +25,7 @@ from keel.store import (
     people,
     removals,
     review,
+    thumbs,
     unjudged,
     work,
 )
@@ -45,8 +46,8 @@ from keel.web.service.quality import Day, Quality, Standing, days, quality, stan
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 
 Export = Literal[
-    "votes.jsonl", "votes.parquet", "pairs.jsonl", "demonstrations.jsonl", "rankings.jsonl", "ratings.jsonl",
-    "adjudications.jsonl", "arena.jsonl", "events.jsonl",
+    "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "demonstrations.jsonl", "rankings.jsonl",
+    "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "events.jsonl",
 ]  # fmt: skip
 
 Whose = Literal["people", "models", "all"]
@@ -178,9 +179,10 @@ class Manage:
             people.log(connection, now, actor, "asked for", "writing", len(made), None, {"overlap": overlap})
         return len(made)
 
-    def ask_for(self, kind: Literal["compare", "rank", "edit"], prompts: int, overlap: int, actor: str) -> int:
+    def ask_for(self, kind: Literal["compare", "rank", "thumb", "edit"], prompts: int, overlap: int, actor: str) -> int:
         """Queue responses that are there to be compared (a pair of each prompt that people have not had), ranked
-        (prompts with four or more) or edited (the first of each prompt), of prompts that were not yet; how many."""
+        (prompts with four or more), given a thumb (all of each prompt) or edited (the first of each prompt), of prompts
+        that were not yet; how many."""
         if not 1 <= prompts <= 10_000 or not 1 <= overlap <= 100:
             raise UserError("give 1 to 10,000 prompts and 1 to 100 people each")
         now = self._store.now
@@ -193,6 +195,8 @@ class Manage:
             elif kind == "rank":
                 chosen = [ids[:9] for ids in fresh if len(ids) >= 4][:prompts]
                 made = work.add_rankings(connection, chosen, overlap, "rank", now)
+            elif kind == "thumb":
+                made = work.add_thumbs(connection, [id for ids in fresh[:prompts] for id in ids], overlap, "thumb", now)
             else:
                 made = work.add_edits(connection, [ids[0] for ids in fresh][:prompts], overlap, "edit", now)
             people.log(connection, now, actor, "asked for", kind, len(made), None, {"overlap": overlap})
@@ -297,6 +301,9 @@ class Manage:
         path = folder / what
         if what.startswith("votes"):
             self._store.export_preferences(path)
+            return path
+        if what == "thumbs.jsonl":
+            thumbs.export(self._store, path)
             return path
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for row in self._rows(what):
