@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from keel.recipe.declared import Makes, Reference, Scoring
 from keel.recipe.judges import PythonRef
 from keel.recipe.stage import PreferenceBase, StageBase, Surroundings
+from keel.recipe.thumbs import ThumbsBase
 
 
 class AnnotateStage(StageBase):
@@ -17,6 +18,8 @@ class AnnotateStage(StageBase):
     makes: ClassVar[tuple[Makes, ...]] = ("votes",)
     uses_model: ClassVar[bool] = False
     stored: ClassVar[Literal["nothing", "copy", "all"]] = "all"
+
+    later: ClassVar[frozenset[str]] = frozenset({"ask", "liked", "replies"})
 
     kind: Literal["annotate"] = "annotate"
     responses: str = "sample"
@@ -32,6 +35,13 @@ class AnnotateStage(StageBase):
     )
     overlap: float = Field(0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement")
     guideline: str = "1"
+    ask: Literal["pairs", "thumbs"] = Field(
+        "pairs", description="which of two responses is better, or thumbs up or down on single ones"
+    )
+    liked: float = Field(
+        0.5, gt=0, lt=1, description="ask: thumbs: an annotator's bar lets this share of all responses pass"
+    )
+    replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()
@@ -44,6 +54,7 @@ class AnnotateStage(StageBase):
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
+        self._check_readers(recipe)
         alone = {stage.name for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.overlap == 0}
         for other in recipe.stages:
             if not isinstance(other, PreferenceBase) or other.votes != "weighted":
@@ -53,6 +64,30 @@ class AnnotateStage(StageBase):
                     f"{other.name}.votes: weighted tells annotators apart by what two of them judged, and "
                     f"{other.sources[0]}.overlap is 0; raise it or use votes: raw"
                 )
+
+    def _check_readers(self, recipe: Surroundings) -> None:
+        """Pairs and thumbs are learned from by fields of their own."""
+        for other in recipe.stages:
+            if isinstance(other, PreferenceBase) and self.ask == "thumbs" and self.name in other.sources:
+                raise ValueError(
+                    f"{other.name}.preferences: {self.name} asks for thumbs on single responses (ask: thumbs); name it "
+                    f"in the thumbs of a dpo stage, or set {self.name}.ask: pairs"
+                )
+            if isinstance(other, ThumbsBase) and self.ask == "pairs" and self.name in other.thumb_sources:
+                raise ValueError(
+                    f"{other.name}.thumbs: {self.name} asks for pairs; name it in preferences, beside thumbs or alone, "
+                    f"or set {self.name}.ask: thumbs"
+                )
+
+    @model_validator(mode="after")
+    def _what_is_asked(self) -> AnnotateStage:
+        if self.ask == "pairs" and (self.replies is not None or self.liked != 0.5):
+            raise ValueError("replies and liked go with ask: thumbs; set it, or leave them out")
+        if self.ask == "thumbs" and (self.choice != "random" or self.pairs is not None or self.pairs_per_prompt != 1):
+            raise ValueError(
+                "pairs, pairs_per_prompt and choice say which pairs are asked, and ask is thumbs; use replies"
+            )
+        return self
 
     @model_validator(mode="after")
     def _who_chooses(self) -> AnnotateStage:

@@ -1,4 +1,4 @@
-"""Simulated annotators judge pairs of sampled responses."""
+"""Simulated annotators judge sampled responses: pairs of them, or each by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from keel.feedback.pairing import PairChoice, annotate_responses
+from keel.feedback.simulated import SimulatedAnnotator
+from keel.feedback.thumbs import annotate_thumbs
 from keel.feedback.uncertainty import disagreement
 from keel.precision import pick_precision
 from keel.recipe.annotate import AnnotateStage
@@ -18,9 +20,11 @@ from keel.store import Response, Store
 
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
-    """Has simulated annotators judge pairs of sampled responses through the store's queue."""
+    """Has simulated annotators judge sampled responses, in pairs or by themselves, through the store's queue."""
     annotators = context.python(stage.annotators)(context.recipe.seed)
     made_by = context.parent(stage.responses).summary()["fingerprint"]
+    if stage.ask == "thumbs":
+        return _thumbs(stage, context, annotators, made_by)
     with Store(context.store_url) as store:
         summary, truth = annotate_responses(
             store,
@@ -28,6 +32,26 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
             made_by=made_by,
             batch=context.fingerprint,
             choice=_choice(stage, context, store),
+            overlap=stage.overlap,
+            guideline=stage.guideline,
+            seed=context.recipe.seed,
+            reporter=context.reporter,
+        )
+    write_json(context.stage_dir.path / "truth.json", truth)
+    return summary
+
+
+def _thumbs(
+    stage: AnnotateStage, context: StageContext, annotators: Sequence[SimulatedAnnotator], made_by: str
+) -> dict[str, Any]:
+    with Store(context.store_url) as store:
+        summary, truth = annotate_thumbs(
+            store,
+            annotators,
+            made_by=made_by,
+            batch=context.fingerprint,
+            replies=stage.replies,
+            liked=stage.liked,
             overlap=stage.overlap,
             guideline=stage.guideline,
             seed=context.recipe.seed,

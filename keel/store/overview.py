@@ -11,8 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, select
 
+from keel.store.hand_in import WORK_TABLES
 from keel.store.people_tables import adjudications, flags
-from keel.store.records import AnnotatorKind, Progress
+from keel.store.records import AnnotatorKind, Progress, WorkKind
 from keel.store.removals import in_use
 from keel.store.review import LastWord, last_words
 from keel.store.sides import SIDES, InStore, in_store
@@ -100,11 +101,12 @@ def queues(connection: Connection) -> list[Queue]:
     return found
 
 
-def progress(connection: Connection, batch: str | None) -> Progress:
+def progress(connection: Connection, batch: str | None, kind: WorkKind) -> Progress:
     """See Store.progress."""
-    counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == "compare"
+    counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == kind
     wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
-    given = done(judgements, func.count(), func.count(judgements.c.undone_at)).where(
+    table = WORK_TABLES[kind].table
+    given = done(table, func.count(), func.count(table.c.undone_at)).where(
         *counted
     )  # the second: those that are not NULL
     if batch is not None:
