@@ -18,6 +18,7 @@ from keel.train.dpo import train_dpo
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     learned = preferences(stage, context)
     require_chat_template(stage, [pair.prompt for pair in learned.pairs], context)
-    reference = context.model_path(stage.reference or stage.model)
+    compared = stage.compares()
+    reference = context.model_path(compared[1]) if compared is not None else None
     how = partial(aggregate, how=stage.votes)
     return train_dpo(stage, learned.pairs, reference, training_context(stage, context), how) | learned.counts

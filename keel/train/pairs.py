@@ -27,12 +27,14 @@ EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
 @dataclass(frozen=True)
 class Pair:
-    """``reference``: the log-probabilities (nats) of the chosen and of the rejected completion under a reference."""
+    """``reference``: the log-probabilities (nats) of the chosen and of the rejected completion under a reference.
+    ``stranger``: the prompt with another prompt's reply, and that reply's log-probability under the reference."""
 
     record: Preference
     chosen: Encoded
     rejected: Encoded
     reference: tuple[float, float] | None = None
+    stranger: tuple[Encoded, float] | None = None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
