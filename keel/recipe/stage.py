@@ -98,6 +98,10 @@ class StageBase(Strict):
         'people'."""
         return {}
 
+    def rating_bounds(self) -> tuple[float, float] | None:
+        """Between which bounds a rating in its files is neither up nor down."""
+        return None
+
     def from_store(self, voted: Collection[str]) -> StoreRead:
         """What it learns from in the store. ``voted``: the stages that make votes."""
         return StoreRead()

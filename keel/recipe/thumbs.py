@@ -39,9 +39,7 @@ class ThumbsBase(PreferenceBase):
         """``thumbs`` as a list."""
         return listed(self.thumbs)
 
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """``rating_bound`` as two."""
+    def rating_bounds(self) -> tuple[float, float] | None:
         bound = self.rating_bound
         return (bound, bound) if isinstance(bound, float) else bound
 
@@ -71,6 +69,7 @@ class ThumbsBase(PreferenceBase):
             raise ValueError("thumbs is an empty list; name files, annotate stages or people, or leave it out")
         if self.rating_bound is not None and self.thumbs is None:
             raise ValueError("rating_bound makes thumbs of ratings; name their files in thumbs, or leave it out")
-        if self.bounds is not None and self.bounds[0] > self.bounds[1]:
+        low, high = self.rating_bounds() or (0.0, 0.0)
+        if low > high:
             raise ValueError("rating_bound: the first of two bounds is the lower one; swap them")
         return self

@@ -156,7 +156,7 @@ def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thum
     undecided: list[int] = []
     read = replace(reading(context), undecided=undecided.append)
     files = [context.file(name) for name in stage.thumb_sources if name not in {*annotated, PEOPLE}]
-    found = [row for file in files for row in read_labelled(file, read, stage.bounds)]
+    found = [row for file in files for row in read_labelled(file, read, stage.rating_bounds())]
     counts = {"ratings_left_out": sum(undecided)} if undecided else {}
     whose = stage.from_store(annotated).thumbs
     if whose:
