@@ -34,7 +34,7 @@ from keel.store.lineage import other_work
 from keel.store.overview import Queue
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
-from keel.store.records import AnnotatorKind
+from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.removals import What
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
@@ -44,6 +44,7 @@ from keel.types import Prompt, Unjudged, UserError
 from keel.web.service.labelling import GOLD_EVERY
 from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
+from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 
 Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "demonstrations.jsonl", "rankings.jsonl",
@@ -118,15 +119,19 @@ class Manage:
             self._quality[who] = _Kept(last, kept.reliable_at if kept is not None and fresh else last, found)
             return found
 
+    def thumbs(self, who: Whose) -> list[ThumbHabits]:
+        with self._store.transaction(writes=False) as connection:
+            return thumb_habits(overview.thumb_votes(connection, WHOSE[who]))
+
     # ---------------------------------------------------------------------------------------------- queue, gold items
 
     def queues(self) -> list[Queue]:
         with self._store.transaction(writes=False) as connection:
             return overview.queues(connection)
 
-    def browse(self, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
+    def browse(self, kind: WorkKind, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.browse(connection, batch, gold, page * size, size)
+            return overview.browse(connection, kind, batch, gold, page * size, size)
 
     def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
