@@ -1,4 +1,4 @@
-"""Settings of judging pairs: by simulated annotators, or by a model."""
+"""Settings of judging responses: pairs of them by simulated annotators or a model, single ones by the former."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
 from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonRef, RewardModelRef
 from keel.recipe.stage import PreferenceBase, StageBase, Surroundings
+from keel.recipe.thumbs import ThumbsBase
 
 
 class AnnotateStage(StageBase):
@@ -17,7 +18,9 @@ class AnnotateStage(StageBase):
     makes: ClassVar[tuple[Makes, ...]] = ("votes",)
     uses_model: ClassVar[bool] = False
     stored: ClassVar[Literal["nothing", "copy", "all"]] = "all"
-    later: ClassVar[frozenset[str]] = frozenset({"judge", "judge_temperature", "overlap_times"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"ask", "liked", "replies", "judge", "judge_temperature", "overlap_times"}
+    )
 
     kind: Literal["annotate"] = "annotate"
     responses: str = "sample"
@@ -49,6 +52,13 @@ class AnnotateStage(StageBase):
     )
     overlap_times: int = Field(2, ge=2, description="how often those are judged: by so many annotators")
     guideline: str = "1"
+    ask: Literal["pairs", "thumbs"] = Field(
+        "pairs", description="which of two responses is better, or thumbs up or down on single ones"
+    )
+    liked: float = Field(
+        0.5, gt=0, lt=1, description="ask: thumbs: an annotator's bar lets this share of all responses pass"
+    )
+    replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()
@@ -76,6 +86,7 @@ class AnnotateStage(StageBase):
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
+        self._check_readers(recipe)
         alone = {stage.name: stage for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.judged_once}
         for other in recipe.stages:
             if not isinstance(other, PreferenceBase) or other.votes not in ("weighted", "posterior"):
@@ -90,6 +101,20 @@ class AnnotateStage(StageBase):
                     "use votes: raw"
                 )
 
+    def _check_readers(self, recipe: Surroundings) -> None:
+        """Pairs and thumbs are learned from by fields of their own."""
+        for other in recipe.stages:
+            if isinstance(other, PreferenceBase) and self.ask == "thumbs" and self.name in other.sources:
+                raise ValueError(
+                    f"{other.name}.preferences: {self.name} asks for thumbs on single responses (ask: thumbs); name it "
+                    f"in the thumbs of a dpo stage, or set {self.name}.ask: pairs"
+                )
+            if isinstance(other, ThumbsBase) and self.ask == "pairs" and self.name in other.thumb_sources:
+                raise ValueError(
+                    f"{other.name}.thumbs: {self.name} asks for pairs; name it in preferences, beside thumbs or alone, "
+                    f"or set {self.name}.ask: thumbs"
+                )
+
     @property
     def judged_once(self) -> bool:
         """Whether no pair is judged by two."""
@@ -101,6 +126,18 @@ class AnnotateStage(StageBase):
             raise ValueError("who judges? name annotators (simulated ones) or a judge, one of the two")
         if self.judge_temperature is not None and isinstance(self.judge, EndpointRef | LanguageModelRef | None):
             raise ValueError("judge_temperature is of a judge that scores replies; leave it out")
+        if self.judge is not None and self.ask == "thumbs":
+            raise ValueError("a judge compares pairs, and ask is thumbs; name annotators, or set ask: pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_asked(self) -> AnnotateStage:
+        if self.ask == "pairs" and (self.replies is not None or self.liked != 0.5):
+            raise ValueError("replies and liked go with ask: thumbs; set it, or leave them out")
+        if self.ask == "thumbs" and (self.choice != "random" or self.pairs is not None or self.pairs_per_prompt != 1):
+            raise ValueError(
+                "pairs, pairs_per_prompt and choice say which pairs are asked, and ask is thumbs; use replies"
+            )
         return self
 
     @model_validator(mode="after")

@@ -102,6 +102,10 @@ class StageBase(Strict):
         'people'."""
         return {}
 
+    def rating_bounds(self) -> tuple[float, float] | None:
+        """Between which bounds a rating in its files is neither up nor down."""
+        return None
+
     def from_store(self, voted: Collection[str]) -> StoreRead:
         """What it learns from in the store. ``voted``: the stages that make votes."""
         return StoreRead()
@@ -136,6 +140,10 @@ class StageBase(Strict):
     def doubts(self, products: str) -> Iterator[Doubt]:
         """Settings that will hardly do what is meant. ``products``: the precision of matrix products."""
         yield from ()
+
+    def resolved(self) -> str:
+        """What its preset and its settings come to, in one line for ``keel check``; empty: nothing to speak of."""
+        return ""
 
 
 def start_has_template(stage: StageBase, start: str, recipe: Surroundings) -> None:

@@ -1,4 +1,4 @@
-"""Simulated annotators or a model judge pairs of sampled responses."""
+"""Simulated annotators or a model judge sampled responses: pairs of them, or each by itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from keel.feedback.judging import judge_responses
 from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Comparer
 from keel.feedback.pairing import PairChoice, annotate_responses
+from keel.feedback.simulated import SimulatedAnnotator
+from keel.feedback.thumbs import annotate_thumbs
 from keel.feedback.uncertainty import disagreement
 from keel.model.checkpoint import frozen, load_policy
 from keel.precision import pick_precision
@@ -27,15 +29,19 @@ from keel.store.records import OWN_QUEUE
 
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
-    """Has simulated annotators or a model judge pairs of sampled responses through the store's queue."""
+    """Has simulated annotators or a model judge sampled responses, in pairs or by themselves, through the queue."""
     made_by = context.parent(stage.responses).summary()["fingerprint"]
+    annotators = None if stage.annotators is None else context.python(stage.annotators)(context.recipe.seed)
+    if stage.ask == "thumbs":
+        assert annotators is not None, "a judge compares pairs"
+        return _thumbs(stage, context, annotators, made_by)
     truth: dict[str, float] = {}  # nobody knows it of a model
     with Store(context.store_url) as store:
         choice = _choice(stage, context, store)
-        if stage.annotators is not None:
+        if annotators is not None:
             summary, truth = annotate_responses(
                 store,
-                context.python(stage.annotators)(context.recipe.seed),
+                annotators,
                 made_by=made_by,
                 batch=context.fingerprint,
                 choice=choice,
@@ -59,6 +65,26 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
                 reporter=context.reporter,
                 folder=context.stage_dir.path,
             )
+    write_json(context.stage_dir.path / "truth.json", truth)
+    return summary
+
+
+def _thumbs(
+    stage: AnnotateStage, context: StageContext, annotators: Sequence[SimulatedAnnotator], made_by: str
+) -> dict[str, Any]:
+    with Store(context.store_url) as store:
+        summary, truth = annotate_thumbs(
+            store,
+            annotators,
+            made_by=made_by,
+            batch=context.fingerprint,
+            replies=stage.replies,
+            liked=stage.liked,
+            overlap=stage.overlap,
+            guideline=stage.guideline,
+            seed=context.recipe.seed,
+            reporter=context.reporter,
+        )
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary
 

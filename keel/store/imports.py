@@ -299,5 +299,18 @@ def _names(connection: Connection, entries: Sequence[Entry]) -> list[str]:
     return names
 
 
+def take_slot(connection: Connection, item_id: int, now: datetime) -> None:
+    """One slot of an item that was done elsewhere, beside those that it has where all are taken."""
+    old = connection.execute(select(items).where(items.c.id == item_id)).one()
+    taken = items.c.taken + 1  # reckoned by the database: somebody may be taking a slot now
+    overlap = case((taken > items.c.overlap, taken), else_=items.c.overlap)
+    change = update(items).where(items.c.id == item_id).values(taken=taken, overlap=overlap).returning(items.c.overlap)
+    wanted = connection.execute(change).scalar_one()
+    if wanted != old.overlap:
+        new = {"overlap": wanted, "batch": old.batch, "kind": old.kind}
+        log = event(now, "keel", "changed", "item", item_id, {"overlap": old.overlap}, new)
+        connection.execute(insert(events), log)
+
+
 def as_new(reply: Response) -> NewResponse:
     return NewResponse(reply.prompt_id, reply.text, reply.finished, reply.model, reply.fingerprint, reply.sampling)

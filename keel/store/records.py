@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from keel.recipe.declared import Voter
 from keel.store.sides import CHOICES, SIDES, Choice, OnScreen, Side, chosen_side, in_record, preferred, turned
-from keel.types import Completion, Preference, Prompt, UserError
+from keel.types import Completion, LabelledCompletion, Preference, Prompt, UserError
 
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
 # Whose votes an annotator's are. Where an import says nothing of its annotators, they are taken for people.
@@ -19,7 +19,7 @@ VOTER_KINDS: Mapping[Voter, tuple[AnnotatorKind, ...]] = {
     "models": ("model",),
     "simulated": ("simulated",),
 }
-WorkKind = Literal["compare", "rank", "write", "edit"]
+WorkKind = Literal["compare", "rank", "thumb", "write", "edit"]
 # How the queues begin in which a stage of a recipe had a model judge: those votes are that stage's, as those of its
 # simulated annotators are, and no model's votes "in the store".
 OWN_QUEUE = "annotate/"
@@ -54,9 +54,9 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """One item in one annotator's hands until ``expires_at``. It names no model: judging is blind. ``shown`` are the
-    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit, none
-    where a reply is to be written. ``handle`` is what a browser calls it by; ``id`` tells how many came before, and
-    ``prompt.meta`` holds the graders' notes: a page for people must not send these."""
+    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit or to
+    give a thumb, none where a reply is to be written. ``handle`` is what a browser calls it by; ``id`` tells how many
+    came before, and ``prompt.meta`` holds the graders' notes: a page for people must not send these."""
 
     id: int
     item_id: int
@@ -130,6 +130,14 @@ class NewRanking(NewWork):
     """A ranking as it comes in. ``tiers``: places on the screen (0, 1, ...), best first, equals together."""
 
     tiers: Sequence[Sequence[int]]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewThumb(NewWork):
+    """Thumbs up or down as it comes in."""
+
+    up: bool
     reason: str | None = None
 
 
@@ -282,6 +290,35 @@ class Edit:
                 rejected_finished=self.original.finished,
             )
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Thumb:
+    """One response judged by itself. ``gold``: what a gold item's thumb should be, so that this one is never trained
+    on; ``out``: its item was taken out of use."""
+
+    token: str
+    batch: str
+    annotator: str
+    annotator_kind: AnnotatorKind
+    prompt: Prompt
+    response: Response
+    up: bool
+    seconds: float | None
+    guideline: str | None
+    reason: str | None
+    created: datetime
+    gold: bool | None = None
+    out: bool = False
+
+    def examples(self) -> list[LabelledCompletion]:
+        """What of it is trained on."""
+        return [] if self.out or self.gold is not None else [self.said()]
+
+    def said(self) -> LabelledCompletion:
+        """The thumb as a record."""
+        reply = self.response
+        return LabelledCompletion(self.token, self.prompt, reply.text, self.up, self.annotator, reply.finished)
 
 
 @dataclass(frozen=True, slots=True)

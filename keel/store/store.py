@@ -275,10 +275,10 @@ class Store:
         with self._begin(writes=True) as connection:
             return hand_in.undo(connection, judgement_id, now=self._clock(), lease=self._lease)
 
-    def progress(self, batch: str | None = None) -> Progress:
+    def progress(self, batch: str | None = None, kind: WorkKind = "compare") -> Progress:
         """How far the queue of one batch is, or of all."""
         with self._begin(writes=False) as connection:
-            return overview.progress(connection, batch)
+            return overview.progress(connection, batch, kind)
 
     # ------------------------------------------------------------------------------------------ what was said
 

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, and_, or_, select
 
 from keel.recipe.declared import Voter
 from keel.store.engine import exists
-from keel.store.people_tables import adjudications, rankings, writings
+from keel.store.people_tables import adjudications, rankings, thumbs, writings
 from keel.store.records import OWN_QUEUE
 from keel.store.standing import by, standing
 from keel.store.store import Store
@@ -28,18 +28,21 @@ class VoteHashes:
     """``people``, ``models``: of all their judgements that stand and are trained on (none on gold items and on what is
     out), but for those that a stage had a model give. ``withdrawn``, ``withdrawn_models``: of a stage's own, simulated
     or a model's, that no longer are as they came, since somebody made their items gold items, took them out or settled
-    them. ``written``: of all replies that people wrote or edited, on what is in use. Empty where there are none."""
+    them. ``written``: of all replies that people wrote or edited, on what is in use. ``thumbs``: of people's thumbs on
+    single replies. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
     written: str = ""
     models: str = ""
+    thumbs: str = ""
     withdrawn_models: str = ""
 
     def facts(self) -> dict[str, str]:
-        """For a fingerprint. What is of models is left out where there is none: so was it before they were told apart
-        from people, and runs without any stay done."""
-        return {name: value for name, value in asdict(self).items() if value or not name.endswith("models")}
+        """For a fingerprint. What is of models and ``thumbs`` are left out where there are none: so were they before
+        they were told apart, and runs without any stay done."""
+        always = ("people", "withdrawn", "written")
+        return {name: value for name, value in asdict(self).items() if value or name in always}
 
 
 def vote_hashes(location: str | Path) -> VoteHashes:
@@ -53,6 +56,7 @@ def vote_hashes(location: str | Path) -> VoteHashes:
             written=_hash(_written(connection)),
             models=_hash(_judged(connection, "models")),
             withdrawn_models=_hash(_withdrawn(connection, and_(by("models"), _OWN))),
+            thumbs=_hash(_thumbs(connection)),
         )
 
 
@@ -108,7 +112,15 @@ def _withdrawn(connection: Connection, whose: ColumnElement[bool]) -> Iterable[t
     query = standing(judgements, judgements.c.token).where(or_(items.c.gold.is_not(None), items.c.out), whose)
     query = query.order_by(judgements.c.id)
     yield from map(tuple, connection.execute(query))
+    query = standing(thumbs, thumbs.c.token).where(or_(items.c.gold.is_not(None), items.c.out), whose)
+    yield from map(tuple, connection.execute(query.order_by(thumbs.c.id)))
     yield from _settled(connection, whose)
+
+
+def _thumbs(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    query = standing(thumbs, thumbs.c.token, thumbs.c.up, assignments.c.shown, annotators.c.name)
+    query = query.where(items.c.gold.is_(None), items.c.out.is_(False), by("people")).order_by(thumbs.c.id)
+    yield from map(tuple, connection.execute(query))
 
 
 def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:
