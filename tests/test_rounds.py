@@ -192,7 +192,7 @@ def test_a_language_model_says_what_its_own_forward_pass_says(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "who judges? name annotators .* or a judge, one of the two"),
+        ({}, "who judges. name annotators .* or a judge, one of the two"),
         ({"annotators": {"ref": "a.py:b"}, "judge": {"kind": "model", "model": "r"}}, "one of the two"),
         ({"judge": {"kind": "language_model", "model": "base"}, "judge_temperature": 2.0}, "of a judge that scores"),
         ({"annotators": {"ref": "a.py:b"}, "judge_temperature": 2.0}, "of a judge that scores"),

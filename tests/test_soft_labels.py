@@ -36,7 +36,7 @@ MIRRORED = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}
 def test_the_posterior_by_bayes_rule() -> None:
     """Of items whose answer is known, a was right on 9 of 10 and b on 7 of 10; both classes are as frequent."""
     votes, known = [], {}
-    for n in range(10_000):
+    for n in range(2000):
         known[n] = FIRST
         votes += [Vote(n, "a", FIRST if n % 10 else SECOND), Vote(n, "b", FIRST if n % 10 < 7 else SECOND)]
     votes += [Vote("a", "a", SECOND), Vote("b", "b", FIRST)]
@@ -53,7 +53,7 @@ def test_the_posterior_by_bayes_rule() -> None:
         "agree": 0.9 * 0.7 / (0.9 * 0.7 + 0.1 * 0.3),
         "differ": 0.9 * 0.3 / (0.9 * 0.3 + 0.1 * 0.7),
     }
-    assert {item: found[item][FIRST] for item in by_hand} == pytest.approx(by_hand, abs=1e-3)
+    assert {item: found[item][FIRST] for item in by_hand} == pytest.approx(by_hand, abs=2e-3)
     assert found[0] == {FIRST: 1.0, SECOND: 0.0}
 
 
@@ -64,7 +64,8 @@ def slow_em(votes: Sequence[Vote], classes: Sequence[str], shrink: float) -> dic
         of_item[one.item].append(one)
     names = sorted({one.annotator for one in votes})
     post = {i: {c: sum(v.label == c for v in some) / len(some) for c in classes} for i, some in of_item.items()}
-    for _ in range(3000):
+    for _ in range(300):
+        before = {i: dict(classed) for i, classed in post.items()}
         prior = {c: sum(post[i][c] + post[i][MIRRORED[c]] for i in post) / (2 * len(post)) for c in classes}
         counts: dict[tuple[str, str, str], float] = defaultdict(float)
         for i, some in of_item.items():
@@ -83,15 +84,17 @@ def slow_em(votes: Sequence[Vote], classes: Sequence[str], shrink: float) -> dic
         for i, some in of_item.items():
             joint = {c: prior[c] * math.prod(rate[v.annotator, c, v.label] for v in some) for c in classes}
             post[i] = {c: joint[c] / sum(joint.values()) for c in classes}
+        if max(abs(post[i][c] - before[i][c]) for i in post for c in classes) < 1e-7:
+            break
     return post
 
 
 @pytest.mark.parametrize("ties", [0.0, 0.2])
 def test_the_posterior_is_that_of_a_slow_em(ties: float) -> None:
     rng = random.Random(1)
-    skill = {"good": 0.95, "fine": 0.8, "coin": 0.5, "bad": 0.15}
+    skill = {"good": 0.95, "fine": 0.8, "fair": 0.7, "bad": 0.15}
     votes = []
-    for n in range(60):
+    for n in range(40):
         truth = rng.random() < 0.5
         for name in rng.sample(sorted(skill), 2 + n % 2):
             says = truth == (rng.random() < skill[name])
@@ -108,17 +111,17 @@ def test_the_posterior_is_that_of_a_slow_em(ties: float) -> None:
 def test_a_single_vote_says_nothing_of_who_errs() -> None:
     """What it is worth is what its annotator's word was worth where somebody else judged."""
     votes = [Vote(n, name, FIRST if right else SECOND) for n, name, right in _three_judges(400)]
-    alone = [Vote(f"alone {n}", "coin", FIRST) for n in range(5000)]
+    alone = [Vote(f"alone {n}", "fair", FIRST) for n in range(500)]
     before, after = posteriors([*votes, alone[0], Vote("new", "who", FIRST)]), posteriors([*votes, *alone])
     assert after["alone 0"][FIRST] == pytest.approx(before["alone 0"][FIRST], abs=1e-9)
-    assert 0.4 < after["alone 0"][FIRST] < 0.65
-    assert 0.6 < before["new"][FIRST] < 0.9  # one whom nobody knows: as all of them together
+    assert 0.58 < after["alone 0"][FIRST] < 0.72
+    assert 0.7 < before["new"][FIRST] < 0.9  # one whom nobody knows: as all of them together
     assert posteriors([Vote(n, "a", FIRST) for n in range(9)]) == {}
 
 
 def _three_judges(items: int) -> list[tuple[int, str, bool]]:
     rng = random.Random(0)
-    skill = (("good", 0.9), ("fine", 0.8), ("coin", 0.5))
+    skill = (("good", 0.9), ("fine", 0.8), ("fair", 0.65))
     return [(n, name, rng.random() < right) for n in range(items) for name, right in skill]
 
 
@@ -126,7 +129,7 @@ def _three_judges(items: int) -> list[tuple[int, str, bool]]:
 
 
 def judged() -> list[Preference]:
-    """``good`` is right nine times in ten, ``fine`` eight, ``coin`` five: "yes" is the better response."""
+    """``good`` is right nine times in ten, ``fine`` eight, ``fair`` six or seven: "yes" is the better response."""
     return [
         vote(n, "yes" if right else "no", name, margin=2.0 if name == "good" else 1.0)
         for n, name, right in _three_judges(200)
@@ -141,7 +144,7 @@ def test_one_record_an_item_for_the_likelier_response() -> None:
     said = {(v.prompt.id, v.annotator): v.chosen for v in votes}
     by_pattern: dict[tuple[str, ...], set[float]] = defaultdict(set)
     for p in made:
-        pattern = tuple(said[p.prompt.id, name] for name in ("good", "fine", "coin"))
+        pattern = tuple(said[p.prompt.id, name] for name in ("good", "fine", "fair"))
         yes = p.probability if p.chosen == "yes" else 1 - p.probability  # type: ignore[operator]
         by_pattern[pattern].add(round(yes, 6))
         agree = [v.margin for v in votes if v.prompt == p.prompt and v.chosen == p.chosen]
@@ -172,7 +175,7 @@ def test_what_the_others_make_of_a_votes_own_probability() -> None:
     votes = [replace(v, probability=0.8) for v in judged()]
     assert aggregate(votes, "raw") == votes
     assert {p.probability for p in aggregate(votes, "majority")} == {None}
-    assert {p.probability for p in aggregate(votes, "weighted")} <= {0.8, pytest.approx(0.2)}
+    assert {p.probability for p in aggregate(votes, "weighted")} == {0.8}
     word = [replace(v, settled="chosen" if v.chosen == "yes" else "rejected") for v in votes]
     assert {p.probability for p in aggregate(word, "raw")} == {None}
 
@@ -354,7 +357,7 @@ def test_a_rows_id_counts_its_probability_and_is_else_what_it_was(tmp_path: Path
     assert (same.tie, same.probability) == (True, 0.5)
 
 
-PLAIN_ID = ""  # as earlier releases made it
+PLAIN_ID = "e25a004fe3ddcbfa26472b829d601b89"  # as earlier releases made it
 
 
 SOFT = [0.1, 0.3, 1 / 3, 0.5, 0.7, 1.0, 0.0, None]
