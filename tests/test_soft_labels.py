@@ -363,19 +363,21 @@ PLAIN_ID = "e25a004fe3ddcbfa26472b829d601b89"  # as earlier releases made it
 SOFT = [0.1, 0.3, 1 / 3, 0.5, 0.7, 1.0, 0.0, None]
 
 
-@pytest.mark.parametrize("name", ["votes.jsonl", "votes.parquet", "openai"])
-def test_a_probability_comes_out_of_the_store_as_it_went_in(name: str, tmp_path: Path) -> None:
+def test_a_probability_comes_out_of_the_store_as_it_went_in(tmp_path: Path) -> None:
     """Whichever side a response was drawn to: 1 - (1 - p) is not p for every number."""
     given = [replace(vote(n, "yes", "m"), probability=p, tie=p == 0.5) for n, p in enumerate(SOFT)]
-    path = tmp_path / ("votes.jsonl" if name == "openai" else name)
-    with Store(tmp_path / "a.db") as store, Store(tmp_path / "b.db") as other:
+    files = (("trl.jsonl", "trl"), ("trl.parquet", "trl"), ("openai.jsonl", "openai"))
+    with Store(tmp_path / "a.db") as store:
         store.import_preferences(given)
         assert [p.probability for p in store.preferences()] == SOFT
-        store.export_preferences(path, form="openai" if name == "openai" else "trl")
-        votes = exchange.read(path)
-        assert other.import_preferences(votes) == len(SOFT)
+        for name, form in files:
+            store.export_preferences(tmp_path / name, form=form)  # type: ignore[arg-type]
+    with Store(tmp_path / "b.db") as other:
+        for number, (name, _) in enumerate(files):
+            votes = exchange.read(tmp_path / name)
+            assert [v.probability for v in votes] == SOFT  # type: ignore[union-attr]
+            assert other.import_preferences(votes) == (0 if number else len(SOFT))
+            read = {p.id: p for p in read_preferences(tmp_path / name)}
+            assert [read[p.id].probability for p in given] == SOFT
+            assert [read[p.id].chosen for p in given] == [p.chosen for p in given]
         assert [p.probability for p in other.preferences()] == SOFT
-        assert other.import_preferences(votes) == 0
-    read = {p.id: p for p in read_preferences(path)}
-    assert [read[p.id].probability for p in given] == SOFT
-    assert [read[p.id].chosen for p in given] == [p.chosen for p in given]
