@@ -80,7 +80,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "annotate": Kind(
         what="judgements on pairs",
-        facts=(Shown("judgements", "judgements"), Shown("agreement", "annotator_agreement", percent)),
+        facts=(
+            Shown("judgements", "judgements"),
+            Shown("agreement", "annotator_agreement", percent),
+            Shown("turned with the order", "flipped", percent),
+        ),
     ),
     "reward": Kind(
         "Reward model",

@@ -11,9 +11,9 @@ from keel.types import Preference
 def settle(votes: Sequence[Preference]) -> list[Preference]:
     """The votes, with one record in place of those on each item that a reviewer settled.
 
-    It stands where the first of them stood and says what the reviewer said. It is the first vote that agrees, or the
-    first vote turned round, under nobody's name, with the mean strength of the votes that agree. Where an item was
-    settled twice (in two batches), the later word counts.
+    It stands where the first of them stood and says what the reviewer said, as certain. It is the first vote that
+    agrees, or the first vote turned round, under nobody's name, with the mean strength of the votes that agree. Where
+    an item was settled twice (in two batches), the later word counts.
     """
     items: dict[Hashable, list[Preference]] = {}
     for vote in votes:
@@ -33,10 +33,10 @@ def _last_word(same: Sequence[Preference]) -> Preference:
     """The record that stands for the votes on one settled item."""
     last = next(vote for vote in reversed(same) if vote.settled)
     if last.settled == "tie":
-        return replace(same[0], tie=True, margin=0.0, annotator="", settled="tie")
+        return replace(same[0], tie=True, margin=0.0, annotator="", settled="tie", probability=None)
     word = last if last.settled == "chosen" else last.swapped()  # `chosen` is what the reviewer prefers
     better = word.chosen, word.chosen_finished
     turned = [vote if (vote.chosen, vote.chosen_finished) == better else vote.swapped() for vote in same]
     agree = [new for new, vote in zip(turned, same, strict=True) if new is vote and not vote.tie]
     margin = sum(vote.margin for vote in agree) / len(agree) if agree else 0.0
-    return replace((agree or turned)[0], tie=False, margin=margin, annotator="", settled="chosen")
+    return replace((agree or turned)[0], tie=False, margin=margin, annotator="", settled="chosen", probability=None)

@@ -155,6 +155,12 @@ def pair_update(pairs: Sequence[Pair], loss: PairLoss, batch_tokens: int) -> lis
     return [micro([pairs[i] for i in part]) for part in micro_batches_of_pairs(pairs, batch_tokens)]
 
 
+def due(iteration: int, iterations: int) -> bool:
+    """Whether what is held out is measured after an iteration: ``EVALUATIONS`` times a run, and after its last one."""
+    every = max(1, iterations // EVALUATIONS)
+    return iteration + 1 == iterations or (iteration + 1) % every == 0
+
+
 def heldout_figures(
     pairs: Sequence[Pair],
     loss: PairLoss,
@@ -163,9 +169,8 @@ def heldout_figures(
     batch_tokens: int,
     context: TrainContext,
 ) -> dict[str, float]:
-    """``eval/...`` figures of held-out pairs, ``EVALUATIONS`` times a run and after its last iteration; else none."""
-    every = max(1, iterations // EVALUATIONS)
-    if not pairs or not (iteration + 1 == iterations or (iteration + 1) % every == 0):
+    """``eval/...`` figures of held-out pairs, where they are ``due``; else none."""
+    if not pairs or not due(iteration, iterations):
         return {}
     totals = Totals()
     with torch.no_grad(), autocast(context.device, context.precision):
