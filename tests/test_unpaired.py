@@ -213,11 +213,11 @@ def test_a_step_is_what_a_slow_reference_computes(loss: str, model_path: Path, t
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 13])
+@pytest.mark.parametrize("batch_size", [1, 7])
 def test_micro_batches_change_nothing(batch_size: int, model_path: Path, tmp_path: Path) -> None:
     """Any batch_tokens, odd batch sizes, a step of a single prompt: the same KL, loss and gradient."""
     ends = []
-    for batch_tokens in (100_000, 60, 16):
+    for batch_tokens in (100_000, 16):
         settings = {"batch_size": batch_size, "batch_tokens": batch_tokens}
         made = algorithm(tmp_path / str(batch_tokens), model_path, thumbs(13), **settings)
         (micros,) = made.updates(0)
@@ -227,7 +227,6 @@ def test_micro_batches_change_nothing(batch_size: int, model_path: Path, tmp_pat
         kl = found["kl"][0] / found["kl"][1]
         ends.append((kl, found["loss"][0], found["grad_norm"][0]))
     assert ends[1] == pytest.approx(ends[0], rel=1e-4)
-    assert ends[2] == pytest.approx(ends[0], rel=1e-4)
 
 
 def test_a_kl_needs_another_prompt_with_room(model_path: Path, tmp_path: Path) -> None:
@@ -248,7 +247,7 @@ def test_a_kl_needs_another_prompt_with_room(model_path: Path, tmp_path: Path) -
         Unpaired(model, [[too_long[1]], [too_long[0]]], [], stage(), c).mismatched([0])
 
 
-@pytest.mark.parametrize("loss", ["kto", "bco", "apo_zero"])
+@pytest.mark.parametrize("loss", ["kto", "bco", pytest.param("apo_zero", marks=pytest.mark.wide)])
 def test_it_learns_what_is_good_and_says_from_what(loss: str, model_path: Path, tmp_path: Path) -> None:
     c = context(tmp_path, "dpo", model_path)
     config = stage(loss=loss, beta=0.1, batch_size=9, epochs=2, heldout_fraction=0.2)
@@ -280,10 +279,10 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     config = stage(loss=loss, batch_size=8, epochs=2, save_every_seconds=0)
     whole = context(tmp_path / "whole", "dpo", model_path)
-    expected = train_unpaired(config, thumbs(40), model_path, whole)
+    expected = train_unpaired(config, thumbs(24), model_path, whole)
     cut = context(tmp_path / "cut", "dpo", model_path)
     update = loop._update
-    for stop in (3, 6):
+    for stop in (2, 4):
 
         def until(*args: Any, stop: int = stop) -> Any:
             if args[-1] == stop:
@@ -292,9 +291,9 @@ def test_a_stopped_run_ends_with_the_same_bits(
 
         monkeypatch.setattr(loop, "_update", until)
         with pytest.raises(Killed):
-            train_unpaired(config, thumbs(40), model_path, cut)
+            train_unpaired(config, thumbs(24), model_path, cut)
     monkeypatch.setattr(loop, "_update", update)
-    assert train_unpaired(config, thumbs(40), model_path, cut) == expected
+    assert train_unpaired(config, thumbs(24), model_path, cut) == expected
     assert torch.equal(weights(cut.stage.path), weights(whole.stage.path))
     assert cut.stage.metrics.rows() == whole.stage.metrics.rows()
 
