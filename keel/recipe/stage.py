@@ -133,6 +133,10 @@ class StageBase(Strict):
         """Settings that will hardly do what is meant. ``products``: the precision of matrix products."""
         yield from ()
 
+    def resolved(self) -> str:
+        """What its preset and its settings come to, in one line for ``keel check``; empty: nothing to speak of."""
+        return ""
+
 
 def start_has_template(stage: StageBase, start: str, recipe: Surroundings) -> None:
     """ValueError when the recipe sets a template and ``stage`` starts from a model that nobody gave it to."""
