@@ -96,7 +96,7 @@ def test_places_without_a_signal_go_to_the_next_prompts() -> None:
         "frac_reward_zero_std": 3 / 7,
         "rollout/prompts_drawn": 7 / 4,
         "rollout/unfilled": 0.0,
-        "objective/scores_drawn": sum(order[:4]) / 4,
+        "objective/scores_drawn": sum(n if n % 2 else 2 * n for n in order[:4]) / 4,  # with their steps
     }
     assert len({e.completion.text.split()[1] for e in drawn.episodes}) == 3  # seeds of their own
     # The next rollout begins with the next prompt, here and in a run that was resumed.
@@ -128,7 +128,7 @@ class Killed(Exception):
 
 
 class Coarse:
-    """1 for a reply with an even number of letters o, so that many groups are all the same. Dies at its ``last`` call."""
+    """1 for a reply with an o, so that many groups are all the same. Dies after ``last`` calls."""
 
     def __init__(self, last: int = 10**9) -> None:
         self.last = last
@@ -141,10 +141,8 @@ class Coarse:
 
 
 def test_a_killed_run_that_resamples_ends_with_the_same_bits(model: Path, tmp_path: Path) -> None:
-    config = stage(
-        **{"preset": "dapo", "episodes": 32 * 5, "max_resamples": 2, "save_every_seconds": 0.0},
-        optim=OptimConfig(lr=3e-3),
-    )
+    optim = OptimConfig(lr=3e-3)
+    config = stage(preset="dapo", episodes=32 * 5, max_resamples=2, save_every_seconds=0.0, optim=optim)
     ends = []
     for name, kills in (("whole", []), ("killed", [4, 3])):
         c = context(tmp_path / name, "grpo", model)
