@@ -84,9 +84,9 @@ def loss_of(algorithm: Grpo, batch: Batch, new_C: Tensor, shards: Sequence[Seque
     return total
 
 
-def of_trl(config: GrpoStage) -> tuple[Grpo, Batch, Tensor]:
+def of_trl(config: GrpoStage, shift: float = 0.0) -> tuple[Grpo, Batch, Tensor]:
     columns = {f"{name}_logp_C": f64(*TRL[name]) for name in ("old", "ref")}
-    algorithm = algorithm_of(config, lengths=TRL["lengths"], shaped_N=f64(*TRL["scores"]), **columns)
+    algorithm = algorithm_of(config, lengths=TRL["lengths"], shaped_N=f64(*TRL["scores"]) + shift, **columns)
     return algorithm, algorithm.rollout(0), f64(*TRL["new"]).requires_grad_()
 
 
@@ -343,7 +343,7 @@ def test_the_unbiased_kls_have_the_kls_gradient() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_split_of_a_step_changes_no_presets_loss_or_gradient(name: str) -> None:
     """Into micro-batches, or over devices that add up their gradients: groups torn apart, and in another order."""
-    algorithm, batch, new = of_trl(stage(**LONG, preset=name, rollout_batch=16, overlong="penalty"))
+    algorithm, batch, new = of_trl(stage(**LONG, preset=name, rollout_batch=16, overlong="penalty"), shift=10.0)
     kept = [i for i in range(12) if i not in batch.left_out]
     assert len(kept) == (8 if name == "dapo" else 12)
     whole = loss_of(algorithm, batch, new, [kept])
