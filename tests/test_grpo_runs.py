@@ -25,7 +25,7 @@ from keel.types import Completion, Episode, Prompt, Scores, Step
 
 PYTHON = {"source": {"kind": "python", "ref": "x:y"}}
 NAMES = get_args(PresetName)
-QUICK = ("dapo", "gspo", "rloo")  # resampling; the other ratio; a KL in the reward
+QUICK = ("dapo", "rloo")  # resampling; a KL in the reward
 PROMPTS = [prompt(n) for n in range(50)]
 
 
@@ -142,9 +142,9 @@ class Coarse:
 
 def test_a_killed_run_that_resamples_ends_with_the_same_bits(model: Path, tmp_path: Path) -> None:
     optim = OptimConfig(lr=3e-3)
-    config = stage(preset="dapo", episodes=32 * 5, max_resamples=2, save_every_seconds=0.0, optim=optim)
+    config = stage(preset="dapo", rollout_batch=16, episodes=64, max_resamples=2, save_every_seconds=0.0, optim=optim)
     ends = []
-    for name, kills in (("whole", []), ("killed", [4, 3])):
+    for name, kills in (("whole", []), ("killed", [3, 1])):
         c = context(tmp_path / name, "grpo", model)
         for last in kills:
             with pytest.raises(Killed):
@@ -154,7 +154,7 @@ def test_a_killed_run_that_resamples_ends_with_the_same_bits(model: Path, tmp_pa
     assert ends[0] == ends[1]
     rows = ends[0][1]
     assert any(row["rollout/prompts_drawn"] > 1 for row in rows), "nothing was resampled"
-    assert rows[-1]["episodes"] == pytest.approx(sum(32 * row["rollout/prompts_drawn"] for row in rows))
+    assert rows[-1]["episodes"] == pytest.approx(sum(16 * row["rollout/prompts_drawn"] for row in rows))
     assert ends[0][0]["choices"]["no_spread"] == "resample"
 
 
@@ -166,7 +166,7 @@ def test_a_killed_run_that_resamples_ends_with_the_same_bits(model: Path, tmp_pa
 )
 def test_a_preset_learns(name: str, model: Path, tmp_path: Path) -> None:
     c = context(tmp_path, "grpo", model)
-    config = stage(preset=name, episodes=32 * 10, optim=OptimConfig(lr=1e-2), overlong="penalty", max_resamples=1)
+    config = stage(preset=name, episodes=32 * 8, optim=OptimConfig(lr=2e-2), overlong="penalty", max_resamples=1)
     summary = train_grpo(config, PROMPTS, LikesO(), model if config.beta else None, c)
     rows = c.stage.metrics.rows()
     first, last = (sum(row["objective/scores"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
@@ -178,7 +178,7 @@ def test_a_preset_learns(name: str, model: Path, tmp_path: Path) -> None:
     assert ("kl" in rows[0]) == (config.beta > 0 and config.kl.place == "loss")
 
 
-@pytest.mark.parametrize("name", ["gspo", "dapo"])
+@pytest.mark.parametrize("name", ["gspo", pytest.param("dapo", marks=pytest.mark.wide)])
 def test_micro_batches_of_a_model_change_nothing(name: str, model: Path, tmp_path: Path) -> None:
     """A reply's one ratio, and groups that are left out, in a real packing."""
     ends = []
@@ -216,11 +216,13 @@ class Silent:
 
 def test_shaped_scores_of_a_rollout(model: Path, tmp_path: Path) -> None:
     """Long replies pay as their length says, by their own tokens."""
-    config = stage(overlong="soft", overlong_from=0.5, missing_eos_penalty=2.0, beta=0.0)
+    stops = [chr(n) for n in range(ord("A"), ord("z")) if chr(n).isalpha()]  # single tokens: many replies end
+    sampling = {"max_new_tokens": 8, "stop": stops}
+    config = stage(overlong="soft", overlong_from=0.5, missing_eos_penalty=2.0, beta=0.0, sampling=sampling)
     rollouts = make_rollouts(config, PROMPTS, Silent(), None, context(tmp_path, "long", model))
     drawn = rollouts.draws.rollout(0)
     expected = [
         -2.0 * (min(max(len(e.completion.ids) - 4, 0) / 4, 1) if e.completion.finished else 1) for e in drawn.episodes
     ]
     assert rollouts.shape(drawn).score_N.tolist() == pytest.approx(expected)
-    assert len(set(expected)) > 1
+    assert len(set(expected)) > 3
