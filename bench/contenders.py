@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.work import SAMPLING
+from bench.work import GRPO_FAMILY, SAMPLING
 
 Settings = dict[str, Any]
 
@@ -61,7 +61,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("TRL", "trl", "bench.workers.trl", ("sft", "dpo", "reward", "grpo")),
+    Peer("TRL", "trl", "bench.workers.trl", ("sft", "dpo", "reward", *GRPO_FAMILY)),
     Peer("TRL 1.12", "trl-ppo", "bench.workers.trl_ppo", ("ppo",)),
     Peer("generate", "transformers", "bench.workers.generate", SAMPLING),
     Peer("continuous batching", "transformers", "bench.workers.generate", SAMPLING, {"continuous": {}}),
@@ -104,12 +104,15 @@ CANDIDATES: Mapping[tuple[str, str], Sequence[Settings]] = {
         _trained(**_BF16, group=True, micro=32),
         *_PLAIN,
     ],
-    ("TRL", "grpo"): [
-        _trained(**_FP32, micro=64),
-        _trained(**_BF16, micro=64),
-        *_PLAIN,
-        _trained(**_FP32, micro=64, continuous={"page_size": 32, "num_blocks": 512, "max_batch_tokens": 512}),
-    ],
+    **{
+        ("TRL", task): [
+            _trained(**_FP32, micro=64),
+            _trained(**_BF16, micro=64),
+            *_PLAIN,
+            _trained(**_FP32, micro=64, continuous={"page_size": 32, "num_blocks": 512, "max_batch_tokens": 512}),
+        ]
+        for task in GRPO_FAMILY
+    },
     ("TRL 1.12", "ppo"): [_trained(**p, micro=m) for m in (64, 8) for p in (_FP32, _BF16)],
 }
 _SAMPLING_CANDIDATES: Mapping[str, Sequence[Settings]] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.work import SAMPLING, Shape, Work, conversations, pairs
+from bench.work import GRPO_FAMILY, SAMPLING, Shape, Work, conversations, pairs
 
 WIDTH = {"fp32": 4, "bf16": 2}
 
@@ -93,7 +93,7 @@ def _online(work: Work, shape: Shape, precision: str) -> list[Phase]:
     scored = forward_flops(shape, 0, 0, reply)
     sampled = sampling(shape, precision, n, work.batch, prompt, reply, group)
     steps = work.epochs * n / work.batch
-    if work.task == "grpo":
+    if work.task in GRPO_FAMILY:
         return [*sampled, Phase(n * TRAINED * (trunk + scored), steps * step_bytes(shape))]
     measured = n * (3 * trunk + scored)
     updates = n * work.epochs * TRAINED * (2 * trunk + scored)

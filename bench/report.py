@@ -21,6 +21,9 @@ TITLES = {
     "reward": "Reward model",
     "ppo": "PPO",
     "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
     "sample_fixed": "Sampling, fixed lengths",
     "sample_varied": "Sampling, lengths varied by a stop token",
 }

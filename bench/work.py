@@ -14,12 +14,14 @@ from typing import Any
 PAD, EOS = 0, 1
 RESERVED = 8
 
+GRPO_FAMILY = ("grpo", "dr_grpo", "gspo", "cispo")
+
 UNITS = {
     "sft": "tokens of conversations trained on (padding not counted) a second",
     "dpo": "preference pairs trained on a second, the reference's log-probabilities included",
     "reward": "preference pairs trained on a second",
     "ppo": "episodes a second: sampled, scored, and trained on for all epochs",
-    "grpo": "completions a second: sampled, scored, and trained on",
+    **dict.fromkeys(GRPO_FAMILY, "completions a second: sampled, scored, and trained on"),
     "sample_fixed": "sampled tokens a second",
     "sample_varied": "sampled tokens a second, the stop token included, nothing after it counted",
 }
@@ -97,7 +99,7 @@ WORK = {
     "dpo": Work("dpo", 128, 32, prompt=(10, 40), reply=(10, 40)),
     "reward": Work("reward", 128, 32, prompt=(10, 40), reply=(10, 40)),
     "ppo": Work("ppo", 64, 64, prompt=(32, 32), reply=(48, 48), epochs=4),
-    "grpo": Work("grpo", 128, 64, prompt=(32, 32), reply=(48, 48), group=8),
+    **{task: Work(task, 128, 64, prompt=(32, 32), reply=(48, 48), group=8) for task in GRPO_FAMILY},
     "sample_fixed": Work("sample_fixed", 256, 64, prompt=(32, 32), reply=(48, 48)),
     "sample_varied": Work("sample_varied", 256, 64, prompt=(32, 32), reply=(1, 96)),
 }

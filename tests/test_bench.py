@@ -21,7 +21,7 @@ from bench.cost import Limits, Phase, causal, forward_flops, phases
 from bench.growth import NAMES, curves
 from bench.machine import Watch
 from bench.models import model_folder, word_tokenizer
-from bench.work import EOS, SHAPES, WORK, Job, Shape, Work
+from bench.work import EOS, GRPO_FAMILY, SHAPES, WORK, Job, Shape, Work
 from bench.workers import keel
 
 LIMITS = Limits({"fp32": 1e9, "bf16": 2e9}, 1e9)
@@ -244,7 +244,7 @@ def test_what_else_runs_is_seen() -> None:
 PARTS = {
     "dpo": {"reference", "training"},
     "ppo": {"sampling", "scoring", "log-probs and values", "updates"},
-    "grpo": {"sampling", "scoring", "log-probs", "updates"},
+    **dict.fromkeys(GRPO_FAMILY, {"sampling", "scoring", "log-probs", "updates"}),
 }
 
 

@@ -112,7 +112,7 @@ def test_step_advantages_by_hand() -> None:
     found = step_advantages(values, offsets, 2)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     assert [i for i, x in enumerate(found.tolist()) if x == 0] == [3, *range(6, 14)]  # to the bit
-    centred = step_advantages(values, offsets, 2, scale=False)
+    centred = step_advantages(values, offsets, 2, scale="none")
     assert centred.tolist() == [-3, -3, -1, 0, 3, 3, *[0] * 8]
 
 

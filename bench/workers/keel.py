@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.work import OPTIM, SAMPLING, Job, Work, conversations, pairs, prompts, stop_ids, text
+from bench.work import GRPO_FAMILY, OPTIM, SAMPLING, Job, Work, conversations, pairs, prompts, stop_ids, text
 from bench.worker import Outcome, Repetition, clock, serve
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy, load_scalar
@@ -47,7 +47,8 @@ def prepare(job: Job) -> Repetition:
     torch.set_num_threads(job.threads)
     if job.work.task in SAMPLING:
         return sampling(job)
-    return {"sft": sft, "dpo": dpo, "reward": reward, "ppo": ppo, "grpo": grpo}[job.work.task](job)
+    own = {"sft": sft, "dpo": dpo, "reward": reward, "ppo": ppo, **dict.fromkeys(GRPO_FAMILY, grpo)}
+    return own[job.work.task](job)
 
 
 def stage_settings(job: Job, work: Work) -> dict[str, Any]:
@@ -258,10 +259,11 @@ def ppo(job: Job) -> Repetition:
 def grpo(job: Job) -> Repetition:
     """As TRL has it by default: no KL term, so no reference; advantages over their group's deviation; the loss averaged
     over tokens; one optimizer step on each batch of ``work.batch`` completions. Nothing is taken off cut completions,
-    which all of them are."""
+    which all of them are. Its relatives by their presets, in one step too."""
+    preset = {} if job.work.task == "grpo" else {"preset": job.work.task}
 
     def run(work: Work) -> Outcome:
-        config = GrpoStage(**online_settings(job, work), beta=0.0, missing_eos_penalty=0.0)
+        config = GrpoStage(**online_settings(job, work), **preset, beta=0.0, missing_eos_penalty=0.0)
         rollouts = make_rollouts(job, work, config, None, PythonScorer(lambda _, completion: even_words(completion)))
         return online(job, work, Grpo(rollouts, config), config)
 

@@ -15,7 +15,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from bench.work import EOS, OPTIM, Job, Pair, Work, conversations, pairs, prompts, text
+from bench.work import EOS, GRPO_FAMILY, OPTIM, Job, Pair, Work, conversations, pairs, prompts, text
 from bench.worker import Outcome, Repetition, Unsupported, clock, serve
 from bench.workers.trl_models import MICRO, Clock, causal, scalar
 
@@ -23,7 +23,7 @@ from bench.workers.trl_models import MICRO, Clock, causal, scalar
 def prepare(job: Job) -> Repetition:
     torch.set_num_threads(job.threads)
     disable_progress_bars()
-    run = {"sft": sft, "dpo": dpo, "reward": reward, "grpo": grpo}.get(job.work.task)
+    run = {"sft": sft, "dpo": dpo, "reward": reward, **dict.fromkeys(GRPO_FAMILY, grpo)}.get(job.work.task)
     if run is None:
         raise Unsupported(f"TRL 1.16 has no {job.work.task}")
     return lambda work: run(job, work)
@@ -151,6 +151,20 @@ def reward(job: Job, work: Work) -> Outcome:
     return Outcome(len(rows), timer.seconds, precision(args))
 
 
+# What TRL calls Keel's presets; by default it is DAPO's loss over a group's deviation.
+FAMILY: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "gspo": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+    },
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0, "scale_rewards": "batch"},
+}
+
+
 def grpo(job: Job, work: Work) -> Outcome:
     rows = [{"prompt": text(ids)} for ids in prompts(work, job.shape.vocab)]
     with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +174,7 @@ def grpo(job: Job, work: Work) -> Outcome:
             given["transformers_continuous_batching_config"] = job.settings["continuous"]
         args = GRPOConfig(
             **given,
+            **FAMILY[job.work.task],
             max_steps=work.examples // work.batch,
             num_generations=work.group,
             max_completion_length=work.reply[1],

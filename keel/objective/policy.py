@@ -24,13 +24,26 @@ class StepValues(NamedTuple):
 
 
 def episode_scores(
-    score_N: Tensor, finished_N: Tensor, missing_eos_penalty: float = 0.0, clip: float | None = None
+    score_N: Tensor,
+    finished_N: Tensor,
+    missing_eos_penalty: float = 0.0,
+    clip: float | None = None,
+    long_N: Tensor | None = None,
 ) -> Tensor:
     """Scores as PPO uses them -> [N]: clipped to [-clip, clip], then less ``missing_eos_penalty`` where the completion
-    was cut at the length limit (``finished_N`` False), which no reward model trained on whole replies can judge."""
+    was cut at the length limit (``finished_N`` False), which no reward model trained on whole replies can judge. One
+    that ended loses the share ``long_N`` of it (:func:`overlong_share`)."""
     if clip is not None:
         score_N = score_N.clamp(-clip, clip)
-    return torch.where(finished_N, score_N, score_N - missing_eos_penalty)
+    ended_N = score_N if long_N is None else score_N - missing_eos_penalty * long_N
+    return torch.where(finished_N, ended_N, score_N - missing_eos_penalty)
+
+
+def overlong_share(lengths_N: Tensor, limit: int, begin: float) -> Tensor:
+    """How much of a penalty for its length each completion has -> [N]: 0 up to ``begin * limit`` tokens, from there on
+    rising evenly to 1 at ``limit`` (Yu et al. 2025, "DAPO", section 3.4). ``begin`` is below 1."""
+    free = begin * limit
+    return ((lengths_N - free) / (limit - free)).clamp(0, 1)
 
 
 def token_rewards(
@@ -81,16 +94,23 @@ def gae(rewards_C: Tensor, values_C: Tensor, offsets: Tensor, gamma: float, lam:
 
 
 def clipped_policy_loss(
-    logp_C: Tensor, old_logp_C: Tensor, advantage_C: Tensor, clip: float, clip_high: float | None = None
+    logp_C: Tensor,
+    old_logp_C: Tensor,
+    advantage_C: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) with ratio = policy / sampling policy: Schulman et al. 2017,
     eq. 7. -> (loss_C, clipped_C), clipped_C (bool) being where the clip holds the token's gradient at zero.
 
     ``clip_high``: an upper bound of its own, 1 + clip_high (Yu et al. 2025, "DAPO", section 3.1); None: ``clip``.
+    ``cap``, a ratio above 1 + clip_high: no ratio counts for more, which bounds the loss of tokens with a negative
+    advantage too (Ye et al. 2020, "dual-clip PPO"). What it holds is not in clipped_C, as in TRL.
     """
     high = clip if clip_high is None else clip_high
     ratio_C = (logp_C - old_logp_C).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    free_C = -advantage_C * ratio_C
+    free_C = -advantage_C * (ratio_C if cap is None else ratio_C.clamp(max=cap))
     held_C = -advantage_C * ratio_C.clamp(1 - clip, 1 + high)
     return torch.maximum(free_C, held_C), held_C > free_C
 

@@ -331,6 +331,10 @@ class OnlineBase(PolicyBase):
         """How strongly its policy is held to the reference."""
         raise NotImplementedError
 
+    def overlong_begins(self) -> float:
+        """The share of ``max_new_tokens`` above which a reply that ended pays for its length; 1: it never does."""
+        return 1.0
+
     def on_its_base(self) -> list[str]:
         """With ``one_base``: the names of the reward models that share it."""
         return [term.source.model for term in self.rewards if isinstance(term.source, RewardModelRef)]

@@ -203,7 +203,7 @@ def _update(
         for name, (total, count) in {**stats, "loss": (value, 0.0)}.items():
             old = totals.get(name, (0.0, 0.0))
             totals[name] = (old[0] + total, old[1] + count)
-    totals["loss"] = (totals["loss"][0], 1.0)
+    totals["loss"] = (totals.get("loss", (0.0, 0.0))[0], 1.0)  # a step may have nothing to learn from
     for name, module in algorithm.modules.items():
         norm = nn.utils.clip_grad_norm_(
             [p for p in module.parameters() if p.grad is not None], config.optim.max_grad_norm

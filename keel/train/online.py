@@ -23,7 +23,6 @@ from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import EpisodeSampler, encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.train.context import TrainContext
-from keel.train.figures import policy_stats
 from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
@@ -39,7 +38,7 @@ Column = Sequence[Tensor]
 @dataclass(frozen=True)
 class Batch:
     """What a rollout's optimizer steps read. ``value`` and ``returns`` are there for a critic, ``ref_logp`` where there
-    is a reference."""
+    is a reference. ``left_out``: the episodes that no step learns from."""
 
     rows: list[Encoded]
     old_logp: Column
@@ -47,14 +46,38 @@ class Batch:
     ref_logp: Column | None = None
     value: Column | None = None
     returns: Column | None = None
+    sampled_logp: Column | None = None
+    left_out: frozenset[int] = frozenset()
 
     @staticmethod
-    def of(episodes: Episodes, advantage_C: Tensor, return_C: Tensor | None = None) -> Batch:
-        columns = (episodes.old_logp_C, advantage_C, episodes.ref_logp_C, episodes.value_C, return_C)
-        return Batch(episodes.rows, *(None if x is None else x.split(episodes.lengths) for x in columns))  # type: ignore[arg-type]
+    def of(
+        episodes: Episodes,
+        advantage_C: Tensor,
+        return_C: Tensor | None = None,
+        left_out: frozenset[int] = frozenset(),
+    ) -> Batch:
+        columns = (
+            *(episodes.old_logp_C, advantage_C, episodes.ref_logp_C, episodes.value_C, return_C),
+            episodes.sampled_logp_C,
+        )
+        split = (None if x is None else x.split(episodes.lengths) for x in columns)
+        return Batch(episodes.rows, *split, left_out)  # type: ignore[arg-type]
 
     def tokens(self, episodes: Sequence[int]) -> int:
         return sum(self.old_logp[i].numel() for i in episodes)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a micro-batch as the policy's loss reads them [C], its completions in a row, and where each begins
+    (``offsets`` int64 [N+1]). ``ref_logp`` and ``sampled_logp`` are there where the algorithm asks for them."""
+
+    logp: Tensor
+    old_logp: Tensor
+    advantage: Tensor
+    offsets: Tensor
+    ref_logp: Tensor | None = None
+    sampled_logp: Tensor | None = None
 
 
 class Online(Algorithm, Generic[Config]):
@@ -62,6 +85,7 @@ class Online(Algorithm, Generic[Config]):
 
     entropy_coef = 0.0
     kl_in_loss = False
+    asks_sampler = False  # for what the sampler said of its tokens
     # The policy of a rollout's first step is the one that sampled it. Where there is no other step, the ratio is 1 and
     # its gradient that of log p: nothing but the probe need be measured.
     old_at_step = False
@@ -78,20 +102,21 @@ class Online(Algorithm, Generic[Config]):
         """The iteration's rollout with its advantages; sets ``figures``."""
 
     @abstractmethod
-    def policy_loss(
-        self, logp_C: Tensor, old_logp_C: Tensor, advantage_C: Tensor, ref_logp_C: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """-> (loss_C, clipped_C)."""
+    def policy_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        """-> (loss_C, figures)."""
 
     def mean(self, batch: Batch, step: Sequence[int], group: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """What makes a micro-batch's share of the loss of the tokens' losses [C]; ``step``: the optimizer step's
-        episodes, ``group``: the micro-batch's."""
+        """What makes a micro-batch's share of the loss of the tokens' losses [C]; ``step``: the episodes that the
+        optimizer step learns from, ``group``: the micro-batch's."""
         tokens = batch.tokens(step)
         return lambda loss_C: loss_C.sum() / tokens
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         batch = self.rollout(iteration)
         for step, groups in minibatches(batch.rows, self.config, self.rollouts.context.seed, iteration):
+            if batch.left_out:
+                step = [i for i in step if i not in batch.left_out]
+                groups = [kept for group in groups if (kept := [i for i in group if i not in batch.left_out])]
             yield self.micros(batch, step, groups, iteration)
 
     def micros(self, batch: Batch, step: Sequence[int], groups: Sequence[Sequence[int]], iteration: int) -> list[Micro]:
@@ -106,16 +131,24 @@ class Online(Algorithm, Generic[Config]):
             rollouts = self.rollouts
             packed = pack_by_prompt([batch.rows[i] for i in group], rollouts.context.device)
             now = token_logprobs(rollouts.policy, packed, rollouts.temperature, entropy=self.entropy_coef > 0)
-            logp = now.logp_C
-            old_logp = logp.detach() if self.old_at_step else self.tokens_of(group, batch.old_logp)
-            ref_logp = self.tokens_of(group, batch.ref_logp) if self.kl_in_loss else None
-            loss_C, clipped_C = self.policy_loss(logp, old_logp, self.tokens_of(group, batch.advantage), ref_logp)
+            tokens = self._tokens(batch, group, now.logp_C)
+            loss_C, figures = self.policy_loss(tokens)
             loss = mean(loss_C)
             if now.entropy_C is not None:
                 loss = loss + mean(entropy_bonus(now.entropy_C, self.entropy_coef))
-            return loss, policy_stats(loss_C, clipped_C, logp, old_logp)
+            return loss, figures
 
         return compute
+
+    def _tokens(self, batch: Batch, group: Sequence[int], logp_C: Tensor) -> Tokens:
+        return Tokens(
+            logp_C,
+            logp_C.detach() if self.old_at_step else self.tokens_of(group, batch.old_logp),
+            self.tokens_of(group, batch.advantage),
+            torch.tensor([0, *(batch.tokens([i]) for i in group)], device=logp_C.device).cumsum(0),
+            self.tokens_of(group, batch.ref_logp) if self.kl_in_loss else None,
+            self.tokens_of(group, batch.sampled_logp) if self.asks_sampler else None,
+        )
 
     def tokens_of(self, group: Sequence[int], column: Column | None) -> Tensor:
         """A column's tokens of some episodes in a row [C], on the device."""

@@ -24,8 +24,9 @@ from keel.objective.policy import (
 )
 from keel.recipe.ppo import PpoStage
 from keel.train.context import TrainContext
+from keel.train.figures import policy_stats
 from keel.train.loop import Micro, Stats
-from keel.train.online import Batch, Online, make_rollouts, train_online
+from keel.train.online import Batch, Online, Tokens, make_rollouts, train_online
 from keel.train.roles import roles_of
 from keel.train.rollouts import RolloutCollector
 from keel.types import Judge, Prompt, Scorer
@@ -64,10 +65,9 @@ class Ppo(Online[PpoStage]):
         }
         return Batch.of(episodes, whiten(advantage_C) if config.whiten_advantages else advantage_C, return_C)
 
-    def policy_loss(
-        self, logp_C: Tensor, old_logp_C: Tensor, advantage_C: Tensor, ref_logp_C: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return clipped_policy_loss(logp_C, old_logp_C, advantage_C, self.config.clip)
+    def policy_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        loss_C, clipped_C = clipped_policy_loss(tokens.logp, tokens.old_logp, tokens.advantage, self.config.clip)
+        return loss_C, policy_stats(loss_C, clipped_C, tokens.logp, tokens.old_logp)
 
     def micros(self, batch: Batch, step: Sequence[int], groups: Sequence[Sequence[int]], iteration: int) -> list[Micro]:
         # Policy and critic one after the other: one's activations are gone before the other's are made.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import Pass, measure
-from keel.objective.policy import StepValues, episode_scores
+from keel.objective.policy import StepValues, episode_scores, overlong_share
 from keel.precision import autocast
 from keel.recipe.stage import OnlineBase
 from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.tokens import MISMATCH_BOUND
 from keel.train.context import TrainContext
+from keel.train.drawing import Drawn, Draws
 from keel.train.figures import Measured, joined, present, rollout_figures
-from keel.train.schedule import EpochSchedule
 from keel.types import Encoded, Episode, Judge, PackedBatch, Scorer, Scores, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
@@ -31,11 +32,23 @@ PROBE_EVERY = 8
 CLIPPED_BOUND = 0.1  # share of the scores that `reward_clip` may cut before a line says so
 
 
+class Shaped(NamedTuple):
+    """Scores as they are learned from: clipped where the recipe says so, cut completions (and long ones, where it says
+    so) penalised. ``terms_NK``: the same of each of several rewards, before their weights. ``steps``: the values of the
+    episodes' steps, clipped alike, where the scorer knows any."""
+
+    score_N: Tensor
+    terms_NK: Tensor | None
+    steps: StepValues | None
+    finished_N: Tensor
+    offsets: Tensor
+
+
 @dataclass(frozen=True)
 class Episodes:
     """One rollout, measured. Episode n owns ``x_C[offsets[n]:offsets[n + 1]]`` of the tensors over completion tokens;
-    all of them are on the CPU. ``shaped_N``: the scores as they are learned from, clipped where the recipe says so, cut
-    completions penalised. ``steps``: the values of the episodes' steps, clipped alike, where the scorer knows any."""
+    all of them are on the CPU. ``shaped_N``, ``steps``, ``terms_NK``: see :class:`Shaped`. ``sampled_logp_C``: what the
+    sampler said of its tokens, where ``old_logp_C`` is the trainer's word or a step's own."""
 
     rows: list[Encoded]
     offsets: Tensor
@@ -45,10 +58,18 @@ class Episodes:
     shaped_N: Tensor
     figures: dict[str, float]
     steps: StepValues | None = None
+    terms_NK: Tensor | None = None
+    finished_N: Tensor | None = None
+    sampled_logp_C: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
         return [int(length) for length in self.offsets.diff()]
+
+    @property
+    def shaped(self) -> Shaped:
+        ended_N = torch.ones(len(self.rows), dtype=torch.bool) if self.finished_N is None else self.finished_N
+        return Shaped(self.shaped_N, self.terms_NK, self.steps, ended_N, self.offsets)
 
 
 class RolloutCollector:
@@ -77,49 +98,70 @@ class RolloutCollector:
         # What is trained is the distribution that is sampled from: softmax(logits / temperature), of policy and
         # reference alike, so that ratios and KL are exact at any temperature.
         self.temperature = config.sampling.temperature
-        self.count = math.ceil(config.episodes / config.rollout_batch)
-        prompts, per_rollout = len(source.prompts), config.rollout_batch // config.group_size
-        self.schedule = EpochSchedule(prompts, per_rollout, self.count * per_rollout / prompts, context.seed)
+        self.draws = Draws(source, scorer, config, context)
+        self.count = self.draws.count
 
     @torch.no_grad()
     def collect(self, iteration: int, values: Pass | None = None, old_at_step: bool = False) -> Episodes:
         """The rollout of an iteration: a pure function of it, the seed and the weights. ``values``: a critic's.
         ``old_at_step``: the one optimizer step over it knows the old log-probabilities itself, so that those of the
         sampler will do here."""
-        config, context = self.config, self.context
-        # A group's requests lie side by side: the embedded sampler prefills a prompt once for all of them.
-        chosen = [i for i in self.schedule.batch(iteration) for _ in range(config.group_size)]
-        episodes = self.source.sample(chosen, seed=context.seed * 1_000_003 + iteration)
+        config = self.config
+        drawn = self.draws.rollout(iteration)
+        episodes, scores = drawn.episodes, drawn.scores
         completions = [e.completion for e in episodes]
         rows = [Encoded.of(e.prompt_ids, e.completion.ids) for e in episodes]
-        offsets = torch.tensor([0, *(len(c.ids) for c in completions)]).cumsum(0)
         measured, mismatch = self._measure(rows, episodes, values, old_at_step)
-        with autocast(context.device, context.precision):
-            scores = self.scorer.score([e.prompt for e in episodes], completions)
+        sampled_logp_C = torch.tensor([x for c in completions for x in c.logprobs])
         # All from one source: a ratio's error is then the same kind on every token.
         old_logp_C = joined([m.logp for m in measured])
         if old_logp_C is None:
-            old_logp_C = torch.tensor([x for c in completions for x in c.logprobs])
+            old_logp_C = sampled_logp_C
         figures = rollout_figures(episodes, measured, scores.total_N.float(), scores.parts, self.watch)
         if self.reference is not None:
             self._check_start(iteration, figures["objective/kl"])
         if config.reward_clip is not None:
             figures["objective/reward_clipped"] = self._clipped(scores, config.reward_clip)
-        finished_N = torch.tensor([c.finished for c in completions])
+        shaped = self.shape(drawn)
         return Episodes(
             rows,
-            offsets,
+            shaped.offsets,
             old_logp_C,
             joined([m.ref_logp for m in measured]),
             joined([m.value for m in measured]),
-            episode_scores(scores.reply_N.float(), finished_N, config.missing_eos_penalty, config.reward_clip),
+            shaped.score_N,
             {
                 "episodes": float((iteration + 1) * len(episodes)),
                 "objective/entropy": float(-old_logp_C.double().sum()) / len(episodes),
                 "rollout/logprob_diff": mismatch,
                 **figures,
+                **drawn.figures,
             },
-            placed_steps(scores, episodes, offsets, config.reward_clip),
+            shaped.steps,
+            shaped.terms_NK,
+            shaped.finished_N,
+            sampled_logp_C,
+        )
+
+    def shape(self, drawn: Drawn) -> Shaped:
+        """The scores of what was drawn as they are learned from."""
+        config, scores = self.config, drawn.scores
+        completions = [e.completion for e in drawn.episodes]
+        offsets = torch.tensor([0, *(len(c.ids) for c in completions)]).cumsum(0)
+        finished_N = torch.tensor([c.finished for c in completions])
+        begin, limit = config.overlong_begins(), config.sampling.max_new_tokens
+        long_N = overlong_share(offsets.diff(), limit, begin) if begin < 1 else None
+
+        def shaped(score_N: Tensor, clip: float | None) -> Tensor:
+            return episode_scores(score_N.float(), finished_N, config.missing_eos_penalty, clip, long_N)
+
+        terms = [shaped(part_N, None) for part_N in scores.parts.values()]
+        return Shaped(
+            shaped(scores.reply_N, config.reward_clip),
+            torch.stack(terms, 1) if terms else None,
+            placed_steps(scores, drawn.episodes, offsets, config.reward_clip),
+            finished_N,
+            offsets,
         )
 
     # -------------------------------------------------------------------------------------------- measuring

@@ -28,8 +28,12 @@ class EpochSchedule:
 
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of one step; an epoch's tail is filled up from the next epoch."""
+        return self.stretch(step * self.batch_size, self.batch_size)
+
+    def stretch(self, begin: int, count: int) -> list[int]:
+        """Indices of ``count`` examples, of which ``begin`` others came before; fewer at the end of the last epoch."""
         end = self.size * self.epochs
-        places = [p for p in range(step * self.batch_size, (step + 1) * self.batch_size) if p < end]
+        places = [p for p in range(begin, begin + count) if p < end]
         orders = {place // self.size: [] for place in places}  # type: dict[int, list[int]]
         for epoch in orders:
             orders[epoch] = epoch_order(self.size, self.seed, epoch)
