@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keel.cli.process import set_threads
+from keel.recipe.checkpoints import kept_folder, kept_name
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import Source
 from keel.run import RunDir
@@ -55,10 +56,11 @@ def find_model(run: str, stage: str | None) -> tuple[str, Source]:
         return run, Source(run)
     recipe = Recipe.model_validate(manifest["recipe"])
     done = _finished(recipe, folder)
-    names = ["base", *(s.name for s in done)]
+    places = {"base": None} | {s.name: folder / s.name for s in done}
+    places |= {kept_name(s.name, at): folder / s.name / kept_folder(at) for s in done for at in s.kept()}
     if stage is None:
         kept = [s for s in done if s.worth_talking_to()]
         stage = kept[-1].name if kept else "base"
-    if stage not in names:
-        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")
-    return stage, recipe.model.source(None if stage == "base" else folder / stage)
+    if stage not in places:
+        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(places)}")
+    return stage, recipe.model.source(places[stage])

@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Reference
+from keel.recipe.offline import OfflineBase
 from keel.recipe.sections import DataConfig
-from keel.recipe.stage import PolicyBase, PreferenceBase
+from keel.recipe.stage import PreferenceBase
 
 
-class DpoStage(PreferenceBase, PolicyBase):
+class DpoStage(PreferenceBase, OfflineBase):
     help: ClassVar[str] = "optimise a policy on preference pairs directly"
     adapter_dropout: ClassVar[bool] = False
 

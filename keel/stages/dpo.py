@@ -11,8 +11,9 @@ from keel.stages.context import StageContext
 from keel.stages.inputs import (
     preferences,
 )
-from keel.stages.training import require_chat_template, training_context
+from keel.stages.training import measured, prompts_to_measure, require_chat_template, training_context
 from keel.train.dpo import train_dpo
+from keel.train.offline import Liked
 
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
@@ -20,4 +21,7 @@ def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     require_chat_template(stage, [pair.prompt for pair in learned.pairs], context)
     reference = context.model_path(stage.reference or stage.model)
     how = partial(aggregate, how=stage.votes)
-    return train_dpo(stage, learned.pairs, reference, training_context(stage, context), how) | learned.counts
+    training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
+    summary = train_dpo(stage, learned.pairs, reference, training, how) | learned.counts
+    liked = [Liked(pair.prompt, pair.chosen, pair.chosen_finished) for pair in learned.pairs if not pair.tie]
+    return summary | measured(stage, prompts, liked, context, training)
