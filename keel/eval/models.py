@@ -20,10 +20,10 @@ from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.measure import completion_logprobs
-from keel.model.vocabulary import unreadable
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.collect import stop_token_ids, with_decoded_text
+from keel.rollout.divergence import asked_alike
 from keel.rollout.sampler import make_sampler
 from keel.rollout.tokens import context_length
 from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer, place_of
@@ -122,10 +122,8 @@ def _one_model(
     evaluation = evaluate_model(name, inputs.prompts, [(reply,) for reply in replies], inputs.judge, inputs.scorer)
     figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}
     figures |= {f"reward/{part}": mean for part, mean in evaluation.reward_parts.items()}
-    # A model that is asked in another form, or in other tokens, has no KL to one that is asked through a template.
-    asked_alike = not chat.plain and not Chat(baseline[1]).plain
-    if asked_alike and unreadable(*baseline, tokenizer) is None:
-        at_one = inputs.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+    if asked_alike(loaded, baseline):
+        at_one = inputs.sampling.at_one()
         drawn = replies if at_one == inputs.sampling else sampler.generate(prompt_ids, at_one, inputs.seed)
         kl = _kl(model, baseline[0], prompt_ids, drawn, inputs)
         figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean

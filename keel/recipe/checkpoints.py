@@ -1,4 +1,4 @@
-"""What checkpoints are called: a stage's name is its end, and ``NAME@50`` what it kept when half of its run was over."""
+"""What checkpoints are called: a stage's name is its end, and ``NAME@50`` what it kept halfway."""
 
 from __future__ import annotations
 

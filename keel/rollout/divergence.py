@@ -6,16 +6,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from keel.data.chat import Chat
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import Pass, measure
+from keel.model.vocabulary import unreadable
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.sampler import Sampler
 from keel.types import Completion, Encoded
 
 TOKENS = 8192  # in one forward pass
+
+
+def asked_alike(
+    policy: tuple[nn.Module, PreTrainedTokenizerBase], reference: tuple[nn.Module, PreTrainedTokenizerBase]
+) -> bool:
+    """Whether both are asked through a template, and the reference knows the policy's tokens: else there is no KL."""
+    plain = Chat(policy[1]).plain or Chat(reference[1]).plain
+    return not plain and unreadable(*reference, policy[1]) is None
 
 
 def own_replies(

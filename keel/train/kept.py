@@ -1,4 +1,4 @@
-"""The checkpoints that a stage keeps on its way, for a figure by how far the policy has gone and not only at the end."""
+"""The checkpoints that a stage keeps on its way, for figures by how far the policy had gone."""
 
 from __future__ import annotations
 

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy
 from keel.model.packed import compute_alike
-from keel.model.vocabulary import unreadable
 from keel.recipe.offline import MeasureConfig
 from keel.recipe.sections import Source
 from keel.rollout.collect import stop_token_ids
-from keel.rollout.divergence import log_ratios, own_replies, sequence_logps
+from keel.rollout.divergence import asked_alike, log_ratios, own_replies, sequence_logps
 from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.stats import clustered_error
@@ -82,14 +80,6 @@ def measure_offline(
         found |= _displacement(model, reference, chat, liked, context) if alike else _no_displacement()
     context.reporter.advance(1)
     return found
-
-
-def asked_alike(
-    policy: tuple[nn.Module, PreTrainedTokenizerBase], reference: tuple[nn.Module, PreTrainedTokenizerBase]
-) -> bool:
-    """Whether both are asked through a template, and the reference knows the policy's tokens: else there is no KL."""
-    plain = Chat(policy[1]).plain or Chat(reference[1]).plain
-    return not plain and unreadable(*reference, policy[1]) is None
 
 
 def _displacement(
