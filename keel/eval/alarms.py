@@ -223,8 +223,8 @@ def _displaced(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
         moved = f" ({worst.flags})" if worst.flags else ""
         return Alarm(
             stage, "displacement", int(row["step"]), worst.change, limits.displacement,
-            f"The chosen replies{where} became less probable, by {-worst.change:.2f} nats a token, and the policy's own "
-            f"worse: the judge's score went from {worst.before:.2f} to {worst.after:.2f}{moved}.",
+            f"The chosen replies{where} became less probable, by {-worst.change:.2f} nats a token, and the policy's "
+            f"own worse: the judge's score went from {worst.before:.2f} to {worst.after:.2f}{moved}.",
             "Leave out pairs of two nearly equal replies, add the chosen replies' own loss, or raise beta.",
         )  # fmt: skip
     return None
