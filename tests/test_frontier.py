@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_run import write_fake_run
+from test_report import Page
 from test_stages import assistant, run, write_jsonl
 from test_train import FAST, context, sft_model, weights  # noqa: F401 (a fixture)
 from tiny import preferences, prompt
@@ -24,6 +26,7 @@ from keel.check.machine import disk
 from keel.cli.finished import find_model
 from keel.data.chat import Chat
 from keel.eval.frontier import Curve, Frontier, Measured, curves_of, first_reach, read_frontier, statements
+from keel.eval.frontier import summary as frontier_summary
 from keel.model.checkpoint import load_policy
 from keel.pipeline.run import plan
 from keel.recipe.dpo import DpoStage
@@ -33,7 +36,9 @@ from keel.recipe.offline import MeasureConfig
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import OptimConfig, Source
 from keel.recipe.sft import SftStage
+from keel.report import build_report
 from keel.report.kinds import title
+from keel.report.wording import two_places
 from keel.run import RunDir, seed_rng
 from keel.train.dpo import Dpo, train_dpo
 from keel.train.kept import due
@@ -485,6 +490,31 @@ def test_a_run_compares_its_checkpoints_at_equal_kl(tmp_path: Path, monkeypatch:
     assert names == ["ipo"]
     states = {step.stage.name: step.state for step in plan(Recipe.model_validate(recipe), done)}
     assert set(states.values()) == {"done"}
+
+
+def test_the_report_shows_every_run_and_what_is_not_reached(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path / "run")
+    methods = [f"m{i}" for i in range(8)]
+    curves = [
+        Curve(m, f"{m}_s{s}", (BASE, ("a", _flat(0.3 + i / 10, 1.0 + i)), ("b", _flat(0.5 + s / 10, 4.0 + i))))
+        for i, m in enumerate(methods)
+        for s in range(2)
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["frontier"] = frontier_summary(Frontier(curves, 100), "sft", [2.0, 10.0]) | {"per_prompt": 2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = build_report(folder, folder / "report.html").read_text()
+    page = Page(html)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    section = html.split('<section id="frontier"')[1].split("</section>")[0]
+    assert section.count("<polyline") == 16  # a line a run, and a name a method
+    assert section.split("</figcaption>")[1].split("</ul>")[0].count("<li>") == 8
+    assert section.count('class="line dashed"') == 2 + 4  # the palette has six colours: the last two come again, dashed
+    assert section.count("guide") == 2
+    assert "not reached" in section
+    first = summary["frontier"]["table"][0]
+    assert two_places(first["gold"][0]) in section
+    assert "Policies at equal KL" not in build_report(write_fake_run(tmp_path / "old"), tmp_path / "o.html").read_text()
 
 
 def test_curves_are_put_together_by_name() -> None:
