@@ -1,5 +1,5 @@
-"""Two alarms on real trainings whose truth is planted: 20 runs with the fault and 20 without, of each (the figures stand
-in docs/statistics.md). Displacement: DPO in the harbor, with and without pairs of two nearly equal refusals.
+"""Two alarms on real trainings whose truth is planted: 20 runs with the fault and 20 without, of each (figures:
+docs/statistics.md). Displacement: DPO in the harbor, with and without pairs of two nearly equal refusals.
 Over-optimisation: GRPO of a tiny model for a score that a judge shares, or shares only up to a point."""
 
 from __future__ import annotations
