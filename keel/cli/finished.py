@@ -43,7 +43,7 @@ def _finished(recipe: Recipe, folder: Path) -> list[Stage]:
 
 
 def find_model(run: str, stage: str | None) -> tuple[str, Source]:
-    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``.
+    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``, or ``NAME@PERCENT`` that NAME kept.
 
     Without a name: the last finished stage that made a language model, but no PPO run without a KL penalty (they are
     there to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
@@ -56,7 +56,7 @@ def find_model(run: str, stage: str | None) -> tuple[str, Source]:
         return run, Source(run)
     recipe = Recipe.model_validate(manifest["recipe"])
     done = _finished(recipe, folder)
-    places = {"base": None} | {s.name: folder / s.name for s in done}
+    places: dict[str, Path | None] = {"base": None, **{s.name: folder / s.name for s in done}}
     places |= {kept_name(s.name, at): folder / s.name / kept_folder(at) for s in done for at in s.kept()}
     if stage is None:
         kept = [s for s in done if s.worth_talking_to()]

@@ -22,7 +22,7 @@ class FrontierConfig(Strict):
         "method, its seeds say, under the method's name"
     )
     at: list[Annotated[float, Field(gt=0)]] = Field(
-        default_factory=lambda: [2.0, 5.0, 10.0], min_length=1, description="nats a reply at which methods are compared"
+        [2.0, 5.0, 10.0], min_length=1, description="nats a reply at which methods are compared"
     )
     against: str | None = Field(None, description="what the KL is measured from; default: baseline")
     per_prompt: int = Field(2, ge=1, description="replies of each checkpoint to each prompt, at temperature 1")
