@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_run import write_fake_run
+from rich.console import Console
 from test_report import Page
 from test_stages import assistant, run, write_jsonl
 from test_train import FAST, context, sft_model, weights  # noqa: F401 (a fixture)
@@ -24,6 +25,7 @@ import keel.eval.checkpoints
 import keel.train.loop
 from keel.check.machine import disk
 from keel.cli.finished import find_model
+from keel.cli.live import closing
 from keel.data.chat import Chat
 from keel.eval.frontier import Curve, Frontier, Measured, curves_of, first_reach, read_frontier, statements
 from keel.eval.frontier import summary as frontier_summary
@@ -456,6 +458,11 @@ def test_a_run_compares_its_checkpoints_at_equal_kl(tmp_path: Path, monkeypatch:
     near, far = frontier["table"]
     assert near["gold"][1] <= near["gold"][0] <= near["gold"][2]
     assert (far["gold"], far["reached"], far["curves"]) == (None, 0, 2)
+    said = Console(width=120, record=True, quiet=True)
+    said.print(closing([], summary))
+    table = said.export_text()
+    assert "score at equal KL from sft" in table
+    assert f"{near['gold'][0]:.2f} [{near['gold'][1]:.2f}, {near['gold'][2]:.2f}]" in table
     page = done.report.read_text()
     assert "Policies at equal KL" in page
     assert "not reached" in page
