@@ -4,6 +4,7 @@ that are the weights of their moment, and a whole run."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -458,9 +459,9 @@ def test_a_run_compares_its_checkpoints_at_equal_kl(tmp_path: Path, monkeypatch:
     near, far = frontier["table"]
     assert near["gold"][1] <= near["gold"][0] <= near["gold"][2]
     assert (far["gold"], far["reached"], far["curves"]) == (None, 0, 2)
-    said = Console(width=120, record=True, quiet=True)
-    said.print(closing([], summary))
-    table = said.export_text()
+    terminal = io.StringIO()
+    Console(width=120, file=terminal).print(closing([], summary))
+    table = terminal.getvalue()
     assert "score at equal KL from sft" in table
     assert f"{near['gold'][0]:.2f} [{near['gold'][1]:.2f}, {near['gold'][2]:.2f}]" in table
     page = done.report.read_text()
