@@ -164,7 +164,7 @@ def test_a_kl_that_is_hardly_reached_has_no_interval_and_a_missing_grade_is_left
     assert frontier.at("a", nats - 1e-9).gold is not None
     assert frontier.at("a", nats + 1e-6).gold is None
     low = dataclasses.replace(short, kl=(*short.kl[:-1], short.kl[-1] + 60))  # one prompt alone gets it so far
-    cell = Frontier([Curve("a", "a", (base, ("a", low)))], 500).at("a", nats + 1.4)
+    cell = Frontier([Curve("a", "a", (base, ("a", low)))], 500).at("a", nats + 0.8)
     assert cell.gold is not None
     assert cell.gold[1] is not None  # more than half of the resamples hold that prompt
     holes = dataclasses.replace(short, gold=(None, *short.gold[1:]))
@@ -215,7 +215,7 @@ def test_the_sampled_kl_is_the_exact_one_and_displacement_the_models_own(sft_mod
     model, tokenizer = load_policy(sft_model)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     model.save_pretrained(tmp_path / "policy")  # type: ignore[operator]
     tokenizer.save_pretrained(tmp_path / "policy")
     policy, start = (AutoModelForCausalLM.from_pretrained(place) for place in (tmp_path / "policy", sft_model))
@@ -425,7 +425,7 @@ def _whole(tmp: Path) -> dict[str, Any]:
     short = {"max_new_tokens": 6, "batch_size": 16}
     asked = write_jsonl(tmp / "asked.jsonl", [{"prompt": prompt(n).messages[0].content} for n in range(24)])
     recipe["data"] |= {"heldout_prompts": asked, "base_text": None, "facts": None}
-    dpo = {"kind": "dpo", "model": "sft", "batch_size": 8, "epochs": 2, "optim": {"lr": 3e-3}, "keep": 2}
+    dpo = {"kind": "dpo", "model": "sft", "batch_size": 8, "epochs": 2, "optim": {"lr": 1e-2}, "keep": 2}
     recipe["stages"] = [
         recipe["stages"][0],
         dpo | {"name": "dpo", "measure": {"prompts": 6, "sampling": short}},
@@ -433,7 +433,7 @@ def _whole(tmp: Path) -> dict[str, Any]:
         {
             "kind": "eval", "name": "eval", "models": ["sft", "dpo", "dpo@33"], "bootstrap": 200, "sampling": short,
             "judge": {"kind": "python", "ref": f"{__file__}:likes_good"},
-            "frontier": {"models": {"pairs": ["dpo", "ipo"]}, "at": [0.5, 500]},
+            "frontier": {"models": {"pairs": ["dpo", "ipo"]}, "at": [0.25, 500]},
         },
         {"kind": "report", "name": "report"},
     ]  # fmt: skip
@@ -473,8 +473,8 @@ def test_a_run_compares_its_checkpoints_at_equal_kl(tmp_path: Path, monkeypatch:
 
     # Who reads it again gets the same curves, prompt by prompt.
     recorded = read_frontier(done.stage("eval").path)
-    assert (recorded.against, recorded.at) == ("sft", (0.5, 500.0))
-    cell = Frontier(recorded.curves, 200, 0).at("pairs", 0.5)
+    assert (recorded.against, recorded.at) == ("sft", (0.25, 500.0))
+    cell = Frontier(recorded.curves, 200, 0).at("pairs", 0.25)
     assert cell.gold == near["gold"]
     with pytest.raises(UserError, match="needs a frontier section"):
         read_frontier(done.stage("dpo").path)
