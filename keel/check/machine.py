@@ -46,9 +46,10 @@ def extras(stage: Stage) -> Iterator[Finding]:
 
 
 def disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:
-    """A training stage keeps float32 weights, and while it runs two moments and the best weights as well."""
+    """A training stage keeps float32 weights, and while it runs two moments and the best weights as well; and what it
+    keeps on its way."""
     weights = sum(file.stat().st_size for file in Path(recipe.model.path).glob("*.safetensors"))
-    needed = weights * 2 * stage.weights_on_disk  # at most: shipped in bfloat16, kept in float32
+    needed = weights * 2 * (stage.weights_on_disk + len(stage.kept()))  # at most: shipped in bfloat16, kept in float32
     if not needed:
         return
     folder = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())

@@ -22,6 +22,7 @@ from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
 from keel.model.modules import inner_model, own_attention
 from keel.model.vocabulary import unreadable
+from keel.recipe.checkpoints import stage_of
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.stage import TrainBase
 from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
@@ -138,7 +139,7 @@ def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:
     start, reference = compared
     context = StageContext(recipe, run, run.stage(stage.name), Silent(), "cpu")
     places = [context.source(name) for name in compared]
-    if reference == "base" or reference not in stage_names(recipe):
+    if reference == "base" or stage_of(reference)[0] not in stage_names(recipe):
         policy = _chat_of(*root(recipe, start), recipe)
         problem = unreadable(*load_policy(places[1]), policy.tokenizer)
         if problem is not None:

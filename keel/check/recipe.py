@@ -9,6 +9,7 @@ from __future__ import annotations
 from keel.check.finding import Finding, broken, stage_names
 from keel.check.machine import disk, extras, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
+from keel.recipe.checkpoints import stage_of
 from keel.recipe.graph import parents
 from keel.recipe.recipe import Recipe, Stage
 from keel.run import RunDir, resolve_device
@@ -36,7 +37,7 @@ def _first_to_start(stage: Stage, recipe: Recipe) -> bool:
     """Whether a warning about the model that ``stage`` starts from is news: a stage that made that model, or started
     from it too, has said it."""
     trained = [training for other in recipe.stages if (training := other.training()) is not None]
-    starts = [training for training in trained if training.model not in stage_names(recipe)]
+    starts = [training for training in trained if stage_of(training.model)[0] not in stage_names(recipe)]
     first = {training.model: training.name for training in reversed(starts)}
     return stage.name in first.values()
 

@@ -20,6 +20,7 @@ from keel.model.logprobs import token_logprobs
 from keel.model.merged import merged_weights
 from keel.model.modules import context_length
 from keel.model.probe import slow_road
+from keel.recipe.checkpoints import stage_of
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import Backend, SamplingConfig, Source
 from keel.rollout.hf import TransformersSampler
@@ -50,7 +51,8 @@ def root(recipe: Recipe, name: str) -> tuple[str, bool]:
     stages = {stage.name: stage for stage in recipe.stages}
     templated = False
     for _ in recipe.stages:  # a stage that names itself is another finding
-        training = stages[name].training() if name in stages else None
+        named = stage_of(name)[0]
+        training = stages[named].training() if named in stages else None
         if training is None:
             break
         templated = templated or training.gives_template

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keel.cli.process import set_threads
+from keel.recipe.checkpoints import kept_folder, kept_name
 from keel.recipe.file import Draft, finish
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import Source
@@ -53,7 +54,7 @@ def _finished(recipe: Recipe, folder: Path) -> list[Stage]:
 
 
 def find_model(run: str, stage: str | None) -> tuple[str, Source]:
-    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``.
+    """(what to call it, its checkpoint) for ``keel chat RUN --stage NAME``, or ``NAME@PERCENT`` that NAME kept.
 
     Without a name: the last finished stage that made a language model, but no PPO run without a KL penalty (they are
     there to show what goes wrong without one). ``RUN`` may also be a checkpoint's own folder or a hub id.
@@ -65,10 +66,11 @@ def find_model(run: str, stage: str | None) -> tuple[str, Source]:
             raise UserError(f"{run}: not a run directory (no manifest.json), so it has no stage {stage!r}")
         return run, Source(run)
     done = _finished(recipe, folder)
-    names = ["base", *(s.name for s in done)]
+    places: dict[str, Path | None] = {"base": None, **{s.name: folder / s.name for s in done}}
+    places |= {kept_name(s.name, at): folder / s.name / kept_folder(at) for s in done for at in s.kept()}
     if stage is None:
         kept = [s for s in done if s.worth_talking_to()]
         stage = kept[-1].name if kept else "base"
-    if stage not in names:
-        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(names)}")
-    return stage, recipe.model.source(None if stage == "base" else folder / stage)
+    if stage not in places:
+        raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(places)}")
+    return stage, recipe.model.source(places[stage])

@@ -250,9 +250,31 @@ def reward_table(summary: Mapping[str, Any]) -> RenderableType | None:
     return table
 
 
+def frontier_table(summary: Mapping[str, Any]) -> RenderableType | None:
+    """Methods at equal KL, when the evaluation compared them."""
+    found: Mapping[str, Any] = summary.get("frontier", {})
+    if not found:
+        return None
+    heading = f"The judge's score at equal KL from {found['against']}"
+    table = Table(title=heading, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("method", style="bold")
+    for nats in found["at"]:
+        table.add_column(f"{nats:g} nats", justify="right")
+    for method in dict.fromkeys(cell["method"] for cell in found["table"]):
+        table.add_row(method, *(_reached(cell) for cell in found["table"] if cell["method"] == method))
+    return table
+
+
+def _reached(cell: Mapping[str, Any]) -> str:
+    if not cell["gold"]:
+        return "not reached"
+    point, low, high = cell["gold"]
+    return f"{point:z.2f}" if low is None else f"{point:z.2f} [{low:z.2f}, {high:z.2f}]"
+
+
 def closing(
     entries: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]], summary: Mapping[str, Any]
 ) -> RenderableType:
     """The tables that there are, one under the other."""
-    tables = [stage_table(entries), model_table(summary), reward_table(summary)]
+    tables = [stage_table(entries), model_table(summary), reward_table(summary), frontier_table(summary)]
     return Group(*(part for table in tables if table is not None for part in ("", table)))

@@ -1,4 +1,4 @@
-"""Signs that a PPO or GRPO run is going wrong, read from its metrics: what, at which step, and what to do about it.
+"""Signs that training is going wrong, read from a stage's metrics: what, at which step, and what to do about it.
 
 Each rule looks at one figure and reports the first row that breaks its bound. A rule whose figure a run did not log is
 silent. The bounds are habits of the field, not laws: change them through ``Limits``.
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
+from keel.eval.displacement import GROUPS, Group
 from keel.eval.falls import largest_fall
 from keel.eval.overoptimisation import GOLD, KL, PROXY, finite
 
@@ -37,6 +38,8 @@ class Limits:
     reward_clipped: float = 0.1  # share of scores that ``reward_clip`` cut
     # The chance of an alarm in a run whose gold never falls (``keel.eval.falls.largest_fall``).
     gold_false_alarms: float = 0.01
+    displacement: float = -0.5  # nats a token by which the chosen replies became less probable
+    displaced_false_alarms: float = 0.01  # the chance of an alarm in a run where no kind of prompt got worse
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,30 @@ def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     )  # fmt: skip
 
 
+def _displaced(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    """The replies that pairs preferred became less probable, and the policy's own replies to prompts of the same kind
+    worse (keel.eval.displacement). All kinds share the chance of a false alarm."""
+    for row in rows:
+        groups: list[Group] = row.get(GROUPS, [])
+        low = [group for group in groups if group.change < limits.displacement]
+        if not low or (worst := min(low, key=lambda group: group.chance)).chance >= _each(limits, groups):
+            continue
+        where = f" on prompts of kind {worst.kind}" if worst.kind else ""
+        moved = f" ({worst.flags})" if worst.flags else ""
+        return Alarm(
+            stage, "displacement", int(row["step"]), worst.change, limits.displacement,
+            f"The chosen replies{where} became less probable, by {-worst.change:.2f} nats a token, and the policy's "
+            f"own worse: the judge's score went from {worst.before:.2f} to {worst.after:.2f}{moved}.",
+            "Leave out pairs of two nearly equal replies, add the chosen replies' own loss, or raise beta.",
+        )  # fmt: skip
+    return None
+
+
+def _each(limits: Limits, groups: Sequence[Group]) -> float:
+    """What of the chance of a false alarm falls to each of the groups (Bonferroni)."""
+    return limits.displaced_false_alarms / len(groups)
+
+
 RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
     _kl,
     _entropy,
@@ -218,4 +245,5 @@ RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
     _repetition,
     _reward_clipped,
     _overoptimised,
+    _displaced,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -16,15 +16,16 @@ from keel.data.collate import batches_by_tokens
 from keel.data.sources import Fact
 from keel.eval.alarms import find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
+from keel.eval.displacement import displacement_row
 from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
 from keel.eval.overoptimisation import curve, guardrail
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.measure import completion_logprobs
 from keel.model.modules import context_length
-from keel.model.vocabulary import unreadable
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.collect import stop_token_ids, with_decoded_text
+from keel.rollout.divergence import asked_alike
 from keel.rollout.sampler import make_sampler
 from keel.types import Completion, Encoded, Judge, Prompt, Reporter, Scorer, place_of
 
@@ -41,8 +42,16 @@ class OnlineRun:
 
 
 @dataclass(frozen=True)
+class OfflineRun:
+    """A stage that measured its policy at its end: the model that it started from, what it measured (its summary)."""
+
+    start: str
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class EvaluationInputs:
-    """``online_runs``: the PPO and GRPO stages among the models."""
+    """``online_runs``: the PPO and GRPO stages among the models; ``offline_runs``: the others that measured theirs."""
 
     models: Mapping[str, Place]
     baseline: str
@@ -58,6 +67,7 @@ class EvaluationInputs:
     device: str
     precision: Precision
     online_runs: Mapping[str, OnlineRun]
+    offline_runs: Mapping[str, OfflineRun] = field(default_factory=dict)
 
 
 def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, Any]:
@@ -86,7 +96,7 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
         "baseline": inputs.baseline,
         "samples": side_by_side(evaluations, inputs.show),
         "alarms": [
-            alarm.as_dict() for name, run in inputs.online_runs.items() for alarm in find_alarms(name, run.rows)
+            alarm.as_dict() for name, rows in _watched(inputs, evaluations).items() for alarm in find_alarms(name, rows)
         ],
     }
     pair = _guardrail_pair(inputs)
@@ -94,6 +104,17 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
         kept, free = pair
         summary["guardrail"] = guardrail(kept, inputs.online_runs[kept].rows, free, inputs.online_runs[free].rows)
     return summary
+
+
+def _watched(inputs: EvaluationInputs, evaluations: Sequence[ModelEvaluation]) -> dict[str, Sequence[dict[str, Any]]]:
+    """What alarms read of each stage among the models: its metrics, or what it and this evaluation measured at its end.
+    A stage whose start is not evaluated is held against the baseline."""
+    by_name = {evaluation.name: evaluation for evaluation in evaluations}
+    rows: dict[str, Sequence[dict[str, Any]]] = {name: run.rows for name, run in inputs.online_runs.items()}
+    for name, run in inputs.offline_runs.items():
+        start = by_name.get(run.start, by_name[inputs.baseline])
+        rows[name] = [displacement_row(run.measured, by_name[name], start)]
+    return rows
 
 
 def _guardrail_pair(inputs: EvaluationInputs) -> tuple[str, str] | None:
@@ -122,10 +143,8 @@ def _one_model(
     evaluation = evaluate_model(name, inputs.prompts, [(reply,) for reply in replies], inputs.judge, inputs.scorer)
     figures: dict[str, Any] = {f"kl_to_{inputs.baseline}": None, "base_text_loss": None, "fact_accuracy": None}
     figures |= {f"reward/{part}": mean for part, mean in evaluation.reward_parts.items()}
-    # A model that is asked in another form, or in other tokens, has no KL to one that is asked through a template.
-    asked_alike = not chat.plain and not Chat(baseline[1]).plain
-    if asked_alike and unreadable(*baseline, tokenizer) is None:
-        at_one = inputs.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+    if asked_alike(loaded, baseline):
+        at_one = inputs.sampling.at_one()
         drawn = replies if at_one == inputs.sampling else sampler.generate(prompt_ids, at_one, inputs.seed)
         kl = _kl(model, baseline[0], prompt_ids, drawn, inputs)
         figures[f"kl_to_{inputs.baseline}"] = kl.k1.mean

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from keel import __version__
+from keel.recipe.checkpoints import stage_of
 from keel.recipe.declared import PEOPLE, WITH_PEOPLE, StoreRead
 from keel.recipe.graph import store_read
 from keel.recipe.judges import PythonRef
@@ -70,7 +71,7 @@ def stage_fingerprint(
         else:
             settings[field] = [name if name in above or name == PEOPLE else contents.of(name) for name in named]
     for reference in stage.references():
-        if reference.target not in above and reference.target != "base":
+        if stage_of(reference.target)[0] not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     scored = [source for _, source in stage.scored_by()]
     settings["code"] = [contents.of_python(source.ref) for source in scored if isinstance(source, PythonRef)]

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Doubt
+from keel.recipe.offline import OfflineBase
 from keel.recipe.preference_loss import PreferenceLossBase, traps
 from keel.recipe.sections import DataConfig
-from keel.recipe.stage import PolicyBase
 from keel.recipe.thumbs import ThumbsBase
 
 
-class DpoStage(PreferenceLossBase, ThumbsBase, PolicyBase):
+class DpoStage(PreferenceLossBase, ThumbsBase, OfflineBase):
     help: ClassVar[str] = "optimise a policy on preferences directly"
     adapter_dropout: ClassVar[bool] = False
 

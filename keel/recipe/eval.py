@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, prompt_pool, terms
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
-from keel.recipe.sections import DataConfig, SamplingConfig
+from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase
+
+
+class FrontierConfig(Strict):
+    """Policies compared at equal KL: the judge's score against sqrt(KL), and its value at some nats."""
+
+    models: list[str] | dict[str, list[str]] = Field(
+        description="stages and checkpoints (NAME@PERCENT), each stage with all that it kept; or several runs of one "
+        "method, its seeds say, under the method's name"
+    )
+    at: list[Annotated[float, Field(gt=0)]] = Field(
+        [2.0, 5.0, 10.0], min_length=1, description="nats a reply at which methods are compared"
+    )
+    against: str | None = Field(None, description="what the KL is measured from; default: baseline")
+    per_prompt: int = Field(2, ge=1, description="replies of each checkpoint to each prompt, at temperature 1")
+
+    @model_validator(mode="after")
+    def _names_some(self) -> FrontierConfig:
+        if not self.methods or not all(self.methods.values()):
+            raise ValueError("models is empty, or a method of it is; name stages or checkpoints")
+        return self
+
+    @property
+    def methods(self) -> dict[str, list[str]]:
+        """The names by method. Without methods each stage is one."""
+        if isinstance(self.models, dict):
+            return self.models
+        found: dict[str, list[str]] = {}
+        for name in self.models:
+            found.setdefault(stage_of(name)[0], []).append(name)
+        return found
+
+    def named(self) -> Iterator[tuple[str, str]]:
+        """(dotted name of the field, name) of each model."""
+        if isinstance(self.models, list):
+            yield from ((f"models.{i}", name) for i, name in enumerate(self.models))
+        else:
+            for method, names in self.models.items():
+                yield from ((f"models.{method}.{i}", name) for i, name in enumerate(names))
+
+    def runs(self, stages: Sequence[StageBase]) -> dict[str, dict[str, list[str]]]:
+        """By method and by run of it: its checkpoints in the order of training. A stage that is named brings all that
+        it kept and its end; what else is named (a folder, ``base``) is a run of one checkpoint."""
+        known = {stage.name: stage for stage in stages}
+        found: dict[str, dict[str, list[str]]] = {}
+        for method, names in self.methods.items():
+            runs = found.setdefault(method, {})
+            for run in dict.fromkeys(stage_of(name)[0] if stage_of(name)[0] in known else name for name in names):
+                runs[run] = _along(known[run], names) if run in known else [run]
+        return found
+
+
+def _along(stage: StageBase, names: Collection[str]) -> list[str]:
+    kept = [kept_name(stage.name, percent) for percent in stage.kept()]
+    return [name for name in (*kept, stage.name) if stage.name in names or name in names]
 
 
 class EvalStage(StageBase):
     help: ClassVar[str] = "compare models on held-out prompts"
     compares_models: ClassVar[bool] = True
+    later: ClassVar[frozenset[str]] = frozenset({"frontier"})
 
     kind: Literal["eval"] = "eval"
     models: list[str] = Field(min_length=1)
@@ -29,6 +85,12 @@ class EvalStage(StageBase):
     sampling: SamplingConfig = SamplingConfig()
     bootstrap: int = Field(2000, ge=100)
     show: int = Field(10, ge=0, description="prompts shown side by side in the report")
+    frontier: FrontierConfig | None = Field(None, description="policies compared at equal KL; default: none")
+
+    @property
+    def against(self) -> str:
+        """What the frontier's KL is measured from."""
+        return self.baseline if self.frontier is None else self.frontier.against or self.baseline
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         yield from terms("rewards", self.rewards)
@@ -41,6 +103,10 @@ class EvalStage(StageBase):
         for i, model in enumerate(self.models):
             yield Reference(f"models.{i}", model, ("policy",))
         yield Reference("baseline", self.baseline, ("policy",))
+        if self.frontier is not None:
+            for place, name in self.frontier.named():
+                yield Reference(f"frontier.{place}", name, ("policy",))
+            yield Reference("frontier.against", self.against, ("policy",))
         if self.reward is not None:
             yield Reference("reward", self.reward, ("reward model",))
         yield from super().references()
@@ -61,7 +127,8 @@ class EvalStage(StageBase):
         return {} if self.prompts is None else {"prompts": self.prompts}
 
     def loads(self) -> Iterator[ModelUse]:
-        for name in (*self.models, self.baseline):
+        drawn = [name for _, name in self.frontier.named()] if self.frontier is not None else []
+        for name in (*self.models, self.baseline, *drawn, self.against):
             yield ModelUse(name)
 
     def samples(self) -> SamplingConfig:
@@ -71,4 +138,13 @@ class EvalStage(StageBase):
     def _one_proxy(self) -> EvalStage:
         if self.reward is not None and self.rewards:
             raise ValueError("reward names one model and rewards several with their weights; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_is_the_beginning(self) -> EvalStage:
+        if self.frontier is not None and self.against in [name for _, name in self.frontier.named()]:
+            raise ValueError(
+                f"frontier.models names {self.against}, from which the KL is measured: it is where every curve begins; "
+                "leave it out"
+            )
         return self

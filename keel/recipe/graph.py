@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import StoreRead
 from keel.recipe.recipe import Recipe, Stage, kinds_making
 from keel.recipe.stage import StageBase
@@ -27,15 +28,18 @@ def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     for reference in stage.references():
         place, target = f"{stage.name}.{reference.place}", reference.target
         kinds = kinds_making(*reference.makes)
-        if target in names:
-            _check_order(place, target, stage, names)
-            kind = recipe.stage(target).kind
-            if kind not in kinds:
+        named, percent = stage_of(target)
+        if named in names:
+            _check_order(place, named, stage, names)
+            made = recipe.stage(named)
+            if made.kind not in kinds:
                 raise UserError(
-                    f"{place}: {target!r} is a stage of kind {kind}, and this needs one of kind "
+                    f"{place}: {named!r} is a stage of kind {made.kind}, and this needs one of kind "
                     f"{' or '.join(kinds)}; name another stage"
                 )
-            found.add(target)
+            if percent is not None:
+                _check_kept(place, made, percent)
+            found.add(named)
         elif target == "base":
             if "policy" not in reference.makes:
                 raise UserError(f"{place}: 'base' is no {' or '.join(kinds)} stage; {stages_there(recipe)}")
@@ -49,6 +53,15 @@ def _check_order(place: str, target: str, stage: Stage, names: Sequence[str]) ->
         raise UserError(f"{place}: a stage cannot use its own result; name an earlier stage")
     if names.index(target) > names.index(stage.name):
         raise UserError(f"{place}: stage {target!r} comes after {stage.name!r}; put it before, or name an earlier one")
+
+
+def _check_kept(place: str, stage: StageBase, percent: int) -> None:
+    if percent not in stage.kept():
+        there = ", ".join([stage.name, *(kept_name(stage.name, other) for other in stage.kept())])
+        raise UserError(
+            f"{place}: {stage.name} keeps no checkpoint at {percent}%; name one of {there}, or set "
+            f"{stage.name}.keep=[{percent}]"
+        )
 
 
 def store_read(recipe: Recipe, stage: StageBase) -> StoreRead:

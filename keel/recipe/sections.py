@@ -144,6 +144,10 @@ class SamplingConfig(Strict):
     batch_size: int = Field(128, ge=1, description="sequences decoded together")
     backend: Backend = "auto"
 
+    def at_one(self) -> SamplingConfig:
+        """The same from the model itself: temperature 1, no token left out."""
+        return self.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+
 
 class LoggingConfig(Strict):
     tensorboard: bool = True

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import PEOPLE, ROWS, LearnsFrom, Reference, StoreRead, listed, source_references
+from keel.recipe.offline import OfflineBase
 from keel.recipe.sections import DataConfig
-from keel.recipe.stage import PolicyBase
 
 
-class SftStage(PolicyBase):
+class SftStage(OfflineBase):
     help: ClassVar[str] = "fine-tune a model on demonstrations"
     learns_from: ClassVar[LearnsFrom | None] = "demonstrations"
     gives_template: ClassVar[bool] = True
@@ -55,5 +55,10 @@ class SftStage(PolicyBase):
             raise ValueError(
                 "sft keeps the weights of its best held-out loss, so there is nothing to average; leave "
                 "optim.average out"
+            )
+        if self.kept():
+            raise ValueError(
+                "sft keeps the weights of its best held-out loss and may stop before its end, so its way has no fixed "
+                "parts; leave keep out, or have stages of fewer epochs"
             )
         return self

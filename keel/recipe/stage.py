@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from keel.recipe.checkpoints import Keep, percents
 from keel.recipe.declared import (
     PEOPLE,
     ROWS,
@@ -59,7 +60,7 @@ class StageBase(Strict):
     of_what_is_there: ClassVar[bool] = False  # it takes what the earlier stages have made so far, and waits for none
     gives_template: ClassVar[bool] = False  # its model has a chat template, whatever it starts from
     compares_models: ClassVar[bool] = False  # the models that it loads are asked the same
-    weights_on_disk: ClassVar[int] = 0  # float32 copies of the model that its folder may hold while it works
+    weights_on_disk: ClassVar[int] = 0  # float32 copies of the model in its folder while it works, but for those kept
     # Settings that this class got after runs had been made. At their defaults they do what was done before, and a
     # fingerprint leaves them out, so that those runs still stand.
     later: ClassVar[frozenset[str]] = frozenset()
@@ -113,6 +114,10 @@ class StageBase(Strict):
     def loads(self) -> Iterator[ModelUse]:
         """The checkpoints that it starts from or evaluates."""
         yield from ()
+
+    def kept(self) -> tuple[int, ...]:
+        """The per cents of its run at which it keeps a checkpoint (`keel.recipe.checkpoints`), rising."""
+        return ()
 
     def samples(self) -> SamplingConfig | None:
         """How it samples from each language model that it loads; None: not at all."""
@@ -206,11 +211,20 @@ class PolicyBase(TrainBase):
     """What stages that train a language model have in common."""
 
     makes: ClassVar[tuple[Makes, ...]] = ("policy",)
+    later: ClassVar[frozenset[str]] = frozenset({"keep"})
 
+    keep: Keep = Field(
+        0,
+        description="checkpoints on the way, called NAME@PERCENT: how many, evenly spaced, or a list of per cents of "
+        "the run",
+    )
     ptx: PtxConfig | None = Field(None, description="pretraining text mixed into every step; default: none")
 
     def reads(self, data: DataConfig) -> tuple[str, ...]:
         return (*super().reads(data), *(("pretraining",) if self.ptx is not None else ()))
+
+    def kept(self) -> tuple[int, ...]:
+        return percents(self.keep)
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
@@ -249,8 +263,13 @@ class PreferenceBase(TrainBase):
         yield from super().references()
         yield from source_references("preferences", self.preferences, "votes")
 
+    @property
+    def from_pairs(self) -> bool:
+        """Whether ``data.preferences`` is what it learns from where it names nothing."""
+        return True
+
     def reads(self, data: DataConfig) -> tuple[str, ...]:
-        return ("preferences", *ROWS, *super().reads(data))
+        return (*(("preferences",) if self.from_pairs else ()), *ROWS, *super().reads(data))
 
     def files(self) -> Mapping[str, str | tuple[str, ...]]:
         return {"preferences": self.sources}

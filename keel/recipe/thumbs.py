@@ -9,7 +9,6 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import PEOPLE, Reference, StoreRead, Voter, listed, source_references
-from keel.recipe.sections import DataConfig
 from keel.recipe.stage import PreferenceBase
 
 
@@ -47,9 +46,9 @@ class ThumbsBase(PreferenceBase):
         yield from super().references()
         yield from source_references("thumbs", self.thumbs, "votes")
 
-    def reads(self, data: DataConfig) -> tuple[str, ...]:
-        names = super().reads(data)
-        return names if self.thumbs is None else tuple(name for name in names if name != "preferences")
+    @property
+    def from_pairs(self) -> bool:
+        return self.thumbs is None
 
     def files(self) -> Mapping[str, str | tuple[str, ...]]:
         if self.thumbs is None:

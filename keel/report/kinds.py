@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from keel.recipe.checkpoints import stage_of
 from keel.report.wording import ACRONYMS, Format, one_place, percent, plain, two_places
 
 
@@ -158,6 +159,7 @@ def kind_of(kind: str) -> Kind:
 
 
 def title(name: str) -> str:
-    """``ppo_no_kl`` -> ``PPO no KL``; ``base`` -> ``Base``."""
-    text = " ".join(_NAMES.get(word, word) for word in name.split("_"))
-    return text[:1].upper() + text[1:]
+    """``ppo_no_kl`` -> ``PPO no KL``; ``base`` -> ``Base``; ``dpo@50`` -> ``DPO at 50%``."""
+    stage, percent = stage_of(name)
+    text = " ".join(_NAMES.get(word, word) for word in stage.split("_"))
+    return text[:1].upper() + text[1:] + (f" at {percent}%" if percent is not None else "")

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from keel.recipe.checkpoints import stage_of
 from keel.report.charts import Palette, win_interval
 from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles, StageFiles
@@ -125,7 +126,8 @@ def _parents(run: RunFiles, stage: StageFiles) -> Sequence[str]:
     if stage.parents or not stage.config:
         return stage.parents
     earlier = {other.name for other in run.stages} - {stage.name}
-    return [text for text in _strings(stage.config) if text in earlier]
+    named = [stage_of(text)[0] for text in _strings(stage.config)]
+    return [name for name in named if name in earlier]
 
 
 def _strings(value: Any) -> list[str]:

@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from keel.recipe.checkpoints import kept_folder
 from keel.recipe.sections import LoggingConfig
 from keel.run import state as state_file
-from keel.run.files import atomic_files, read_json, recover, write_json
+from keel.run.files import atomic_dir, atomic_files, read_json, recover, write_json
 from keel.run.metrics import MetricsLog, Sink
 from keel.types import UserError
 
@@ -123,6 +124,11 @@ class StageDir:
         """``with stage.checkpoint() as folder:`` save a model into ``folder``; its files then appear in the stage's
         own folder, which is what transformers loads."""
         return atomic_files(self.path)
+
+    def kept(self, percent: int) -> contextlib.AbstractContextManager[Path]:
+        """``with stage.kept(50) as folder:`` as ``checkpoint``, for one that is kept on the way: a folder of its own,
+        all of it or none."""
+        return atomic_dir(self.path / kept_folder(percent))
 
     def _mark(self) -> dict[str, Any]:
         path = self.path / "stage.json"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from keel.recipe.checkpoints import kept_folder, stage_of
 from keel.recipe.declared import WITH_PEOPLE, StoreRead
 from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
@@ -115,9 +116,11 @@ class StageContext:
 
     def model_path(self, name: str) -> Path:
         """Where the checkpoint that a recipe calls ``name`` lies: the recipe's own model for 'base' (possibly a hub
-        id), a stage's folder, or an existing folder. `UserError` for anything else."""
-        if name in {stage.name for stage in self.recipe.stages}:
-            return self.parent(name).path
+        id), a stage's folder or what it kept on its way, or an existing folder. `UserError` for anything else."""
+        named, percent = stage_of(name)
+        if named in {stage.name for stage in self.recipe.stages}:
+            folder = self.parent(named).path
+            return folder if percent is None else folder / kept_folder(percent)
         if name != "base" and not Path(name).is_dir():
             raise UserError(
                 f"stage {self.stage_dir.name}: {name!r} is neither a stage nor a folder; {stages_there(self.recipe)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,11 @@ from keel.feedback.aggregate import aggregate
 from keel.recipe.dpo import DpoStage
 from keel.stages.context import StageContext
 from keel.stages.inputs import preferences, unpaired
-from keel.stages.training import require_chat_template, training_context
+from keel.stages.training import measured, prompts_to_measure, require_chat_template, training_context
 from keel.train.dpo import train_dpo
+from keel.train.offline import Liked
 from keel.train.unpaired import train_unpaired
+from keel.types import LabelledCompletion, Preference
 
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
@@ -22,11 +25,26 @@ def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     compared = stage.compares()
     reference = context.model_path(compared[1]) if compared is not None else None
     how = partial(aggregate, how=stage.votes)
-    return train_dpo(stage, learned.pairs, reference, training_context(stage, context), how) | learned.counts
+    training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
+    summary = train_dpo(stage, learned.pairs, reference, training, how) | learned.counts
+    return summary | measured(stage, prompts, _chosen(learned.pairs), context, training)
 
 
 def _from_thumbs(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     learned = unpaired(stage, context, stage.votes)
     require_chat_template(stage, [example.prompt for example in learned.examples], context)
     reference = context.model_path(stage.reference or stage.model)
-    return train_unpaired(stage, learned.examples, reference, training_context(stage, context)) | learned.counts
+    training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
+    summary = train_unpaired(stage, learned.examples, reference, training) | learned.counts
+    return summary | measured(stage, prompts, _up(learned.examples), context, training)
+
+
+def _chosen(pairs: Sequence[Preference]) -> list[Liked]:
+    """The chosen replies, without those of ties and those that a soft label thinks the worse of the two."""
+    decided = [pair for pair in pairs if not pair.tie and (pair.probability is None or pair.probability > 0.5)]
+    return [Liked(pair.prompt, pair.chosen, pair.chosen_finished) for pair in decided]
+
+
+def _up(examples: Sequence[LabelledCompletion]) -> list[Liked]:
+    """The replies with a thumb up."""
+    return [Liked(one.prompt, one.completion, one.finished) for one in examples if one.label]

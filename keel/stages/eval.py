@@ -8,12 +8,14 @@ from keel.data.chat import Chat
 from keel.data.collate import messages_hash, split_by_prompt
 from keel.data.sources import read_facts, read_texts
 from keel.eval.capability import encode_facts
-from keel.eval.models import EvaluationInputs, OnlineRun, evaluate_models
+from keel.eval.checkpoints import FrontierInputs, measure_frontier
+from keel.eval.models import EvaluationInputs, OfflineRun, OnlineRun, evaluate_models
 from keel.eval.reward_quality import gold_accuracy
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
 from keel.recipe.eval import EvalStage
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
+from keel.recipe.offline import OfflineBase
 from keel.recipe.reward import RewardStage
 from keel.recipe.stage import OnlineBase
 from keel.rollout.episodes import encode_prompts
@@ -26,15 +28,19 @@ from keel.stages.inputs import (
 from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
 from keel.types import Judge, Preference, Scorer
 
+SUMMARY = ("stages", "order", "baseline", "judge", "alarms")
+
 
 def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     """Evaluates the models and writes the run's ``summary.json``."""
     recipe = context.recipe
     precision = pick_precision("auto", context.device)
     models = {name: context.source(name) for name in dict.fromkeys([*stage.models, stage.baseline])}
+    drawn = _drawn(stage, context)
+    places = {name: context.source(name) for runs in drawn.values() for names in runs.values() for name in names}
     prompts = heldout_prompts(stage.prompts, context)
     facts = read_facts(recipe.data.facts, reading(context)) if recipe.data.facts else []
-    for source in models.values():  # each may have a tokenizer of its own, and all are asked the same
+    for source in {**models, **places}.values():  # each may have a tokenizer of its own, and all are asked the same
         tokenizer = load_tokenizer(source)
         prompts, _ = encode_prompts(Chat(tokenizer), prompts, recipe.data, context.reporter)
         if recipe.data.facts:
@@ -58,8 +64,32 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
             for s in recipe.stages
             if isinstance(s, OnlineBase) and s.name in stage.models
         },
+        offline_runs={
+            s.name: OfflineRun(s.model, context.parent(s.name).summary())
+            for s in recipe.stages
+            if isinstance(s, OfflineBase) and s.measure is not None and s.name in stage.models
+        },
     )
     summary = evaluate_models(inputs, context.reporter)
+    if stage.frontier is not None:
+        summary["frontier"] = measure_frontier(
+            FrontierInputs(
+                methods=drawn,
+                places=places,
+                against=stage.against,
+                at=stage.frontier.at,
+                prompts=prompts,
+                judge=inputs.judge,
+                sampling=stage.sampling,
+                per_prompt=stage.frontier.per_prompt,
+                seed=recipe.seed,
+                bootstrap=stage.bootstrap,
+                device=context.device,
+                precision=precision,
+                folder=context.stage_dir.path,
+            ),
+            context.reporter,
+        )
     summary["judge"] = _judge_name(stage.judge)
     reward = default_reward(context)
     if reward is not None:
@@ -67,7 +97,15 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     if isinstance(stage.judge, PythonRef):
         summary["reward_models"] = _gold_accuracy(stage, inputs.judge, context, precision)
     context.run.write_summary(summary)
-    return {name: summary[name] for name in ("stages", "order", "baseline", "judge", "alarms")}
+    return {name: summary[name] for name in (*SUMMARY, "frontier") if name in summary}
+
+
+def _drawn(stage: EvalStage, context: StageContext) -> dict[str, dict[str, list[str]]]:
+    """By method and by run of it the checkpoints of the frontier's curves, each of which begins at the baseline."""
+    if stage.frontier is None:
+        return {}
+    methods = stage.frontier.runs(context.recipe.stages)
+    return {method: {run: [stage.against, *names] for run, names in runs.items()} for method, runs in methods.items()}
 
 
 def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precision: Precision) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from keel.stages.context import StageContext
 from keel.stages.inputs import (
     demonstrations,
 )
-from keel.stages.training import training_context
+from keel.stages.training import measured, prompts_to_measure, training_context
 from keel.train.sft import train_sft
 
 
 def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
     learned, counts = demonstrations(stage, context)
-    return train_sft(stage, learned, training_context(stage, context)) | counts
+    training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
+    return train_sft(stage, learned, training) | counts | measured(stage, prompts, (), context, training)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keel.data.chat import Chat
 from keel.data.sources import read_texts
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.model.shared_base import SharedBase
 from keel.precision import pick_precision
+from keel.recipe.offline import OfflineBase
 from keel.recipe.stage import OnlineBase, PolicyBase, TrainBase
 from keel.reward.judge import JudgeFromPython
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
+    heldout_prompts,
     reading,
 )
 from keel.train.context import TrainContext
+from keel.train.offline import Liked, measure_offline
 from keel.types import Judge, Prompt, UserError
 
 
@@ -57,3 +61,21 @@ def training_context(stage: TrainBase, context: StageContext) -> TrainContext:
         texts=read_texts(mixed, reading(context)) if mixed is not None else (),
         shared=SharedBase(source, context.device, lora, precision) if on_one_base and lora else None,
     )
+
+
+def prompts_to_measure(stage: OfflineBase, context: StageContext) -> list[Prompt]:
+    """What the trained policy will be asked; none where that is not wanted. Read before training: a file that cannot be
+    read is told before anything is paid."""
+    return [] if stage.measure is None else heldout_prompts(None, context)
+
+
+def measured(
+    stage: OfflineBase, prompts: Sequence[Prompt], liked: Sequence[Liked], context: StageContext, training: TrainContext
+) -> dict[str, Any]:
+    """How far the stage's finished checkpoint went from the stage's reference, or from its start where its loss has
+    none (`keel.train.offline.measure_offline`); nothing where that is not wanted."""
+    if stage.measure is None:
+        return {}
+    _, held_to = stage.compares() or (stage.model, stage.model)
+    policy = context.recipe.model.source(context.stage_dir.path)
+    return measure_offline(stage.measure, policy, context.source(held_to), prompts, liked, training)

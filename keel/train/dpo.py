@@ -30,6 +30,7 @@ from keel.precision import autocast
 from keel.recipe.dpo import DpoStage
 from keel.run import atomic_write
 from keel.train.context import TrainContext
+from keel.train.kept import Kept
 from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.mismatched import mismatched, mismatched_ratios, reply_logps
 from keel.train.pairs import (
@@ -268,7 +269,8 @@ def train_dpo(
         known = iter(_compared(pairs, heldout, config, context, load))
     groups = [[next(known) for _ in group] for group in groups]
     algorithm = Dpo(model, groups, list(known), config, context)
-    steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context))
+    kept = Kept(model, tokenizer, config, context, algorithm.iterations)
+    steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context), kept=kept)
     with context.stage.checkpoint() as folder:
         dtype = save(model, tokenizer, folder)
     last = context.stage.metrics.rows()[-1]

@@ -22,6 +22,7 @@ from keel.precision import autocast
 from keel.recipe.stage import TrainBase
 from keel.run import StageDir, restore_rng, rng_state
 from keel.train.context import TrainContext
+from keel.train.kept import Kept
 from keel.train.optim import lr_factor, make_optimizer, set_lr
 from keel.types import UserError
 
@@ -85,10 +86,12 @@ def train(
     context: TrainContext,
     extra: Extra = lambda step: [],
     begins: Mapping[str, int] = MappingProxyType({}),
+    kept: Kept | None = None,
 ) -> int:
     """Runs (or resumes) ``algorithm`` to its end; returns the number of optimizer steps taken in all.
 
     ``begins``: modules that learn from a later optimizer step on; their learning-rate schedule begins there.
+    ``kept``: the checkpoints to keep on the way.
 
     State (weights, optimizer, RNG, cursor) is written every ``config.save_every_seconds``, between iterations, so a
     killed run repeats at most that much and ends with the same weights, bit for bit on a CPU.
@@ -129,6 +132,8 @@ def train(
         reporter.advance(1, **row)
         if stop:
             break
+        if kept is not None:
+            kept.after(iteration + 1)
         if time.monotonic() - saved >= config.save_every_seconds and iteration + 1 < algorithm.iterations:
             stage.save_state(_state(algorithm, optimizer, average, iteration + 1, step))
             saved = time.monotonic()

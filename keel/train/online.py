@@ -23,6 +23,7 @@ from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import EpisodeSampler, encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.train.context import TrainContext
+from keel.train.kept import Kept
 from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
@@ -202,7 +203,8 @@ def train_online(algorithm: Online[Any], context: TrainContext, policy_begins: i
     rollouts, config = algorithm.rollouts, algorithm.config
     tokenizer = rollouts.source.chat.tokenizer
     texts = Ptx(rollouts.policy, tokenizer, config, context, policy_begins)
-    steps = train(algorithm, config, context, texts, {"policy": policy_begins})
+    kept = Kept(rollouts.policy, tokenizer, config, context, algorithm.iterations)
+    steps = train(algorithm, config, context, texts, {"policy": policy_begins}, kept)
     with context.stage.checkpoint() as folder:
         dtype = save(rollouts.policy, tokenizer, folder)
     rows = context.stage.metrics.rows()

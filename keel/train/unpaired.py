@@ -22,6 +22,7 @@ from keel.precision import autocast
 from keel.recipe.dpo import DpoStage
 from keel.run import atomic_write
 from keel.train.context import TrainContext, record_lineage, within_length
+from keel.train.kept import Kept
 from keel.train.loop import Algorithm, Micro, Stats, Totals, train
 from keel.train.mismatched import mismatched_ratios, reply_logps
 from keel.train.pairs import due
@@ -324,7 +325,8 @@ def train_unpaired(
         context.reporter.note(
             f"{config.name}: all {len(examples)} replies have thumbs {said}; nothing says what is not"
         )
-    steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context))
+    kept = Kept(model, tokenizer, config, context, algorithm.iterations)
+    steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context), kept=kept)
     with context.stage.checkpoint() as folder:
         dtype = save(model, tokenizer, folder)
     last = context.stage.metrics.rows()[-1]

@@ -1,0 +1,37 @@
+"""What checkpoints are called: a stage's name is its end, and ``NAME@50`` what it kept halfway."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+_KEPT = re.compile(r"([a-z][a-z0-9_]*)@(\d{1,2})")
+
+# How many checkpoints a stage keeps on its way, evenly spaced; or at which per cents of its run.
+Keep = Annotated[int, Field(ge=0, le=49)] | list[Annotated[int, Field(ge=1, le=99)]]
+
+
+def percents(keep: int | Sequence[int]) -> tuple[int, ...]:
+    """The per cents of the run that ``keep`` asks for, rising: 3 are 25, 50 and 75."""
+    if isinstance(keep, int):
+        return tuple(round(100 * i / (keep + 1)) for i in range(1, keep + 1))
+    return tuple(sorted(set(keep)))
+
+
+def kept_name(stage: str, percent: int) -> str:
+    return f"{stage}@{percent}"
+
+
+def kept_folder(percent: int) -> str:
+    """Within the stage's folder."""
+    return f"at_{percent}"
+
+
+def stage_of(name: str) -> tuple[str, int | None]:
+    """(the stage that a checkpoint's name begins with, the per cent of its run); None: its end. A name of any other
+    form, a folder's say, is given back as it is."""
+    found = _KEPT.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, None)
