@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from markupsafe import Markup, escape
@@ -31,7 +31,7 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Series:
     """``colour`` is an index into the palette; ``marks``: each point is a measurement of its own; ``faint``: drawn
-    behind the others; ``line``: points are joined."""
+    behind the others; ``line``: points are joined; ``again``: it looks like an earlier one and is not named again."""
 
     label: str
     points: tuple[Point, ...]
@@ -40,6 +40,7 @@ class Series:
     marks: bool = False
     faint: bool = False
     line: bool = True
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +132,22 @@ def line_chart(
     x_include: Sequence[float] = (),
     y_format: Format = plain,
     note: str = "",
+    guides: Sequence[float] = (),
 ) -> Markup:
-    """Lines over a common x. ``key`` is unique on the page."""
-    shown = [
-        Series(s.label, thinned(s.points), s.colour, s.dashed, s.marks, s.faint, s.line) for s in series if s.points
-    ]
+    """Lines over a common x. ``key`` is unique on the page. ``guides``: where upright lines stand."""
+    shown = [replace(s, points=thinned(s.points)) for s in series if s.points]
     assert shown, "a chart needs points"
     x = axis([p.x for s in shown for p in s.points], x_label, x_include, pad=0.0)
     y = axis([p.y for s in shown for p in s.points], y_label, y_include, y_format)
-    body = "".join(_series_svg(s, x, y) for s in sorted(shown, key=lambda s: not s.faint))
+    upright = "".join(
+        f'<line class="guide" x1="{_px(x, at):.1f}" y1="{TOP}" x2="{_px(x, at):.1f}" y2="{HEIGHT - BOTTOM}"/>'
+        for at in guides
+        if x.low <= at <= x.high
+    )
+    body = upright + "".join(_series_svg(s, x, y) for s in sorted(shown, key=lambda s: not s.faint))
     said = "; ".join(f"{s.label} from {y.format(s.points[0].y)} to {y.format(s.points[-1].y)}" for s in shown)
-    return _figure(key, title, f"{y_label} against {x_label}: {said}.", _frame(x, y) + body, shown, note)
+    named = [s for s in shown if not s.again]
+    return _figure(key, title, f"{y_label} against {x_label}: {said}.", _frame(x, y) + body, named, note)
 
 
 def reliability_chart(key: str, title: str, bins: Sequence[tuple[float, float, int]], colour: int, note: str) -> Markup:
