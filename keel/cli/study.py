@@ -64,7 +64,7 @@ def _run(made: Plan, out: Path, console: Console) -> dict[str, Any]:
     from keel.stages.registry import RUNNERS
     from keel.study.page import build_page
     from keel.study.results import summarise
-    from keel.study.run import Clock, Work, checked, planned, run_units, seconds_of, units_of, values_of
+    from keel.study.run import Clock, Work, checked, curves_of, planned, run_units, seconds_of, units_of, values_of
 
     units = planned(units_of(made, out, make_world))
     for finding in checked(units):
@@ -97,7 +97,8 @@ def _run(made: Plan, out: Path, console: Console) -> dict[str, Any]:
             yield {kind: shown(runner) for kind, runner in RUNNERS.items()}, progress
 
     run_units(units, showing)
-    result = summarise(made, values_of(made, units)) | {"keel": keel.__version__, "seconds": seconds_of(units)}
+    result = summarise(made, values_of(made, units)) | {"curves": curves_of(made, units)}
+    result |= {"keel": keel.__version__, "seconds": seconds_of(units)}
     atomic_write_text(out / "study.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     build_page(result, out / "index.html")
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from keel.recipe.recipe import Recipe
 from keel.report.wording import number
 from keel.reward.python_ref import load_python
 from keel.run import RunDir, hash_config, read_json, write_json
-from keel.study.plan import Figure, Study
+from keel.study.plan import Curves, Figure, Study
 from keel.types import UserError
 
 RUN, METRICS = "run", "metrics"  # in a place: the run's own summary; a stage's metrics
@@ -19,11 +20,16 @@ RUN, METRICS = "run", "metrics"  # in a place: the run's own summary; a stage's 
 
 @dataclass(frozen=True)
 class Value:
-    """A figure of one arm on one seed; None where the run has none (not reached, not defined). ``rows``: where it is a
-    ratio of sums over groups (prompts, say), what each group adds to (numerator, denominator)."""
+    """A figure of one arm on one seed; None where the run has none (not reached, not defined).
+
+    How much it owes to its prompts is told in one of two ways. ``rows``: it is a ratio of sums over groups (prompts,
+    say), and this is what each group adds to (numerator, denominator). ``draws``: its values on resamples of the
+    prompts, the same resamples in every arm.
+    """
 
     value: float | None
     rows: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    draws: tuple[float, ...] = ()
 
 
 MISSING = Value(None)
@@ -67,6 +73,8 @@ def _mean(values: Sequence[Value]) -> Value:
     known = [value.value for value in values if value.value is not None]
     if len(known) < len(values):
         return MISSING
+    if len(values) == 1:
+        return values[0]
     groups = values[0].rows.keys()
     if any(value.rows.keys() != groups for value in values):
         return Value(sum(known) / len(known))
@@ -102,13 +110,31 @@ def _value(tree: Any, keys: Sequence[str]) -> Value:
             return MISSING
     if isinstance(tree, Mapping) and "value" in tree:
         rows = {str(group): (float(a), float(b)) for group, (a, b) in tree.get("rows", {}).items()}
-        return Value(number(tree["value"]), rows)
+        draws = tuple(math.nan if drawn is None else float(drawn) for drawn in tree.get("draws", ()))
+        return Value(number(tree["value"]), rows, draws)
     return Value(float(tree) if isinstance(tree, bool) else number(tree))
+
+
+def read_curves(curves: Curves, run: RunDir) -> list[list[tuple[float, float]]]:
+    """The points of every curve that lies at the place; none where there is nothing."""
+    stage, _, rest = curves.place.partition(".")
+    found: Any = run.summary() if stage == RUN else run.stage(stage).summary()
+    for key in rest.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, list):
+        return []
+    lines = [line.get("points", []) for line in found] if found and "points" in found[0] else [found]
+    made = []
+    for line in lines:
+        pairs = [(number(point.get(curves.x)), number(point.get(curves.y))) for point in line]
+        made.append([(math.sqrt(max(x, 0.0)) if curves.root else x, y) for x, y in pairs if None not in (x, y)])
+    return [line for line in made if line]
 
 
 def measured(ref: str, recipe: Recipe, run: RunDir) -> Mapping[str, Any]:
     """What the function ``ref`` says of a finished run: ``(run, recipe) -> {stage: {name: value}}``, where a value is a
-    number, None, or ``{"value": number, "rows": {group: [numerator, denominator]}}``.
+    number, None, or ``{"value": number, "rows": {group: [numerator, denominator]}}``, or the same with ``draws`` in the
+    place of ``rows`` (see `Value`).
 
     It is asked once, and again when its file or a stage of the run has changed.
     """

@@ -45,7 +45,10 @@ def render(result: Mapping[str, Any]) -> str:
         charts=[chart for name in result["figures"] if (chart := _chart(result, name)) is not None],
         rows=[(arm, [cell(result, name, arm) for name in result["figures"]]) for arm in result["arms"]],
         arms=[(arm, ", ".join(f"{key}={value}" for key, value in s.items())) for arm, s in result["arms"].items()],
-        plots=[plot for wanted in result["plots"] for plot in _plots(result, wanted)],
+        plots=[
+            *(plot for wanted in result["plots"] for plot in _plots(result, wanted)),
+            *(plot for wanted in result["curves"] for plot in _curves(result, wanted)),
+        ],
     )
 
 
@@ -129,6 +132,20 @@ def _plots(result: Mapping[str, Any], wanted: Mapping[str, str]) -> list[Markup]
         rest = tuple(point for other, found in points.items() if other != arm for point in found)
         others = Series("the others", rest, 0, marks=True, faint=True, line=False)
         plots.append(chart(f"plot {title} {arm}", f"{title}: {arm}", [others, series(arm)]))
+    return plots
+
+
+def _curves(result: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Markup]:
+    """A plot an arm: its curves of all seeds, those of the others in grey."""
+    lines = [(line["arm"], tuple(Point(x, y) for x, y in line["points"])) for line in wanted["lines"]]
+    plots = []
+    for arm in dict.fromkeys(arm for arm, _ in lines):
+        own = [points for other, points in lines if other == arm]
+        rest = [points for other, points in lines if other != arm]
+        series = [Series("the others", points, 0, faint=True, again=i > 0) for i, points in enumerate(rest)]
+        series += [Series(arm, points, _colour(result, arm), marks=True, again=i > 0) for i, points in enumerate(own)]
+        title = f"{wanted['title']}: {arm}"
+        plots.append(line_chart(f"curves {title}", title, series, wanted["x_title"], wanted["y_title"]))
     return plots
 
 

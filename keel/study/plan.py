@@ -92,6 +92,18 @@ class Plot(Strict):
     y: str
 
 
+class Curves(Strict):
+    """Curves that each run has, all of them drawn: a place that leads to a list of points, or of ``{points: [...]}``."""
+
+    title: str
+    place: str
+    x: str = Field(description="a point's key")
+    y: str
+    x_title: str
+    y_title: str
+    root: bool = Field(False, description="x is drawn as its square root")
+
+
 class Quick(Strict):
     """What ``--quick`` changes: enough to see that everything works, too little to conclude from."""
 
@@ -118,6 +130,7 @@ class Study(Strict):
     comparisons: list[Comparison] = Field(default_factory=list)
     choices: list[Choice] = Field(default_factory=list)
     plots: list[Plot] = Field(default_factory=list)
+    curves: list[Curves] = Field(default_factory=list)
     interval: float = Field(0.95, gt=0.5, lt=1, description="level of the intervals")
     quick: Quick
 

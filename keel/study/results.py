@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keel.report.wording import plain
-from keel.stats import Interval, percentiles, t_interval
+from keel.stats import percentiles, t_interval
 from keel.study.figures import MISSING, Value
 from keel.study.plan import Choice, Comparison, Condition, Figure, Plan
 
@@ -20,7 +20,7 @@ Method = Literal["seeds", "prompts", "none"]
 METHODS: Mapping[Method, str] = {
     "seeds": "Student's t over the seeds",
     "prompts": "bootstrap over seeds and, within each, its prompts",
-    "none": "no interval: one value",
+    "none": "no interval, where there is one value",
 }
 BySeed = Mapping[int, Value]
 Values = Mapping[str, Mapping[int, Mapping[str, Value]]]  # arm -> seed -> figure
@@ -42,60 +42,69 @@ class Estimate:
         return Estimate(mean, low, high, self.method, self.seeds)
 
 
-Statistic = Callable[[np.ndarray], np.ndarray]
-
-
 def estimate(by_seed: BySeed, level: float) -> Estimate:
     """The mean over seeds."""
-    known = {seed: value for seed, value in by_seed.items() if value.value is not None}
-    rows = [np.array(list(value.rows.values())) for value in known.values() if value.rows]
-    return _estimate([v.value for v in known.values() if v.value is not None], rows, _ratio, level)
+    known = [value for value in by_seed.values() if value.value is not None]
+    return _estimate([v.value for v in known if v.value is not None], [_draws(value) for value in known], level)
 
 
 def difference(ours: BySeed, theirs: BySeed, level: float) -> Estimate:
     """The mean difference over the seeds on which both have a value. Both share what they were made from, seed by seed
     and prompt by prompt, and are compared so."""
-    both = [
-        (ours[seed], theirs[seed])
-        for seed in ours
-        if seed in theirs and ours[seed].value is not None and theirs[seed].value is not None
-    ]
-    rows = []
-    for a, b in both:
-        common = [group for group in a.rows if group in b.rows]
-        if common:
-            rows.append(np.array([(*a.rows[group], *b.rows[group]) for group in common]))
+    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    both = [(a, b) for a, b in both if a.value is not None and b.value is not None]
     gaps = [a.value - b.value for a, b in both if a.value is not None and b.value is not None]
-    return _estimate(gaps, rows, lambda sums: _ratio(sums[:, :2]) - _ratio(sums[:, 2:]), level)
+    return _estimate(gaps, [_draws_of_gap(a, b) for a, b in both], level)
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0)
+def _draws(value: Value) -> np.ndarray | None:
+    """The figure on resamples of its prompts [R]; None where it says nothing of them."""
+    if value.draws:
+        return np.array(value.draws)
+    return _resampled(np.array(list(value.rows.values())), _ratio) if len(value.rows) > 1 else None
 
 
-def _estimate(values: Sequence[float], rows: Sequence[np.ndarray], statistic: Statistic, level: float) -> Estimate:
+def _draws_of_gap(a: Value, b: Value) -> np.ndarray | None:
+    if a.draws and len(a.draws) == len(b.draws):
+        return np.array(a.draws) - np.array(b.draws)
+    common = [(*a.rows[group], *b.rows[group]) for group in a.rows if group in b.rows]
+    return _resampled(np.array(common), lambda x: _ratio(x[:, :2]) - _ratio(x[:, 2:])) if len(common) > 1 else None
+
+
+def _ratio(sums_R2: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(sums_R2[:, 0] / sums_R2[:, 1])
+
+
+def _resampled(rows_GF: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    different, counts = np.unique(rows_GF, axis=0, return_counts=True)
+    times_RG = np.random.default_rng(0).multinomial(len(rows_GF), counts / counts.sum(), size=RESAMPLES)
+    return statistic(times_RG @ different)
+
+
+def _estimate(values: Sequence[float], draws: Sequence[np.ndarray | None], level: float) -> Estimate:
     if not values:
         return Estimate(None, None, None, "none", 0)
     middle = math.fsum(values) / len(values)
-    method: Method = "prompts" if len(rows) == len(values) and all(len(own) > 1 for own in rows) else "seeds"
-    found = _bootstrap(rows, statistic, level) if method == "prompts" else t_interval(values, level)
+    known = [own for own in draws if own is not None]
+    method: Method = "prompts" if len(known) == len(values) else "seeds"
+    found = percentiles(_over_seeds(known), level) if method == "prompts" else t_interval(values, level)
     if found is None:
         return Estimate(middle, None, None, "none", len(values))
     return Estimate(middle, *found, method, len(values))
 
 
-def _bootstrap(rows: Sequence[np.ndarray], statistic: Statistic, level: float) -> Interval | None:
-    """The mean over seeds, drawn with replacement, of a statistic of each one's groups, drawn with replacement too."""
-    rng = np.random.default_rng(0)
-    alike = [np.unique(own, axis=0, return_counts=True) for own in rows]
-    draws = np.empty((len(rows), len(rows), RESAMPLES))  # [place, seed, resample]: a seed drawn twice is drawn anew
-    for place in range(len(rows)):
-        for seed, (different, counts) in enumerate(alike):
-            times = rng.multinomial(int(counts.sum()), counts / counts.sum(), size=RESAMPLES)
-            draws[place, seed] = statistic(times @ different)
-    places = np.arange(len(rows))[:, None]
-    chosen = rng.integers(len(rows), size=(len(rows), RESAMPLES))
-    return percentiles(draws[places, chosen, np.arange(RESAMPLES)[None, :]].mean(0), level)
+def _over_seeds(draws: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over n seeds in resamples of seeds and, within each, of prompts. n - 1 seeds are drawn: so the mean of n
+    has its own variance (McCarthy & Snowden 1985)."""
+    if len(draws) == 1:
+        return draws[0]
+    rng = np.random.default_rng(1)
+    places = []
+    for _ in draws[1:]:
+        drawn_SR = np.stack([rng.choice(own, RESAMPLES) for own in draws])
+        places.append(drawn_SR[rng.integers(len(draws), size=RESAMPLES), np.arange(RESAMPLES)])
+    return np.asarray(np.mean(places, axis=0))
 
 
 # -------------------------------------------------------------------------------------------------------- the result

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from keel.check import check_recipe, preflight
 from keel.check.finding import Finding
 from keel.pipeline.run import Runner, Step, plan, run_pipeline
 from keel.recipe.recipe import Recipe
 from keel.run import RunDir, atomic_dir
-from keel.study.figures import Value, check_places, read_figures
+from keel.study.figures import Value, check_places, read_curves, read_figures
 from keel.study.plan import Harbor, Plan, World, arm_recipe
 from keel.types import Reporter, UserError
 
@@ -193,6 +194,21 @@ def values_of(made: Plan, units: Sequence[Unit]) -> dict[str, dict[int, dict[str
     for unit in units:
         values[unit.arm][unit.seed] = read_figures(made.study, unit.recipe, unit.run)
     return values
+
+
+def curves_of(made: Plan, units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """Every curve that the study draws, of every run."""
+    return [
+        {
+            **curves.model_dump(),
+            "lines": [
+                {"arm": unit.arm, "seed": unit.seed, "points": points}
+                for unit in units
+                for points in read_curves(curves, unit.run)
+            ],
+        }
+        for curves in made.study.curves
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- time left
