@@ -93,7 +93,7 @@ class Plot(Strict):
 
 
 class Curves(Strict):
-    """Curves that each run has, all of them drawn: a place that leads to a list of points, or of ``{points: [...]}``."""
+    """Curves that each run has, all of them drawn. The place leads to a list of points, or of ``{points: [...]}``."""
 
     title: str
     place: str
