@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from harbor_pairs import reference_pairs
 
-from bench.annotators import annotator_figures, doubtful
 from keel.feedback.agreement import (
     FIRST,
     MIRROR,
