@@ -34,6 +34,7 @@ from keel.run import Silent
 from keel.stats import bootstrap_interval
 from keel.store import Judgement, Store
 from keel.store.records import NewVote
+from keel.study.annotators import annotator_figures, doubtful
 from keel.types import Completion, Message, Prompt
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "agreement.json").read_text())
