@@ -128,11 +128,11 @@ def test_a_grid_has_every_combination_and_settings_are_laid_over_one_another(tmp
         ({"figurs": {}}, "figurs: there is no such key in a study"),
         (
             {"comparisons": [{"against": "lowest", "figures": ["margin"]}]},
-            "there is no arm 'lowest'; the arms are low,",
+            "no arm 'lowest'; the arms are low,",
         ),
         (
             {"comparisons": [{"against": "low", "figures": ["gold"]}]},
-            "there is no figure 'gold'; the figures are margin",
+            "no figure 'gold'; the figures are margin",
         ),
         ({"choices": [{"title": "x", "where": [{"figure": "margin"}]}]}, "set above or below"),
         ({"quick": {"minutes": 1, "arms": ["none"]}}, "quick.arms: there is no arm 'none'"),
@@ -152,7 +152,7 @@ def test_a_wrong_study(tmp_path: Path, change: dict[str, Any], message: str) -> 
         ("settings", {"dpo.beta": -1}, r"arm high: .*dpo\.beta: input should be greater than 0"),
         ("figures", {"margin": {"place": "ppo.kl", "title": "t"}, "loss": {"place": "dpo.x", "title": "t"}},
          "figures.margin: 'ppo.kl' is no place; .* the stages are sft, dpo"),
-        ("figures", {"margin": {"place": "dpo.x", "title": "t", "measure": "no.such:f"}, "loss": STUDY["figures"]["loss"]},
+        ("figures", {**STUDY["figures"], "margin": {"place": "dpo.x", "title": "t", "measure": "no.such:f"}},
          "there is no module"),
     ],
 )  # fmt: skip
