@@ -67,7 +67,7 @@ def _run(made: Plan, out: Path, console: Console) -> dict[str, Any]:
     from keel.study.run import Clock, Work, checked, curves_of, planned, run_units, seconds_of, units_of, values_of
 
     units = planned(units_of(made, out, make_world))
-    for finding in checked(units):
+    for finding in (found for found in checked(units) if found.level == "warning"):
         console.print(f"{finding.level}: {finding}", markup=False, highlight=False, soft_wrap=True, style="dim")
     threads = set_threads(units[0].recipe.threads)
     work = Work.of(units)
