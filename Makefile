@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures bench bench-quick test real lint format clean
+.PHONY: help demo figures studies-quick bench bench-quick test real lint format clean
 
 help:
 	@echo "make demo     the whole pipeline on the built-in world: runs/demo/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatter"
 	@echo "make figures  the demo with seeds 0, 1 and 2: runs/figures/"
+	@echo "make studies-quick  every study on very little: does it run? About 20 minutes; keel study lists them"
 	@echo "make bench    Keel and its peers on the same work: bench/results/ (make bench-quick: does it run?)"
 
 demo: $(STAMP)
@@ -20,6 +21,9 @@ demo: $(STAMP)
 
 figures: $(STAMP)
 	for seed in 0 1 2; do $(BIN)/keel demo --out runs/figures/$$seed --seed $$seed || exit 1; done
+
+studies-quick: $(STAMP)
+	for study in recipes/studies/*.yaml; do $(BIN)/keel study $$study --quick || exit 1; done
 
 # The peers get environments of their own under .bench/. One that cannot be installed is reported, not an error.
 bench: $(STAMP)

@@ -95,6 +95,43 @@ def percentiles(values: np.ndarray, level: float = 0.95) -> Interval | None:
     return float(low), float(high)
 
 
+def t_quantile(p: float, freedom: int) -> float:
+    """The p-quantile (1/2 <= p < 1) of Student's t with ``freedom`` degrees of freedom, by bisection of its closed form
+    for whole numbers of them (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
+
+    def within(t: float) -> float:
+        """P(|T| < t)."""
+        angle = math.atan(t / math.sqrt(freedom))
+        sine, cosine = math.sin(angle), math.cos(angle)
+        odd = freedom % 2
+        term = total = cosine if odd else 1.0
+        for k in range(2 + odd, freedom, 2):
+            term *= cosine**2 * (k - 1) / k
+            total += term
+        if not odd:
+            return sine * total
+        return 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
+
+    low, high = 0.0, 1.0
+    while within(high) < 2 * p - 1:
+        low, high = high, 2 * high
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 2 * p - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
+    """Student's interval of the mean of independent values, one a seed, say; None below two."""
+    n = len(values)
+    if n < 2:
+        return None
+    middle = math.fsum(values) / n
+    error = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1) / n)
+    half = t_quantile((1 + level) / 2, n - 1) * error
+    return middle - half, middle + half
+
+
 def expected_agreement(probabilities: Sequence[float]) -> float | None:
     """E[q^2 + (1-q)^2]: how often two annotators agree; None for no pairs."""
     return math.fsum(q * q + (1 - q) * (1 - q) for q in probabilities) / len(probabilities) if probabilities else None

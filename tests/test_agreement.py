@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from harbor_pairs import reference_pairs
 
-from bench.annotators import annotator_figures, doubtful
 from keel.feedback.agreement import (
     FIRST,
     MIRROR,
@@ -32,6 +31,7 @@ from keel.run import Silent
 from keel.stats import bootstrap_interval
 from keel.store import Judgement, Store
 from keel.store.records import NewVote
+from keel.study.annotators import annotator_figures, doubtful
 from keel.types import Completion, Message, Prompt
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "agreement.json").read_text())

@@ -30,7 +30,8 @@ RANKS = {
     "stages": 6,
     "pipeline": 7,
     "check": 8,
-    "cli": 9,
+    "study": 9,
+    "cli": 10,
 }
 EVERYONE_MAY = {"types", "recipe", ""}  # "" is the package itself: its version
 PARTS = {"run", "data", "store", "objective"}  # rule 3

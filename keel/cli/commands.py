@@ -167,6 +167,12 @@ def _check(arguments: argparse.Namespace) -> int:
     return 2 if errors else 0
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from keel.cli.study import study
+
+    return study(arguments.study, arguments.quick, arguments.out, arguments.seed)
+
+
 def _harbor(arguments: argparse.Namespace) -> int:
     from keel.harbor.build import build
 
@@ -237,6 +243,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
     "demo": _demo,
+    "study": _study,
     "chat": _chat,
     "harbor": _harbor,
     "export": _export,

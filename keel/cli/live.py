@@ -54,10 +54,13 @@ class _Row:
 
 class Progress:
     """A `keel.types.Reporter` that knows the run's stages. Use it as a context manager; ``stage(name)`` says which
-    stage is at work."""
+    stage is at work. ``beside``: what is said with each stage that ends, and under the table."""
 
-    def __init__(self, stages: Sequence[str], console: Console | None = None) -> None:
+    def __init__(
+        self, stages: Sequence[str], console: Console | None = None, beside: Callable[[], str] = lambda: ""
+    ) -> None:
         self.console = console or Console()
+        self._beside = beside
         self._rows = {name: _Row(name) for name in stages}
         self._row = _Row("")
         self._live: Live | None = None
@@ -88,13 +91,17 @@ class Progress:
             row.state, row.seconds = "failed", time.monotonic() - row.started
             raise
         row.state, row.seconds = "done", time.monotonic() - row.started
-        self._line(f"{name}: done in {_duration(row.seconds)}{_figures(row, ', ')}")
+        self._line(f"{name}: done in {duration(row.seconds)}{_figures(row, ', ')}{self._said_beside('  ')}")
 
     def finished_before(self, name: str) -> None:
         """Marks a stage that need not run."""
         row = self._rows[name]
         row.state, row.note = "done", "up to date"
         self._line(f"{name}: up to date")
+
+    def _said_beside(self, before: str) -> str:
+        said = self._beside()
+        return before + said if said else ""
 
     # ------------------------------------------------------------------------------------------------- Reporter
 
@@ -144,10 +151,11 @@ class Progress:
                 marks[row.state],
                 Text(row.name, style="bold" if running else "dim" if row.state == "waiting" else ""),
                 bar if running else Text(""),
-                Text(_duration(seconds) if seconds else "", style="cyan"),
+                Text(duration(seconds) if seconds else "", style="cyan"),
                 Text(f"{task}{_figures(row, '').strip()}{_eta(row, '  ') if running else ''}" or row.note, style="dim"),
             )
-        return table
+        said = self._said_beside("")
+        return Group(table, Text(said, style="dim")) if said else table
 
 
 def _figures(row: _Row, before: str) -> str:
@@ -161,10 +169,10 @@ def _eta(row: _Row, before: str) -> str:
     fresh = row.done - row.task_first
     if fresh < 1 or row.done >= row.total:
         return ""
-    return f"{before}{_duration((time.monotonic() - row.task_started) / fresh * (row.total - row.done))} left"
+    return f"{before}{duration((time.monotonic() - row.task_started) / fresh * (row.total - row.done))} left"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 3600:
@@ -201,7 +209,7 @@ def stage_table(entries: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any
             for key, value in summary.items()
             if key != "fingerprint" and isinstance(value, int | float | str)
         ]
-        table.add_row(name, _duration(float(entry.get("seconds", 0.0))), ", ".join(facts[:6]))
+        table.add_row(name, duration(float(entry.get("seconds", 0.0))), ", ".join(facts[:6]))
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from keel import __version__
 from keel.recipe.kinds import stage_kinds
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(computes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     _running(commands)
+    _study(commands)
     _chat(commands)
     _exchange(commands)
     _lineage(commands)
@@ -76,6 +77,31 @@ def _running(commands: Commands) -> None:
     demo.add_argument("--quick", action="store_true", help="about a minute: every stage, too small to learn much")
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
+
+
+class _Named(argparse.Action):
+    """An argument without which nothing is computed."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.computes = values is not None
+
+
+def _study(commands: Commands) -> None:
+    study = commands.add_parser("study", help="a recipe varied over seeds, and what its figures allow to conclude")
+    study.add_argument(
+        "study", nargs="?", default=None, action=_Named, metavar="NAME", help="one of Keel's, or a file (default: list)"
+    )
+    study.add_argument("--quick", action="store_true", help="a few minutes' worth: does it work? Concludes nothing")
+    study.add_argument(
+        "--out",
+        default=None,
+        metavar="DIR",
+        help="an earlier one goes on where it stopped (default: runs/studies/NAME)",
+    )
+    study.add_argument("--seed", type=natural_number, nargs="+", default=[], help="default: the study's")
 
 
 def _chat(commands: Commands) -> None:

@@ -121,6 +121,15 @@ def with_bad(seed: int) -> list[SimulatedAnnotator]:
     return [*honest, *lazy, *adversarial]
 
 
+FLIPS = 0.2  # the share of votes that ``with_flips`` turns round
+
+
+def with_flips(seed: int) -> list[SimulatedAnnotator]:
+    """The population, whose votes are turned round at the rate ``FLIPS``, whatever they are on. A flip at the rate f is
+    a lapse at the rate 2 f: half of the judgements that are made without looking are right."""
+    return [replace(one, lapse=1 - (1 - one.lapse) * (1 - 2 * FLIPS)) for one in population(seed)]
+
+
 def _opposite(utility: Callable[[Prompt, str], float], prompt: Prompt, text: str) -> float:
     return -utility(prompt, text)
 

@@ -67,13 +67,15 @@ def finish(draft: Draft, overrides: Iterable[str] = (), seed: int | None = None)
 # -------------------------------------------------------------------------------------------------------- YAML
 
 
-def read_draft(path: Path) -> Draft:
-    """The data of a YAML file. `UserError` names the file and line of what YAML does not allow."""
+def read_draft(path: Path, what: str = "a recipe is a mapping with model:, data: and stages:") -> Draft:
+    """The data of a YAML file. `UserError` names the file and line of what YAML does not allow. ``what``: the mapping
+    that it should be."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path}: cannot read this recipe ({reason}); name a YAML file, as in recipes/") from error
+        kind = what.split()[1]
+        raise UserError(f"{path}: cannot read this {kind} ({reason}); name a YAML file, as in recipes/") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
@@ -84,7 +86,7 @@ def read_draft(path: Path) -> Draft:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping with model:, data: and stages:; see recipes/ for examples")
+        raise UserError(f"{path}: {what}; see recipes/ for examples")
     try:
         draft = Draft(_apart(tree), str(path))
         _note_lines(node, (), draft)
@@ -148,15 +150,26 @@ def _stage_trees(tree: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _apply(draft: Draft, override: str) -> None:
     key, _, text = override.partition("=")
-    key = key.strip()
+    try:
+        value = yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError as error:
+        known_key(draft, key.strip())
+        raise UserError(f"{override}: the value is not valid YAML; put it in quotes") from error
+    set_value(draft, key.strip(), value)
+
+
+def known_key(draft: Draft, key: str) -> None:
+    """`UserError` for a key that nothing in this recipe has."""
     parts = key.split(".")
     if ".".join("N" if part.isdigit() else part for part in parts) not in valid_keys(draft.tree):
         near = nearest(key, valid_keys(draft.tree))
         raise UserError(f"{key}: there is no such setting" + (f"; did you mean {near}?" if near else "; see --help"))
-    try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
-        raise UserError(f"{override}: the value is not valid YAML; put it in quotes") from error
+
+
+def set_value(draft: Draft, key: str, value: Any) -> None:
+    """Sets what the dotted ``key`` names, as ``key=value`` does. `UserError` for a key that is not there."""
+    known_key(draft, key)
+    parts = key.split(".")
     here: Any = draft.tree
     if parts[0] not in Recipe.model_fields:
         here = next(stage for stage in _stage_trees(draft.tree) if stage.get("name") == parts[0])
@@ -165,9 +178,9 @@ def _apply(draft: Draft, override: str) -> None:
         here = _enter(here, part, key)
     if isinstance(here, list):
         _enter(here, parts[-1], key)
-        here[int(parts[-1])] = value
+        here[int(parts[-1])] = _apart(value)
     else:
-        here[parts[-1]] = value
+        here[parts[-1]] = _apart(value)
 
 
 def _enter(here: Any, part: str, key: str) -> Any:

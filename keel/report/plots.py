@@ -64,7 +64,8 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One row of a dot-and-interval chart; ``text`` and ``range_text`` say the value and the interval."""
+    """One row of a dot-and-interval chart; ``text`` and ``range_text`` say the value and the interval. ``single``: the
+    values that it is the mean of, drawn small."""
 
     label: str
     value: float
@@ -73,6 +74,7 @@ class Bar:
     colour: int
     text: str
     range_text: str
+    single: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,9 @@ def interval_chart(caption: str, bars: Sequence[Bar], scale: Axis, guide: float 
     rows = "".join(
         f'<tr><th scope="row">{escape(bar.label)}</th><td class="track">{_track(scale, guide)}'
         f'<g class="s{bar.colour}"><line class="interval" x1="{_pc(scale, bar.low)}" x2="{_pc(scale, bar.high)}" '
-        f'y1="14" y2="14"/><circle class="dot" cx="{_pc(scale, bar.value)}" cy="14" r="6"/></g></svg></td>'
+        f'y1="14" y2="14"/><circle class="dot" cx="{_pc(scale, bar.value)}" cy="14" r="6"/>'
+        + "".join(f'<circle class="single" cx="{_pc(scale, value)}" cy="14" r="2.6"/>' for value in bar.single)
+        + "</g></svg></td>"
         f'<td class="value">{escape(bar.text)} <small>{escape(bar.range_text)}</small></td></tr>'
         for bar in bars
     )

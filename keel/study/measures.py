@@ -1,0 +1,83 @@
+"""What figures can be measured of a finished run besides those in its summaries (``measure:`` in a study)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from keel.recipe.recipe import Recipe
+from keel.run import RunDir
+
+FEATURES = ("score", "reward")
+RESAMPLES = 1000
+
+
+def replies(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What the run's evaluation says of each model's replies, prompt by prompt: the judge's ``score``, the ``reward``,
+    and its flags (``correct``, ...), each over the prompts that have it. The evaluation keeps as many prompts as
+    ``eval.show`` says: set it to at least as many as there are.
+    """
+    table: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for number, sample in enumerate(run.summary().get("samples", ())):
+        group = f"{number} {sample['prompt']}"
+        for model, reply in sample["replies"].items():
+            said = {name: reply[name] for name in FEATURES} | reply["flags"]
+            for name, value in said.items():
+                if value is not None:
+                    table.setdefault(model, {}).setdefault(name, {})[group] = [float(value), 1.0]
+    return {
+        model: {
+            name: {"value": sum(v for v, _ in rows.values()) / len(rows), "rows": rows} for name, rows in named.items()
+        }
+        for model, named in table.items()
+    }
+
+
+def frontier(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Of each evaluation with a ``frontier``: ``gold`` and ``gain`` (gold beyond the baseline's) at each of its nats,
+    the mean over the curves that get there; None where none does. A place is ``eval.gold.5``."""
+    from keel.eval.frontier import FILE, read_frontier
+
+    found: dict[str, dict[str, Any]] = {}
+    for stage in recipe.stages:
+        folder = run.stage(stage.name).path
+        if not (folder / FILE).exists():
+            continue
+        known = read_frontier(folder)
+        at = {f"{nats:g}".replace(".", "_"): _at(known.curves, nats) for nats in known.at}
+        found[stage.name] = {
+            name: {nats: _drawn(values_R2[:, column]) for nats, values_R2 in at.items()}
+            for column, name in enumerate(("gold", "gain"))
+        }
+    return found
+
+
+def _at(curves: Any, nats: float) -> np.ndarray:
+    """(gold, gain) [1 + R, 2], the mean over curves, NaN where none gets there: of the prompts as they are, then of
+    resamples. These depend on the number of prompts alone, so that those of other arms are the same."""
+    from keel.eval.frontier import first_reach
+
+    means = []
+    for curve in curves:
+        points = [point for _, point in curve.points]
+        prompts = len(points[0].kl)
+        drawn = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
+        weight_RN = np.vstack([np.ones(prompts), drawn])
+        kl_NP = np.array([point.kl for point in points]).T
+        gold_NP = np.array([[math.nan if g is None else g for g in point.gold] for point in points]).T
+        graded_NP = np.isfinite(gold_NP)
+        root_RP = np.sqrt(np.maximum(weight_RN @ kl_NP / prompts, 0.0))
+        gold_RP = (weight_RN @ np.where(graded_NP, gold_NP, 0.0)) / np.maximum(weight_RN @ graded_NP, 1e-9)
+        means.append(first_reach(root_RP, np.stack([gold_RP, gold_RP - gold_RP[:, :1]], axis=-1), nats))
+    there = np.isfinite(means).all(-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(there, means, 0.0).sum(0) / there.sum(0))
+
+
+def _drawn(values_R: np.ndarray) -> dict[str, Any] | None:
+    if not math.isfinite(values_R[0]):
+        return None
+    draws = [round(float(value), 6) if math.isfinite(value) else None for value in values_R[1:]]
+    return {"value": float(values_R[0]), "draws": draws}
