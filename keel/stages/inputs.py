@@ -183,11 +183,14 @@ def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thum
 def in_two(pair: Preference) -> tuple[LabelledCompletion, LabelledCompletion]:
     """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down. Both have the pair's id:
     it is that judgement which is learned from."""
-    shared = {"annotator": pair.annotator, "weight": pair.weight, "place": pair.place}
-    return (
-        LabelledCompletion(pair.id, pair.prompt, pair.chosen, True, finished=pair.chosen_finished, **shared),
-        LabelledCompletion(pair.id, pair.prompt, pair.rejected, False, finished=pair.rejected_finished, **shared),
+    up, down = (
+        LabelledCompletion(pair.id, pair.prompt, text, label, pair.annotator, finished, pair.weight, pair.place)
+        for text, label, finished in (
+            (pair.chosen, True, pair.chosen_finished),
+            (pair.rejected, False, pair.rejected_finished),
+        )
     )
+    return up, down
 
 
 def _without_heldout(
