@@ -180,17 +180,18 @@ def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thum
     return Thumbs(found, counts)
 
 
-def in_two(pair: Preference) -> tuple[LabelledCompletion, LabelledCompletion]:
-    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down. Both have the pair's id:
-    it is that judgement which is learned from."""
-    up, down = (
-        LabelledCompletion(pair.id, pair.prompt, text, label, pair.annotator, finished, pair.weight, pair.place)
-        for text, label, finished in (
-            (pair.chosen, True, pair.chosen_finished),
-            (pair.rejected, False, pair.rejected_finished),
-        )
-    )
-    return up, down
+def in_two(pair: Preference) -> list[LabelledCompletion]:
+    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down; with a soft label also
+    the other way round, weighted by how probable either is. All have the pair's id: it is that judgement which is
+    learned from."""
+    sure = 1.0 if pair.probability is None else pair.probability
+    chosen, rejected = (pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)
+    ways = ((chosen, True, sure), (rejected, False, sure), (chosen, False, 1 - sure), (rejected, True, 1 - sure))
+    return [
+        LabelledCompletion(pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight * share, pair.place)
+        for (text, finished), up, share in ways
+        if share > 0
+    ]
 
 
 def _without_heldout(
