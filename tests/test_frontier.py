@@ -183,8 +183,7 @@ def test_what_is_said_needs_an_interval_that_leaves_out_nothing() -> None:
     cells = [frontier.at(method, nats) for nats in (4.0, 9.0) for method in frontier.methods]
     said = statements(cells, [gap for nats in (4.0, 9.0) for gap in frontier.gaps(nats)])
     assert said == [
-        "4 nats: dpo is above ipo by 0.17 (95% interval 0.17 to 0.17).",
-        "4 nats: dpo is above slic by 0.17 (95% interval 0.17 to 0.17).",
+        "4 nats: dpo is above ipo by 0.17 (0.17 to 0.17), slic by 0.17 (0.17 to 0.17).",
         "9 nats: not reached by ipo, slic.",
     ]
     with pytest.raises(UserError, match="different numbers of prompts"):
