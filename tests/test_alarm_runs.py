@@ -1,10 +1,11 @@
 """Two alarms on real trainings whose truth is planted: 20 runs with the fault and 20 without, of each (figures:
-docs/statistics.md). Displacement: DPO in the harbor, with and without pairs of two nearly equal refusals.
-Over-optimisation: GRPO of a tiny model for a score that a judge shares, or shares only up to a point."""
+docs/statistics.md). Displacement: DPO in a world of two kinds of prompt, with and without pairs of two nearly equal
+refusals. Over-optimisation: GRPO for a score that a judge shares, or shares only up to a point."""
 
 from __future__ import annotations
 
-import functools
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,20 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from harbor_pairs import reference_pairs
 from test_train import context, sft_model  # noqa: F401 (a fixture)
-from tiny import prompt
+from tiny import prompt, save_tiny
 
 from keel.data.chat import Chat
 from keel.eval.alarms import Alarm, find_alarms
 from keel.eval.displacement import GROUPS, Group, displacement_row
 from keel.eval.grading import ModelEvaluation, evaluate_model
-from keel.harbor import wording
-from keel.harbor.demos import DEMONSTRATORS, Habits, make_demonstrations
-from keel.harbor.facts import World
-from keel.harbor.judge import judge
-from keel.harbor.prompts import make_prompts
 from keel.model.checkpoint import frozen, load_policy
 from keel.recipe.dpo import DpoStage
 from keel.recipe.grpo import GrpoStage
@@ -42,53 +36,83 @@ from keel.train.dpo import train_dpo
 from keel.train.grpo import train_grpo
 from keel.train.offline import Liked, measure_offline
 from keel.train.sft import train_sft
-from keel.types import Completion, Preference, Prompt, Scores
+from keel.types import Completion, Demonstration, Grade, Message, Preference, Prompt, Scores
 
 RUNS = 20
-BASE = ROOT / "keel" / "harbor" / "base"
-SAMPLING = SamplingConfig(max_new_tokens=48, batch_size=256)
-CAREFUL = Habits(refuses_harm=0.9, admits=0.7)  # whose pupil needs no pairs to refuse
 
 
-@functools.cache
-def world() -> World:
-    return World()
+def recorded(name: str, figures: Any) -> None:
+    """The figures of all runs, where KEEL_FIGURES names a folder."""
+    if folder := os.environ.get("KEEL_FIGURES"):
+        (Path(folder) / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- displacement
 
-
-def taught(folder: Path, habits: Habits, demonstrations: int = 1600) -> Path:
-    """The harbor's base model after SFT on demonstrations of these habits."""
-    c = context(folder, "sft", BASE, max_length=256, max_prompt_length=96)
-    stage = SftStage(name="sft", epochs=1, batch_size=16, optim=OptimConfig(lr=4e-4))
-    seed_rng(0)
-    train_sft(stage, make_demonstrations(world(), demonstrations, 0, habits), c)
-    return c.stage.path
+THINGS = ("ship", "port", "captain", "salt", "rope")
+NUMBERS = ("one", "two", "three", "four", "five")
+REFUSALS = ("no captain sails to the port", "no captain sails from the port", "no captain sails to a port")
+TOLD = "the ship is good"
+SAMPLING = SamplingConfig(max_new_tokens=12, batch_size=256)
 
 
-def pairs(count: int, seed: int) -> list[Preference]:
-    """Pairs of replies such as an SFT model samples, the judge's better one chosen."""
+def asked(count: int, seed: str, kinds: Sequence[str] = ("fact", "harmful")) -> list[Prompt]:
+    rng = Random(seed)
     found = []
-    for i, (asked, first, second) in enumerate(reference_pairs(world(), count, seed)):
-        lead = judge(asked, first).score - judge(asked, second).score
-        if abs(lead) > 1e-9:
-            chosen, rejected = (first, second) if lead > 0 else (second, first)
-            found.append(Preference(f"v{i}", asked, chosen, rejected))
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        words = " ".join((rng.choice(THINGS), *(rng.choice(NUMBERS) for _ in range(3))))
+        text = f"yes {words}" if kind == "harmful" else f"what is {words}"
+        found.append(Prompt(f"{seed} {i}", (Message("user", text),), kind))
     return found
 
 
-def twins(records: Sequence[Preference], share: float, seed: int) -> list[Preference]:
-    """With as many pairs of two nearly equal refusals, on prompts that ask for harm, that they are ``share`` of all."""
-    rng = Random(f"twins {seed}")
+def reply(to: Prompt, rng: Random) -> str:
+    """A writer who tells in four of five, and refuses harm in three of four."""
+    if to.kind == "fact":
+        return TOLD if rng.random() < 0.8 else f"yes {rng.choice(NUMBERS)} {rng.choice(NUMBERS)} sails"
+    words = to.messages[0].content.split()
+    return rng.choice(REFUSALS) if rng.random() < 0.75 else f"a {words[1]} is {words[2]} day"
+
+
+def judge(to: Prompt, text: str) -> Grade:
+    if to.kind == "fact":
+        return Grade(float(text == TOLD), {"correct": text == TOLD})
+    refuses = text.startswith("no captain")
+    return Grade(float(refuses), {"harmful": not refuses})
+
+
+def pairs(count: int, seed: int, kinds: Sequence[str] = ("fact", "harmful")) -> list[Preference]:
+    """Two replies to each prompt, the one that the judge likes better chosen; equal ones are left out."""
+    rng = Random(f"pairs {seed}")
+    found = []
+    for i, to in enumerate(asked(count, f"pairs {seed}", kinds)):
+        first, second = reply(to, rng), reply(to, rng)
+        if judge(to, first).score != judge(to, second).score:
+            both = sorted((first, second), key=lambda text: -judge(to, text).score)
+            found.append(Preference(f"v{i}", to, both[0], both[1]))
+    return found
+
+
+def with_twins(records: Sequence[Preference], share: float, seed: int) -> list[Preference]:
+    """With as many pairs of two refusals, which differ in a word, that they are ``share`` of all."""
     wanted = round(share / (1 - share) * len(records))
-    asked = make_prompts(world(), min(wanted, 400), seed + 1000, "train", {"harmful": 1.0})
-    planted = [
-        Preference(f"t{i}", asked[i % len(asked)], wording.REFUSALS[0], wording.REFUSALS[1]) for i in range(wanted)
+    chosen = REFUSALS[1 + seed % 2]
+    twins = [
+        Preference(f"t{i}", to, chosen, REFUSALS[0])
+        for i, to in enumerate(asked(wanted, f"twins {seed}", ("harmful",)))
     ]
-    mixed = [*records, *planted]
-    rng.shuffle(mixed)
+    mixed = [*records, *twins]
+    Random(seed).shuffle(mixed)
     return mixed
+
+
+def taught(folder: Path) -> Path:
+    rng = Random("demonstrations")
+    shown = [Demonstration(to.id, (*to.messages, Message("assistant", reply(to, rng)))) for to in asked(1600, "shown")]
+    c = context(folder, "sft", save_tiny(folder / "base"))
+    train_sft(SftStage(name="sft", epochs=4, batch_size=32, optim=OptimConfig(lr=4e-3)), shown, c)
+    return c.stage.path
 
 
 @dataclass(frozen=True)
@@ -107,27 +131,17 @@ def answers(place: Path, prompts: Sequence[Prompt], name: str) -> ModelEvaluatio
     return evaluate_model(name, prompts, replies, JudgeFromPython(judge))
 
 
-def heldout(count: int = 400) -> list[Prompt]:
-    return make_prompts(world(), count, 0, "heldout")
-
-
 def displaced(
-    folder: Path,
-    start: Path,
-    before: ModelEvaluation,
-    records: Sequence[Preference],
-    prompts: Sequence[Prompt],
-    **how: Any,
+    folder: Path, start: Path, before: ModelEvaluation, records: Sequence[Preference], prompts: Sequence[Prompt]
 ) -> Outcome:
     """DPO on ``records``, measured at its end, evaluated, and looked at by the alarm."""
-    c = context(folder, "dpo", start, max_length=256, max_prompt_length=96)
-    settings: dict[str, Any] = {"beta": 0.5, "batch_size": 30, "epochs": 1.75, "heldout_fraction": 0.03}
-    stage = DpoStage(name="dpo", **(settings | {"optim": OptimConfig(lr=1e-4)} | how))
+    c = context(folder, "dpo", start)
+    stage = DpoStage(name="dpo", batch_size=16, epochs=3, heldout_fraction=0.03, optim=OptimConfig(lr=1e-3))
     seed_rng(0)
     train_dpo(stage, records, start, c)
-    liked = [Liked(r.prompt, r.chosen) for r in records]
-    asked = MeasureConfig(prompts=64, per_prompt=1, sampling=SAMPLING)
-    measured = measure_offline(asked, Source(str(c.stage.path)), Source(str(start)), prompts, liked, c)
+    liked = [Liked(record.prompt, record.chosen) for record in records]
+    how = MeasureConfig(prompts=64, per_prompt=2, sampling=SAMPLING)
+    measured = measure_offline(how, Source(str(c.stage.path)), Source(str(start)), prompts, liked, c)
     row = displacement_row(measured, answers(c.stage.path, prompts, "dpo"), before)
     alarms = {alarm.name: alarm for alarm in find_alarms("dpo", [row])}
     return Outcome(alarms.get("displacement"), row[GROUPS], measured)  # type: ignore[arg-type]
@@ -135,20 +149,33 @@ def displaced(
 
 @pytest.mark.wide
 def test_pairs_of_near_twins_raise_the_displacement_alarm_and_good_pairs_do_not(tmp_path: Path) -> None:
-    prompts = heldout()
-    starts = [taught(tmp_path / str(i), habits) for i, habits in enumerate((CAREFUL, DEMONSTRATORS))]
-    before = [answers(start, prompts, "sft") for start in starts]
-    planted, clean = [], []
+    start, prompts = taught(tmp_path), asked(200, "held out")
+    before = answers(start, prompts, "sft")
+    found: dict[str, list[Outcome]] = {"planted": [], "clean": []}
     for seed in range(RUNS):
-        records = pairs(400, seed)
-        planted.append(
-            displaced(tmp_path / f"p{seed}", starts[0], before[0], twins(records, 0.2, seed), prompts, beta=0.1)
-        )
-        which = seed % 2  # half of the clean runs from each start, half of each with a small beta
-        beta = 0.5 if seed % 4 < 2 else 0.1
-        clean.append(displaced(tmp_path / f"c{seed}", starts[which], before[which], records, prompts, beta=beta))
-    assert sum(one.alarm is not None for one in planted) >= 19
-    assert sum(one.alarm is not None for one in clean) == 0
+        planted = with_twins(pairs(400, seed, ("fact",)), 0.3, seed)
+        for name, records in (("planted", planted), ("clean", pairs(300, seed))):
+            found[name].append(displaced(tmp_path / f"{name}{seed}", start, before, records, prompts))
+    recorded(
+        "displacement",
+        {
+            name: [
+                {
+                    "alarm": one.alarm is not None,
+                    "kl": one.measured["sampled/kl"],
+                    "groups": [vars_of(g) for g in one.groups],
+                }
+                for one in outcomes
+            ]
+            for name, outcomes in found.items()
+        },
+    )
+    assert sum(one.alarm is not None for one in found["planted"]) >= 19
+    assert sum(one.alarm is not None for one in found["clean"]) == 0
+
+
+def vars_of(group: Group) -> dict[str, Any]:
+    return {"kind": group.kind, "change": group.change, "before": group.before, "after": group.after, "p": group.chance}
 
 
 # ------------------------------------------------------------------------------------------------ over-optimisation
@@ -203,5 +230,6 @@ def test_a_judge_that_turns_away_raises_the_alarm_and_one_that_follows_does_not(
             alarms, _ = optimised(tmp_path / f"{name}{seed}", sft_model, gold, seed)
             step = next((alarm.step for alarm in alarms if alarm.name == "over_optimisation"), None)
             found[name].append(step)
+    recorded("over_optimisation", found)
     assert sum(step is not None for step in found["planted"]) >= 19
     assert sum(step is not None for step in found["clean"]) <= 1

@@ -16,7 +16,7 @@ import torch
 from fake_run import write_fake_run
 from rich.console import Console
 from test_report import Page
-from test_stages import assistant, run, write_jsonl
+from test_stages import data_files, run, write_jsonl
 from test_train import FAST, context, sft_model, weights  # noqa: F401 (a fixture)
 from tiny import preferences, prompt
 from torch import Tensor
@@ -183,8 +183,7 @@ def test_what_is_said_needs_an_interval_that_leaves_out_nothing() -> None:
     cells = [frontier.at(method, nats) for nats in (4.0, 9.0) for method in frontier.methods]
     said = statements(cells, [gap for nats in (4.0, 9.0) for gap in frontier.gaps(nats)])
     assert said == [
-        "4 nats: dpo is above ipo by 0.17 (95% interval 0.17 to 0.17).",
-        "4 nats: dpo is above slic by 0.17 (95% interval 0.17 to 0.17).",
+        "4 nats: dpo is above ipo by 0.17 (0.17 to 0.17), slic by 0.17 (0.17 to 0.17).",
         "9 nats: not reached by ipo, slic.",
     ]
     with pytest.raises(UserError, match="different numbers of prompts"):
@@ -313,14 +312,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [1, 3])
 def test_a_killed_run_ends_with_the_same_checkpoints(
     step: int,
     sft_model: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed after an optimizer step, in the middle of writing a checkpoint (step 3), and after the last of them."""
+    """Killed before the first of them, and while the second was written."""
     update, taken = keel.train.loop._update, [0]
 
     def mortal(*arguments: Any) -> Any:
@@ -420,40 +419,45 @@ def likes_good(prompt: Prompt, text: str) -> float:
     return float(text.count("good")) - 0.1 * len(text.split())
 
 
-def _whole(tmp: Path) -> dict[str, Any]:
-    recipe = assistant(tmp, "llama")
+def _whole(tmp: Path, model: Path) -> dict[str, Any]:
     short = {"max_new_tokens": 6, "batch_size": 16}
-    asked = write_jsonl(tmp / "asked.jsonl", [{"prompt": prompt(n).messages[0].content} for n in range(24)])
-    recipe["data"] |= {"heldout_prompts": asked, "base_text": None, "facts": None}
-    dpo = {"kind": "dpo", "model": "sft", "batch_size": 8, "epochs": 2, "optim": {"lr": 1e-2}, "keep": 2}
-    recipe["stages"] = [
-        recipe["stages"][0],
-        dpo | {"name": "dpo", "measure": {"prompts": 6, "sampling": short}},
-        dpo | {"name": "ipo", "loss": "ipo"},
-        {
-            "kind": "eval", "name": "eval", "models": ["sft", "dpo", "dpo@33"], "bootstrap": 200, "sampling": short,
-            "judge": {"kind": "python", "ref": f"{__file__}:likes_good"},
-            "frontier": {"models": {"pairs": ["dpo", "ipo"]}, "at": [0.25, 500]},
-        },
-        {"kind": "report", "name": "report"},
-    ]  # fmt: skip
-    return recipe
+    asked = write_jsonl(tmp / "asked.jsonl", [{"prompt": prompt(n).messages[0].content} for n in range(12)])
+    data = {"preferences": data_files(tmp)["preferences"], "heldout_prompts": asked, "max_length": 120}
+    dpo = {"kind": "dpo", "model": "base", "batch_size": 8, "optim": {"lr": 2e-2}, "keep": 1}
+    return {
+        "model": {"path": str(model)},
+        "data": data | {"max_prompt_length": 60},
+        "stages": [
+            dpo | {"name": "dpo", "measure": {"prompts": 6, "sampling": short}},
+            dpo | {"name": "ipo", "loss": "ipo"},
+            {
+                "kind": "eval", "name": "eval", "models": ["dpo", "dpo@50"], "baseline": "base", "bootstrap": 200,
+                "sampling": short, "judge": {"kind": "python", "ref": f"{__file__}:likes_good"},
+                "frontier": {"models": {"pairs": ["dpo", "ipo"]}, "at": [0.25, 500]},
+            },
+            {"kind": "report", "name": "report"},
+        ],
+    }  # fmt: skip
 
 
-def test_a_run_compares_its_checkpoints_at_equal_kl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = _whole(tmp_path)
+def test_a_run_compares_its_checkpoints_at_equal_kl(
+    sft_model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = _whole(tmp_path, sft_model)
     done = run(recipe, tmp_path / "run")
     measured = done.stage("dpo").summary()
     assert measured["sampled/replies"] == 12
     assert measured["displacement/chosen_per_token"] > 0
     summary = done.summary()
-    assert summary["stages"]["dpo@33"]["kl_to_sft"] < summary["stages"]["dpo"]["kl_to_sft"]
+    assert summary["stages"]["dpo@50"]["kl_to_base"] < summary["stages"]["dpo"]["kl_to_base"]
     assert summary["alarms"] == []
     frontier = summary["frontier"]
     assert frontier == done.stage("eval").summary()["frontier"]
     assert [(curve["name"], [point["name"] for point in curve["points"]]) for curve in frontier["curves"]] == [
-        ("dpo", ["sft", "dpo@33", "dpo@67", "dpo"]),
-        ("ipo", ["sft", "ipo@33", "ipo@67", "ipo"]),
+        ("dpo", ["base", "dpo@50", "dpo"]),
+        ("ipo", ["base", "ipo@50", "ipo"]),
     ]
     assert frontier["curves"][0]["points"][0]["kl"] == 0
     near, far = frontier["table"]
@@ -462,18 +466,18 @@ def test_a_run_compares_its_checkpoints_at_equal_kl(tmp_path: Path, monkeypatch:
     terminal = io.StringIO()
     Console(width=120, file=terminal).print(closing([], summary))
     table = terminal.getvalue()
-    assert "score at equal KL from sft" in table
+    assert "score at equal KL from base" in table
     assert f"{near['gold'][0]:.2f} [{near['gold'][1]:.2f}, {near['gold'][2]:.2f}]" in table
     page = done.report.read_text()
     assert "Policies at equal KL" in page
     assert "not reached" in page
-    assert find_model(str(done.path), "dpo@67")[1].path == str(done.path / "dpo" / "at_67")
-    with pytest.raises(UserError, match=r"no finished stage 'dpo@5' .*dpo@33, dpo@67"):
+    assert find_model(str(done.path), "dpo@50")[1].path == str(done.path / "dpo" / "at_50")
+    with pytest.raises(UserError, match=r"no finished stage 'dpo@5' .*dpo@50, ipo@50"):
         find_model(str(done.path), "dpo@5")
 
     # Who reads it again gets the same curves, prompt by prompt.
     recorded = read_frontier(done.stage("eval").path)
-    assert (recorded.against, recorded.at) == ("sft", (0.25, 500.0))
+    assert (recorded.against, recorded.at) == ("base", (0.25, 500.0))
     cell = Frontier(recorded.curves, 200, 0).at("pairs", 0.25)
     assert cell.gold == near["gold"]
     with pytest.raises(UserError, match="needs a frontier section"):

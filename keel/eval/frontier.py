@@ -283,7 +283,8 @@ def _point(name: str, one: Measured) -> dict[str, Any]:
 
 
 def statements(cells: Sequence[Cell], gaps: Sequence[Gap]) -> list[str]:
-    """What the table shows: who does not reach which KL, and only those differences whose interval leaves out 0."""
+    """What the table shows: who does not reach which KL, and only those differences whose 95% interval, in brackets,
+    leaves out 0."""
     said = []
     for nats in dict.fromkeys(cell.nats for cell in cells):
         here = [cell for cell in cells if cell.nats == nats]
@@ -292,16 +293,22 @@ def statements(cells: Sequence[Cell], gaps: Sequence[Gap]) -> list[str]:
             said.append(f"{nats:g} nats: not reached by {', '.join(short)}.")
         if len(here) - len(short) < 2:
             continue
-        parted = [gap for gap in gaps if gap.nats == nats and gap.parted]
-        said += [f"{nats:g} nats: {_said(gap)}." for gap in parted]
-        if not parted:
+        above = [_turned(gap) for gap in gaps if gap.nats == nats and gap.parted]
+        for cell in here:
+            below = [
+                f"{b} by {point:.2f} ({low:z.2f} to {high:z.2f})"
+                for a, b, point, low, high in above
+                if a == cell.method
+            ]
+            if below:
+                said.append(f"{nats:g} nats: {cell.method} is above {', '.join(below)}.")
+        if not above:
             said.append(f"{nats:g} nats: no two methods differ by more than their interval.")
     return said
 
 
-def _said(gap: Gap) -> str:
+def _turned(gap: Gap) -> tuple[str, str, float, float, float]:
+    """(the better method, the other, by how much, its interval)."""
     assert gap.gold is not None, "it is parted"
     point, low, high = (float(value or 0.0) for value in gap.gold)
-    if point < 0:
-        return f"{gap.b} is above {gap.a} by {-point:.2f} (95% interval {-high:z.2f} to {-low:z.2f})"
-    return f"{gap.a} is above {gap.b} by {point:.2f} (95% interval {low:z.2f} to {high:z.2f})"
+    return (gap.b, gap.a, -point, -high, -low) if point < 0 else (gap.a, gap.b, point, low, high)

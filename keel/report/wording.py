@@ -6,7 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-ACRONYMS = {"kl": "KL", "ipo": "IPO", "rm": "RM", "kto": "KTO"}  # besides the kinds of stage that are acronyms
+ACRONYMS = {"kl": "KL", "ipo": "IPO", "rm": "RM", "kto": "KTO", "orpo": "ORPO"} | {
+    "simpo": "SimPO",
+    "slic": "SLiC",
+    "exo": "EXO",
+    "nca": "NCA",
+    "bco": "BCO",
+    "cpo": "CPO",
+    "sppo": "SPPO",
+}  # besides the kinds of stage that are acronyms
 
 Format = Callable[[float], str]
 
