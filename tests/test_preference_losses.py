@@ -395,6 +395,7 @@ def test_what_keel_had_before_is_said_as_it_was_then(settings: dict[str, Any], o
     """So that runs made then still stand, whatever the loss is called now."""
     said = stage(**settings).settings()
     assert set(said) == OLD_KEYS
+    assert said["model"] == "sft"
     assert {name: said[name] for name in OLD} == OLD | old
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Doubt, Reference
-from keel.recipe.stage import Surroundings, TrainBase
+from keel.recipe.stage import PreferenceBase, Surroundings
 from keel.types import Anchor, Labels, Link, PreferenceLoss
 
 NO_REFERENCE = "none"  # as a reference
@@ -67,7 +67,7 @@ _FIELDS = ("beta", "length", "link", "labels", "label_noise", "anchor", "margin"
 _OLD_WORDS = ("length_normalised", "label_smoothing")
 
 
-class PreferenceLossBase(TrainBase):
+class PreferenceLossBase(PreferenceBase):
     """A named loss, and the choices that a recipe makes otherwise. What it leaves open is the name's."""
 
     reference: str | None = Field(

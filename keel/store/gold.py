@@ -64,5 +64,5 @@ def set_gold(connection: Connection, item_id: int, answer: str | None, actor: st
     overlap = max(1, item.taken) if answer is None else item.taken + SLOTS
     connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
     old = {"gold": item.gold, "overlap": item.overlap}
-    new = {"gold": answer, "overlap": overlap, "batch": item.batch}
+    new = {"gold": answer, "overlap": overlap, "batch": item.batch, "kind": item.kind}
     connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))

@@ -218,6 +218,11 @@ def _compared(
         rows = [pair.rejected if i % 2 else pair.chosen for i, pair in enumerate(pairs)]
         strangers = mismatched(rows, longest, context.seed)
     there = [row for row in strangers if row is not None]
+    if strangers and not there:
+        raise UserError(
+            f"{config.name}: {config.loss} estimates a KL from replies behind other prompts, and none fits within "
+            f"data.max_length; add prompts, raise data.max_length, or use loss: apo_zero or bco"
+        )
     cache = context.stage.path / "reference_logps.safetensors"
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
         logps = load_file(str(cache))
@@ -259,7 +264,8 @@ def train_dpo(
     known = iter([*pairs, *heldout])
     if form.reference:
         assert reference_path is not None, "the recipe names one"
-        known = iter(_compared(pairs, heldout, config, context, lambda: roles.reference(reference_path, policy)))
+        load = partial(roles.reference, reference_path, policy)
+        known = iter(_compared(pairs, heldout, config, context, load))
     groups = [[next(known) for _ in group] for group in groups]
     algorithm = Dpo(model, groups, list(known), config, context)
     steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context))

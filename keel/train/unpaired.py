@@ -30,6 +30,7 @@ from keel.train.roles import roles_of
 from keel.train.schedule import EpochSchedule
 from keel.types import Encoded, LabelledCompletion, UserError, place_of
 
+CHUNK = 2048  # mismatched replies that are put together at a time
 MOST_UP = 4 / 3  # up replies by their weight over down ones by theirs: from 1 to this (KTO, section 4.1)
 
 
@@ -200,10 +201,9 @@ class Unpaired(Algorithm):
     def _loss(self, part: Sequence[Example], anchor: float) -> tuple[Tensor, Tensor, Stats]:
         """(loss [N], log-ratio [N] without gradient, figures)"""
         form, device = self.form, self.context.device
-        batch = pack_by_prompt([example.encoded for example in part], device)
-        sums_N = sequence_sums(token_logprobs(self.modules["policy"], batch).logp_C, batch)
+        sums_N, tokens_N = _sums(self.modules["policy"], [example.encoded for example in part], device)
         reference_N = torch.tensor([example.reference for example in part], device=device)
-        replies = Logps(sums_N, masked_offsets(batch).diff(), reference_N)
+        replies = Logps(sums_N, tokens_N, reference_N)
         up_N = torch.tensor([example.record.label for example in part], device=device)
         good_N = label_weights(up_N.double(), form.labels, form.label_noise).to(sums_N)
         class_N = torch.where(up_N, self.weights.desirable, self.weights.undesirable)
@@ -240,6 +240,21 @@ class Unpaired(Algorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean.load_state_dict(state["mean"])
         self.at_zero = state["at_zero"]
+
+
+def _sums(model: nn.Module, rows: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (nats a sequence) and token counts of the rows' replies [N]."""
+    batch = pack_by_prompt(rows, device)
+    return sequence_sums(token_logprobs(model, batch).logp_C, batch), masked_offsets(batch).diff()
+
+
+def reference_logps(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, context: TrainContext) -> Tensor:
+    """Log-probabilities [N] of the rows' replies, packed as the policy's are, on the CPU."""
+    out = torch.zeros(len(rows))
+    with torch.no_grad(), autocast(context.device, context.precision):
+        for part in micro_batches_by_prompt(rows, batch_tokens):
+            out[torch.tensor(part)] = _sums(model, [rows[i] for i in part], context.device)[0].float().cpu()
+    return out
 
 
 def _margin(means: Mapping[str, float]) -> dict[str, float]:
@@ -282,8 +297,10 @@ def _with_reference(algorithm: Unpaired, load: Callable[[], nn.Module]) -> None:
         logps = load_file(str(cache))
     else:
         reference = load()
-        logps = {"logps": reply_logps(reference, algorithm.rows, tokens, context)}
-        logps["strangers"] = reply_logps(reference, algorithm.strange_rows(wanted), tokens, context)
+        logps = {"logps": reference_logps(reference, algorithm.rows, tokens, context)}
+        parts = [wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)]
+        strangers = [reply_logps(reference, algorithm.strange_rows(part), tokens, context) for part in parts]
+        logps["strangers"] = torch.cat([torch.zeros(0), *strangers])
         del reference
         atomic_write(cache, lambda file: file.write(to_bytes(logps)))
     known = logps["logps"].tolist()
