@@ -260,7 +260,7 @@ class TextScores:
         return Scores(torch.tensor([self.scores[c.text] for c in completions]))
 
 
-RANKS = ([5.5, 3, 1, 3, 5.5, 3], [5, 3, 3, 3, 1, 6])
+RANKS = ([6.5, 3.5, 1, 3.5, 6.5, 3.5, 3.5], [5.5, 3, 3, 5.5, 1, 3, 7])
 
 
 def test_gold_accuracy_by_hand() -> None:
@@ -275,7 +275,7 @@ def test_gold_accuracy_by_hand() -> None:
     assert table["good"]["pairs"] == 3
     assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
     assert table["flat"] == {"accuracy": None, "pairs": 0, "rank_correlation": None}
-    # of yes, no, a, bb, ccc, it: lengths rank 5.5 3 1 3 5.5 3, scores 5 3 3 3 1 6 with the three equal sharing 3
+    # of yes, no, a, bb, ccc, and of the third prompt no, it: their lengths and their scores, ranked by hand
     assert table["good"]["rank_correlation"] == pytest.approx(np.corrcoef(*RANKS)[0, 1])
     nothing = {"accuracy": None, "pairs": 0, "rank_correlation": None}
     assert gold_accuracy([], Length(), {"good": good}) == {"good": nothing}

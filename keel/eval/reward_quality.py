@@ -89,10 +89,10 @@ def _outcome(record: Preference) -> float:
 def _brier_on_truth(
     decided: Sequence[HeldoutPair], truth: Mapping[str, float], fitted: Sequence[float], raw: Sequence[float]
 ) -> dict[str, float | None]:
-    places = [i for i, row in enumerate(decided) if row.record.id in truth]
+    places = [i for i, (record, _, _, _) in enumerate(decided) if record.id in truth]
     if not places:
         return {"brier_on_truth": None, "brier_raw_on_truth": None}
-    q = [truth[decided[i].record.id] for i in places]
+    q = [truth[decided[i][0].id] for i in places]
     return {
         "brier_on_truth": brier([fitted[i] for i in places], q),
         "brier_raw_on_truth": brier([raw[i] for i in places], q),
@@ -190,6 +190,6 @@ def _calibrated(decided: Sequence[HeldoutPair]) -> list[float]:
     fitted = []
     for half in (0, 1):
         others = [row for row, of in zip(decided, halves, strict=True) if of != half]
-        fit = temperature([row.lead for row in others], [_outcome(row.record) for row in others]) if others else 1.0
-        fitted.append(fit)
-    return [sigmoid(row.lead / fitted[half]) for row, half in zip(decided, halves, strict=True)]
+        said = [_outcome(record) for record, _, _, _ in others]
+        fitted.append(temperature([lead for _, lead, _, _ in others], said) if others else 1.0)
+    return [sigmoid(lead / fitted[half]) for (_, lead, _, _), half in zip(decided, halves, strict=True)]
