@@ -124,11 +124,15 @@ def read_curves(curves: Curves, run: RunDir) -> list[list[tuple[float, float]]]:
     if not isinstance(found, list):
         return []
     lines = [line.get("points", []) for line in found] if found and "points" in found[0] else [found]
-    made = []
-    for line in lines:
-        pairs = [(number(point.get(curves.x)), number(point.get(curves.y))) for point in line]
-        made.append([(math.sqrt(max(x, 0.0)) if curves.root else x, y) for x, y in pairs if None not in (x, y)])
+    made = [[point for one in line if (point := _point(one, curves)) is not None] for line in lines]
     return [line for line in made if line]
+
+
+def _point(point: Mapping[str, Any], curves: Curves) -> tuple[float, float] | None:
+    x, y = number(point.get(curves.x)), number(point.get(curves.y))
+    if x is None or y is None:
+        return None
+    return (math.sqrt(max(x, 0.0)) if curves.root else x), y
 
 
 def measured(ref: str, recipe: Recipe, run: RunDir) -> Mapping[str, Any]:

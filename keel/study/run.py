@@ -177,8 +177,11 @@ def run_units(units: Sequence[Unit], showing: Callable[[Unit, Collection[str]], 
         taken = finished.hand_over(unit)
         todo = [s.stage.name for s in unit.steps if s.state != "done" and s.stage.name not in taken]
         if todo:
-            with showing(unit, todo) as (runners, reporter):
-                run_pipeline(unit.recipe, unit.run, runners, reporter, None, preflight)
+            try:
+                with showing(unit, todo) as (runners, reporter):
+                    run_pipeline(unit.recipe, unit.run, runners, reporter, None, preflight)
+            except UserError as error:
+                raise UserError(f"arm {unit.arm}, seed {unit.seed}: {error}") from error
             finished.note(unit)
 
 
@@ -219,7 +222,7 @@ class Clock:
     of its kind; before there is any, the study's own estimate."""
 
     def __init__(self, work: Work, minutes: float) -> None:
-        self._left = Counter((step.stage.kind, step.stage.name) for step in work.left)
+        self._left: Counter[tuple[str, str]] = Counter((s.stage.kind, s.stage.name) for s in work.left)
         self._guess = 60 * minutes / max(work.stages - work.shared, 1)
         self._took: dict[tuple[str, str], list[float]] = {}
 
