@@ -222,7 +222,8 @@ def test_a_file_that_is_gone_is_named(folder: Path, tmp_path: Path, capfd: pytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(COMMANDS, "check", gone)
         assert main(["check", str(folder / "recipe.yaml")]) == 2
-    assert capfd.readouterr().err == f"keel: {tmp_path}/truth.json: it is gone; put it back, or redo what made it\n"
+    sentence = "no such file or folder; name another, or redo what makes it"
+    assert capfd.readouterr().err == f"keel: {tmp_path}/truth.json: {sentence}\n"
 
 
 # --------------------------------------------------------------------------------------------------------- help

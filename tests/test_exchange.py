@@ -396,6 +396,11 @@ def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "no.db").exists()
     assert main(["export", str(tmp_path), str(tmp_path / "x.jsonl")]) == 2
     assert "not a run directory" in capsys.readouterr().err
+    run = RunDir(tmp_path / "run")
+    run.manifest.update({"recipe": {"name": "x"}})
+    assert main(["export", str(run.path), str(tmp_path / "x.jsonl")]) == 2
+    assert "nobody has judged anything in this run yet" in capsys.readouterr().err
+    assert not (run.path / "feedback.db").exists()
     # all files or none
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")

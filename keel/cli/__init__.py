@@ -49,7 +49,9 @@ def _run(arguments: argparse.Namespace) -> int:
         except FileNotFoundError as error:  # of a file that was there when it was looked for, or should be
             if error.filename is None:
                 raise
-            print(f"keel: {error.filename}: it is gone; put it back, or redo what made it", file=sys.stderr)
+            print(
+                f"keel: {error.filename}: no such file or folder; name another, or redo what makes it", file=sys.stderr
+            )
             return 2
     except KeyboardInterrupt:
         print("\nkeel: interrupted; run the same command to resume", file=sys.stderr)

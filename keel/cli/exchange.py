@@ -15,6 +15,7 @@ from keel.data.sources import as_prompt, read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.run import RunDir
 from keel.store import Judgement, Store, exchange, foreign, thumbs
+from keel.store.engine import exists
 from keel.store.foreign import ForeignError, Names
 from keel.store.records import Thumb
 from keel.store.unjudged import BATCH, add_unjudged
@@ -34,7 +35,10 @@ def store_location(where: str, new: bool = False) -> str:
         recipe = run.manifest.read().get("recipe")
         if recipe is None:
             raise UserError(f"{where}: not a run directory (no manifest.json); name one, or a store's file or URL")
-        return str(recipe.get("store") or run.store_url)
+        location = str(recipe.get("store") or run.store_url)
+        if not new and not exists(location):
+            raise UserError(f"{where}: nobody has judged anything in this run yet; serve it with keel label first")
+        return location
     if not new and not path.exists():
         raise UserError(f"{where}: no such run directory or store; name a run, a SQLite file, or postgresql://...")
     return where

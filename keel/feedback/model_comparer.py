@@ -15,7 +15,7 @@ from keel.feedback.opinion import Opinion
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import measure
 from keel.precision import Precision, autocast
-from keel.rollout.tokens import context_length
+from keel.model.modules import context_length
 from keel.stats import sigmoid
 from keel.types import Completion, Encoded, Message, Prompt, UserError
 
