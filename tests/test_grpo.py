@@ -4,6 +4,7 @@ log-probabilities PPO and GRPO divide by."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -394,6 +395,24 @@ def test_one_step_a_rollout_needs_nobodys_old_log_probabilities(
     for a, b in zip(found, gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     assert one(0.2, "auto", 2)[0].figures["rollout/measured"] == 1.0
+
+
+def test_a_sampler_that_is_off_is_corrected_for(
+    sft_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By 0.2 nats on every token, all of them weigh exp(-0.2)."""
+    gradients = []
+    for choice in ("off", "clip"):
+        rollouts = rollouts_off_by(0.2, "auto", sft_model, tmp_path / choice, monkeypatch)
+        algorithm = Grpo(rollouts, stage(minibatches=1, beta=0.0, sampler_correction=choice))
+        for micro in next(algorithm.updates(0)):
+            loss, figures = micro()
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in rollouts.policy.parameters() if p.grad is not None]))
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(gradients[1], gradients[0] * math.exp(-0.2), rtol=1e-4, atol=1e-7)
+    total, count = figures["sampling/importance_sampling_ratio/mean"]
+    assert total / count == pytest.approx(math.exp(-0.2), rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["sampler", "auto"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from conftest import ROOT
 
+from keel.check import check_recipe
 from keel.recipe.file import finish, read_draft
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.grpo_presets import PRESETS, PresetName
+from keel.run import RunDir
 from keel.train.grpo import token_terms
 
 PYTHON = {"source": {"kind": "python", "ref": "x:y"}}
@@ -110,9 +113,12 @@ def test_check_says_what_a_stage_comes_to_and_what_has_no_effect() -> None:
     assert not list(stage(preset="gspo", minibatches=2).doubts("fp32"))
 
 
-def test_a_preset_is_set_on_the_command_line_too() -> None:
+def test_a_preset_is_set_on_the_command_line_too(tmp_path: Path) -> None:
     draft = read_draft(ROOT / "recipes" / "grpo.yaml")
-    (found,) = finish(draft, ["grpo.preset=cispo", "grpo.clip_high=0.3", "grpo.kl.estimator=k2"]).stages
+    recipe = finish(draft, ["grpo.preset=cispo", "grpo.clip_high=0.3", "grpo.kl.estimator=k2"])
+    (found,) = recipe.stages
+    notes = [str(f) for f in check_recipe(recipe, RunDir(tmp_path)) if f.level == "note"]
+    assert [note for note in notes if note.startswith("grpo: preset cispo; baseline group, scale batch")]
     assert isinstance(found, GrpoStage)
     assert (found.clip, found.cap, found.clip_high, found.kl.estimator) == ("detached", 5.0, 0.3, "k2")
     assert found.beta == 0.04  # the file says so

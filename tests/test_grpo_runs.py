@@ -16,6 +16,7 @@ from keel.data.collate import epoch_order
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.grpo_presets import PresetName
 from keel.recipe.sections import OptimConfig
+from keel.reward.scorer import MixedScorer, PythonScorer, RewardPart
 from keel.train.drawing import Drawn, Draws, Refilled
 from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
@@ -194,6 +195,21 @@ def test_micro_batches_of_a_model_change_nothing(name: str, model: Path, tmp_pat
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
     assert ends[0][1] > 0
+
+
+def test_each_of_several_rewards_by_itself(model: Path, tmp_path: Path) -> None:
+    """A reward a thousand times the other's size does not drown it: both rise."""
+    c = context(tmp_path, "each", model)
+    rewards = [PYTHON, {"source": {"kind": "python", "ref": "x:z"}, "weight": 2.0}]
+    config = stage(combine="each", rewards=rewards, episodes=32 * 8, beta=0.0, optim=OptimConfig(lr=2e-2))
+    letters = PythonScorer(lambda _, text: float(text.count("o")))
+    many = PythonScorer(lambda _, text: 1000.0 * text.count("a"))
+    scorer = MixedScorer([RewardPart(letters, 1.0, "o"), RewardPart(many, 2.0, "a")])
+    train_grpo(config, PROMPTS, scorer, None, c)
+    rows = c.stage.metrics.rows()
+    for name in ("o", "a"):
+        first, last = (sum(row[f"objective/scores/{name}"] for row in part) for part in (rows[:3], rows[-3:]))
+        assert last > first
 
 
 def test_a_step_without_a_signal_changes_nothing(model: Path, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def group_advantages(
     if baseline != "none":
         centred = groups - (_mean(groups, valid) if of_group else _mean_of_all(groups, valid))
     if baseline == "others":
-        count = group_size if valid is None else valid.sum(1, keepdim=True)
-        centred = centred * count / (count - 1 if valid is None else (count - 1).clamp(min=1))
+        count = torch.tensor(group_size) if valid is None else valid.sum(1, keepdim=True)
+        centred = centred * count / (count - 1).clamp(min=1)
     if scale == "group":
         centred = centred / (_deviation(groups, valid) + EPS)
     elif scale == "batch":

@@ -57,12 +57,19 @@ class Batch:
         return_C: Tensor | None = None,
         left_out: frozenset[int] = frozenset(),
     ) -> Batch:
-        columns = (
-            *(episodes.old_logp_C, advantage_C, episodes.ref_logp_C, episodes.value_C, return_C),
-            episodes.sampled_logp_C,
+        def split(x_C: Tensor | None) -> Column | None:
+            return None if x_C is None else x_C.split(episodes.lengths)
+
+        return Batch(
+            episodes.rows,
+            episodes.old_logp_C.split(episodes.lengths),
+            advantage_C.split(episodes.lengths),
+            split(episodes.ref_logp_C),
+            split(episodes.value_C),
+            split(return_C),
+            split(episodes.sampled_logp_C),
+            left_out,
         )
-        split = (None if x is None else x.split(episodes.lengths) for x in columns)
-        return Batch(episodes.rows, *split, left_out)  # type: ignore[arg-type]
 
     def tokens(self, episodes: Sequence[int]) -> int:
         return sum(self.old_logp[i].numel() for i in episodes)
