@@ -14,8 +14,8 @@ from keel.feedback.compare import INSTRUCTIONS
 from keel.feedback.opinion import Opinion
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import measure
-from keel.precision import Precision, autocast
 from keel.model.modules import context_length
+from keel.precision import Precision, autocast
 from keel.stats import sigmoid
 from keel.types import Completion, Encoded, Message, Prompt, UserError
 
