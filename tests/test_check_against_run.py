@@ -22,9 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from keel.check import check_recipe
 from keel.model.loading import quiet
 from keel.pipeline.run import run_pipeline
+from keel.recipe.online import OnlineBase
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig
-from keel.recipe.stage import OnlineBase
 from keel.rollout import roads
 from keel.run import RunDir, Silent
 from keel.stages.registry import RUNNERS

@@ -23,9 +23,9 @@ from keel.model.packed import compute_alike
 from keel.model.shared_base import SharedBase
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import PythonRef, RewardTerm
+from keel.recipe.online import OnlineBase
 from keel.recipe.ppo import PpoStage
 from keel.recipe.sections import SamplingConfig, Source
-from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import PythonScorer, frozen_scorer
 from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.sampler import make_sampler

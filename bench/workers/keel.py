@@ -20,11 +20,11 @@ from keel.model.packed import compute_alike
 from keel.recipe.dpo import DpoStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import PythonRef, RewardTerm
+from keel.recipe.online import OnlineBase
 from keel.recipe.ppo import PpoStage
 from keel.recipe.reward import RewardStage
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig
 from keel.recipe.sft import SftStage
-from keel.recipe.stage import OnlineBase
 from keel.reward.scorer import PythonScorer, RewardModelScorer
 from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.sampler import make_sampler

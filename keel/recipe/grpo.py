@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from keel.recipe.declared import Doubt
 from keel.recipe.grpo_presets import PRESETS, PresetName
 from keel.recipe.judges import RewardModelRef
+from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
-from keel.recipe.stage import OnlineBase
 
 # Bounds of ``sampler_correction`` where the recipe has none: truncated importance sampling, and IcePop.
 CORRECTION_BOUNDS = {"clip": (0.0, 2.0), "mask": (0.5, 5.0)}

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import MODELS, ModelUse, Reference
+from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
-from keel.recipe.stage import OnlineBase
 
 
 class KlConfig(Strict):

@@ -16,8 +16,8 @@ from keel.precision import Precision, pick_precision
 from keel.recipe.eval import EvalStage
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
 from keel.recipe.offline import OfflineBase
+from keel.recipe.online import OnlineBase
 from keel.recipe.reward import RewardStage
-from keel.recipe.stage import OnlineBase
 from keel.rollout.episodes import encode_prompts
 from keel.stages.context import StageContext
 from keel.stages.inputs import (

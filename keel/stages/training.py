@@ -12,7 +12,8 @@ from keel.model.checkpoint import load_tokenizer, positions
 from keel.model.shared_base import SharedBase
 from keel.precision import pick_precision
 from keel.recipe.offline import OfflineBase
-from keel.recipe.stage import OnlineBase, PolicyBase, TrainBase
+from keel.recipe.online import OnlineBase
+from keel.recipe.stage import PolicyBase, TrainBase
 from keel.reward.judge import JudgeFromPython
 from keel.stages.context import StageContext
 from keel.stages.inputs import (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keel.precision import autocast
-from keel.recipe.stage import OnlineBase
+from keel.recipe.online import OnlineBase
 from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.tokens import stream_key
 from keel.train.context import TrainContext

@@ -18,7 +18,7 @@ from keel.data.collate import epoch_order, micro_batches_by_prompt, pack_by_prom
 from keel.model.checkpoint import save
 from keel.model.logprobs import token_logprobs
 from keel.objective.policy import entropy_bonus
-from keel.recipe.stage import OnlineBase
+from keel.recipe.online import OnlineBase
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import EpisodeSampler, encode_prompts
 from keel.rollout.sampler import make_sampler

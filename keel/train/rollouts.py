@@ -15,7 +15,7 @@ from keel.model.logprobs import token_logprobs
 from keel.model.measure import Pass, measure
 from keel.objective.policy import StepValues, episode_scores, overlong_share
 from keel.precision import autocast
-from keel.recipe.stage import OnlineBase
+from keel.recipe.online import OnlineBase
 from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.tokens import MISMATCH_BOUND
 from keel.train.context import TrainContext
