@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import keel
-from keel.recipe.file import finish, load_recipe, read_draft, split_words
+from keel.recipe.file import Draft, finish, load_recipe, read_draft, split_words
 from keel.recipe.ppo import PpoStage
 from keel.recipe.recipe import Recipe
 from keel.recipe.settings import nearest, settings
@@ -240,3 +240,10 @@ def test_the_documented_recipes_exist() -> None:
         assert path.name in text, f"docs/recipes.md does not speak of {path.name}"
     for block in text.split("```yaml")[1:]:
         yaml.safe_load(block.split("```")[0])
+
+
+def test_a_preset_does_not_pass_unheard_over_what_a_run_has_written_out() -> None:
+    written = load_recipe(ROOT / "recipes" / "grpo.yaml").model_dump(mode="json")
+    with pytest.raises(UserError, match=r"grpo\.preset: .*run/manifest\.json leaves nothing open; start from"):
+        finish(Draft(written, "run/manifest.json"), ["grpo.preset=dapo"])
+    assert finish(Draft(written, "recipe.yaml"), ["grpo.group_size=4"]).stage("grpo").settings()["group_size"] == 4

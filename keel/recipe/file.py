@@ -170,6 +170,11 @@ def set_value(draft: Draft, key: str, value: Any) -> None:
     """Sets what the dotted ``key`` names, as ``key=value`` does. `UserError` for a key that is not there."""
     known_key(draft, key)
     parts = key.split(".")
+    if parts[-1] == "preset" and Path(draft.origin).name == "manifest.json":
+        raise UserError(
+            f"{key}: a preset fills what a recipe leaves open, and {draft.origin} leaves nothing open; start from a "
+            "recipe file, or set the preset's settings one by one"
+        )
     here: Any = draft.tree
     if parts[0] not in Recipe.model_fields:
         here = next(stage for stage in _stage_trees(draft.tree) if stage.get("name") == parts[0])
