@@ -284,7 +284,7 @@ class GrpoStage(OnlineBase):
         )
         yield (
             self.overlong == "soft" and self.missing_eos_penalty == 0,
-            "overlong: soft rises to missing_eos_penalty, which is 0; set it above 0 (DAPO: 1)",
+            "overlong: soft rises to missing_eos_penalty, which is 0; set it above 0 (DAPO: 1), or overlong: penalty",
         )
         yield (
             self.sampler_correction != "off" and self.old_logprobs == "sampler",
