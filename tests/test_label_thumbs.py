@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,8 @@ def test_a_pair_is_split_into_its_replies() -> None:
     up, down = inputs.in_two(pair)
     assert (up.completion, up.label, up.finished, up.weight) == ("good", True, True, 0.5)
     assert (down.completion, down.label, down.finished, down.weight) == ("bad", False, False, 0.5)
+    soft = [(x.completion, x.label, x.weight) for x in inputs.in_two(replace(pair, probability=0.75))]
+    assert soft == [("good", True, 0.375), ("bad", False, 0.375), ("good", False, 0.125), ("bad", True, 0.125)]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     except UserError as error:
         return [*dict.fromkeys(found), broken(error, "data")]
     demonstrations = [row for rows in taught.values() for row in rows]
-    preferences = [one for some in (*judged.values(), *thumbs.values()) for one in some]
+    preferences: list[Preference | LabelledCompletion] = [pair for pairs in judged.values() for pair in pairs]
+    preferences += [one for rated in thumbs.values() for one in rated]
     found += _sides(recipe, taught, prompts, judged, thumbs)
     asked = [prompt for some in prompts.values() for prompt in some]
     several = [p for p in (*asked, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]

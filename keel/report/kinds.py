@@ -105,7 +105,11 @@ KINDS: Mapping[str, Kind] = {
     "dpo": Kind(
         "DPO",
         "learns from the pairs",
-        (Shown("pairs", "pairs"), Shown("held-out accuracy", "eval/rewards/accuracies", percent)),
+        (
+            Shown("pairs", "pairs"),
+            Shown("thumbs", "thumbs"),
+            Shown("held-out accuracy", "eval/rewards/accuracies", percent),
+        ),
         (
             Panel("loss", "nats per pair", _LOSSES),
             Panel(

@@ -180,14 +180,18 @@ def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thum
     return Thumbs(found, counts)
 
 
-def in_two(pair: Preference) -> tuple[LabelledCompletion, LabelledCompletion]:
-    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down. Both have the pair's id:
-    it is that judgement which is learned from."""
-    shared = {"annotator": pair.annotator, "weight": pair.weight, "place": pair.place}
-    return (
-        LabelledCompletion(pair.id, pair.prompt, pair.chosen, True, finished=pair.chosen_finished, **shared),
-        LabelledCompletion(pair.id, pair.prompt, pair.rejected, False, finished=pair.rejected_finished, **shared),
-    )
+def in_two(pair: Preference) -> list[LabelledCompletion]:
+    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down; with a soft label also
+    the other way round, weighted by how probable either is. All have the pair's id: it is that judgement which is
+    learned from."""
+    sure = 1.0 if pair.probability is None else pair.probability
+    chosen, rejected = (pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)
+    ways = ((chosen, True, sure), (rejected, False, sure), (chosen, False, 1 - sure), (rejected, True, 1 - sure))
+    return [
+        LabelledCompletion(pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight * share, pair.place)
+        for (text, finished), up, share in ways
+        if share > 0
+    ]
 
 
 def _without_heldout(

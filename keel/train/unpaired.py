@@ -215,7 +215,7 @@ class Unpaired(Algorithm):
             count = float(of_N.sum())
             stats[f"rewards/{side}"] = float(reward_N[of_N].sum()), count
             stats[f"logps/{side}"] = float(logp_N[of_N].sum()), count
-        return loss_N, reward_N / form.beta, stats | self._anchored(anchor)
+        return loss_N, reward_N / form.beta, {**stats, **self._anchored(anchor)}
 
     def _anchored(self, anchor: float) -> Stats:
         if self.form.anchor == "kl":
@@ -259,8 +259,8 @@ def reference_logps(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int
 
 def _margin(means: Mapping[str, float]) -> dict[str, float]:
     """How far the mean reward of either thumb is apart, where a step has both."""
-    sides = [means.get(f"rewards/{side}") for side in ("chosen", "rejected")]
-    return {"rewards/margins": sides[0] - sides[1]} if None not in sides else {}
+    chosen, rejected = means.get("rewards/chosen"), means.get("rewards/rejected")
+    return {"rewards/margins": chosen - rejected} if chosen is not None and rejected is not None else {}
 
 
 def split_examples(
