@@ -172,6 +172,47 @@ class LabelledCompletion:
     place: str = field(default="", compare=False)
 
 
+Link = Literal["logistic", "hinge", "square", "one_minus_sigmoid", "reverse_kl"]
+Labels = Literal["soft", "hard", "smoothed", "debiased"]
+Anchor = Literal["none", "kl", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceLoss:
+    """What a loss on preferences is made of; ``keel.objective.preference`` has the formula and reads the choices.
+
+    ``pair``: the weight of the contrast between the two replies; ``up``, ``down``: those of f(u) and f(-u) for a good
+    and for a bad reply by itself, measured from the anchor. ``margin`` is in units of the reward, ``strength_margin`` a
+    unit of the vote's strength, ``length_margin`` a token. ``sft_coef`` weighs the better reply's NLL.
+    """
+
+    beta: float = 0.1
+    reference: bool = True
+    length: Literal["sum", "mean"] = "sum"
+    transform: Literal["identity", "log_odds"] = "identity"
+    link: Link = "logistic"
+    pair: float = 1.0
+    up: tuple[float, float] = (0.0, 0.0)
+    down: tuple[float, float] = (0.0, 0.0)
+    anchor: Anchor = "none"
+    margin: float = 0.0
+    strength_margin: float = 0.0
+    length_margin: float = 0.0
+    sft_coef: float = 0.0
+    labels: Labels = "soft"
+    label_noise: float = 0.0
+
+    @property
+    def points(self) -> bool:
+        """Whether each reply is judged by itself too."""
+        return any(self.up + self.down)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether it can learn from single labelled replies."""
+        return self.points and self.pair == 0
+
+
 @dataclass(frozen=True, slots=True)
 class StepLabels:
     """A reply in steps, each labelled in [0, 1] (``prompt`` + ``completions`` + ``labels`` rows)."""

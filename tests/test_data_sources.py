@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from keel.data.collate import messages_hash
+from keel.data.rows import Reading
 from keel.data.sources import (
     Fact,
     read_demonstrations,
@@ -201,6 +202,50 @@ def test_labelled_steps_and_facts(write: Callable[..., Path]) -> None:
     assert by_text.answer == 0
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "completion": "yo", "label": True},
+        {"prompt": HI, "completion": HI_YO, "label": 1},
+        {"messages": HI_YO, "label": "TRUE"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "kto_tag": True},
+        {"instruction": "hi", "output": "yo", "kto_tag": "1.0"},
+        {"prompt": "hi", "completion": "yo", "label": "Thumbs up"},
+        {"prompt": "hi", "completion": "yo", "label": "desirable", "rating": 1},
+        {"prompt": "hi", "completion": "yo", "label": None, "rating": 4.5},
+        {"prompt": "hi", "completion": "yo", "label": "", "score": "5"},
+    ],
+)
+def test_thumbs_of_every_form(write: Callable[..., Path], row: dict[str, Any]) -> None:
+    file = write(row)
+    (one,) = read_labelled(file, bounds=(2, 4))
+    assert (one.prompt.messages, one.completion, one.label, one.finished) == ((user("hi"),), "yo", True, True)
+    assert one.place == one.prompt.place == f"{file}, line 1"
+    assert one.id == read_labelled(write({"prompt": "hi", "completion": "yo", "label": True}))[0].id
+
+
+def test_ratings_above_and_below_their_bounds(write: Callable[..., Path]) -> None:
+    file = write(*({"prompt": f"q{n}", "completion": "a", "rating": n} for n in range(1, 6)))
+    told: list[int] = []
+    notes: list[str] = []
+    reading = Reading(note=notes.append, undecided=told.append)
+    assert [(x.prompt.messages[0].content, x.label) for x in read_labelled(file, reading, (3, 3))] == [
+        ("q1", False), ("q2", False), ("q4", True), ("q5", True),
+    ]  # fmt: skip
+    assert [x.label for x in read_labelled(file, reading, (2, 4))] == [False, True]
+    assert told == [1, 3]
+    assert notes == [f"{file}: {n} rows whose rating is neither up nor down are left out" for n in told]
+    assert read_labelled(file, reading, (0, 9)) == []  # none of them says anything
+
+
+def test_thumbs_on_gold_items_and_on_what_is_out_are_passed_over(write: Callable[..., Path]) -> None:
+    row = {"prompt": "hi", "completion": "yo", "label": False, "annotator": "ann", "finished": False}
+    kept, *none = read_labelled(write(row | {"gold": None}, row | {"gold": "up"}, row | {"out": True}))
+    assert none == []
+    assert (kept.annotator, kept.finished, kept.label) == ("ann", False, False)
+    assert kept.id != read_labelled(write(row | {"finished": True}))[0].id
+
+
 def test_ids_are_stable(write: Callable[..., Path]) -> None:
     row = {"prompt": "hi", **PAIR}
     first, second = read_preferences(write(row))[0], read_preferences(write(row, name="other.jsonl"))[0]
@@ -332,7 +377,18 @@ def fails(read: Callable[[Path], Any], path: Path) -> str:
         (read_labelled, {"prompt": "hi", "completion": "x", "label": 2},
          "field 'label': expected true or false, got the number 2"),
         (read_labelled, {"prompt": "hi", "completion": "x"},
-         "columns are prompt, completion; expected prompt+completion+label"),
+         "columns are prompt, completion; expected prompt+completion | messages | conversations | instruction+output"),
+        (read_labelled, {"prompt": "hi", "response": "x", "label": 1}, "columns are prompt, response, label; expected"),
+        (read_labelled, {"prompt": "hi", "completion": "x", "label": "meh"}, "expected true or false, got the text"),
+        (read_labelled, {"prompt": "hi", "completion": "x", "label": True, "kto_tag": False},
+         "fields label and kto_tag disagree; keep one"),
+        (read_labelled, {"prompt": "hi", "completion": "x", "rating": 4},
+         "field 'rating': a rating is thumbs up above a bound and down below it; set the stage's rating_bound"),
+        (read_labelled, {"prompt": "hi", "completion": "x", "rating": 4, "score": 2}, "fields rating and score differ"),
+        (read_labelled, {"prompt": "hi", "completion": "x", "score": "high"}, "field 'score': expected a number, got"),
+        (read_labelled, {"messages": HI, "label": 1}, "expected messages that end with the assistant's reply"),
+        (read_labelled, {"messages": HI_YO + HI_YO[1:], "label": 1}, "expected messages that end with the user's"),
+        (read_labelled, {"prompt": "hi", "completion": "x", "label": 1, "weight": 2}, "because every row counts alike"),
         (read_steps, {"prompt": "hi", "completions": ["a"], "labels": [1, 0]},
          "expected a list of 1 labels, one a completion"),
         (read_steps, {"prompt": "hi", "completions": ["a"], "labels": [7]},

@@ -15,7 +15,7 @@ import uvicorn
 from labelling_world import PASSWORD, fake_sources, fill
 from test_label_models import Judged
 
-from keel.store import Store
+from keel.store import Store, thumbs
 from keel.web.app.create import create_app
 from keel.web.service.manage import Manage
 from keel.web.service.people import People
@@ -190,6 +190,54 @@ def test_a_key_or_tap_that_comes_twice_is_no_vote_on_the_next_item(browser: Brow
     assert [vote.choice for vote in served.store.judgements()] == ["left", "right"]
 
 
+def test_thumbs_by_key_and_tap_undone_and_flagged(browser: Browser, served: Served) -> None:
+    Manage(served.store).ask_for("thumb", 6, 1, "boss")
+    context, page = owner(browser, served)
+    page.goto(f"{served.url}/thumbs")
+    expect(page.locator("#reply")).to_contain_text("Answer")
+    page.screenshot(path=SHOTS / "thumbs.png")
+
+    def one(act: Callable[[], None]) -> None:
+        before = page.locator("#reply").inner_text()
+        page.wait_for_timeout(SETTLED)
+        act()
+        expect(page.locator("#reply")).not_to_have_text(before)
+
+    def given() -> list[tuple[bool, str | None]]:
+        with served.store.transaction(writes=False) as connection:
+            return [(thumb.up, thumb.reason) for thumb in thumbs.given(connection, None)]
+
+    one(lambda: page.keyboard.press("1"))
+    one(lambda: page.keyboard.press("2"))
+    one(lambda: page.get_by_role("button", name="Thumbs up").click())
+    expect(page.locator("#today")).to_have_text("3")
+    taken_back = page.locator("#reply").inner_text()
+    page.keyboard.press("u")
+    expect(page.locator("#today")).to_have_text("2")
+    expect(page.locator("#reply")).not_to_have_text(taken_back)
+    page.keyboard.press("r")
+    page.keyboard.type("2 of 3 sums are wrong")  # digits in a field are no thumbs
+    page.keyboard.press("Escape")
+    context.set_offline(True)  # what is done is kept, and sent later
+    one(lambda: page.keyboard.press("2"))
+    expect(page.locator("#offline")).to_contain_text("1 judgement")
+    context.set_offline(False)
+    expect(page.locator("#offline")).to_be_hidden()
+    one(lambda: page.keyboard.press("s"))
+    page.keyboard.press("f")
+    page.get_by_placeholder("For the reviewers").fill("a name in it")
+    with page.expect_response("**/api/flag"):
+        page.get_by_role("button", name="Flag it").click()
+    assert given() == [(True, None), (False, None), (False, "2 of 3 sums are wrong")]
+    page.goto(f"{served.url}/manage/quality")
+    expect(page.locator("main")).to_contain_text("Thumbs on single replies")
+    page.screenshot(path=SHOTS / "thumbs-quality.png", full_page=True)
+    page.goto(f"{served.url}/manage/gold?kind=thumb")
+    page.screenshot(path=SHOTS / "thumbs-gold.png")
+    page.get_by_role("button", name="Not good").first.click()
+    expect(page.locator("main")).to_contain_text("1 gold item")
+
+
 def test_two_people_at_once_get_different_items(browser: Browser, served: Served) -> None:
     _, ann = annotator(browser, served, "Ann")
     _, bo = annotator(browser, served, "Bo")
@@ -336,17 +384,17 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Ser
         has_touch=True,
     )
     page = phone.new_page()
-    for kind in ("rank", "edit", "write"):
+    for kind in ("rank", "edit", "thumb", "write"):
         Manage(served.store).ask_for_writing(3, 1, "test") if kind == "write" else Manage(served.store).ask_for(
             kind, 3, 1, "test"
         )
-    pages = ("compare", "rank", "write", "edit", "arena", "mine", "guideline", "account", "manage")
+    pages = ("compare", "rank", "thumbs", "write", "edit", "arena", "mine", "guideline", "account", "manage")
     for path in (*pages, *(f"manage/{name}" for name in MANAGED)):
         page.goto(f"{served.url}/{path}")
         page.wait_for_timeout(300)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, path
-        if path in ("rank", "write", "edit"):
+        if path in ("rank", "thumbs", "write", "edit"):
             expect(page.locator("#item")).to_be_visible()
             for button in page.locator("#vote button").all():
                 box = button.bounding_box()

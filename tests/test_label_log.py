@@ -13,10 +13,10 @@ from typing import Any
 from labelling_world import fake_sources, fill, person
 from sqlalchemy import select
 
-from keel.store import Store, exchange, overview
+from keel.store import Store, exchange, overview, thumbs
 from keel.store.lineage import works
 from keel.store.overview import Vote
-from keel.store.records import Event, NewRanking, NewVote, NewWriting
+from keel.store.records import Event, NewRanking, NewThumb, NewVote, NewWriting
 from keel.store.tables import responses
 from keel.store.trained_on import count_votes
 from keel.web.service.arena import Arena
@@ -67,13 +67,13 @@ class Log:
                 self.wanted[place] += 0 if event.new.get("gold") else event.new["overlap"]
 
     def _judged(self, event: Event) -> None:
-        kind = {"judgement": "compare", "ranking": "rank", "writing": "write"}[event.entity]
+        kind = {"judgement": "compare", "ranking": "rank", "thumb": "thumb", "writing": "write"}[event.entity]
         if kind == "write" and event.new["original_id"] is not None:
             kind = "edit"
         self.done[event.entity, event.entity_id] = event, kind
         self.skipped.pop(event.new["assignment"], None)
 
-    _imported = _ranked = _wrote = _judged
+    _imported = _ranked = _gave = _wrote = _judged
 
     def _undone(self, event: Event) -> None:
         key = event.entity, event.entity_id
@@ -171,8 +171,10 @@ def live(store: Store) -> None:
     manage.set_gold_every(2, "admin")
     labelling.forget()
     manage.set_overlap("main", "compare", 3, "admin")
-    for kind in ("rank", "edit"):
+    for kind in ("rank", "edit", "thumb"):
         manage.ask_for(kind, 3, 1, "admin")  # type: ignore[arg-type]
+    gold = next(item["id"] for item in manage.browse("thumb", None, False, 0))
+    manage.set_gold(gold, "down", "admin")
     manage.ask_for_writing(3, 2, "admin")
     program = store.add_annotator("sim", "simulated")
     for who, choices in ((ann, ("left", "right", "tie")), (bo, ("right", "both_bad", "left"))):
@@ -205,7 +207,12 @@ def live(store: Store) -> None:
             screen = labelling.next(who, kind)  # type: ignore[arg-type]
             assert screen is not None
             labelling.write(who, screen.id, NewWriting(f"{who.name}'s {kind}", token=uuid.uuid4().hex, seconds=9.0))
+        for up in (True, False):
+            screen = labelling.next(who, "thumb")
+            assert screen is not None
+            labelling.thumb(who, screen.id, NewThumb(up, token=uuid.uuid4().hex, seconds=2.0))
     labelling.undo(bo, "rank")
+    labelling.undo(bo, "thumb")
     labelling.undo(bo, "write")
     manage.add_guideline("New words", "", "admin")
     labelling.forget()
@@ -228,8 +235,11 @@ def test_every_figure_can_be_recomputed_from_the_log(new_url: Callable[[], str],
     with Store(new_url(), clock=Clock()) as store, Store(new_url(), clock=Clock()) as copy:
         live(store)
         store.export_preferences(tmp_path / "votes.jsonl")
+        thumbs.export(store, tmp_path / "thumbs.jsonl")
         fill(copy, 2)
         copy.import_preferences(exchange.read(tmp_path / "votes.jsonl"))
+        with copy.transaction(writes=True) as connection:
+            assert thumbs.add(connection, thumbs.read(tmp_path / "thumbs.jsonl"), None, copy.now) == 3
         for one in (store, copy):
             check(one)
 
@@ -288,7 +298,7 @@ def check(store: Store) -> None:
     mine = [
         e
         for e, kind in log.done.values()
-        if kind != "write"
+        if kind not in ("write", "thumb")
         and e.new["item"] not in log.out
         and log.kinds[e.actor] != "simulated"
         and not log.gold.get(e.new["item"])

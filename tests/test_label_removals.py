@@ -17,7 +17,7 @@ from keel.data.sources import read_preferences
 from keel.store import Store, exchange
 from keel.store.people import Account
 from keel.store.people_tables import erasures
-from keel.store.records import NewRanking, NewVote, NewWriting
+from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting
 from keel.store.tables import events, metadata, responses
 from keel.store.trained_on import vote_hashes
 from keel.types import Message, Prompt, UserError
@@ -176,6 +176,7 @@ def live(store: Store, ann: Account, word: str) -> None:
     manage, labelling = Manage(store), Labelling(store)
     manage.ask_for("rank", 1, 1, "boss")
     manage.ask_for("edit", 1, 1, "boss")
+    manage.ask_for("thumb", 1, 1, "boss")
     manage.ask_for_writing(1, 1, "boss")
     first = must(labelling.next(ann, "compare"))
     judge(labelling, ann, first, f"undone {word}")
@@ -188,6 +189,8 @@ def live(store: Store, ann: Account, word: str) -> None:
     labelling.rank(
         ann, rank.id, NewRanking([[0], [1], [2], [3]], token=uuid.uuid4().hex, seconds=1.0, reason=f"rank {word}")
     )
+    thumb = must(labelling.next(ann, "thumb"))
+    labelling.thumb(ann, thumb.id, NewThumb(True, f"thumb {word}", token=uuid.uuid4().hex, seconds=1.0))
     for kind in ("write", "edit"):
         screen = must(labelling.next(ann, kind))  # type: ignore[arg-type]
         labelling.write(ann, screen.id, NewWriting(f"{kind} {word}", token=uuid.uuid4().hex, seconds=1.0))
@@ -242,7 +245,19 @@ def test_after_an_erasure_no_table_and_no_export_holds_it(url: str, what: str, t
                 line for line in after.splitlines() if secret in line
             ]  # the prompt and its responses are not theirs
             assert all("ask " in line or "reply " in line or "changed " in line or prompt in line for line in left)
-            for word in ("because", "undone", "flag", "skip", "rank", "write", "edit", "settled", "hello", "arena"):
+            for word in (
+                "because",
+                "undone",
+                "flag",
+                "skip",
+                "rank",
+                "thumb",
+                "write",
+                "edit",
+                "settled",
+                "hello",
+                "arena",
+            ):
                 assert f"{word} {secret}" not in after
                 assert f"{word} other" not in after
             assert store.demonstrations() == []  # a mark is nothing to learn from

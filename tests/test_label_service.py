@@ -362,7 +362,7 @@ def test_what_people_write_is_a_demonstration_and_an_edit_is_a_pair_too(store: S
 # -------------------------------------------------------------------------------------------------- sampling, arena
 
 
-@pytest.mark.parametrize(("kind", "count"), [("compare", 3), ("rank", 4), ("edit", 1)])
+@pytest.mark.parametrize(("kind", "count"), [("compare", 3), ("rank", 4), ("thumb", 2), ("edit", 1)])
 def test_responses_that_were_asked_for_are_sampled_and_queued(store: Store, kind: str, count: int) -> None:
     fill(store, 3)
     prepare(store)

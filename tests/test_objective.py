@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from keel.objective import kl, masked, policy, preference
-from keel.types import UserError
+from keel.types import PreferenceLoss, UserError
 
 ORACLES = Path(__file__).parent / "oracles"
 PREFERENCE = json.loads((ORACLES / "trl_preference.json").read_text())
@@ -91,37 +93,28 @@ def test_reward_losses_equal_trl() -> None:
     close(with_margin + center, column(rows, "with_margin_and_center"))
 
 
-def _trl_pairs() -> tuple[list[Tensor], list[Tensor]]:
-    """Summed log-probabilities (policy chosen, policy rejected, reference chosen, reference rejected) and lengths."""
-    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
-    pairs = PREFERENCE["pairs"]
-    sums = [f64(*(sum(pair[name]) for pair in pairs)) for name in names]
-    return sums, [f64(*(len(pair[name]) for pair in pairs)) for name in names]
-
-
 @pytest.mark.parametrize("name", ["sigmoid", "smoothed", "sigmoid_norm", "ipo"])
 def test_dpo_losses_and_gradients_equal_trl(name: str) -> None:
-    sums, lengths = _trl_pairs()
-    for x in sums[:2]:
-        x.requires_grad_()
-    beta = PREFERENCE["beta"]
-    # TRL's IPO averages over tokens.
-    logps = sums
-    if name in ("sigmoid_norm", "ipo"):
-        logps = [preference.per_token(x, n) for x, n in zip(sums, lengths, strict=True)]
-    if name == "ipo":
-        loss = preference.ipo(*logps, beta=beta)
-    else:
-        smoothing = PREFERENCE["smoothing"] if name == "smoothed" else 0.0
-        loss = preference.dpo_sigmoid(*logps, beta=beta, label_smoothing=smoothing)
-    expected = [pair["trl"][name] for pair in PREFERENCE["pairs"]]
+    pairs, beta = PREFERENCE["pairs"], PREFERENCE["beta"]
+    form = PreferenceLoss(beta=beta)
+    if name in ("sigmoid_norm", "ipo"):  # TRL's IPO averages over tokens
+        form = replace(form, length="mean", link="square" if name == "ipo" else "logistic")
+    if name == "smoothed":
+        form = replace(form, labels="smoothed", label_noise=PREFERENCE["smoothing"])
+    sides = []
+    for side in ("chosen", "rejected"):
+        policy, ref = (f64(*(sum(pair[f"{who}_{side}"]) for pair in pairs)) for who in ("policy", "ref"))
+        sides.append(preference.Logps(policy.requires_grad_(), f64(*(len(p[f"ref_{side}"]) for p in pairs)), ref))
+    right = preference.label_weights(f64(*(1.0 for _ in pairs)), form.labels, form.label_noise)
+    loss = preference.pair_loss(form, *sides, right)
+    expected = [pair["trl"][name] for pair in pairs]
     torch.testing.assert_close(loss, column(expected, "loss"))
-    grads = torch.autograd.grad(loss.sum(), sums[:2])
+    grads = torch.autograd.grad(loss.sum(), [side.policy_N for side in sides])
     torch.testing.assert_close(grads[0], column(expected, "grad_chosen"))
     torch.testing.assert_close(grads[1], column(expected, "grad_rejected"))
-    rewards = preference.implicit_reward(sums[0], sums[2], beta)
-    torch.testing.assert_close(rewards, column(expected, "reward_chosen"))
-    assert not rewards.requires_grad
+    # TRL logs rewards of sums whatever the loss averages.
+    found = preference.rewards(PreferenceLoss(beta=beta), sides[0])
+    torch.testing.assert_close(found, column(expected, "reward_chosen"))
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -162,29 +155,21 @@ def test_swapping_a_pair_is_flipping_its_label() -> None:
         preference.bradley_terry(chosen, rejected, margin, everything, 0.1),
         preference.bradley_terry(rejected, chosen, margin, everything, 0.1),
     )
-    logps = [randn(seed, 6) for seed in range(4)]
-    other = [logps[1], logps[0], logps[3], logps[2]]
-    for loss in (preference.dpo_sigmoid, preference.ipo):
-        close(loss(*logps, beta=0.2, tie_N=everything), loss(*other, beta=0.2, tie_N=everything))
-        assert not torch.allclose(loss(*logps, beta=0.2), loss(*other, beta=0.2))
 
 
 def test_dpo_is_ln2_and_ipo_pulls_when_policy_is_reference() -> None:
-    chosen, rejected = randn(1, 4), randn(2, 4)
-    assert preference.dpo_sigmoid(chosen, rejected, chosen, rejected, 0.1).tolist() == pytest.approx([math.log(2)] * 4)
+    sides = [preference.Logps(x, torch.ones(4), x) for x in (randn(1, 4), randn(2, 4))]
+    right = f64(1, 1, 0.5, 0.5)
+    assert preference.pair_loss(PreferenceLoss(), *sides, right).tolist() == pytest.approx([math.log(2)] * 4)
     # target 1 / (2 * 0.1) = 5, so the loss is 25; a tie is satisfied.
-    tie = torch.tensor([False, False, True, True])
-    assert preference.ipo(chosen, rejected, chosen, rejected, 0.1, tie).tolist() == pytest.approx([25, 25, 0, 0])
+    loss = preference.pair_loss(PreferenceLoss(link="square"), *sides, right)
+    assert loss.tolist() == pytest.approx([25, 25, 0, 0])
 
 
-def test_ipo_by_hand_and_at_its_target() -> None:
-    # Log-ratios 3 and 1: h = 2; beta 0.5: target 1; loss 1. At h = target: 0.
-    assert preference.ipo(f64(3), f64(1), f64(0), f64(0), 0.5).item() == pytest.approx(1.0)
-    assert preference.ipo(f64(2), f64(1), f64(0), f64(0), 0.5).item() == pytest.approx(0.0)
-
-
-def test_per_token_divides_and_survives_an_empty_completion() -> None:
-    assert preference.per_token(f64(-6.0, 0.0), torch.tensor([4, 0])).tolist() == [-1.5, 0.0]
+def test_a_mean_over_tokens_survives_an_empty_completion() -> None:
+    replies = preference.Logps(f64(-6.0, 0.0), torch.tensor([4, 0]))
+    mean = PreferenceLoss(reference=False, length="mean")
+    assert preference.log_ratio(mean, replies).tolist() == [-1.5, 0.0]
 
 
 def test_preference_losses_stay_finite_far_out() -> None:
@@ -194,12 +179,23 @@ def test_preference_losses_stay_finite_far_out() -> None:
 
 
 def test_preference_gradients_by_finite_differences() -> None:
-    logps = [randn(seed, 4).requires_grad_() for seed in range(4)]
+    logps = [randn(seed, 4).requires_grad_() for seed in range(2)]
     tie = torch.tensor([False, True, False, False])
-    margin = randn(9, 4).abs()
-    assert gradcheck(lambda a, b: preference.bradley_terry(a, b, margin, tie, 0.1), logps[:2])
-    assert gradcheck(lambda *x: preference.dpo_sigmoid(*x, beta=0.3, label_smoothing=0.1, tie_N=tie), logps)
-    assert gradcheck(lambda *x: preference.ipo(*x, beta=0.3, tie_N=tie), logps)
+    margin, tokens = randn(9, 4).abs(), torch.tensor([3, 1, 4, 2])
+    assert gradcheck(lambda a, b: preference.bradley_terry(a, b, margin, tie, 0.1), logps)
+    forms = [
+        PreferenceLoss(beta=0.3, length="mean", length_margin=0.1),
+        PreferenceLoss(link="square", up=(1.0, 0.5), down=(0.2, 0.7)),
+        PreferenceLoss(link="reverse_kl", margin=0.2),
+        PreferenceLoss(reference=False, transform="log_odds", link="one_minus_sigmoid"),
+    ]
+
+    def loss(chosen: Tensor, rejected: Tensor, form: PreferenceLoss) -> Tensor:
+        sides = [preference.Logps(-x.exp(), tokens, -margin) for x in (chosen, rejected)]
+        return preference.pair_loss(form, *sides, f64(0.9, 0.5, 0.3, 0.8), margin, anchor=0.4)
+
+    for form in forms:
+        assert gradcheck(partial(loss, form=form), logps)
 
 
 # --------------------------------------------------------------------------------------------------------- policy

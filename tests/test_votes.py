@@ -211,14 +211,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("base"))
 
 
-def gradients(folder: Path, records: Sequence[Preference], batch_tokens: int) -> list[Tensor]:
+def gradients(folder: Path, records: Sequence[Preference], batch_tokens: int, **settings: object) -> list[Tensor]:
     """Of one reward-model update over the records."""
     from test_train import context
 
     scorer = load_scalar(folder, new_head_seed=0)
     c = context(folder.parent / "run", "r", folder)
     pairs = encode_pairs(records, scorer.chat, c)
-    stage = RewardStage(name="r", batch_size=99, batch_tokens=batch_tokens)
+    stage = RewardStage(name="r", batch_size=99, batch_tokens=batch_tokens, **settings)  # type: ignore[arg-type]
     training = RewardTraining(scorer, [pairs], list[Pair](), stage, c)
     for update in training.updates(0):
         for micro in update:
@@ -260,6 +260,9 @@ class TextScores:
         return Scores(torch.tensor([self.scores[c.text] for c in completions]))
 
 
+RANKS = ([6.5, 3.5, 1, 3.5, 6.5, 3.5, 3.5], [5.5, 3, 3, 5.5, 1, 3, 7])
+
+
 def test_gold_accuracy_by_hand() -> None:
     pairs = [
         *(vote(1, "yes", "a"), vote(1, "no", "b")),  # one pair, however often it was judged: gold says "yes"
@@ -271,8 +274,11 @@ def test_gold_accuracy_by_hand() -> None:
     table = gold_accuracy(pairs, Length(), {"good": good, "flat": TextScores(yes=0, no=0, a=0, bb=0, ccc=0, it=0)}, 200)
     assert table["good"]["pairs"] == 3
     assert table["good"]["accuracy"][0] == pytest.approx(2 / 3)
-    assert table["flat"] == {"accuracy": None, "pairs": 0}
-    assert gold_accuracy([], Length(), {"good": good}) == {"good": {"accuracy": None, "pairs": 0}}
+    assert table["flat"] == {"accuracy": None, "pairs": 0, "rank_correlation": None}
+    # of yes, no, a, bb, ccc, and of the third prompt no, it: their lengths and their scores, ranked by hand
+    assert table["good"]["rank_correlation"] == pytest.approx(np.corrcoef(*RANKS)[0, 1])
+    nothing = {"accuracy": None, "pairs": 0, "rank_correlation": None}
+    assert gold_accuracy([], Length(), {"good": good}) == {"good": nothing}
 
 
 def test_accuracy_of_each_annotators_votes_by_hand() -> None:

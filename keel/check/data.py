@@ -10,11 +10,18 @@ from keel.check.finding import Finding, broken, stage_names
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash, split_by_prompt
 from keel.data.rows import BadRows, Reading
-from keel.data.sources import read_demonstrations, read_facts, read_preferences, read_prompts, read_texts
+from keel.data.sources import (
+    read_demonstrations,
+    read_facts,
+    read_labelled,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
 from keel.recipe.declared import PEOPLE
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import DataConfig
-from keel.types import Demonstration, Encoded, Message, Preference, Prompt, UserError, place_of
+from keel.types import Demonstration, Encoded, LabelledCompletion, Message, Preference, Prompt, UserError, place_of
 
 FEW = 100  # records below which a stage can hardly learn
 HELDOUT = "data.heldout_prompts"
@@ -27,6 +34,7 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
     taught: dict[str, list[Demonstration]] = {}
     prompts: dict[str, list[Prompt]] = {}
     judged: dict[str, list[Preference]] = {}
+    thumbs: dict[str, list[LabelledCompletion]] = {}
     try:
         for place, source in _demonstrations(recipe):
             rows = read_demonstrations(source, _reading(data, place, found))
@@ -43,14 +51,20 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
             judged.setdefault(place, []).extend(pairs)
             found += _few(pairs, place)
             found += _pairs(pairs, place, recipe, chat, context)
+        for place, source, bounds in _thumbs(recipe):
+            rated = read_labelled(source, _reading(data, place, found), bounds)
+            thumbs.setdefault(place, []).extend(rated)
+            found += _few(rated, place)
+            found += _replies(rated, place, recipe, chat, context)
         if data.facts is not None:
             read_facts(data.facts, _reading(data, "data.facts", found))
         found += _texts(recipe, found)
     except UserError as error:
         return [*dict.fromkeys(found), broken(error, "data")]
     demonstrations = [row for rows in taught.values() for row in rows]
-    preferences = [pair for pairs in judged.values() for pair in pairs]
-    found += _sides(recipe, taught, prompts, judged)
+    preferences: list[Preference | LabelledCompletion] = [pair for pairs in judged.values() for pair in pairs]
+    preferences += [one for rated in thumbs.values() for one in rated]
+    found += _sides(recipe, taught, prompts, judged, thumbs)
     asked = [prompt for some in prompts.values() for prompt in some]
     several = [p for p in (*asked, *(pair.prompt for pair in preferences)) if len(p.messages) > 1]
     if chat.plain and several:
@@ -67,11 +81,12 @@ def _sides(
     taught: dict[str, list[Demonstration]],
     prompts: dict[str, list[Prompt]],
     judged: dict[str, list[Preference]],
+    thumbs: dict[str, list[LabelledCompletion]],
 ) -> Iterator[Finding]:
     """Each stage holds prompts out, and must have some to learn from, as it will find itself."""
     data, made = recipe.data, {PEOPLE, *stage_names(recipe)}
-    read: dict[str, Mapping[str, Sequence[Demonstration] | Sequence[Preference]]]
-    read = {"demonstrations": taught, "preferences": judged}
+    read: dict[str, Mapping[str, Sequence[Demonstration] | Sequence[Preference] | Sequence[LabelledCompletion]]]
+    read = {"demonstrations": taught, "preferences": judged, "thumbs": thumbs}
     for stage in recipe.stages:
         share = stage.held_out(data)
         field = next((name for name in read if name in stage.files()), None)
@@ -151,6 +166,13 @@ def _preferences(recipe: Recipe) -> list[tuple[str, str]]:
     return [*([("data.preferences", default)] if default else []), *_named(recipe, "preferences")]
 
 
+def _thumbs(recipe: Recipe) -> Iterator[tuple[str, str, tuple[float, float] | None]]:
+    """(the setting that names it, file, bounds of ratings) of the single replies that stages name."""
+    bounds = {stage.name: stage.rating_bounds() for stage in recipe.stages}
+    for place, file in _named(recipe, "thumbs"):
+        yield place, file, bounds[place.partition(".")[0]]
+
+
 def _named(recipe: Recipe, field: str) -> Iterator[tuple[str, str]]:
     """(the setting that names it, file) of the files in one field of the stages."""
     made = {PEOPLE, *stage_names(recipe)}
@@ -215,6 +237,22 @@ def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Fi
                 sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
                 remedy = f"lower {stage.name}.sampling.max_new_tokens ({sampling.max_new_tokens})"
                 yield Finding("warning", place, sentence, remedy)
+
+
+def _replies(
+    rows: Sequence[LabelledCompletion], place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
+    data = recipe.data
+    encoded = chat.encode_replies([(r.prompt.messages, r.completion, True) for r in rows], [place_of(r) for r in rows])
+    yield from _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
+    said: dict[tuple[str, str], set[bool]] = {}
+    for row in rows:
+        said.setdefault((messages_hash(row.prompt.messages), row.completion), set()).add(row.label)
+    if both := sum(len(labels) > 1 for labels in said.values()):
+        yield Finding("warning", place, f"{both} replies have thumbs up and down", "keep them if people truly disagree")
+    if rows and len({row.label for row in rows}) == 1:
+        way = "up" if rows[0].label else "down"
+        yield Finding("warning", place, f"all {len(rows)} replies have thumbs {way}", "add some that have not")
 
 
 def _pairs(

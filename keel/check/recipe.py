@@ -61,5 +61,7 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
             found += precision(training, device)
         found += python_refs(stage)
         found += extras(stage)
+        if resolved := stage.resolved():
+            found.append(Finding("note", stage.name, resolved))
     found += model_findings(recipe, run)
     return list(dict.fromkeys(found))

@@ -185,21 +185,38 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import export_votes
+    from keel.cli.exchange import export_thumbs, export_votes
+    from keel.types import UserError
 
-    print(export_votes(arguments.store, arguments.file, arguments.batch, arguments.form, arguments.plain))
+    store, file, batch, plain = arguments.store, arguments.file, arguments.batch, arguments.plain
+    if arguments.thumbs and arguments.form != "trl":
+        raise UserError("OpenAI has no form for thumbs; leave out --form")
+    if arguments.thumbs:
+        print(export_thumbs(store, file, batch, plain))
+    else:
+        print(export_votes(store, file, batch, arguments.form, plain))
+    return 0
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    from keel.cli.lineage import describe
+
+    print(describe(arguments.run, arguments.stage, arguments.ids))
     return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import holds_responses, import_unjudged, import_votes
+    from keel.cli.exchange import holds, import_thumbs, import_unjudged, import_votes
     from keel.store.foreign import Names
     from keel.types import UserError
 
-    kinds = {arguments.unlabelled or holds_responses(file) for file in arguments.files}
+    kinds = {"responses" if arguments.unlabelled else holds(file) for file in arguments.files}
     if len(kinds) > 1:
-        raise UserError("some of the files hold votes and some responses alone; import them one after the other")
-    if kinds == {True}:
+        raise UserError(f"some of the files hold {' and some '.join(sorted(kinds))}; import them one after the other")
+    if kinds == {"thumbs"}:
+        print(import_thumbs(arguments.store, arguments.files, arguments.annotator, arguments.batch))
+        return 0
+    if kinds == {"responses"}:
         how = arguments.unlabelled, arguments.pairs, arguments.overlap, arguments.batch
         print(import_unjudged(arguments.store, arguments.files, *how))
         return 0
@@ -224,6 +241,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "harbor": _harbor,
     "export": _export,
     "import": _import,
+    "lineage": _lineage,
     "label": _label,
     **dict.fromkeys(STAGES, _stage),
 }

@@ -1,18 +1,22 @@
-"""``keel export`` and ``keel import``: votes out of a store and into it, and responses that are to be judged."""
+"""``keel export`` and ``keel import``: votes and thumbs out of a store and into it, and responses that are to be
+judged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from keel.data.fields import checked
+from keel.data.labelled import is_labelled
 from keel.data.rows import BadRows, Row, RowError, read_rows
-from keel.data.sources import as_prompt, read_preferences
+from keel.data.sources import as_prompt, read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.run import RunDir
-from keel.store import Judgement, Store, exchange, foreign
+from keel.store import Judgement, Store, exchange, foreign, thumbs
 from keel.store.foreign import ForeignError, Names
+from keel.store.records import Thumb
 from keel.store.unjudged import BATCH, add_unjudged
 from keel.types import Preference, UserError
 
@@ -47,6 +51,33 @@ def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, p
     return f"{written} votes written to {out}{left_out}"
 
 
+def export_thumbs(where: str, out: str, batch: str | None, plain: bool) -> str:
+    """Writes the store's thumbs on single responses and says what was written."""
+    with Store(store_location(where)) as store:
+        return f"{thumbs.export(store, Path(out), batch, plain)} thumbs written to {out}"
+
+
+def import_thumbs(where: str, files: Sequence[str], annotator: str, batch: str | None) -> str:
+    """Adds the files' thumbs to the store, all or none, and says how many were new."""
+    read = [thumb for file in files for thumb in read_thumbs(file, annotator)]
+    with Store(store_location(where, new=True)) as store, store.transaction(writes=True) as connection:
+        new = thumbs.add(connection, read, batch, store.now)
+    known = f" ({len(read) - new} were there already)" if new < len(read) else ""
+    return f"{new} thumbs imported{known}"
+
+
+def read_thumbs(file: str, annotator: str) -> list[Thumb]:
+    """The thumbs of a Keel export, or of any file of labelled replies."""
+    bad = BadRows(file)
+    rows = list(read_rows(file, bad))
+    bad.raise_if_any()
+    if {"completion_source", "batch"} <= rows[0].values.keys():
+        _checked(rows, bad)
+        return thumbs.read(file)
+    now = datetime.now(UTC)
+    return [thumbs.from_example(example, annotator, now) for example in read_labelled(file)]
+
+
 def import_votes(where: str, files: Sequence[str], names: Names, annotator: str, batch: str | None) -> str:
     """Adds the files' votes to the store, all or none, and says how many were new."""
     votes = [read_votes(file, names) for file in files]
@@ -67,12 +98,15 @@ def import_unjudged(
     return str(added)
 
 
-def holds_responses(file: str) -> bool:
-    """Whether a file's first row is of responses that nobody has judged."""
+def holds(file: str) -> Literal["votes", "thumbs", "responses"]:
+    """What a file's first row is: of a judgement, of a single reply with a thumb, or of responses that nobody has
+    judged."""
     row = next(iter(read_rows(file, BadRows(file))), None)
     if row is None or foreign.is_label_studio(row.values) or foreign.is_argilla(row.values):
-        return False
-    return is_unjudged(row.values)
+        return "votes"
+    if is_labelled(row.values):
+        return "thumbs"
+    return "responses" if is_unjudged(row.values) else "votes"
 
 
 def read_votes(file: str, names: Names) -> Votes:

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _running(commands)
     _chat(commands)
     _exchange(commands)
+    _lineage(commands)
     _label(commands)
     _harbor(commands)
     return parser
@@ -86,18 +87,26 @@ def _chat(commands: Commands) -> None:
     chat.set_defaults(computes=True)
 
 
+def _lineage(commands: Commands) -> None:
+    lineage = commands.add_parser("lineage", help="which votes, of which round, shaped which weights")
+    lineage.add_argument("run", metavar="RUN", help="a run directory")
+    lineage.add_argument("--stage", default=None, metavar="NAME", help="of this stage alone")
+    lineage.add_argument("--ids", action="store_true", help="every vote's id, one a line")
+
+
 def _exchange(commands: Commands) -> None:
     """Votes and responses out of a store and into one."""
     store = "a run directory, a store's SQLite file, or postgresql://..."
-    export = commands.add_parser("export", help="write a store's votes to a file, one row a vote")
+    export = commands.add_parser("export", help="write a store's votes, or thumbs, to a file, one row each")
     export.add_argument("store", metavar="STORE", help=store)
     export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
     export.add_argument("--form", choices=("trl", "openai"), default="trl", help="whose rows (default: %(default)s)")
     export.add_argument("--plain", action="store_true", help="only the columns of that format, without ties")
+    export.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
     export.add_argument("--batch", default=None, help="only what was judged for this (default: everything)")
 
     imports = commands.add_parser(
-        "import", help="add votes of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
+        "import", help="add votes or thumbs of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
     )
     imports.add_argument("store", metavar="STORE", help=f"{store}; a file that is not there is made")
     imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; the format is detected")
@@ -120,7 +129,9 @@ def _exchange(commands: Commands) -> None:
 
 
 def _label(commands: Commands) -> None:
-    label = commands.add_parser("label", help="serve the labelling app: people compare, rank, write, talk to models")
+    label = commands.add_parser(
+        "label", help="serve the labelling app: people compare, rank, rate, write, talk to models"
+    )
     label.add_argument("run", nargs="?", default=None, metavar="RUN", help="a run directory (keel demo leaves one)")
     label.add_argument("--db", default=None, metavar="URL", help="a feedback store instead: a file or postgresql://...")
     label.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")

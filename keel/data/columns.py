@@ -19,6 +19,11 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "in
 HISTORY = "history"
 WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss")  # of a message: 0 is not learned
 TRAINED = ("train", "training", "trainable", "train_on_turn", "learn")  # the same, and 1 would teach a user's turn
+# Of a pair: how probable it is that ``chosen`` is the better one. Tools agree on no name for it.
+PROBABILITY = (
+    *("probability", "prob", "preference_probability", "preference_prob", "chosen_probability", "p_chosen"),
+    "soft_label",
+)
 
 # ----------------------------------------------------------------------------------------------------------- refused
 

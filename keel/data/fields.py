@@ -197,10 +197,20 @@ def flag(row: Mapping[str, Any], field: str, default: bool | None = None) -> boo
     return found
 
 
+_THUMBS = {"up": True, "thumbs_up": True, "desirable": True, "down": False, "thumbs_down": False, "undesirable": False}
+
+
+def thumb(row: Mapping[str, Any], field: str) -> bool:
+    """Up or down, in the words of those who give thumbs, or as a flag has it."""
+    value = row[field]
+    said = value.strip().lower().replace(" ", "_").replace("-", "_") if isinstance(value, str) else None
+    return _THUMBS[said] if said in _THUMBS else flag(row, field)
+
+
 def number(
     row: Mapping[str, Any],
     field: str,
-    low: float,
+    low: float = -math.inf,
     high: float = math.inf,
     default: float | None = None,
     whole: bool = False,
@@ -216,6 +226,7 @@ def number(
     except (ValueError, OverflowError):
         found = math.nan
     if not low <= found <= high or not math.isfinite(found) or (whole and found != int(found)):
-        bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise RowError(f"field '{field}': expected a {'whole ' if whole else ''}number {bounds}, got {shown(value)}")
+        least = "" if low == -math.inf else f" of at least {low:g}"
+        bounds = least if high == math.inf else f" from {low:g} to {high:g}"
+        raise RowError(f"field '{field}': expected a {'whole ' if whole else ''}number{bounds}, got {shown(value)}")
     return found

@@ -36,6 +36,18 @@ class RowError(Exception):
     """What is wrong with one row. ``BadRows`` knows where it stands."""
 
 
+class UnknownForm(Exception):
+    """The row's columns fit none of the accepted forms."""
+
+
+class LeftOut(Exception):
+    """The row is none to learn from."""
+
+
+class Undecided(LeftOut):
+    """The row's rating is neither up nor down."""
+
+
 @dataclass
 class BadRows:
     """Collects what is wrong, so that a user corrects a file once and not row by row."""
@@ -75,11 +87,13 @@ def _no_one(what: object) -> None:
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How a source is read. ``on_bad_row``: whether a row that cannot be read is an error, or is left out and handed to
-    ``skipped``. ``note`` gets a sentence about what was read otherwise than it is written."""
+    ``skipped``. ``note`` gets a sentence about what was read otherwise than it is written; ``undecided`` how many rated
+    rows are neither up nor down."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     note: Callable[[str], None] = _no_one
     skipped: Callable[[BadRows], None] = _no_one
+    undecided: Callable[[int], None] = _no_one
 
     def settle(self, bad: BadRows) -> None:
         """After the last row: UserError for bad rows, or (``skip``) their names, unless no row could be read."""

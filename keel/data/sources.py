@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from keel.data.collate import messages_hash
-from keel.data.columns import OWN, PAIRED, SHOWN, SYSTEM, TAUGHT, Refused, refuse
+from keel.data.columns import OWN, PAIRED, PROBABILITY, SHOWN, SYSTEM, TAUGHT, Refused, refuse
 from keel.data.fields import (
     Fields,
     earlier_rounds,
@@ -28,6 +29,7 @@ from keel.data.fields import (
     text_list,
     utterance,
 )
+from keel.data.labelled import FORMS, Bounds, labelled
 from keel.data.parts import (
     after_prompt,
     ask,
@@ -40,7 +42,18 @@ from keel.data.parts import (
     waits,
     with_system,
 )
-from keel.data.rows import BadRows, Reading, Row, RowError, printable, read_rows, shown
+from keel.data.rows import (
+    BadRows,
+    LeftOut,
+    Reading,
+    Row,
+    RowError,
+    Undecided,
+    UnknownForm,
+    printable,
+    read_rows,
+    shown,
+)
 from keel.data.values import plain
 from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, Settled, StepLabels
 
@@ -85,18 +98,22 @@ def read_preferences(source: str | Path, reading: Reading = PLAIN_READING) -> li
     """Rows ``prompt``+``chosen``+``rejected``, ``chosen``+``rejected`` conversations that share their beginning, or
     OpenAI's ``input``+``preferred_output``+``non_preferred_output``; optional ``margin``, ``tie``, ``annotator``,
     ``chosen_finished`` and ``rejected_finished`` (false: the reply was cut at the length limit), ``settled`` (a
-    reviewer's last word on the pair: chosen, rejected or tie). A row with ``gold`` or ``out`` (of Keel's own export)
-    is left out: its answer was known, and such votes measure their annotator; or its pair was taken out of use.
+    reviewer's last word on the pair: chosen, rejected or tie), ``probability`` (that the chosen reply is the better
+    one, a soft label; ``columns.PROBABILITY`` has its other names). A row with ``gold`` or ``out`` (of Keel's own
+    export) is left out: its answer was known, and such votes measure their annotator; or its pair was taken out of use.
 
-    Two equal replies are a tie, whatever the row says: neither can be better.
+    Two equal replies are a tie, whatever the row says: neither can be better. A tie's probability is a half.
     """
     forms = "prompt+chosen+rejected | chosen+rejected | input+preferred_output+non_preferred_output"
     return _read(source, _preference, forms, reading, PAIRED)
 
 
-def read_labelled(source: str | Path, reading: Reading = PLAIN_READING) -> list[LabelledCompletion]:
-    """Rows ``prompt``+``completion``+``label`` (true or false), as KTO uses."""
-    return _read(source, _labelled, "prompt+completion+label", reading, PAIRED)
+def read_labelled(
+    source: str | Path, reading: Reading = PLAIN_READING, bounds: Bounds | None = None
+) -> list[LabelledCompletion]:
+    """Single replies with thumbs up or down (`keel.data.labelled`). ``bounds``: what makes one of a rating; rows whose
+    rating is between them are left out and counted. So are those of Keel's own export that have ``gold`` or ``out``."""
+    return _read(source, partial(labelled, bounds=bounds), FORMS, reading, PAIRED)
 
 
 def read_steps(source: str | Path, reading: Reading = PLAIN_READING) -> list[StepLabels]:
@@ -126,6 +143,7 @@ def _read(
     first: dict[str, tuple[R, Row]] = {}
     prompts: dict[str, tuple[Prompt, Row]] = {}
     unused: dict[str, dict[str, None]] = {}  # file -> columns
+    undecided = 0
     for row in read_rows(source, bad, reading.note):
         fields = Fields(row.values)
         try:
@@ -137,14 +155,19 @@ def _read(
                 _same_or_error(prompts, "prompt_id", prompt.id, replace(prompt, kind="", meta={}), row)
             records.append(record)
             unused.setdefault(row.file, {}).update(dict.fromkeys(fields.unused))
-        except _LeftOut:
+        except Undecided:
+            undecided += 1
+        except LeftOut:
             continue
-        except _UnknownForm:
+        except UnknownForm:
             there = ", ".join(row.values) or "none"
             bad.add(row.file, row.line, f"columns are {there}; expected {forms}")
         except RowError as error:
             bad.add(row.file, row.line, str(error))
     reading.settle(bad)
+    if undecided:
+        reading.undecided(undecided)
+        reading.note(f"{source}: {undecided} rows whose rating is neither up nor down are left out")
     for file, columns in unused.items():
         _note_unused(file, [column for column in columns if column not in OWN], reading)
     return records
@@ -153,7 +176,7 @@ def _read(
 def _placed(record: R, row: Row) -> R:
     """The record with its place, where its kind has one."""
     place = f"{row.file}, {row.line}"
-    if isinstance(record, Preference):
+    if isinstance(record, Preference | LabelledCompletion):
         return replace(record, place=place, prompt=replace(record.prompt, place=place))
     return replace(record, place=place) if isinstance(record, Demonstration | Prompt) else record
 
@@ -164,14 +187,6 @@ def _note_unused(file: str, columns: Sequence[str], reading: Reading) -> None:
         some = f"{', '.join(printable(column) for column in columns[:NAMED])}{more}"
         one = len(columns) == 1
         reading.note(f"{file}: {'column' if one else 'columns'} {some} {'is' if one else 'are'} not used")
-
-
-class _LeftOut(Exception):
-    """The row is none to learn from."""
-
-
-class _UnknownForm(Exception):
-    """The row's columns fit none of the accepted forms."""
 
 
 T = TypeVar("T")
@@ -217,7 +232,7 @@ def _demonstration(row: Fields) -> Demonstration:
 
 def _plain_text(row: Fields) -> Demonstration:
     if "text" not in row:
-        raise _UnknownForm
+        raise UnknownForm
     if system_of(row) or earlier_rounds(row):
         raise RowError("field 'text': it is learned whole, without the system message or history beside it; keep one")
     messages = (Message("assistant", text(row, "text", empty=False)),)
@@ -232,7 +247,7 @@ def _prompt_row(row: Fields) -> Prompt:
     elif "instruction" in row:
         messages = ask_instruction(row)
     else:
-        raise _UnknownForm
+        raise UnknownForm
     prompt = prompt_of(row, messages, name(row, "id"))
     extra = {plain(name, name): row[name] for name in row.untaken}
     twice = sorted(extra.keys() & prompt.meta.keys())
@@ -255,9 +270,9 @@ def _preference(row: Fields) -> Preference:
         asked, chosen, rejected = implicit_prompt(row)
         messages = with_system(row, asked)
     else:
-        raise _UnknownForm
+        raise UnknownForm
     if row.get("gold") or flag(row, "out", default=False):
-        raise _LeftOut
+        raise LeftOut
     prompt = prompt_of(row, messages, name(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)
@@ -267,8 +282,25 @@ def _preference(row: Fields) -> Preference:
     cut = "" if all(ends) else f" finished {ends}"
     settled = _settled(row)
     word = f" settled {settled}" if settled else ""
-    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}")
-    return Preference(name(row, "id") or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled)
+    probability = _probability(row, tie)
+    soft = "" if probability is None else f" probability {probability}"
+    content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}{soft}")
+    return Preference(
+        name(row, "id") or content, prompt, chosen, rejected, tie, margin, annotator, *ends, 1.0, settled, probability
+    )
+
+
+def _probability(row: Fields, tie: bool) -> float | None:
+    """A soft label under any of its names; None where there is none."""
+    given = {field: number(row, field, low=0.0, high=1.0) for field in PROBABILITY if row.get(field, "") != ""}
+    if len(set(given.values())) > 1:
+        raise RowError(f"field '{next(iter(given))}': {' and '.join(given)} differ; keep one")
+    if not given:
+        return None
+    field, found = next(iter(given.items()))
+    if tie and found != 0.5 and flag(row, "tie", default=False):
+        raise RowError(f"field '{field}': expected 0.5 in a tie, got {shown(found)}; keep the one or the other")
+    return 0.5 if tie else found
 
 
 def _settled(row: Fields) -> Settled:
@@ -280,21 +312,9 @@ def _settled(row: Fields) -> Settled:
     return settled
 
 
-def _labelled(row: Fields) -> LabelledCompletion:
-    if not {"prompt", "completion", "label"} <= row.keys():
-        raise _UnknownForm
-    messages = ask(row)
-    reply = the_reply(row, "completion", messages)
-    label = flag(row, "label")
-    content = messages_hash((*messages, Message("assistant", reply)), salt=f"label {label}")
-    return LabelledCompletion(
-        name(row, "id") or content, prompt_of(row, messages, name(row, "prompt_id")), reply, label
-    )
-
-
 def _steps(row: Fields) -> StepLabels:
     if not {"prompt", "completions", "labels"} <= row.keys():
-        raise _UnknownForm
+        raise UnknownForm
     messages = ask(row)
     steps = text_list(row, "completions")
     given = json_value(row, "labels")
@@ -307,7 +327,7 @@ def _steps(row: Fields) -> StepLabels:
 
 def _fact(row: Fields) -> Fact:
     if not {"prompt", "choices", "answer"} <= row.keys():
-        raise _UnknownForm
+        raise UnknownForm
     prompt, choices = text(row, "prompt", empty=False), text_list(row, "choices")
     answer = row["answer"]
     if len(choices) < 2 or len(set(choices)) < len(choices):

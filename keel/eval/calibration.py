@@ -58,17 +58,30 @@ def ece(probs: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> fl
     return sum(b.count * abs(b.predicted - b.observed) for b in reliability(probs, outcomes, bins)) / len(probs)
 
 
-def temperature(leads: Sequence[float]) -> float:
+def brier(probs: Sequence[float], outcomes: Sequence[float]) -> float:
+    """The mean squared error of probabilities against the votes (Brier 1950): 0 at best, 1/4 for one who always says a
+    half. An outcome between 0 and 1 is how probable the vote is: then it is y (1 - p)^2 + (1 - y) p^2, and the best is
+    the mean of y (1 - y), at p = y."""
+    assert len(probs) > 0, "a Brier score needs a prediction"
+    return sum(y * (1 - p) ** 2 + (1 - y) * p**2 for p, y in zip(probs, outcomes, strict=True)) / len(probs)
+
+
+def temperature(leads: Sequence[float], outcomes: Sequence[float] | None = None) -> float:
     """The t that makes P(chosen is preferred) = sigmoid(lead / t) most likely, for leads (chosen minus rejected) [N]
-    (Guo et al. 2017, section 4.2). Above 1 the model was overconfident, below 1 underconfident.
+    (Guo et al. 2017, section 4.2). Above 1 the model was overconfident, below 1 underconfident. ``outcomes``: how
+    probable it is that chosen is preferred (soft labels); default: 1.
 
     The likelihood is concave in 1 / t, so bisection finds its maximum. It is held within [1/100, 100]: where every lead
     is right, nothing bounds it.
     """
+    outcomes = [1.0] * len(leads) if outcomes is None else outcomes
     low, high = -math.log(100), math.log(100)  # of 1 / t
     for _ in range(60):
         middle = (low + high) / 2
         scale = math.exp(middle)
-        slope = sum(lead * sigmoid(-lead * scale) for lead in leads)
+        slope = sum(
+            lead * (y * sigmoid(-lead * scale) - (1 - y) * sigmoid(lead * scale))
+            for lead, y in zip(leads, outcomes, strict=True)
+        )
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.exp(-(low + high) / 2)

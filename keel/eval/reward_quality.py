@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from keel.data.collate import messages_hash
-from keel.eval.calibration import both_ways, ece, reliability, temperature
+from keel.eval.calibration import both_ways, brier, ece, reliability, temperature
 from keel.eval.winrate import TIE_WIDTH, win_rate
 from keel.stats import bootstrap_interval, ceiling_bounds, clustered_error, noise_ceiling, proportion, sigmoid
 from keel.types import Completion, HeldoutPair, Judge, Preference, Scorer
@@ -22,7 +22,8 @@ def reward_quality(
     agreement: float | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Figures over held-out pairs; ties are left out.
+    """Figures over held-out pairs; ties are left out. Of a vote with a soft label the likelier side is the right one;
+    in calibration, temperature and Brier score it is a vote that falls so with that probability.
 
     ``truth``: by pair id, the probability that the population prefers the record's chosen response, where it is known
     (simulated annotators): then the ceiling E[max(q, 1-q)] is exact and ``accuracy_on_truth`` says how often the model
@@ -30,7 +31,9 @@ def reward_quality(
 
     ``ece`` is that of sigmoid(lead / t), each pair's t fitted on the other half of the prompts (a margin in the loss
     makes a model too sure of itself, and no ranking depends on t); ``ece_raw`` that of sigmoid(lead);
-    ``temperature`` the t of all pairs. ``annotators``: see ``accuracy_by_annotator``.
+    ``temperature`` the t of all pairs. ``brier`` is the Brier score of the same probabilities on these votes,
+    ``brier_on_truth`` on votes that fall as the population's would, where that is known; ``_raw`` of sigmoid(lead).
+    ``annotators``: see ``accuracy_by_annotator``.
     """
     decided = [row for row in heldout if not row[0].tie]
     if not decided:
@@ -40,8 +43,10 @@ def reward_quality(
     n = len(right)
     accuracy = sum(right) / n
     leads = [lead for _, lead, _, _ in decided]
-    probs, outcomes = both_ways(_calibrated(decided), [1.0] * n)
-    raw_probs, _ = both_ways([sigmoid(lead) for lead in leads], [1.0] * n)
+    said = [_outcome(record) for record, _, _, _ in decided]
+    fitted, raw = _calibrated(decided), [sigmoid(lead) for lead in leads]
+    probs, outcomes = both_ways(fitted, said)
+    raw_probs, _ = both_ways(raw, said)
     known = [(truth[record.id], lead) for record, lead, _, _ in decided if record.id in truth]
     ceiling = noise_ceiling([q for q, _ in known])
     if ceiling is None and agreement is not None:
@@ -59,7 +64,10 @@ def reward_quality(
         else None,
         "ece": ece(probs, outcomes),
         "ece_raw": ece(raw_probs, outcomes),
-        "temperature": temperature(leads),
+        "brier": brier(fitted, said),
+        "brier_raw": brier(raw, said),
+        **_brier_on_truth(decided, truth, fitted, raw),
+        "temperature": temperature(leads, said),
         "reliability": [asdict(b) for b in reliability(probs, outcomes)],
         "decided_pairs": n,
         "annotator_agreement": agreement,
@@ -70,6 +78,24 @@ def reward_quality(
                 for (record, lead, _, _), prompt in zip(decided, prompts, strict=True)
             ]
         ),
+    }
+
+
+def _outcome(record: Preference) -> float:
+    """How probable it is that the chosen reply is preferred, as the vote says."""
+    return 1.0 if record.probability is None else record.probability
+
+
+def _brier_on_truth(
+    decided: Sequence[HeldoutPair], truth: Mapping[str, float], fitted: Sequence[float], raw: Sequence[float]
+) -> dict[str, float | None]:
+    places = [i for i, (record, _, _, _) in enumerate(decided) if record.id in truth]
+    if not places:
+        return {"brier_on_truth": None, "brier_raw_on_truth": None}
+    q = [truth[decided[i][0].id] for i in places]
+    return {
+        "brier_on_truth": brier([fitted[i] for i in places], q),
+        "brier_raw_on_truth": brier([raw[i] for i in places], q),
     }
 
 
@@ -118,7 +144,9 @@ def gold_accuracy(
     scores higher. What annotators said of the pairs does not enter; a pair that was judged often counts once.
 
     ``accuracy``: [point, low, high], the interval a bootstrap over prompts, None where nothing is decided; ``pairs``:
-    how many the judge and the model tell apart. Pairs that the judge scores alike are left out.
+    how many the judge and the model tell apart. Pairs that the judge scores alike are left out. ``rank_correlation``:
+    Spearman's, of the scores that judge and model give to the different replies, None where one of them gives all the
+    same.
     """
     different = {pair.item: pair for pair in pairs}
     prompts = [pair.prompt for pair in different.values() for _ in range(2)]
@@ -132,20 +160,36 @@ def gold_accuracy(
     better = [i if gold[i] > gold[i + 1] else i + 1 for i in told]
     worse = [2 * i + 1 - b for i, b in zip(told, better, strict=True)]
     groups = [prompts[i].id for i in told]
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for name, scorer in scorers.items():
         scores = scorer.score(prompts, replies).total_N.tolist() if prompts else []
         right = win_rate([scores[i] for i in better], [scores[i] for i in worse], groups, n_boot, seed)
         table[name] = {"accuracy": right.as_list(), "pairs": right.wins + right.losses}
+        each = {(p.id, r.text, r.finished): (s, g) for p, r, s, g in zip(prompts, replies, scores, gold, strict=True)}
+        known = [(s, g) for s, g in each.values() if not math.isnan(g)]
+        table[name]["rank_correlation"] = rank_correlation([s for s, _ in known], [g for _, g in known])
     return table
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's: Pearson's of the ranks, equals sharing the mean of theirs. None where one side does not vary."""
+    ranks_2N = np.array([_ranks(a), _ranks(b)])
+    if ranks_2N.shape[1] < 2 or not ranks_2N.std(axis=1).all():
+        return None
+    return float(np.corrcoef(ranks_2N)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, place_N, count_U = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(count_U) - (count_U - 1) / 2)[place_N])
 
 
 def _calibrated(decided: Sequence[HeldoutPair]) -> list[float]:
     """P(chosen is preferred) of each pair, by the temperature of the other half of the prompts."""
     halves = [int(messages_hash(record.prompt.messages), 16) % 2 for record, _, _, _ in decided]
-    leads = [lead for _, lead, _, _ in decided]
     fitted = []
     for half in (0, 1):
-        others = [lead for lead, of in zip(leads, halves, strict=True) if of != half]
-        fitted.append(temperature(others) if others else 1.0)
-    return [sigmoid(lead / fitted[half]) for lead, half in zip(leads, halves, strict=True)]
+        others = [row for row, of in zip(decided, halves, strict=True) if of != half]
+        said = [_outcome(record) for record, _, _, _ in others]
+        fitted.append(temperature([lead for _, lead, _, _ in others], said) if others else 1.0)
+    return [sigmoid(lead / fitted[half]) for (_, lead, _, _), half in zip(decided, halves, strict=True)]

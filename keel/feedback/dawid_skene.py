@@ -112,6 +112,39 @@ def reliabilities(
     return found
 
 
+def posteriors(
+    votes: Sequence[Vote], known: Mapping[Any, str] | None = None, shrink: float = 1.0
+) -> dict[Hashable, dict[str, float]]:
+    """By item, the probability of each class: that FIRST or SECOND is the better response or, where somebody said so,
+    that neither is (TIE).
+
+    Prevalences and error rates are those of the items with two votes or a known answer, as in `reliabilities`: an item
+    with a single vote says nothing of who errs, and counted as it stands it makes its annotator look right. Then every
+    item is classified by them (eq. 2.5), one that nobody else judged too. Whoever has no telling item errs as all do
+    together. Empty when there is no telling item.
+    """
+    answers = dict(known or {})
+    times: dict[Hashable, int] = {}
+    for vote in votes:
+        times[vote.item] = times.get(vote.item, 0) + 1
+    telling = [vote for vote in votes if times[vote.item] > 1 or vote.item in answers]
+    if not telling:
+        return {}
+    ties = TIE in answers.values() or any(vote.label == TIE for vote in votes)
+    classes = (FIRST, SECOND, TIE) if ties else (FIRST, SECOND)
+    fit = _coded(telling, answers, MIRROR, classes)
+    weight_I = np.ones(len(fit.items))
+    prior_K, errors_AKK, posterior_IK, _ = _em(fit, _shares(fit), weight_I, shrink)
+    own = dict(zip(fit.annotators, errors_AKK, strict=True))
+    everyone_KK = _pooled(fit, posterior_IK, weight_I)
+    coded = _coded(votes, answers, MIRROR, classes)
+    errors_AKK = np.stack([own.get(name, everyone_KK) for name in coded.annotators])
+    posterior_IK, _ = _classify(coded, prior_K, errors_AKK)
+    return {
+        item: dict(zip(classes, row, strict=True)) for item, row in zip(coded.items, posterior_IK.tolist(), strict=True)
+    }
+
+
 def _alike_together(votes: Sequence[Vote], answers: Mapping[Any, str]) -> tuple[_Coded, np.ndarray]:
     """Comparisons on which the same annotators said the same, or all of it the other way round, as one item, and how
     many there are of each [I]: the model can't tell them apart, and EM costs what the different ones cost."""

@@ -80,8 +80,10 @@ def annotate_responses(
     guideline: str,
     seed: int,
     reporter: Reporter,
+    times: int = 2,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Judges pairs of the responses with the fingerprint ``made_by``, in the queue ``batch``.
+    """Judges pairs of the responses with the fingerprint ``made_by``, in the queue ``batch``; a share ``overlap`` of
+    them ``times`` times.
 
     Returns (summary, {vote's id: probability that the population prefers its chosen response}); the second is what
     only a simulation knows, and is the reward model's noise ceiling. Stopped and done again, it gives the same.
@@ -90,7 +92,7 @@ def annotate_responses(
     once, twice = make_comparisons(responses, choice, overlap, seed)
     with store.session() as session:
         session.add_comparisons(once, overlap=1, batch=batch)
-        session.add_comparisons(twice, overlap=2, batch=batch)
+        session.add_comparisons(twice, overlap=times, batch=batch)
     summary = label(store, annotators, seed, guideline, reporter, batch)
     truth: dict[str, float] = {}
     for vote in store.preferences(batch):

@@ -7,6 +7,10 @@ The choice model is the Bradley-Terry model with a side bias and lapses. With th
     P(left | no tie)     = (1 - lapse) * sigmoid((d + left_bias) / temperature) + lapse / 2
 
 A lapse is a judgement made without looking: a fair coin, and the weakest strength.
+
+A single response gets thumbs up where it lies above the annotator's own bar, with the same noise and lapses:
+
+    P(up) = (1 - lapse) * sigmoid((u - bar) / temperature) + lapse / 2
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from typing import Any
 from keel.feedback.agreement import cohens_kappa, raw_agreement, vote_pairs, votes_by_item
 from keel.feedback.opinion import Opinion
 from keel.stats import sigmoid
-from keel.store import NewVote, Store
+from keel.store import Assignment, NewVote, Store
+from keel.store.records import WorkKind
 from keel.types import Prompt, Reporter, UserError
 
 # Where a felt preference, in units of the annotator's own temperature, becomes "better" and "much better". In those
@@ -101,6 +106,16 @@ class SimulatedAnnotator:
         strength = 1 + sum(abs(felt) >= edge for edge in STRENGTH_EDGES)
         return Opinion("left" if felt > 0 else "right", strength, seconds)
 
+    def probability_up(self, prompt: Prompt, text: str, bar: float) -> float:
+        """P(up), the second formula at the top of this file."""
+        return (1 - self.lapse) * sigmoid((self.utility(prompt, text) - bar) / self.temperature) + self.lapse / 2
+
+    def thumb_at(self, seed: int, prompt: Prompt, text: str, bar: float) -> tuple[bool, float]:
+        """(up, seconds taken) by draws that are this annotator's and this response's own."""
+        rng = draw("thumb", seed, self.name, prompt.id, text)
+        seconds = (DECIDING_SECONDS + len(text.split()) / WORDS_PER_SECOND) * rng.lognormvariate(0.0, 0.3)
+        return rng.random() < self.probability_up(prompt, text, bar), seconds
+
     def judge_at(self, seed: int, prompt: Prompt, left: str, right: str) -> Opinion:
         """``judge`` by draws that are this annotator's and this pair's own."""
         return self.judge(prompt, left, right, draw("judge", seed, self.name, prompt.id, left, right))
@@ -130,33 +145,58 @@ def label(
     ``strength``, ``seconds`` (means), ``annotator_agreement``, its 95% interval ``annotator_agreement_interval`` over
     ``doubly_judged`` items, and ``cohens_kappa``; None where a figure is not defined.
     """
+
+    def vote(session: Store, annotator: SimulatedAnnotator, assignment: Assignment, token: str) -> None:
+        opinion = annotator.judge_at(seed, assignment.prompt, assignment.left, assignment.right)
+        given = NewVote(opinion.choice, opinion.strength, token=token, seconds=opinion.seconds, guideline=guideline)
+        session.submit(assignment.id, given)
+
+    work_off(store, annotators, "compare", vote, seed, guideline, reporter, batch)
+    return _summary(store, batch, len(annotators))
+
+
+JUDGEMENTS_PER_TRANSACTION = 500
+
+Answer = Callable[[Store, SimulatedAnnotator, Assignment, str], None]
+"""Judges what an assignment shows and hands it in, under a token, in a session of the store."""
+
+
+def work_off(
+    store: Store,
+    annotators: Sequence[SimulatedAnnotator],
+    kind: WorkKind,
+    answer: Answer,
+    seed: int,
+    guideline: str,
+    reporter: Reporter,
+    batch: str | None,
+) -> None:
+    """Let the annotators do what is in the queue until none of them has anything left (`label`)."""
     if len({annotator.name for annotator in annotators}) < max(1, len(annotators)):
         raise UserError("the simulated annotators' names must differ, and there must be at least one of them")
     with store.session() as s:
         s.add_guideline(guideline)
         ids = {annotator.name: s.add_annotator(annotator.name, "simulated") for annotator in annotators}
-    progress = store.progress(batch)
+    progress = store.progress(batch, kind)
     reporter.start("labelling", progress.open)
     step = progress.judged + progress.undone
     while True:
         with store.session() as s:  # one transaction for many judgements: each would wait for the disk by itself
-            done = _judge_some(s, annotators, ids, seed, guideline, batch, step)
+            done = _work_some(s, annotators, ids, kind, answer, seed, batch, step)
         step += done
         reporter.advance(done)
         # a session passes over what somebody else is just taking; before leaving, look again and wait for them
-        if done == 0 and all(store.next_assignment(id, batch, seeded=True) is None for id in ids.values()):
-            return _summary(store, batch, len(annotators))
+        if done == 0 and all(store.next_assignment(id, batch, (), kind, True) is None for id in ids.values()):
+            return
 
 
-JUDGEMENTS_PER_TRANSACTION = 500
-
-
-def _judge_some(
+def _work_some(
     session: Store,
     annotators: Sequence[SimulatedAnnotator],
     ids: dict[str, int],
+    kind: WorkKind,
+    answer: Answer,
     seed: int,
-    guideline: str,
     batch: str | None,
     step: int,
 ) -> int:
@@ -167,16 +207,14 @@ def _judge_some(
         order = list(annotators)
         draw("turns", seed, round).shuffle(order)
         for annotator in order[turn:] + order[:turn]:
-            assignment = session.next_assignment(ids[annotator.name], batch, seeded=True)
+            assignment = session.next_assignment(ids[annotator.name], batch, (), kind, True)
             if assignment is not None:
                 break
         else:
             return done
-        place = (seed, annotator.name, assignment.prompt.id, assignment.left, assignment.right)
-        opinion = annotator.judge_at(seed, assignment.prompt, assignment.left, assignment.right)
+        place = (seed, annotator.name, assignment.prompt.id, *assignment.shown)
         token = draw("token", *place, batch, assignment.id, step + done).randbytes(12).hex()
-        vote = NewVote(opinion.choice, opinion.strength, token=token, seconds=opinion.seconds, guideline=guideline)
-        session.submit(assignment.id, vote)
+        answer(session, annotator, assignment, token)
     return JUDGEMENTS_PER_TRANSACTION
 
 
@@ -189,10 +227,10 @@ def _summary(store: Store, batch: str | None, annotators: int) -> dict[str, Any]
         "judgements": len(judgements),
         "items": len(votes),
         "annotators": annotators,
-        "ties": _mean([judgement.preferred is None for judgement in judgements]),
-        "left": _mean([judgement.choice == "left" for judgement in sided]),
-        "strength": _mean([judgement.strength for judgement in sided if judgement.strength is not None]),
-        "seconds": _mean([judgement.seconds for judgement in judgements if judgement.seconds is not None]),
+        "ties": mean([judgement.preferred is None for judgement in judgements]),
+        "left": mean([judgement.choice == "left" for judgement in sided]),
+        "strength": mean([judgement.strength for judgement in sided if judgement.strength is not None]),
+        "seconds": mean([judgement.seconds for judgement in judgements if judgement.seconds is not None]),
         "annotator_agreement": None if agreement is None else agreement.point,
         "annotator_agreement_interval": None if agreement is None else agreement.interval,
         "doubly_judged": 0 if agreement is None else agreement.items,
@@ -200,7 +238,8 @@ def _summary(store: Store, batch: str | None, annotators: int) -> dict[str, Any]
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """None where there is nothing."""
     return sum(values) / len(values) if values else None
 
 

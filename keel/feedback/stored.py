@@ -1,5 +1,5 @@
-"""The votes and demonstrations that a training stage takes from the store, kept with the stage: people go on while it
-trains, and a killed one must go on with what it began with."""
+"""The votes, thumbs and demonstrations that a training stage takes from the store, kept with the stage: people go on
+while it trains, and a killed one must go on with what it began with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection
+
 from keel.recipe.declared import VOTERS, Voter
 from keel.run import read_json, write_json
-from keel.store import Store
-from keel.store.records import VOTER_KINDS
-from keel.types import Demonstration, Message, Preference, Prompt
+from keel.store import Store, thumbs
+from keel.store.records import OWN_QUEUE, VOTER_KINDS
+from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt
 
 FILE = "votes.json"
+THUMBS = "thumbs.json"
 DEMONSTRATIONS = "demonstrations.json"
 
 
@@ -22,7 +25,8 @@ def training_votes(
     folder: Path, location: str, batches: Sequence[str], whose: Collection[Voter]
 ) -> dict[Voter, list[Preference]]:
     """``simulated``: the simulated votes of the queues ``batches``; ``people`` and ``models``: theirs in all of the
-    store, whichever queue they came from. Those that are not in ``whose`` are empty.
+    store, whichever queue they came from, but that votes which a stage had a model give are those of ``batches`` alone.
+    Those that are not in ``whose`` are empty.
 
     The first call keeps them in ``folder`` (a stage's own), and later ones find them there.
     """
@@ -37,8 +41,33 @@ def training_votes(
 
 
 def _votes_of(store: Store, who: Voter, batches: Sequence[str]) -> list[Preference]:
+    if who == "models":
+        given = [one for one in store.all_given() if one.annotator_kind in VOTER_KINDS[who]]
+        own = {OWN_QUEUE + batch for batch in batches}
+        taken = [one for one in given if not one.batch.startswith(OWN_QUEUE) or one.batch in own]
+        return [vote for one in taken for vote in one.preferences()]
     queues = batches if who == "simulated" else [None]
     return [vote for batch in queues for vote in store.preferences(batch, VOTER_KINDS[who])]
+
+
+def training_thumbs(
+    folder: Path, location: str, batches: Sequence[str], whose: Collection[Voter]
+) -> dict[Voter, list[LabelledCompletion]]:
+    """Thumbs on single responses, as `training_votes` has votes."""
+    kept = folder / THUMBS
+    if not kept.exists():
+        with Store(location) as store, store.transaction(writes=False) as connection:
+            found = {who: _thumbs_of(connection, who, batches) if who in whose else [] for who in VOTERS}
+        write_json(kept, {who: [asdict(thumb) for thumb in given] for who, given in found.items()})
+        return found
+    rows = read_json(kept)
+    return {who: [LabelledCompletion(**{**row, "prompt": _prompt(row)}) for row in rows[who]] for who in VOTERS}
+
+
+def _thumbs_of(connection: Connection, who: Voter, batches: Sequence[str]) -> list[LabelledCompletion]:
+    queues = batches if who == "simulated" else [None]
+    found = [thumb for batch in queues for thumb in thumbs.given(connection, batch, VOTER_KINDS[who])]
+    return [example for thumb in found for example in thumb.examples()]
 
 
 def training_demonstrations(folder: Path, location: str) -> list[Demonstration]:
@@ -53,8 +82,12 @@ def training_demonstrations(folder: Path, location: str) -> list[Demonstration]:
 
 
 def _vote(row: dict[str, Any]) -> Preference:
+    return Preference(**{**row, "prompt": _prompt(row)})
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
     asked = row["prompt"]
-    return Preference(**{**row, "prompt": Prompt(**{**asked, "messages": _messages(asked)})})
+    return Prompt(**{**asked, "messages": _messages(asked)})
 
 
 def _messages(row: dict[str, Any]) -> tuple[Message, ...]:

@@ -78,7 +78,7 @@ def stage_fingerprint(
     learned = votes_of(recipe, stage, votes)
     data = {name: getattr(recipe.data, name) for name in stage.reads(recipe.data)}
     if (
-        learned.people or learned.models or learned.written
+        learned.people or learned.models or learned.written or learned.thumbs
     ):  # else these change nothing, and a run made before they counted still stands
         data |= {name: value for name in WITH_PEOPLE if (value := getattr(recipe.data, name)) is not None}
     facts = {
@@ -92,7 +92,7 @@ def stage_fingerprint(
         facts["store"] = recipe.store
     if learned != VoteHashes():  # what stands there besides the annotate stages' own
         facts["votes"] = learned.facts()
-    if stage.uses_model:
+    if stage.needs_model():
         template = recipe.model.chat_template
         model = recipe.model.model_dump(mode="json")
         model |= {"path": contents.of(recipe.model.path), "chat_template": contents.of(template) if template else None}
@@ -105,9 +105,11 @@ def votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
     read = store_read(recipe, stage)
     return VoteHashes(
         people=votes.people if "people" in read.voters else "",
-        withdrawn=votes.withdrawn if "simulated" in read.voters else "",
+        withdrawn=votes.withdrawn if "simulated" in read.voters | read.thumbs else "",
         written=votes.written if read.written else "",
         models=votes.models if "models" in read.voters else "",
+        withdrawn_models=votes.withdrawn_models if "models" in read.voters else "",
+        thumbs=votes.thumbs if "people" in read.thumbs else "",
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings of judging pairs by simulated annotators."""
+"""Settings of judging responses: pairs of them by simulated annotators or a model, single ones by the former."""
 
 from __future__ import annotations
 
@@ -7,20 +7,37 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.recipe.declared import Makes, Reference, Scoring
-from keel.recipe.judges import PythonRef
+from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
+from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonRef, RewardModelRef
 from keel.recipe.stage import PreferenceBase, StageBase, Surroundings
+from keel.recipe.thumbs import ThumbsBase
 
 
 class AnnotateStage(StageBase):
-    help: ClassVar[str] = "have simulated annotators judge pairs of responses"
+    help: ClassVar[str] = "have simulated annotators or a model judge pairs of responses"
     makes: ClassVar[tuple[Makes, ...]] = ("votes",)
     uses_model: ClassVar[bool] = False
     stored: ClassVar[Literal["nothing", "copy", "all"]] = "all"
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"ask", "liked", "replies", "judge", "judge_temperature", "overlap_times"}
+    )
 
     kind: Literal["annotate"] = "annotate"
     responses: str = "sample"
-    annotators: PythonRef = Field(description="returns the simulated population: a callable seed -> list of annotators")
+    annotators: PythonRef | None = Field(
+        None, description="returns the simulated population: a callable seed -> list of annotators"
+    )
+    judge: ComparerRef | None = Field(
+        None,
+        description="in their place: what scores replies (a reward model, a sum, a Python function) or compares two in "
+        "both orders (an endpoint, a language model); its votes have probabilities",
+    )
+    judge_temperature: float | None = Field(
+        None,
+        gt=0,
+        description="of a judge that scores, in its unit: P = sigmoid(difference / temperature); default: what fits a "
+        "reward stage's held-out votes, else 1",
+    )
     pairs_per_prompt: int = Field(1, ge=1, description="pairs of one prompt, at most")
     pairs: int | None = Field(None, ge=1, description="pairs in all, at most; default: those of every prompt")
     choice: Literal["random", "uncertain"] = Field(
@@ -30,29 +47,98 @@ class AnnotateStage(StageBase):
         default_factory=list,
         description="reward stages that choose (choice: uncertain); what they were trained on is not asked again",
     )
-    overlap: float = Field(0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement")
+    overlap: float = Field(
+        0.1, ge=0, le=1, description="share of pairs judged twice, to measure agreement (a judge judges each once)"
+    )
+    overlap_times: int = Field(2, ge=2, description="how often those are judged: by so many annotators")
     guideline: str = "1"
+    ask: Literal["pairs", "thumbs"] = Field(
+        "pairs", description="which of two responses is better, or thumbs up or down on single ones"
+    )
+    liked: float = Field(
+        0.5, gt=0, lt=1, description="ask: thumbs: an annotator's bar lets this share of all responses pass"
+    )
+    replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()
         yield Reference("responses", self.responses, ("responses",))
         for i, reward in enumerate(self.rewards):
             yield Reference(f"rewards.{i}", reward, ("reward model",))
+        if isinstance(self.judge, LanguageModelRef):
+            yield Reference("judge.model", self.judge.model, ("policy",))
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
-        yield "annotators", self.annotators
+        if self.annotators is not None:
+            yield "annotators", self.annotators
+        if isinstance(self.judge, MixedRef):
+            yield from terms("judge.rewards", self.judge.rewards)
+        elif self.judge is not None and not isinstance(self.judge, LanguageModelRef):
+            yield "judge", self.judge
+
+    def loads(self) -> Iterator[ModelUse]:
+        if isinstance(self.judge, LanguageModelRef):
+            yield ModelUse(self.judge.model)
+
+    def needs_model(self) -> bool:
+        judges = isinstance(self.judge, LanguageModelRef)
+        return judges or any(isinstance(one, RewardModelRef) for _, one in self.scored_by())
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
-        alone = {stage.name for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.overlap == 0}
+        self._check_readers(recipe)
+        alone = {stage.name: stage for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.judged_once}
         for other in recipe.stages:
-            if not isinstance(other, PreferenceBase) or other.votes != "weighted":
+            if not isinstance(other, PreferenceBase) or other.votes not in ("weighted", "posterior"):
                 continue
-            if self.name in other.sources and alone.issuperset(other.sources):
-                raise ValueError(
-                    f"{other.name}.votes: weighted tells annotators apart by what two of them judged, and "
-                    f"{other.sources[0]}.overlap is 0; raise it or use votes: raw"
+            if self.name in other.sources and alone.keys() >= set(other.sources):
+                first = alone[other.sources[0]]
+                why = (
+                    f"{first.name}.overlap is 0; raise it or" if first.judge is None else f"{first.name} has one judge;"
                 )
+                raise ValueError(
+                    f"{other.name}.votes: {other.votes} tells annotators apart by what two of them judged, and {why} "
+                    "use votes: raw"
+                )
+
+    def _check_readers(self, recipe: Surroundings) -> None:
+        """Pairs and thumbs are learned from by fields of their own."""
+        for other in recipe.stages:
+            if isinstance(other, PreferenceBase) and self.ask == "thumbs" and self.name in other.sources:
+                raise ValueError(
+                    f"{other.name}.preferences: {self.name} asks for thumbs on single responses (ask: thumbs); name it "
+                    f"in the thumbs of a dpo stage, or set {self.name}.ask: pairs"
+                )
+            if isinstance(other, ThumbsBase) and self.ask == "pairs" and self.name in other.thumb_sources:
+                raise ValueError(
+                    f"{other.name}.thumbs: {self.name} asks for pairs; name it in preferences, beside thumbs or alone, "
+                    f"or set {self.name}.ask: thumbs"
+                )
+
+    @property
+    def judged_once(self) -> bool:
+        """Whether no pair is judged by two."""
+        return self.overlap == 0 or self.judge is not None
+
+    @model_validator(mode="after")
+    def _who_judges(self) -> AnnotateStage:
+        if (self.annotators is None) == (self.judge is None):
+            raise ValueError("who judges? name annotators (simulated ones) or a judge, one of the two")
+        if self.judge_temperature is not None and isinstance(self.judge, EndpointRef | LanguageModelRef | None):
+            raise ValueError("judge_temperature is of a judge that scores replies; leave it out")
+        if self.judge is not None and self.ask == "thumbs":
+            raise ValueError("a judge compares pairs, and ask is thumbs; name annotators, or set ask: pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_asked(self) -> AnnotateStage:
+        if self.ask == "pairs" and (self.replies is not None or self.liked != 0.5):
+            raise ValueError("replies and liked go with ask: thumbs; set it, or leave them out")
+        if self.ask == "thumbs" and (self.choice != "random" or self.pairs is not None or self.pairs_per_prompt != 1):
+            raise ValueError(
+                "pairs, pairs_per_prompt and choice say which pairs are asked, and ask is thumbs; use replies"
+            )
+        return self
 
     @model_validator(mode="after")
     def _who_chooses(self) -> AnnotateStage:

@@ -37,20 +37,22 @@ class Reference:
 Voter = Literal["people", "models", "simulated"]
 VOTERS: tuple[Voter, ...] = ("people", "models", "simulated")
 Voters = Literal["all", Voter]
-How = Literal["raw", "majority", "weighted"]
+How = Literal["raw", "majority", "weighted", "posterior"]
 
 
 @dataclass(frozen=True)
 class StoreRead:
-    """What a stage learns from in the store: whose votes, and whether replies that people wrote."""
+    """What a stage learns from in the store: whose votes, whose thumbs on single replies, and whether replies that
+    people wrote."""
 
     voters: frozenset[Voter] = frozenset()
     written: bool = False
+    thumbs: frozenset[Voter] = frozenset()
 
     @property
     def on_any_prompt(self) -> bool:
         """Whether it was made outside the recipe, where the evaluation's prompts are not left out."""
-        return self.written or bool(self.voters - {"simulated"})
+        return self.written or bool((self.voters | self.thumbs) - {"simulated"})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from keel.types import UserError
 
 Path_ = tuple[str | int, ...]
 _TAGGED = ("judge", "source", "annotators")  # unions on `kind`: pydantic puts the kind into an error's place
+_TAGS = ("python", "model", "mixed", "endpoint", "language_model")
 
 
 @dataclass
@@ -214,7 +215,7 @@ def _plain_path(loc: Sequence[str | int]) -> Path_:
     for i, part in enumerate(loc):
         if i == 2 and loc[0] == "stages" and part in STAGES:
             continue
-        if i and loc[i - 1] in _TAGGED and part in ("python", "model", "mixed", "endpoint"):
+        if i and loc[i - 1] in _TAGGED and part in _TAGS:
             continue
         plain.append(part)
     return tuple(plain)

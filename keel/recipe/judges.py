@@ -33,6 +33,15 @@ class EndpointRef(Strict):
     instructions: str | None = None
 
 
+class LanguageModelRef(Strict):
+    """A language model that is shown two replies and asked for the better one: 'base', a stage's name, or a folder.
+    ``instructions`` stand before the replies in the place of Keel's own; they must ask for A or B alone."""
+
+    kind: Literal["language_model"] = "language_model"
+    model: str
+    instructions: str | None = None
+
+
 class RewardTerm(Strict):
     """One source of reward, with its weight in the sum."""
 
@@ -48,3 +57,7 @@ class MixedRef(Strict):
 
 
 JudgeRef = Annotated[PythonRef | RewardModelRef | MixedRef | EndpointRef, Field(discriminator="kind")]
+# What can say which of two replies is better: by its score of each, or by comparing them.
+ComparerRef = Annotated[
+    PythonRef | RewardModelRef | MixedRef | EndpointRef | LanguageModelRef, Field(discriminator="kind")
+]

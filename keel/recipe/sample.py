@@ -17,8 +17,12 @@ class SampleStage(StageBase):
     help: ClassVar[str] = "sample responses to prompts"
     makes: ClassVar[tuple[Makes, ...]] = ("responses", "demonstrations")
     stored: ClassVar[Literal["nothing", "copy", "all"]] = "copy"
+    later: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     kind: Literal["sample"] = "sample"
+    seed: int | None = Field(
+        None, ge=0, description="of the samples: give each of several rounds its own; default: the recipe's"
+    )
     model: str = "sft"
     prompts: str | None = Field(None, description="default: data.prompts")
     per_prompt: int = Field(4, ge=1, description="responses kept a prompt")
@@ -54,6 +58,9 @@ class SampleStage(StageBase):
 
     def loads(self) -> Iterator[ModelUse]:
         yield ModelUse(self.model)
+
+    def seed_of(self, recipe_seed: int) -> int:
+        return recipe_seed if self.seed is None else self.seed
 
     def samples(self) -> SamplingConfig:
         return self.sampling

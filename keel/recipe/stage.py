@@ -65,6 +65,10 @@ class StageBase(Strict):
     # fingerprint leaves them out, so that those runs still stand.
     later: ClassVar[frozenset[str]] = frozenset()
 
+    def needs_model(self) -> bool:
+        """``uses_model``, where that is a matter of its settings."""
+        return self.uses_model
+
     def settings(self) -> dict[str, Any]:
         """What its result depends on of its own fields, as JSON has it."""
         later = frozenset[str]().union(*(kind.__dict__.get("later", ()) for kind in type(self).__mro__))
@@ -98,6 +102,10 @@ class StageBase(Strict):
         """Its own fields that name files to read, with the file; or with several, some of which may be stages or
         'people'."""
         return {}
+
+    def rating_bounds(self) -> tuple[float, float] | None:
+        """Between which bounds a rating in its files is neither up nor down."""
+        return None
 
     def from_store(self, voted: Collection[str]) -> StoreRead:
         """What it learns from in the store. ``voted``: the stages that make votes."""
@@ -137,6 +145,10 @@ class StageBase(Strict):
     def doubts(self, products: str) -> Iterator[Doubt]:
         """Settings that will hardly do what is meant. ``products``: the precision of matrix products."""
         yield from ()
+
+    def resolved(self) -> str:
+        """What its preset and its settings come to, in one line for ``keel check``; empty: nothing to speak of."""
+        return ""
 
 
 def start_has_template(stage: StageBase, start: str, recipe: Surroundings) -> None:
@@ -238,7 +250,8 @@ class PreferenceBase(TrainBase):
     )
     votes: How = Field(
         "raw",
-        description="each vote a record; each item's majority, ties out; or votes weighted by annotators' reliability",
+        description="each vote a record; each item's majority, ties out; votes weighted by annotators' reliability; or "
+        "posterior: one record an item, with the probability that its response is the better one",
     )
 
     @property

@@ -12,6 +12,7 @@ from keel.report.charts import Palette, guardrail_plots, learning_curves, reward
 from keel.report.frontier import frontier
 from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles, StageFiles, read_run
+from keel.report.rounds import round_rows
 from keel.report.sections import Fact, headline, lineage, pipeline, samples, total_seconds
 from keel.report.table import table
 from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, two_places
@@ -48,6 +49,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         win_rates=win_rates(run, palette),
         by_kind=scores_by_kind(run, palette),
         curves=learning_curves(run, palette),
+        rounds=round_rows(run),
         guardrail=guardrail_plots(run, palette),
         frontier=frontier(run, palette),
         statements=run.summary.get("guardrail", {}).get("statements", []),

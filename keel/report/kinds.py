@@ -81,7 +81,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "annotate": Kind(
         what="judgements on pairs",
-        facts=(Shown("judgements", "judgements"), Shown("agreement", "annotator_agreement", percent)),
+        facts=(
+            Shown("judgements", "judgements"),
+            Shown("agreement", "annotator_agreement", percent),
+            Shown("turned with the order", "flipped", percent),
+        ),
     ),
     "reward": Kind(
         "Reward model",
@@ -102,7 +106,11 @@ KINDS: Mapping[str, Kind] = {
     "dpo": Kind(
         "DPO",
         "learns from the pairs",
-        (Shown("pairs", "pairs"), Shown("held-out accuracy", "eval/rewards/accuracies", percent)),
+        (
+            Shown("pairs", "pairs"),
+            Shown("thumbs", "thumbs"),
+            Shown("held-out accuracy", "eval/rewards/accuracies", percent),
+        ),
         (
             Panel("loss", "nats per pair", _LOSSES),
             Panel(

@@ -1,33 +1,85 @@
-"""Simulated annotators judge pairs of sampled responses."""
+"""Simulated annotators or a model judge sampled responses: pairs of them, or each by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from keel.data.chat import Chat
+from keel.feedback.compare import EndpointComparer, ScorerComparer
+from keel.feedback.judging import judge_responses
+from keel.feedback.model_comparer import LanguageModelComparer
+from keel.feedback.opinion import Comparer
 from keel.feedback.pairing import PairChoice, annotate_responses
+from keel.feedback.simulated import SimulatedAnnotator
+from keel.feedback.thumbs import annotate_thumbs
 from keel.feedback.uncertainty import disagreement
+from keel.model.checkpoint import frozen, load_policy
 from keel.precision import pick_precision
 from keel.recipe.annotate import AnnotateStage
+from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonRef
 from keel.recipe.stage import PreferenceBase
 from keel.reward.ensemble import Candidate
+from keel.reward.scorer import PythonScorer
 from keel.run import write_json
 from keel.stages.context import StageContext
-from keel.stages.scoring import reward_model_scorer
+from keel.stages.scoring import mixed_scorer, reward_model_scorer
 from keel.store import Response, Store
+from keel.store.records import OWN_QUEUE
 
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
-    """Has simulated annotators judge pairs of sampled responses through the store's queue."""
-    annotators = context.python(stage.annotators)(context.recipe.seed)
+    """Has simulated annotators or a model judge sampled responses, in pairs or by themselves, through the queue."""
     made_by = context.parent(stage.responses).summary()["fingerprint"]
+    annotators = None if stage.annotators is None else context.python(stage.annotators)(context.recipe.seed)
+    if stage.ask == "thumbs":
+        assert annotators is not None, "a judge compares pairs"
+        return _thumbs(stage, context, annotators, made_by)
+    truth: dict[str, float] = {}  # nobody knows it of a model
     with Store(context.store_url) as store:
-        summary, truth = annotate_responses(
+        choice = _choice(stage, context, store)
+        if annotators is not None:
+            summary, truth = annotate_responses(
+                store,
+                annotators,
+                made_by=made_by,
+                batch=context.fingerprint,
+                choice=choice,
+                overlap=stage.overlap,
+                guideline=stage.guideline,
+                seed=context.recipe.seed,
+                reporter=context.reporter,
+                times=stage.overlap_times,
+            )
+        else:
+            assert stage.judge is not None, "one of the two judges"
+            summary = judge_responses(
+                store,
+                _comparer(stage.judge, stage, context),
+                _name(stage.judge),
+                made_by=made_by,
+                batch=OWN_QUEUE + context.fingerprint,
+                choice=choice,
+                guideline=stage.guideline,
+                seed=context.recipe.seed,
+                reporter=context.reporter,
+                folder=context.stage_dir.path,
+            )
+    write_json(context.stage_dir.path / "truth.json", truth)
+    return summary
+
+
+def _thumbs(
+    stage: AnnotateStage, context: StageContext, annotators: Sequence[SimulatedAnnotator], made_by: str
+) -> dict[str, Any]:
+    with Store(context.store_url) as store:
+        summary, truth = annotate_thumbs(
             store,
             annotators,
             made_by=made_by,
             batch=context.fingerprint,
-            choice=_choice(stage, context, store),
+            replies=stage.replies,
+            liked=stage.liked,
             overlap=stage.overlap,
             guideline=stage.guideline,
             seed=context.recipe.seed,
@@ -35,6 +87,36 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
         )
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary
+
+
+def _name(judge: ComparerRef) -> str:
+    """What the store calls it."""
+    if isinstance(judge, MixedRef):
+        return "sum of rewards"
+    word = {"python": "function", "model": "reward model", "language_model": "model"}.get(judge.kind, judge.kind)
+    return f"{word} {judge.ref if isinstance(judge, PythonRef) else judge.model}"
+
+
+def _comparer(judge: ComparerRef, stage: AnnotateStage, context: StageContext) -> Comparer:
+    if isinstance(judge, EndpointRef):
+        return EndpointComparer(judge, f"{stage.name}.judge.url", context.reporter)
+    precision = pick_precision("auto", context.device)
+    if isinstance(judge, LanguageModelRef):
+        model, tokenizer = load_policy(context.source(judge.model), device=context.device, products=precision)
+        frozen(model)
+        return LanguageModelComparer(model, Chat(tokenizer), context.device, precision, judge.instructions)
+    if isinstance(judge, PythonRef):
+        return ScorerComparer(PythonScorer(context.python(judge)), stage.judge_temperature or 1.0)
+    if isinstance(judge, MixedRef):
+        return ScorerComparer(mixed_scorer(judge.rewards, context, precision), stage.judge_temperature or 1.0)
+    scorer = reward_model_scorer(judge.model, context, precision)
+    return ScorerComparer(scorer, stage.judge_temperature or _fitted(judge.model, context) / scorer.reward_model.std)
+
+
+def _fitted(name: str, context: StageContext) -> float:
+    """The temperature of a reward model's raw scores that fits its held-out votes; 1 where it is not known."""
+    known = context.parent(name).summary().get("temperature") if name in context.parents else None
+    return known or 1.0
 
 
 def _choice(stage: AnnotateStage, context: StageContext, store: Store) -> PairChoice:
@@ -45,9 +127,10 @@ def _choice(stage: AnnotateStage, context: StageContext, store: Store) -> PairCh
         reads = context.seen_by(name)
         reward = reads.stage
         if isinstance(reward, PreferenceBase):
-            batches |= {reads.parent(source).fingerprint for source in reward.sources if source in reads.parents}
+            made = {reads.parent(source).fingerprint for source in reward.sources if source in reads.parents}
+            batches |= made | {f"{OWN_QUEUE}{fingerprint}" for fingerprint in made}
     asked = {frozenset((j.left.id, j.right.id)) for j in store.judgements() if j.batch in batches}
-    fitted = [context.parent(name).summary().get("temperature") or 1.0 for name in stage.rewards]
+    fitted = [_fitted(name, context) for name in stage.rewards]
     precision = pick_precision("auto", context.device)
     scorers = [reward_model_scorer(name, context, precision) for name in stage.rewards]
     prompts = {prompt.id: prompt for prompt in store.prompts()}

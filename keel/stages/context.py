@@ -127,7 +127,7 @@ class StageContext:
             )
         if name not in {reference.target for reference in self.stage.references()}:
             raise _undeclared(self.stage, f"the checkpoint {name}", "references")
-        if not self.stage.uses_model:
+        if not self.stage.needs_model():
             raise _undeclared(self.stage, f"the checkpoint {name} and the recipe's model section", "uses_model")
         return Path(self.recipe.model.path if name == "base" else name)
 

@@ -1,24 +1,26 @@
-"""What a recipe's stages read, by the names that the recipe calls it: demonstrations, preferences and prompts."""
+"""What a recipe's stages read, by the names that the recipe calls it: demonstrations, preferences, thumbs, prompts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.rows import BadRows, Reading
-from keel.data.sources import read_demonstrations, read_preferences, read_prompts
-from keel.feedback.stored import training_demonstrations, training_votes
-from keel.recipe.declared import PEOPLE
+from keel.data.sources import read_demonstrations, read_labelled, read_preferences, read_prompts
+from keel.feedback.aggregate import aggregate, likelier_first
+from keel.feedback.stored import training_demonstrations, training_thumbs, training_votes
+from keel.recipe.declared import PEOPLE, How
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import PreferenceBase
+from keel.recipe.thumbs import ThumbsBase
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
-from keel.types import Completion, Demonstration, Message, Preference, Prompt, UserError
+from keel.types import Completion, Demonstration, LabelledCompletion, Message, Preference, Prompt, UserError
 
 T = TypeVar("T")
 
@@ -112,7 +114,7 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     annotated = {other.name for other in recipe.stages if "votes" in other.makes}
     named = context.file if stage.sources else str
     files = [named(name) for name in sources if name not in {*annotated, PEOPLE}]
-    pairs = [pair for file in files for pair in read_preferences(file, reading(context))]
+    pairs = [likelier_first(pair) for file in files for pair in read_preferences(file, reading(context))]
     if not {*annotated, PEOPLE} & set(sources):
         return Preferences(pairs)
     truth: dict[str, float] = {}
@@ -136,6 +138,60 @@ def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
     agreement = summaries[0].get("annotator_agreement") if summaries else None
     counts = {"simulated_votes": len(stored["simulated"]), "model_votes": len(models), "people_votes": len(people)}
     return Preferences([*pairs, *stored["simulated"], *models, *people], truth, agreement, counts)
+
+
+@dataclass(frozen=True)
+class Thumbs:
+    """``examples``: single replies with thumbs up or down. ``counts``: whose thumbs of the store they are, how many
+    replies are halves of pairs, and what was left out."""
+
+    examples: list[LabelledCompletion]
+    counts: dict[str, int]
+
+
+def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thumbs:
+    """What ``stage`` learns from with ``thumbs``: the files and annotate stages that it names, people's thumbs, and
+    both replies of each pair of its ``preferences``, of which ``how`` makes records."""
+    annotated = {other.name for other in context.recipe.stages if "votes" in other.makes}
+    undecided: list[int] = []
+    read = replace(reading(context), undecided=undecided.append)
+    files = [context.file(name) for name in stage.thumb_sources if name not in {*annotated, PEOPLE}]
+    found = [row for file in files for row in read_labelled(file, read, stage.rating_bounds())]
+    counts = {"ratings_left_out": sum(undecided)} if undecided else {}
+    whose = stage.from_store(annotated).thumbs
+    if whose:
+        parents = [context.parent(name) for name in stage.thumb_sources if name in annotated]
+        batches = [parent.fingerprint for parent in parents if parent.fingerprint is not None]
+        stored = training_thumbs(context.own_folder().path, context.store_url, batches, whose)
+        people = _without_heldout(stored["people"], lambda one: one.prompt.messages, "thumbs", context)
+        found += [*stored["simulated"], *people]
+        counts |= {"simulated_thumbs": len(stored["simulated"]), "people_thumbs": len(people)}
+    if stage.sources:
+        pairs = preferences(stage, context)
+        records = aggregate(pairs.pairs, how)
+        halves = [half for record in records if not record.tie for half in in_two(record)]
+        found += halves
+        ties = sum(record.tie for record in records)
+        counts |= {**pairs.counts, "halves_of_pairs": len(halves), "ties_left_out": ties}
+    if not found:
+        raise UserError(
+            f"stage {stage.name}: there are no thumbs in what it names in thumbs; keel label serves a store"
+        )
+    return Thumbs(found, counts)
+
+
+def in_two(pair: Preference) -> list[LabelledCompletion]:
+    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down; with a soft label also
+    the other way round, weighted by how probable either is. All have the pair's id: it is that judgement which is
+    learned from."""
+    sure = 1.0 if pair.probability is None else pair.probability
+    chosen, rejected = (pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)
+    ways = ((chosen, True, sure), (rejected, False, sure), (chosen, False, 1 - sure), (rejected, True, 1 - sure))
+    return [
+        LabelledCompletion(pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight * share, pair.place)
+        for (text, finished), up, share in ways
+        if share > 0
+    ]
 
 
 def _without_heldout(

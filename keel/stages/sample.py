@@ -40,7 +40,9 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
         mixed_scorer(stage.rewards, context, precision) if stage.rewards else None,
         -math.inf if stage.min_reward is None else stage.min_reward,
     )
-    replies = sample_replies(sampler, chat, prompts, stage.sampling, choice, recipe.seed, context.reporter)
+    replies = sample_replies(
+        sampler, chat, prompts, stage.sampling, choice, stage.seed_of(recipe.seed), context.reporter
+    )
     everything = [reply for group in replies for reply in group]
     if not everything:
         raise UserError(

@@ -28,6 +28,7 @@ from keel.store.people_tables import (
     removals,
     sampling_requests,
     sessions,
+    thumbs,
     turns,
     writings,
 )
@@ -50,6 +51,7 @@ _TEXTS = ("reason", "text", "messages", "meta")  # the fields of the log's value
 _WORK: tuple[tuple[Table, str, str], ...] = (
     (judgements, "judgement", "reason"),
     (rankings, "ranking", "reason"),
+    (thumbs, "thumb", "reason"),
     (writings, "writing", "text"),
     (flags, "flag", "text"),
 )
@@ -173,8 +175,8 @@ def _erase_items(connection: Connection, which: ColumnElement[bool], now: dateti
 
 
 def _erase_work(connection: Connection, of: Select[Any], now: datetime) -> None:
-    """The texts of judgements, rankings, writings and flags of some assignments, and the reasons of skips. Writings
-    that stand are taken back: a mark is nothing to learn from."""
+    """The texts of judgements, rankings, thumbs, writings and flags of some assignments, and the reasons of skips.
+    Writings that stand are taken back: a mark is nothing to learn from."""
     standing = select(writings).where(writings.c.assignment_id.in_(of), writings.c.undone_at.is_(None))
     names = select(assignments.c.id, annotators.c.name).join(annotators).where(assignments.c.id.in_(of))
     who = {row.id: row.name for row in connection.execute(names)}

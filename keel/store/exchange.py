@@ -10,6 +10,7 @@ nothing is lost on the way out and in again:
     choice                                          left, right, tie, both_bad: what was said, of the sides as shown
     chosen_side                                     left or right: where ``chosen`` was shown (left in a tie)
     strength, seconds, guideline, reason, created   the judgement's; null when not known
+    probability                                     that ``chosen`` is the better one, where a model said so; else null
     batch, item                                     what it was judged for, and which rows judged the same item
     settled, settled_by                             a reviewer's last word on the item (chosen, rejected, tie); null
                                                     where nobody settled it
@@ -31,7 +32,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -49,9 +50,10 @@ COLUMNS = (
     *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
     *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
     *("reason", "created", "batch", "item", "settled", "settled_by", "gold", "ratings", "ranking", "edit", "out"),
-    *("chosen_source", "rejected_source"),
+    *("chosen_source", "rejected_source", "probability"),
 )
 Form = Literal["trl", "openai"]
+Type = Literal["messages", "bool", "number", "whole"]
 
 
 def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = False) -> int:
@@ -70,20 +72,25 @@ def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = 
         rows = [pair_columns(pair) for pair in settle(pairs) if not pair.tie]
     else:
         rows = [row for vote in votes for row in _rows(vote)]
+    write_rows([_openai(row) for row in rows] if form == "openai" else rows, path, _table)
+    return len(rows)
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Writes rows as the ending of ``path`` says; ``table`` makes an Arrow table of them."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".jsonl":
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                lines = (_openai(row) if form == "openai" else row for row in rows)
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif path.suffix == ".parquet":
             import pyarrow.parquet  # slow to import, and not needed for JSONL
 
-            pyarrow.parquet.write_table(_table(rows), temporary)
+            pyarrow.parquet.write_table(table(rows), temporary)
         elif not path.suffix:
             if path.exists():
                 raise UserError(f"{path} is there already; name a new folder, or a .jsonl or .parquet file")
-            hub.save(_table(rows), temporary)
+            hub.save(table(rows), temporary)
         else:
             raise UserError(
                 f"{path}: exports are .jsonl, .parquet, or a folder for datasets (no ending); name one of these"
@@ -95,25 +102,13 @@ def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = 
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
-    return len(rows)
 
 
 def read(path: str | Path) -> list[Given]:
     """The judgements, rankings and edits of a file that ``write`` made. (``keel.data`` reads the same files, and any
     other preference pairs, as Preference records.) UserError names the file and the row."""
     path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # slow to import, and not needed for JSONL
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.is_dir():
-            rows = hub.load(path)
-        else:
-            lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end a line
-            rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); give a file that Keel exported") from error
+    rows = rows_of_file(path)
     votes: list[Given] = []
     ranked: dict[str, list[dict[str, Any]]] = {}  # a ranking stands where its first pair does
     for number, row in enumerate(rows, start=1):
@@ -134,6 +129,22 @@ def read(path: str | Path) -> list[Given]:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{path}: the ranking {token!r} is not whole; export it again") from error
     return votes
+
+
+def rows_of_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file or folder that ``write_rows`` made."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # slow to import, and not needed for JSONL
+
+            found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+            return found
+        if path.is_dir():
+            return hub.load(path)
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end a line
+        return [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}); give a file that Keel exported") from error
 
 
 def from_preference(pair: Preference, annotator: str, time: int, seed: int, now: datetime) -> Judgement:
@@ -168,6 +179,7 @@ def from_preference(pair: Preference, annotator: str, time: int, seed: int, now:
         created=now,
         settled=of_record(pair.settled, side) if pair.settled else None,
         settled_by=annotator if pair.settled else None,
+        probability=pair.probability,
     )
 
 
@@ -189,14 +201,14 @@ def _rows(given: Given) -> list[dict[str, Any]]:
         rows[0] |= {"choice": given.choice, "chosen_side": side, "strength": given.strength}
         rows[0] |= {"reason": given.reason, "item": given.item_id, "settled_by": given.settled_by}
         rows[0] |= {"gold": given.gold and in_record(given.gold, side), "ratings": ratings or None}
-        rows[0] |= {"chosen_source": _source(chosen), "rejected_source": _source(rejected)}
+        rows[0] |= {"chosen_source": source_columns(chosen), "rejected_source": source_columns(rejected)}
     elif isinstance(given, Edit):
-        rows[0] |= {"edit": True, "rejected_source": _source(given.original)}
+        rows[0] |= {"edit": True, "rejected_source": source_columns(given.original)}
     else:
         for row, (a, b, first, second) in zip(rows, given.pairs, strict=True):
             places = {"chosen": {"place": first, "shown": a}, "rejected": {"place": second, "shown": b}}
             row |= {"ranking": {"token": given.token, **places}, "reason": given.reason}
-            row |= {"chosen_source": _source(given.shown[a]), "rejected_source": _source(given.shown[b])}
+            row |= {"chosen_source": source_columns(given.shown[a]), "rejected_source": source_columns(given.shown[b])}
     return rows
 
 
@@ -221,10 +233,12 @@ def _common(given: Given, pair: Preference) -> dict[str, Any]:
         "settled": pair.settled or None,
         "edit": False,
         "out": given.out,
+        "probability": pair.probability,
     }
 
 
-def _source(response: Response) -> dict[str, Any]:
+def source_columns(response: Response) -> dict[str, Any]:
+    """What wrote a response."""
     return {
         "model": response.model,
         "fingerprint": response.fingerprint,
@@ -235,17 +249,24 @@ def _source(response: Response) -> dict[str, Any]:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """The row with the columns that an older export lacks, and what Parquet keeps as a string read."""
-    read = {name: json.loads(row[name]) for name in _JSON_COLUMNS if isinstance(row.get(name), str)}
-    return dict.fromkeys(("settled", "settled_by", "gold", "ratings", "ranking", "edit", "out")) | row | read
+    read = from_json(row, _JSON_COLUMNS)
+    later = ("settled", "settled_by", "gold", "ratings", "ranking", "edit", "out", "probability")
+    return dict.fromkeys(later) | row | read
 
 
-def _prompt(row: dict[str, Any]) -> Prompt:
+def from_json(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """What of these columns is JSON in a string, read."""
+    return {name: json.loads(row[name]) for name in columns if isinstance(row.get(name), str)}
+
+
+def prompt_of(row: dict[str, Any]) -> Prompt:
+    """The prompt of an exported row."""
     messages = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
     return Prompt(row["prompt_id"], messages, row["kind"], row["meta"])
 
 
 def _ranking(token: str, pairs: Sequence[dict[str, Any]]) -> Ranking:
-    first, prompt = pairs[0], _prompt(pairs[0])
+    first, prompt = pairs[0], prompt_of(pairs[0])
     found: dict[int, Response] = {}  # by place on the screen
     tiers: dict[int, set[int]] = {}
     for row in pairs:
@@ -265,7 +286,7 @@ def _ranking(token: str, pairs: Sequence[dict[str, Any]]) -> Ranking:
 
 
 def _edit(row: dict[str, Any]) -> Edit:
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     return Edit(
         row["id"], row["batch"], row["annotator"], row["annotator_kind"], prompt,
         _response(prompt.id, row, "rejected"), row["chosen"][0]["content"],
@@ -274,7 +295,7 @@ def _edit(row: dict[str, Any]) -> Edit:
 
 
 def _vote(row: dict[str, Any]) -> Judgement:
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     chosen, rejected = (_response(prompt.id, row, side) for side in ("chosen", "rejected"))
     side: Side = row["chosen_side"]
     left, right = turned((chosen, rejected), side)
@@ -299,16 +320,27 @@ def _vote(row: dict[str, Any]) -> Judgement:
         gold=of_record(row["gold"], side) if row["gold"] is not None else None,
         ratings={side_of(rated, side): values for rated, values in (row["ratings"] or {}).items()},
         out=bool(row["out"]),
+        probability=_share(row["probability"]),
     )
 
 
+def _share(value: Any) -> float | None:
+    if value is not None and not 0 <= float(value) <= 1:
+        raise ValueError(f"probability {value}")
+    return None if value is None else float(value)
+
+
 def _response(prompt_id: str, row: dict[str, Any], side: str) -> Response:
-    source = row[f"{side}_source"]
+    return source_of(row[f"{side}_source"], prompt_id, row[side][0]["content"], row[f"{side}_finished"])
+
+
+def source_of(source: dict[str, Any], prompt_id: str, text: str, finished: bool) -> Response:
+    """The response of which ``source_columns`` wrote this."""
     return Response(
         id=0,
         prompt_id=prompt_id,
-        text=row[side][0]["content"],
-        finished=row[f"{side}_finished"],
+        text=text,
+        finished=finished,
         model=source["model"],
         fingerprint=source["fingerprint"],
         sampling=source["sampling"],
@@ -328,14 +360,28 @@ def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **own, "rejected": row["non_preferred_output"]}
 
 
+_TYPES: Mapping[str, Type] = {
+    **dict.fromkeys(("prompt", "chosen", "rejected"), "messages"),
+    **dict.fromkeys(("tie", "chosen_finished", "rejected_finished", "edit", "out"), "bool"),
+    **dict.fromkeys(("margin", "strength", "seconds", "probability"), "number"),
+    "item": "whole",
+}
+
+
 def _table(rows: list[dict[str, Any]]) -> Any:
-    """The rows as an Arrow table with the same columns however many rows there are."""
+    return arrow_table(rows, COLUMNS, _JSON_COLUMNS, _TYPES)
+
+
+def arrow_table(
+    rows: list[dict[str, Any]], columns: Sequence[str], as_json: Sequence[str], types: Mapping[str, Type]
+) -> Any:
+    """The rows as an Arrow table with the same columns however many rows there are. ``types``: of columns that are no
+    texts; ``as_json``: columns that become JSON in a string."""
     import pyarrow as pa  # slow to import, and not needed for JSONL
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    special = {"tie": pa.bool_(), "margin": pa.float64(), "strength": pa.float64(), "seconds": pa.float64()}
-    special |= {"prompt": messages, "chosen": messages, "rejected": messages, "item": pa.int64()}
-    special |= {"chosen_finished": pa.bool_(), "rejected_finished": pa.bool_(), "edit": pa.bool_(), "out": pa.bool_()}
-    flat = [row | {name: json.dumps(row[name]) for name in _JSON_COLUMNS if name in row} for row in rows]
-    present = [name for name in COLUMNS if not rows or name in rows[0]]
-    return pa.Table.from_pylist(flat, schema=pa.schema([(name, special.get(name, pa.string())) for name in present]))
+    known = {"messages": messages, "bool": pa.bool_(), "number": pa.float64(), "whole": pa.int64()}
+    flat = [row | {name: json.dumps(row[name]) for name in as_json if name in row} for row in rows]
+    present = [name for name in columns if not rows or name in rows[0]]
+    fields = [(name, known[types[name]] if name in types else pa.string()) for name in present]
+    return pa.Table.from_pylist(flat, schema=pa.schema(fields))

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, case, insert, select, update
+from sqlalchemy import Connection, Row, Select, Table, insert, select
 
-from keel.store.imports import Entry, as_new, assign, guideline_here
+from keel.store.imports import Entry, as_new, assign, guideline_here, take_slot
 from keel.store.ingest import add_prompts, add_responses, rows_of
 from keel.store.people_tables import rankings, writings
-from keel.store.records import Edit, Judgement, Ranking
+from keel.store.records import Edit, Judgement, Ranking, Response
 from keel.store.removals import take_out
 from keel.store.review import last_words, ratings
 from keel.store.rows import prompt_record, response_record, storable
@@ -20,12 +20,12 @@ from keel.store.sides import SIDES, on_screen
 from keel.store.standing import standing
 from keel.store.tables import annotators, assignments, event, events, items, judgements, prompts, responses
 from keel.store.work import add_edits, add_rankings
-from keel.types import UserError
+from keel.types import Prompt, UserError
 
 
 def judgements_given(connection: Connection, batch: str | None) -> list[Judgement]:
     """Every raw vote that stands, in the order they came."""
-    rows = connection.execute(_with_context(judgements, batch).add_columns(items.c.gold)).all()
+    rows = connection.execute(with_context(judgements, batch).add_columns(items.c.gold)).all()
     settled = last_words(connection)
     rated = ratings(connection)
     asked = {row.id: prompt_record(row) for row in connection.execute(select(prompts))}
@@ -55,6 +55,7 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
                 if response in rated.get(row.id, ())
             },
             out=row.out,
+            probability=row.probability,
         )
         for row in rows
     ]
@@ -62,8 +63,8 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
 
 def rankings_given(connection: Connection, batch: str | None) -> list[Ranking]:
     """Every ranking that stands, in the order they came."""
-    rows = connection.execute(_with_context(rankings, batch)).all()
-    asked, replies = _texts(connection, [id for row in rows for id in row.shown], rows)
+    rows = connection.execute(with_context(rankings, batch)).all()
+    asked, replies = texts_of(connection, [id for row in rows for id in row.shown], rows)
     return [
         Ranking(
             row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id],
@@ -77,8 +78,8 @@ def rankings_given(connection: Connection, batch: str | None) -> list[Ranking]:
 
 def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
     """Every edit that stands, in the order they came."""
-    rows = connection.execute(_with_context(writings, batch).where(writings.c.original_id.is_not(None))).all()
-    asked, replies = _texts(connection, [row.original_id for row in rows], rows)
+    rows = connection.execute(with_context(writings, batch).where(writings.c.original_id.is_not(None))).all()
+    asked, replies = texts_of(connection, [row.original_id for row in rows], rows)
     return [
         Edit(
             row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.original_id],
@@ -88,7 +89,8 @@ def edits_given(connection: Connection, batch: str | None) -> list[Edit]:
     ]  # fmt: skip
 
 
-def _with_context(table: Table, batch: str | None) -> Select[Any]:
+def with_context(table: Table, batch: str | None) -> Select[Any]:
+    """All that stands in a table of work, in the order it came, with whose it is and on what."""
     query = standing(
         table, table, assignments.c.item_id, assignments.c.shown, items.c.prompt_id, items.c.batch, items.c.out,
         annotators.c.name, annotators.c.kind.label("annotator_kind"),
@@ -96,9 +98,10 @@ def _with_context(table: Table, batch: str | None) -> Select[Any]:
     return query if batch is None else query.where(items.c.batch == batch)
 
 
-def _texts(
+def texts_of(
     connection: Connection, ids: Sequence[int], rows: Sequence[Row[Any]]
-) -> tuple[Mapping[str, Any], Mapping[int, Any]]:
+) -> tuple[Mapping[str, Prompt], Mapping[int, Response]]:
+    """The prompts of ``rows`` and the responses of these ids."""
     named = sorted({row.prompt_id for row in rows})
     asked = {row.id: prompt_record(row) for row in rows_of(connection, prompts, prompts.c.id, named)}
     found = rows_of(connection, responses, responses.c.id, sorted(set(ids)))
@@ -156,12 +159,5 @@ def _item(connection: Connection, one: Ranking | Edit, ids: list[int], batch: st
         (id,) = add_rankings(connection, [ids], 1, batch, now)
     else:
         (id,) = add_edits(connection, ids, 1, batch, now)
-    old = connection.execute(select(items.c.overlap, items.c.kind).where(items.c.id == id)).one()
-    taken = items.c.taken + 1
-    overlap = case((taken > items.c.overlap, taken), else_=items.c.overlap)
-    change = update(items).where(items.c.id == id).values(taken=taken, overlap=overlap).returning(items.c.overlap)
-    wanted = connection.execute(change).scalar_one()
-    if wanted != old.overlap:
-        new = {"overlap": wanted, "batch": batch, "kind": old.kind}
-        connection.execute(insert(events), event(now, "keel", "changed", "item", id, {"overlap": old.overlap}, new))
+    take_slot(connection, id, now)
     return id

@@ -1,4 +1,5 @@
-"""Gold items: pairs with a known answer, which show who is reading. Each function runs inside its caller's transaction.
+"""Gold items: pairs, or single responses, with a known answer, which show who is reading. Each function runs inside its
+caller's transaction.
 
 Nobody may tell one from the others. It has slots for everybody, and others have few: where that could show, it fares as
 one of the others would.
@@ -6,6 +7,7 @@ one of the others would.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +17,7 @@ from keel.store.tables import assignments, event, events, items
 from keel.types import UserError
 
 SLOTS = 100_000  # a gold item is for everybody: so many more than have it already
+ANSWERS: Mapping[str, tuple[str, ...]] = {"compare": ("first", "second", "tie"), "thumb": ("up", "down")}
 
 _OPEN_TO = select(items.c.id, items.c.key).where(
     items.c.gold.is_not(None),
@@ -34,13 +37,13 @@ def open_to(connection: Connection, annotator_id: int, kind: str) -> list[Row[An
     return list(connection.execute(_OPEN_TO, {"annotator": annotator_id, "kind": kind}))
 
 
-def would_be_gone(connection: Connection, assignment: Row[Any]) -> bool:
+def would_be_gone(connection: Connection, assignment: Row[Any], kind: str) -> bool:
     """Whether another item in its place would have gone to somebody else: after a skip as soon as anybody else was
     given something, since what is given back is next in the queue; after its time as the annotator's other items did,
     whose time ran out."""
     others = assignments.join(items)
     mine = assignments.c.annotator_id == assignment.annotator_id
-    plain = items.c.gold.is_(None), items.c.kind == "compare"
+    plain = items.c.gold.is_(None), items.c.kind == kind
     if assignment.state == "skipped":
         later = select(assignments.c.id).select_from(others)
         later = later.where(~mine, *plain, assignments.c.leased_at > assignment.skipped_at).limit(1)
@@ -54,12 +57,12 @@ def would_be_gone(connection: Connection, assignment: Row[Any]) -> bool:
 def set_gold(connection: Connection, item_id: int, answer: str | None, actor: str, now: datetime) -> None:
     """Make an item a gold item with this answer, or (None) no longer."""
     item = connection.execute(select(items).where(items.c.id == item_id).with_for_update()).first()
-    if item is None or item.kind != "compare":
-        raise UserError(f"there is no comparison {item_id}")
-    if answer not in (None, "first", "second", "tie"):
-        raise UserError(f"the answer {answer!r} is unknown; give first, second or tie")
+    if item is None or item.kind not in ANSWERS:
+        raise UserError(f"there is no comparison and no single response {item_id}")
+    if answer is not None and answer not in ANSWERS[item.kind]:
+        raise UserError(f"the answer {answer!r} is unknown; give {' or '.join(ANSWERS[item.kind])}")
     overlap = max(1, item.taken) if answer is None else item.taken + SLOTS
     connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
     old = {"gold": item.gold, "overlap": item.overlap}
-    new = {"gold": answer, "overlap": overlap, "batch": item.batch}
+    new = {"gold": answer, "overlap": overlap, "batch": item.batch, "kind": item.kind}
     connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))

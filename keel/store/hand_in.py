@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, insert
 from sqlalchemy.exc import IntegrityError
 
 from keel.store import queue
-from keel.store.people_tables import aspect_ratings, rankings, writings
+from keel.store.people_tables import aspect_ratings, rankings, thumbs, writings
 from keel.store.records import Assignment, LeaseLost, NewVote, NewWork, WorkKind
 from keel.store.rows import storable
 from keel.store.sides import SIDES
@@ -34,8 +34,15 @@ class WorkTable:
 
 VOTES = WorkTable(judgements, "judgement", "judged")
 RANKINGS = WorkTable(rankings, "ranking", "ranked")
+THUMBS = WorkTable(thumbs, "thumb", "gave")
 WRITINGS = WorkTable(writings, "writing", "wrote", widens=True)
-WORK_TABLES: Mapping[WorkKind, WorkTable] = {"compare": VOTES, "rank": RANKINGS, "write": WRITINGS, "edit": WRITINGS}
+WORK_TABLES: Mapping[WorkKind, WorkTable] = {
+    "compare": VOTES,
+    "rank": RANKINGS,
+    "thumb": THUMBS,
+    "write": WRITINGS,
+    "edit": WRITINGS,
+}
 
 _ASSIGNMENT = (
     select(assignments, annotators.c.name, items.c.kind, items.c.batch)
@@ -52,7 +59,8 @@ def submit(
 ) -> int:
     """Count one vote and return the judgement's id (Store.submit)."""
     reason = None if vote.reason is None else storable(vote.reason)
-    values = {"choice": vote.choice, "strength": vote.strength, "reason": reason}
+    values: dict[str, Any] = {"choice": vote.choice, "strength": vote.strength, "reason": reason}
+    values |= {} if vote.probability is None else {"probability": vote.probability}
     also = {"ratings": vote.ratings} if vote.ratings else {}
     id, assignment = record(connection, VOTES, assignment_id, vote, values, also, annotator_id=annotator_id, now=now)
     if vote.ratings and assignment is not None:
@@ -141,7 +149,7 @@ def undo(
     of: WorkTable = VOTES,
     annotator_id: int | None = None,
 ) -> Assignment:
-    """Take a judgement (or a row of rankings or writings) back and give its assignment to the annotator again
+    """Take a judgement (or a row of rankings, thumbs or writings) back and give its assignment to the annotator again
     (Store.undo). ``annotator_id``: who must have done it; None: anybody."""
     table, entity = of.table, of.entity
     owner = connection.execute(select(table.c.assignment_id).where(table.c.id == done_id)).scalar_one_or_none()
@@ -154,7 +162,7 @@ def undo(
         raise UserError(f"this {entity} has been taken back already")
     connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
     queue.lease_again(connection, assignment.id, now, lease)
-    said = ("choice", "strength", "reason", "tiers", "text", "original_id")
+    said = ("choice", "strength", "reason", "tiers", "up", "text", "original_id")
     old = {name: getattr(done, name) for name in said if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)

@@ -146,6 +146,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
             "guideline": versions[place.vote.guideline],
             "reason": None if place.vote.reason is None else storable(place.vote.reason),
             "created": place.vote.created,
+            "probability": place.vote.probability,
         }
         for place, assignment_id in zip(places, assigned, strict=True)
     ]
@@ -158,6 +159,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
         new |= {"assignment": row["assignment_id"], "item": entry.item, "shown": entry.shown, "batch": place.batch}
         ratings = {side: dict(given) for side, given in place.vote.ratings.items()}
         new |= {"created": place.vote.created.isoformat()} | ({"ratings": ratings} if ratings else {})
+        new |= {} if row["probability"] is None else {"probability": row["probability"]}
         log.append(event(now, name, "imported", "judgement", id, None, new, versions[place.vote.guideline]))
         rated += [
             {"judgement_id": id, "response_id": response, "aspect": aspect, "value": value}
@@ -295,6 +297,19 @@ def _names(connection: Connection, entries: Sequence[Entry]) -> list[str]:
         had.add((entry.item, name))
         names.append(name)
     return names
+
+
+def take_slot(connection: Connection, item_id: int, now: datetime) -> None:
+    """One slot of an item that was done elsewhere, beside those that it has where all are taken."""
+    old = connection.execute(select(items).where(items.c.id == item_id)).one()
+    taken = items.c.taken + 1  # reckoned by the database: somebody may be taking a slot now
+    overlap = case((taken > items.c.overlap, taken), else_=items.c.overlap)
+    change = update(items).where(items.c.id == item_id).values(taken=taken, overlap=overlap).returning(items.c.overlap)
+    wanted = connection.execute(change).scalar_one()
+    if wanted != old.overlap:
+        new = {"overlap": wanted, "batch": old.batch, "kind": old.kind}
+        log = event(now, "keel", "changed", "item", item_id, {"overlap": old.overlap}, new)
+        connection.execute(insert(events), log)
 
 
 def as_new(reply: Response) -> NewResponse:

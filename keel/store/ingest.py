@@ -175,13 +175,13 @@ def add_annotators(connection: Connection, kinds: Mapping[str, str], role: str, 
 
 
 def check_simulated(connection: Connection, annotator_id: int) -> None:
-    """UserError unless this annotator is there and is a simulated one."""
+    """UserError unless this annotator is there and is a simulated one or a model."""
     kind = connection.execute(select(annotators.c.kind).where(annotators.c.id == annotator_id)).scalar_one_or_none()
     if kind is None:
         raise UserError(f"annotator {annotator_id} is not in the store; add the annotator first")
-    if kind != "simulated":
+    if kind not in ("simulated", "model"):
         raise UserError(
-            f"annotator {annotator_id} is no simulated one; only they may get sides that follow from a seed"
+            f"annotator {annotator_id} is no simulated one or model; only they may get sides that follow from a seed"
         )
 
 

@@ -10,20 +10,20 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from keel.store.people_tables import rankings, writings
+from keel.store.people_tables import rankings, thumbs, writings
 from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.review import last_words
 from keel.store.sides import preferred
 from keel.store.standing import done, standing
 from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
 
-TABLES = (judgements, rankings, writings)
+TABLES = (judgements, rankings, thumbs, writings)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One judgement, ranking, demonstration or edit; ``undone``: when it was taken back, None while it stands.
-    ``gold``: on a gold item, so never trained on."""
+    """One judgement, ranking, thumb, demonstration or edit; ``undone``: when it was taken back, None while it stands.
+    ``gold``: on a gold item, so never trained on. ``batch``: the queue that it was given in."""
 
     token: str
     kind: WorkKind
@@ -34,6 +34,7 @@ class Work:
     created: datetime
     undone: datetime | None
     gold: bool
+    batch: str = ""
 
 
 def works(connection: Connection) -> dict[str, Work]:
@@ -42,13 +43,14 @@ def works(connection: Connection) -> dict[str, Work]:
     for table in TABLES:
         query = (
             done(table, table.c.token, table.c.guideline, table.c.created, table.c.undone_at, assignments.c.item_id)
-            .add_columns(items.c.kind, items.c.gold, annotators.c.name, annotators.c.kind.label("annotator_kind"))
+            .add_columns(items.c.kind, items.c.gold, items.c.batch)
+            .add_columns(annotators.c.name, annotators.c.kind.label("annotator_kind"))
             .order_by(table.c.id)
         )
         for row in connection.execute(query):
             found[row.token] = Work(
                 row.token, row.kind, row.item_id, row.name, row.annotator_kind, row.guideline, row.created,
-                row.undone_at, row.gold is not None,
+                row.undone_at, row.gold is not None, row.batch,
             )  # fmt: skip
     return found
 
@@ -56,7 +58,7 @@ def works(connection: Connection) -> dict[str, Work]:
 def other_work(connection: Connection) -> list[Any]:
     """(created, annotator, kind of work) of what people did besides comparing that stands, oldest first."""
     found: list[Any] = []
-    for table in (rankings, writings):
+    for table in (rankings, thumbs, writings):
         query = standing(table, table.c.created, annotators.c.name, items.c.kind)
         found += connection.execute(query.where(annotators.c.kind == "person")).all()
     return sorted(found, key=lambda row: row.created)
@@ -91,6 +93,11 @@ def texts(connection: Connection, chosen: Sequence[Work]) -> list[dict[str, Any]
     ]
 
 
+def thumb_word(up: bool) -> str:
+    """As people read it."""
+    return "thumbs up" if up else "thumbs down"
+
+
 def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
     if kind == "compare":
         order = sorted(row["shown"])
@@ -101,6 +108,8 @@ def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
     if kind == "rank":
         placed = [{"text": text[id], "note": f"place {n}"} for n, tier in enumerate(row["tiers"], 1) for id in tier]
         return {"replies": placed, "said": f"ranked {len(placed)}"}
+    if kind == "thumb":
+        return {"replies": [{"text": text[id], "note": ""} for id in row["shown"]], "said": thumb_word(row["up"])}
     written = [{"text": row["text"], "note": "written"}]
     edited = [{"text": text[row["original_id"]], "note": "before"}] if row["original_id"] else []
     return {"replies": written + edited, "said": ""}

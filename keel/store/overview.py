@@ -11,8 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, select
 
-from keel.store.people_tables import adjudications, flags
-from keel.store.records import AnnotatorKind, Progress
+from keel.store.hand_in import WORK_TABLES
+from keel.store.people_tables import adjudications, flags, thumbs
+from keel.store.records import AnnotatorKind, Progress, WorkKind
 from keel.store.removals import in_use
 from keel.store.review import LastWord, last_words
 from keel.store.sides import SIDES, InStore, in_store
@@ -71,6 +72,18 @@ class Vote:
     settled: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ThumbVote:
+    """A standing thumb without its texts; ``gold``: what it should be, on a gold item."""
+
+    item_id: int
+    annotator: str
+    kind: str
+    up: bool
+    gold: bool | None
+    seconds: float | None
+
+
 def queues(connection: Connection) -> list[Queue]:
     plain = items.c.gold.is_(None)
     query = (
@@ -100,11 +113,12 @@ def queues(connection: Connection) -> list[Queue]:
     return found
 
 
-def progress(connection: Connection, batch: str | None) -> Progress:
+def progress(connection: Connection, batch: str | None, kind: WorkKind) -> Progress:
     """See Store.progress."""
-    counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == "compare"
+    counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == kind
     wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
-    given = done(judgements, func.count(), func.count(judgements.c.undone_at)).where(
+    table = WORK_TABLES[kind].table
+    given = done(table, func.count(), func.count(table.c.undone_at)).where(
         *counted
     )  # the second: those that are not NULL
     if batch is not None:
@@ -142,6 +156,16 @@ def _vote(row: Row[Any], length: Mapping[int, int], word: LastWord | None) -> Vo
     )  # fmt: skip
 
 
+def thumb_votes(connection: Connection, kinds: Collection[AnnotatorKind] = PEOPLE) -> list[ThumbVote]:
+    """Every thumb that stands, by annotators of these kinds, oldest first."""
+    query = standing(thumbs, assignments.c.item_id, annotators.c.name, annotators.c.kind, thumbs.c.up, items.c.gold)
+    query = query.add_columns(thumbs.c.seconds).where(annotators.c.kind.in_(kinds)).order_by(thumbs.c.id)
+    return [
+        ThumbVote(row.item_id, row.name, row.kind, row.up, None if row.gold is None else row.gold == "up", row.seconds)
+        for row in connection.execute(query)
+    ]
+
+
 def skips(connection: Connection) -> dict[str, int]:
     """How often each annotator skipped."""
     query = select(annotators.c.name, func.count()).select_from(assignments.join(annotators))
@@ -149,9 +173,11 @@ def skips(connection: Connection) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in connection.execute(query)}
 
 
-def browse(connection: Connection, batch: str | None, gold: bool, offset: int, limit: int) -> list[dict[str, Any]]:
-    """Comparisons with their texts, newest batch first: what gold items are picked from."""
-    query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == "compare", items.c.out.is_(False))
+def browse(
+    connection: Connection, kind: WorkKind, batch: str | None, gold: bool, offset: int, limit: int
+) -> list[dict[str, Any]]:
+    """Items of a kind with their texts, newest batch first: what gold items are picked from."""
+    query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == kind, items.c.out.is_(False))
     query = query.where(items.c.gold.is_not(None) if gold else items.c.gold.is_(None))
     if batch is not None:
         query = query.where(items.c.batch == batch)

@@ -65,6 +65,22 @@ writings = Table(
 )
 Index("ix_writings_standing", writings.c.assignment_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
 
+# One response by itself: thumbs up or down.
+thumbs = Table(
+    "thumbs",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey("assignments.id"), nullable=False),
+    Column("token", Text, nullable=False, unique=True),
+    Column("up", Boolean, nullable=False),
+    Column("seconds", Float),
+    Column("guideline", ForeignKey("guidelines.version")),
+    Column("reason", Text),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+)
+Index("ix_thumbs_standing", thumbs.c.assignment_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
+
 flags = Table(
     "flags",
     metadata,
@@ -229,7 +245,7 @@ sampling_requests = Table(
     Column("prompts", Integer, nullable=False),  # how many, of those with the fewest responses
     Column("per_prompt", Integer, nullable=False),
     Column("overlap", Integer, nullable=False),
-    Column("kind", Text, nullable=False),  # what is made of them: compare | rank | edit
+    Column("kind", Text, nullable=False),  # what is made of them: compare | rank | thumb | edit
     Column("state", Text, nullable=False),
     Column("message", Text, nullable=False),
     Column("made_by", Text, nullable=False),

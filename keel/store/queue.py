@@ -237,10 +237,9 @@ def not_yours() -> UserError:
 def retake(connection: Connection, assignment: Row[Any]) -> None:
     """What was skipped, or whose lease ran out and was reclaimed, takes its slot again: as long as nobody else was
     given it."""
-    item = connection.execute(
-        select(items.c.taken, items.c.overlap, items.c.gold).where(items.c.id == assignment.item_id).with_for_update()
-    ).one()
-    if item.taken >= item.overlap or (item.gold is not None and gold.would_be_gone(connection, assignment)):
+    columns = items.c.taken, items.c.overlap, items.c.gold, items.c.kind
+    item = connection.execute(select(*columns).where(items.c.id == assignment.item_id).with_for_update()).one()
+    if item.taken >= item.overlap or (item.gold is not None and gold.would_be_gone(connection, assignment, item.kind)):
         raise LeaseLost("this item was kept for you until its time ran out; somebody else has it now")
     connection.execute(_TAKE, {"item": assignment.item_id})
 
@@ -266,9 +265,9 @@ def reclaim(connection: Connection, now: datetime) -> bool:
 
 def _sides(key: str, draw: random.Random) -> list[int]:
     """The item's response ids in a random order."""
-    kind, _, rest = key.rpartition("/")
-    if kind:  # "edit/57" shows that response, "write/PROMPT" none
-        return [int(rest)] if kind == "edit" else []
+    kind, one, rest = key.partition("/")
+    if one:  # "edit/57" and "thumb/57" show that response, "write/PROMPT" none
+        return [] if kind == "write" else [int(rest)]
     shown = [int(response) for response in key.split("-")]
     draw.shuffle(shown)
     return shown

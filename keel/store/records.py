@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from keel.recipe.declared import Voter
 from keel.store.sides import CHOICES, SIDES, Choice, OnScreen, Side, chosen_side, in_record, preferred, turned
-from keel.types import Completion, Preference, Prompt, UserError
+from keel.types import Completion, LabelledCompletion, Preference, Prompt, UserError
 
 AnnotatorKind = Literal["person", "simulated", "model", "unknown"]
 # Whose votes an annotator's are. Where an import says nothing of its annotators, they are taken for people.
@@ -19,7 +19,10 @@ VOTER_KINDS: Mapping[Voter, tuple[AnnotatorKind, ...]] = {
     "models": ("model",),
     "simulated": ("simulated",),
 }
-WorkKind = Literal["compare", "rank", "write", "edit"]
+WorkKind = Literal["compare", "rank", "thumb", "write", "edit"]
+# How the queues begin in which a stage of a recipe had a model judge: those votes are that stage's, as those of its
+# simulated annotators are, and no model's votes "in the store".
+OWN_QUEUE = "annotate/"
 
 
 class LeaseLost(UserError):
@@ -51,9 +54,9 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """One item in one annotator's hands until ``expires_at``. It names no model: judging is blind. ``shown`` are the
-    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit, none
-    where a reply is to be written. ``handle`` is what a browser calls it by; ``id`` tells how many came before, and
-    ``prompt.meta`` holds the graders' notes: a page for people must not send these."""
+    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit or to
+    give a thumb, none where a reply is to be written. ``handle`` is what a browser calls it by; ``id`` tells how many
+    came before, and ``prompt.meta`` holds the graders' notes: a page for people must not send these."""
 
     id: int
     item_id: int
@@ -98,12 +101,14 @@ def check_token(token: str) -> None:
 @dataclass(frozen=True, slots=True)
 class NewVote(NewWork):
     """A vote as it comes in. ``strength``: 1 slightly, 2 better, 3 much better, for ``left`` and ``right``;
-    ``ratings``: of each side on the guideline's aspects, 1 to 5, as ``{"left": {"helpful": 4}, ...}``."""
+    ``ratings``: of each side on the guideline's aspects, 1 to 5, as ``{"left": {"helpful": 4}, ...}``;
+    ``probability`` that the preferred one (of a tie, the left one) is the better one, where the annotator gives it."""
 
     choice: Choice
     strength: int | None = None
     reason: str | None = None
     ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
+    probability: float | None = None
 
     def __post_init__(self) -> None:
         NewWork.__post_init__(self)  # super() does not know a class with slots
@@ -116,6 +121,8 @@ class NewVote(NewWork):
         for side, values in self.ratings.items():
             if side not in SIDES or any(value not in (1, 2, 3, 4, 5) for value in values.values()):
                 raise UserError("ratings are 1 to 5 for each aspect of left and right")
+        if self.probability is not None and not 0 <= self.probability <= 1:
+            raise UserError(f"probability is {self.probability}; give one from 0 to 1, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,14 @@ class NewRanking(NewWork):
     """A ranking as it comes in. ``tiers``: places on the screen (0, 1, ...), best first, equals together."""
 
     tiers: Sequence[Sequence[int]]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewThumb(NewWork):
+    """Thumbs up or down as it comes in."""
+
+    up: bool
     reason: str | None = None
 
 
@@ -141,7 +156,8 @@ class Judgement:
     was not asked. ``seconds``, ``guideline``, ``reason``: None when not known. ``settled``: what a reviewer said of the
     item in the end, in terms of the sides of this vote; None while nobody did. ``gold``: the known answer of a gold
     item, in the same terms: such a vote is never trained on. ``ratings``: of each side on the guideline's aspects.
-    ``out``: the item was taken out of use, so the vote is not trained on either.
+    ``out``: the item was taken out of use, so the vote is not trained on either. ``probability``: that the preferred
+    response (of a tie, the left one) is the better one, as the annotator said; None where not given.
     """
 
     token: str
@@ -163,6 +179,7 @@ class Judgement:
     gold: OnScreen | None = None
     ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
     out: bool = False
+    probability: float | None = None
 
     @property
     def preferred(self) -> Response | None:
@@ -192,6 +209,7 @@ class Judgement:
             margin=self.strength or 0.0,
             annotator=self.annotator,
             settled=in_record(self.settled, chosen_side(self.choice)) if self.settled else "",
+            probability=self.probability,
         )
 
 
@@ -272,6 +290,35 @@ class Edit:
                 rejected_finished=self.original.finished,
             )
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Thumb:
+    """One response judged by itself. ``gold``: what a gold item's thumb should be, so that this one is never trained
+    on; ``out``: its item was taken out of use."""
+
+    token: str
+    batch: str
+    annotator: str
+    annotator_kind: AnnotatorKind
+    prompt: Prompt
+    response: Response
+    up: bool
+    seconds: float | None
+    guideline: str | None
+    reason: str | None
+    created: datetime
+    gold: bool | None = None
+    out: bool = False
+
+    def examples(self) -> list[LabelledCompletion]:
+        """What of it is trained on."""
+        return [] if self.out or self.gold is not None else [self.said()]
+
+    def said(self) -> LabelledCompletion:
+        """The thumb as a record."""
+        reply = self.response
+        return LabelledCompletion(self.token, self.prompt, reply.text, self.up, self.annotator, reply.finished)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from keel.store.tables import annotators, assignments, items
 
 
 def done(table: Table, *columns: Any) -> Select[Any]:
-    """``columns`` of all that is in ``table`` (judgements, rankings, writings), what was taken back too, joined with
-    its assignment, item and annotator."""
+    """``columns`` of all that is in ``table`` (judgements, rankings, thumbs, writings), what was taken back too, joined
+    with its assignment, item and annotator."""
     return (
         select(*columns)
         .select_from(table.join(assignments, assignments.c.id == table.c.assignment_id))

@@ -234,9 +234,9 @@ class Store:
         """What this annotator does next (of one batch, or of any), gold items left out; None when there is nothing left
         for them. (The app's people get theirs by ``keel.store.blind``.)
 
-        ``seeded``: the sides follow from the store's seed, for simulated annotators, whose work is to be the same each
-        time. Whoever knows the seed knows these sides, so it is a UserError for any other kind of annotator: theirs are
-        drawn.
+        ``seeded``: the sides follow from the store's seed, for simulated annotators and models, whose work is to be the
+        same each time. Whoever knows the seed knows these sides, so it is a UserError for any other kind of annotator:
+        theirs are drawn.
 
         An assignment that the annotator holds already comes again, unless ``holding`` has its handle (a page that
         fetches ahead says what it has). Else the first item with a free slot that they have not judged is leased to
@@ -275,10 +275,10 @@ class Store:
         with self._begin(writes=True) as connection:
             return hand_in.undo(connection, judgement_id, now=self._clock(), lease=self._lease)
 
-    def progress(self, batch: str | None = None) -> Progress:
+    def progress(self, batch: str | None = None, kind: WorkKind = "compare") -> Progress:
         """How far the queue of one batch is, or of all."""
         with self._begin(writes=False) as connection:
-            return overview.progress(connection, batch)
+            return overview.progress(connection, batch, kind)
 
     # ------------------------------------------------------------------------------------------ what was said
 

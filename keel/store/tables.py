@@ -112,21 +112,24 @@ guidelines = Table(
     Column("aspects", json_column()),  # [{"name", "question"}, ...]: what each response may be rated on; NULL: nothing
 )
 
-# Something to do for `overlap` annotators: compare two responses of one prompt, rank four to nine of them, write a
-# reply to a prompt, or edit a response.
+# Something to do for `overlap` annotators: compare two responses of one prompt, rank four to nine of them, give one a
+# thumb up or down, write a reply to a prompt, or edit a response.
 items = Table(
     "items",
     metadata,
     Column("id", Integer, primary_key=True),
     Column("prompt_id", ForeignKey("prompts.id"), nullable=False, index=True),
     Column("batch", Text, nullable=False),  # what it was added for, e.g. one annotate stage; queues do not mix
-    Column("key", Text, nullable=False),  # its response ids in ascending order, "12-57"; "write/PROMPT", "edit/57"
+    Column(
+        "key", Text, nullable=False
+    ),  # its response ids in ascending order, "12-57"; "write/PROMPT", "edit/57", "thumb/57"
     Column("overlap", Integer, nullable=False),
     Column("taken", Integer, nullable=False),  # assignments that hold a slot: leased or judged
     Column("created", UtcDateTime, nullable=False),
-    Column("kind", Text, nullable=False, server_default="compare"),  # compare | rank | write | edit
+    Column("kind", Text, nullable=False, server_default="compare"),  # compare | rank | thumb | write | edit
     Column("turn", Float, nullable=False, server_default="0"),  # lower comes first
-    # a gold item's known answer: first (the response that was stored first), second, or tie; NULL: no gold item
+    # a gold item's known answer: first (the response that was stored first), second, or tie; up or down where one
+    # response is judged; NULL: no gold item
     Column("gold", Text),
     # the order in which people get what has the same turn: the queue's number and a random fraction (blind.py)
     Column("place", Float, nullable=False, server_default="0"),
@@ -204,6 +207,7 @@ judgements = Table(
     Column("reason", Text),
     Column("created", UtcDateTime, nullable=False),
     Column("undone_at", UtcDateTime),
+    Column("probability", Float),  # that the preferred one (of a tie, the left one) is the better one; NULL: not given
     CheckConstraint("choice IN ('left', 'right', 'tie', 'both_bad')", name="choice"),
 )
 Index(

@@ -12,11 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, or_, select
 
 from keel.recipe.declared import Voter
 from keel.store.engine import exists
-from keel.store.people_tables import adjudications, rankings, writings
+from keel.store.people_tables import adjudications, rankings, thumbs, writings
+from keel.store.records import OWN_QUEUE
 from keel.store.standing import by, standing
 from keel.store.store import Store
 from keel.store.tables import annotators, assignments, items, judgements
@@ -25,19 +26,23 @@ from keel.store.tables import annotators, assignments, items, judgements
 @dataclass(frozen=True, slots=True)
 class VoteHashes:
     """``people``, ``models``: of all their judgements that stand and are trained on (none on gold items and on what is
-    out). ``withdrawn``: of the simulated ones that no longer are as they came, since somebody made their items gold
-    items, took them out or settled them. ``written``: of all replies that people wrote or edited, on what is in use.
-    Empty where there are none."""
+    out), but for those that a stage had a model give. ``withdrawn``, ``withdrawn_models``: of a stage's own, simulated
+    or a model's, that no longer are as they came, since somebody made their items gold items, took them out or settled
+    them. ``written``: of all replies that people wrote or edited, on what is in use. ``thumbs``: of people's thumbs on
+    single replies. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
     written: str = ""
     models: str = ""
+    thumbs: str = ""
+    withdrawn_models: str = ""
 
     def facts(self) -> dict[str, str]:
-        """For a fingerprint. ``models`` are left out where there are none: so were they before they were told apart
-        from people, and runs without any stay done."""
-        return {name: value for name, value in asdict(self).items() if value or name != "models"}
+        """For a fingerprint. What is of models and ``thumbs`` are left out where there are none: so were they before
+        they were told apart, and runs without any stay done."""
+        always = ("people", "withdrawn", "written")
+        return {name: value for name, value in asdict(self).items() if value or name in always}
 
 
 def vote_hashes(location: str | Path) -> VoteHashes:
@@ -47,10 +52,20 @@ def vote_hashes(location: str | Path) -> VoteHashes:
     with Store(location) as store, store.transaction(writes=False) as connection:
         return VoteHashes(
             people=_hash(_judged(connection, "people")),
-            withdrawn=_hash(_withdrawn(connection)),
+            withdrawn=_hash(_withdrawn(connection, by("simulated"))),
             written=_hash(_written(connection)),
             models=_hash(_judged(connection, "models")),
+            withdrawn_models=_hash(_withdrawn(connection, and_(by("models"), _OWN))),
+            thumbs=_hash(_thumbs(connection)),
         )
+
+
+_OWN = items.c.batch.startswith(OWN_QUEUE)
+
+
+def _by(who: Voter) -> ColumnElement[bool]:
+    """Whose it is, where a stage's own are no model's votes."""
+    return and_(by(who), ~_OWN) if who == "models" else by(who)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +81,7 @@ def count_votes(connection: Connection, who: Voter, since: datetime | None) -> V
     count, new = 0, 0
     for table in (judgements, rankings, writings):
         query = standing(table, table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
-        query = query.where(by(who))
+        query = query.where(_by(who))
         if table is writings:
             query = query.where(writings.c.original_id.is_not(None))
         times = list(connection.execute(query).scalars())
@@ -82,21 +97,30 @@ def _judged(connection: Connection, who: Voter) -> Iterable[tuple[Any, ...]]:
         writings: (writings.c.token, writings.c.original_id, writings.c.text),
     }
     for table, columns in values.items():
-        query = standing(table, *columns, annotators.c.name).order_by(table.c.id)
-        query = query.where(items.c.gold.is_(None), items.c.out.is_(False), by(who))
+        soft = (judgements.c.probability,) if table is judgements else ()
+        query = standing(table, *columns, annotators.c.name, *soft).order_by(table.c.id)
+        query = query.where(items.c.gold.is_(None), items.c.out.is_(False), _by(who))
         if table is writings:  # a demonstration is no preference
             query = query.where(writings.c.original_id.is_not(None))
         for row in connection.execute(query):
-            yield (table.name, *row)
-    yield from _settled(connection, by(who))
+            hard = soft and row.probability is None  # as it was before votes had one
+            yield (table.name, *(row[:-1] if hard else row))
+    yield from _settled(connection, _by(who))
 
 
-def _withdrawn(connection: Connection) -> Iterable[tuple[Any, ...]]:
-    simulated = by("simulated")
-    query = standing(judgements, judgements.c.token).where(or_(items.c.gold.is_not(None), items.c.out), simulated)
+def _withdrawn(connection: Connection, whose: ColumnElement[bool]) -> Iterable[tuple[Any, ...]]:
+    query = standing(judgements, judgements.c.token).where(or_(items.c.gold.is_not(None), items.c.out), whose)
     query = query.order_by(judgements.c.id)
     yield from map(tuple, connection.execute(query))
-    yield from _settled(connection, simulated)
+    query = standing(thumbs, thumbs.c.token).where(or_(items.c.gold.is_not(None), items.c.out), whose)
+    yield from map(tuple, connection.execute(query.order_by(thumbs.c.id)))
+    yield from _settled(connection, whose)
+
+
+def _thumbs(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    query = standing(thumbs, thumbs.c.token, thumbs.c.up, assignments.c.shown, annotators.c.name)
+    query = query.where(items.c.gold.is_(None), items.c.out.is_(False), by("people")).order_by(thumbs.c.id)
+    yield from map(tuple, connection.execute(query))
 
 
 def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:

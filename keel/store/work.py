@@ -1,4 +1,4 @@
-"""What people do besides comparing: rank, write, edit, skip, flag; and what that is as training records.
+"""What people do besides comparing: rank, give thumbs, write, edit, skip, flag; and what that is as training records.
 
 Each function runs inside its caller's transaction (``Store.transaction``). Whose an assignment is, is checked here.
 """
@@ -13,10 +13,10 @@ from sqlalchemy import Connection, Row, Select, insert, select, update
 
 from keel.recipe.declared import Voter
 from keel.store import queue
-from keel.store.hand_in import RANKINGS, WORK_TABLES, WRITINGS, record, undo
-from keel.store.ingest import in_places, insert_missing
+from keel.store.hand_in import RANKINGS, THUMBS, WORK_TABLES, WRITINGS, record, undo
+from keel.store.ingest import in_places, insert_missing, rows_of
 from keel.store.people_tables import flags, writings
-from keel.store.records import Assignment, LeaseLost, NewRanking, NewWriting, WorkKind, check_token
+from keel.store.records import Assignment, LeaseLost, NewRanking, NewThumb, NewWriting, WorkKind, check_token
 from keel.store.removals import refresh_new
 from keel.store.rows import storable
 from keel.store.standing import by, standing
@@ -65,10 +65,27 @@ def add_edits(
     connection: Connection, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
 ) -> list[int]:
     """Items that ask to improve each response; their ids."""
-    query = select(responses.c.id, responses.c.prompt_id).where(responses.c.id.in_(response_ids))
-    prompt_of = {row.id: row.prompt_id for row in connection.execute(query)}
-    rows = [_row("edit", prompt_of[id], f"edit/{id}", overlap, batch, now) for id in response_ids]
-    return _add(connection, rows, {f"edit/{id}": [id] for id in response_ids}, overlap, now)
+    return _add_single(connection, "edit", response_ids, overlap, batch, now)
+
+
+def add_thumbs(
+    connection: Connection, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
+) -> list[int]:
+    """Items that ask for thumbs up or down on each response; their ids."""
+    return _add_single(connection, "thumb", response_ids, overlap, batch, now)
+
+
+def _add_single(
+    connection: Connection, kind: WorkKind, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
+) -> list[int]:
+    """Items on one response each."""
+    found = rows_of(connection, responses, responses.c.id, sorted(set(response_ids)))
+    prompt_of = {row.id: row.prompt_id for row in found}
+    missing = next((id for id in response_ids if id not in prompt_of), None)
+    if missing is not None:
+        raise UserError(f"response {missing} is not in the store; add it first")
+    rows = [_row(kind, prompt_of[id], f"{kind}/{id}", overlap, batch, now) for id in response_ids]
+    return _add(connection, rows, {f"{kind}/{id}": [id] for id in response_ids}, overlap, now)
 
 
 def _row(kind: WorkKind, prompt_id: str, key: str, overlap: int, batch: str, now: datetime) -> dict[str, Any]:
@@ -132,6 +149,20 @@ def rank(
         "reason": None if ranking.reason is None else storable(ranking.reason),
     }
     id, _ = record(connection, RANKINGS, assignment_id, ranking, values, {}, annotator_id=annotator_id, now=now)
+    return id
+
+
+def thumb(
+    connection: Connection,
+    assignment_id: int,
+    given: NewThumb,
+    *,
+    annotator_id: int | None,
+    now: datetime,
+) -> int:
+    """Count a thumb up or down and return its id. ``annotator_id``: whose the assignment must be; None: anybody's."""
+    values = {"up": given.up, "reason": None if given.reason is None else storable(given.reason)}
+    id, _ = record(connection, THUMBS, assignment_id, given, values, {}, annotator_id=annotator_id, now=now)
     return id
 
 

@@ -27,12 +27,14 @@ EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 
 @dataclass(frozen=True)
 class Pair:
-    """``reference``: the log-probabilities (nats) of the chosen and of the rejected completion under a reference."""
+    """``reference``: the log-probabilities (nats) of the chosen and of the rejected completion under a reference.
+    ``stranger``: the prompt with another prompt's reply, and that reply's log-probability under the reference."""
 
     record: Preference
     chosen: Encoded
     rejected: Encoded
     reference: tuple[float, float] | None = None
+    stranger: tuple[Encoded, float] | None = None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -153,6 +155,12 @@ def pair_update(pairs: Sequence[Pair], loss: PairLoss, batch_tokens: int) -> lis
     return [micro([pairs[i] for i in part]) for part in micro_batches_of_pairs(pairs, batch_tokens)]
 
 
+def due(iteration: int, iterations: int) -> bool:
+    """Whether what is held out is measured after an iteration: ``EVALUATIONS`` times a run, and after its last one."""
+    every = max(1, iterations // EVALUATIONS)
+    return iteration + 1 == iterations or (iteration + 1) % every == 0
+
+
 def heldout_figures(
     pairs: Sequence[Pair],
     loss: PairLoss,
@@ -161,9 +169,8 @@ def heldout_figures(
     batch_tokens: int,
     context: TrainContext,
 ) -> dict[str, float]:
-    """``eval/...`` figures of held-out pairs, ``EVALUATIONS`` times a run and after its last iteration; else none."""
-    every = max(1, iterations // EVALUATIONS)
-    if not pairs or not (iteration + 1 == iterations or (iteration + 1) % every == 0):
+    """``eval/...`` figures of held-out pairs, where they are ``due``; else none."""
+    if not pairs or not due(iteration, iterations):
         return {}
     totals = Totals()
     with torch.no_grad(), autocast(context.device, context.precision):

@@ -60,14 +60,20 @@ class RewardTraining(Algorithm):
         chosen_N, rejected_N = self._raw(pairs)
         tie_N = torch.tensor([pair.record.tie for pair in pairs], device=self.context.device)
         strength_N = torch.tensor([pair.record.margin for pair in pairs], device=self.context.device)
-        loss_N = bradley_terry(
-            chosen_N, rejected_N, strength_N * self.config.margin_weight, tie_N, self.config.label_smoothing
-        ) + self.config.center_coef * center_penalty(chosen_N, rejected_N)
+        soft_N = torch.tensor([self._probability(pair.record) for pair in pairs], device=self.context.device)
+        # As much of the margin as the label is more than a tie, which has none.
+        margin_N = strength_N * self.config.margin_weight * (2 * soft_N - 1).abs()
+        loss_N = bradley_terry(chosen_N, rejected_N, margin_N, tie_N, self.config.label_smoothing, soft_N)
+        loss_N = loss_N + self.config.center_coef * center_penalty(chosen_N, rejected_N)
         decided = ~tie_N
         right = float(((chosen_N > rejected_N) & decided).sum())
         lead = float(((chosen_N - rejected_N).detach() * decided).sum())
         count = float(decided.sum())
         return loss_N, {"accuracy": (right, count), "margin": (lead, count)}
+
+    def _probability(self, record: Preference) -> float:
+        """That ``chosen`` is the better one, as far as the record's soft label counts."""
+        return 1.0 if record.probability is None or self.config.labels == "hard" else record.probability
 
     def _raw(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         packed = PackedPairs.of(pairs, self.context.device)

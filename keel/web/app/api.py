@@ -23,6 +23,7 @@ from keel.web.app.fields import (
     Ranked,
     Said,
     Skipped,
+    Thumbed,
     Undone,
     Voted,
     Wrote,
@@ -79,6 +80,12 @@ def judge(request: Request, session: Annotator, given: Judged) -> dict[str, Any]
 def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
     services(request).labelling.rank(session.account, given.assignment, given.ranking())
     return {"progress": _progress(request, session, "rank")}
+
+
+@router.post("/thumb")
+def thumb(request: Request, session: Annotator, given: Thumbed) -> dict[str, Any]:
+    services(request).labelling.thumb(session.account, given.assignment, given.thumb())
+    return {"progress": _progress(request, session, "thumb")}
 
 
 @router.post("/write")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import Form, Path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
-from keel.store.records import NewRanking, NewVote, NewWriting, WorkKind
+from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKind
 from keel.store.rows import storable
 from keel.store.sides import Choice, Side
 
@@ -73,6 +73,15 @@ class Ranked(_Work):
     def ranking(self) -> NewRanking:
         reason = self.reason.strip() or None
         return NewRanking(self.tiers, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
+
+
+class Thumbed(_Work):
+    up: StrictBool
+    reason: Text = ""
+
+    def thumb(self) -> NewThumb:
+        reason = self.reason.strip() or None
+        return NewThumb(self.up, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
 
 
 class Wrote(_Work):

@@ -52,6 +52,7 @@ def overview(request: Request, session: Reviewer) -> Response:
 def quality(request: Request, session: Reviewer, who: Whose = "people") -> Response:
     found = services(request).manage.quality(who)
     context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
+    context |= {"thumbs": services(request).manage.thumbs(who)}
     return page(request, "manage/quality.html", session, **context)
 
 
@@ -179,7 +180,7 @@ def sample(
     prompts: FormCount,
     per_prompt: FormCount,
     overlap: FormCount,
-    kind: Annotated[Literal["compare", "rank", "edit"], Form()],
+    kind: Annotated[Literal["compare", "rank", "thumb", "edit"], Form()],
 ) -> Response:
     services(request).sampling.request(model, prompts, per_prompt, overlap, kind, session.account.name)
     return done("/prompts", "Asked for.")
@@ -236,13 +237,18 @@ def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Wor
 
 @router.get("/gold")
 def gold(
-    request: Request, session: Admin, batch: Line | None = None, number: Annotated[int, Query(ge=0, le=100_000)] = 0
+    request: Request,
+    session: Admin,
+    kind: Literal["compare", "thumb"] = "compare",
+    batch: Line | None = None,
+    number: Annotated[int, Query(ge=0, le=100_000)] = 0,
 ) -> Response:
     manage = services(request).manage
     context: dict[str, Any] = {
-        "chosen": manage.browse(None, True, 0, 100),
-        "items": manage.browse(batch, False, number),
-        "batches": [queue.batch for queue in manage.queues() if queue.kind == "compare"],
+        "chosen": manage.browse(kind, None, True, 0, 100),
+        "items": manage.browse(kind, batch, False, number),
+        "batches": [queue.batch for queue in manage.queues() if queue.kind == kind],
+        "kind": kind,
         "batch": batch,
         "number": number,
         "every": manage.gold_every(),
@@ -259,10 +265,14 @@ def gold_every(request: Request, session: Admin, every: FormCount) -> Response:
 
 @router.post("/gold/{item}")
 def set_gold(
-    request: Request, session: Admin, item: PathId, answer: Annotated[Literal[InStore, "none"], Form()]
+    request: Request,
+    session: Admin,
+    item: PathId,
+    answer: Annotated[Literal[InStore, "up", "down", "none"], Form()],
+    kind: Annotated[Literal["compare", "thumb"], Form()] = "compare",
 ) -> Response:
     services(request).manage.set_gold(item, None if answer == "none" else answer, session.account.name)
-    return done("/gold", "Saved.")
+    return done(f"/gold?kind={kind}" if kind == "thumb" else "/gold", "Saved.")
 
 
 # ----------------------------------------------------------------------------------------------- admins: the people

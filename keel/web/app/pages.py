@@ -157,6 +157,11 @@ def rank(request: Request, session: Annotator) -> Response:
     return _work(request, session, "rank.html")
 
 
+@router.get("/thumbs")
+def thumbs(request: Request, session: Annotator) -> Response:
+    return _work(request, session, "thumbs.html")
+
+
 @router.get("/write")
 def write(request: Request, session: Annotator) -> Response:
     return _work(request, session, "write.html", kind="write")

@@ -1,5 +1,5 @@
-"""What annotators do: get an item, judge, rank or write, take it back, skip, flag. What is handed out here is all that
-a page may send before the vote: no model, no score, no item's or response's number, no sign of a gold item."""
+"""What annotators do: get an item, judge, rank, rate or write, take it back, skip, flag. What is handed out here is all
+that a page may send before the vote: no model, no score, no item's or response's number, no sign of a gold item."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from keel.store import Assignment, Store, blind, guidelines, leases, people, wor
 from keel.store.guidelines import Guideline
 from keel.store.hand_in import WORK_TABLES
 from keel.store.leases import Renewed
+from keel.store.lineage import thumb_word
 from keel.store.people import Account
-from keel.store.records import NewRanking, NewVote, NewWriting, WorkKind
+from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKind
 from keel.store.standing import standing
 from keel.store.tables import annotators, assignments, items
 from keel.types import Message, UserError
@@ -102,6 +103,16 @@ class Labelling:
         with self._store.transaction(writes=True) as connection:
             found = blind.find(connection, handle, mine)
             return work.rank(connection, found, ranking, annotator_id=mine, now=now)
+
+    def thumb(self, person: Account, handle: str, given: NewThumb) -> int:
+        rules = self._rules(given.guideline)
+        given = replace(given, guideline=rules.version if rules else None)
+        mine, now = person.annotator_id, self._store.now
+        with self._store.transaction(writes=True) as connection:
+            found = blind.find(connection, handle, mine)
+            id = work.thumb(connection, found, given, annotator_id=mine, now=now)
+        self._count("thumb", 1)
+        return id
 
     def write(self, person: Account, handle: str, writing: NewWriting) -> int:
         rules = self._rules(writing.guideline)
@@ -225,7 +236,7 @@ class Labelling:
         """What this person did last, newest first. Their own work alone."""
         found: list[PastWork] = []
         with self._store.transaction(writes=False) as connection:
-            for kind in ("compare", "rank", "write", "edit"):
+            for kind in ("compare", "rank", "thumb", "write", "edit"):
                 rows = connection.execute(work.done_by(kind, person.annotator_id, limit)).mappings()
                 found += [
                     PastWork(row["created"], kind, _last_message(row["messages"]), _said(dict(row))) for row in rows
@@ -256,6 +267,8 @@ def _said(row: Mapping[str, Any]) -> str:
         return _PLAIN[row["choice"]](row)
     if "tiers" in row:
         return f"{sum(len(tier) for tier in row['tiers'])} responses ranked"
+    if "up" in row:
+        return thumb_word(row["up"])
     return str(row["text"])
 
 

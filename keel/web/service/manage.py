@@ -25,6 +25,7 @@ from keel.store import (
     people,
     removals,
     review,
+    thumbs,
     unjudged,
     work,
 )
@@ -33,7 +34,7 @@ from keel.store.lineage import other_work
 from keel.store.overview import Queue
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
-from keel.store.records import AnnotatorKind
+from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.removals import What
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
@@ -43,10 +44,11 @@ from keel.types import Prompt, Unjudged, UserError
 from keel.web.service.labelling import GOLD_EVERY
 from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
+from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 
 Export = Literal[
-    "votes.jsonl", "votes.parquet", "pairs.jsonl", "demonstrations.jsonl", "rankings.jsonl", "ratings.jsonl",
-    "adjudications.jsonl", "arena.jsonl", "events.jsonl",
+    "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "demonstrations.jsonl", "rankings.jsonl",
+    "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "events.jsonl",
 ]  # fmt: skip
 
 Whose = Literal["people", "models", "all"]
@@ -117,15 +119,19 @@ class Manage:
             self._quality[who] = _Kept(last, kept.reliable_at if kept is not None and fresh else last, found)
             return found
 
+    def thumbs(self, who: Whose) -> list[ThumbHabits]:
+        with self._store.transaction(writes=False) as connection:
+            return thumb_habits(overview.thumb_votes(connection, WHOSE[who]))
+
     # ---------------------------------------------------------------------------------------------- queue, gold items
 
     def queues(self) -> list[Queue]:
         with self._store.transaction(writes=False) as connection:
             return overview.queues(connection)
 
-    def browse(self, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
+    def browse(self, kind: WorkKind, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.browse(connection, batch, gold, page * size, size)
+            return overview.browse(connection, kind, batch, gold, page * size, size)
 
     def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -178,9 +184,10 @@ class Manage:
             people.log(connection, now, actor, "asked for", "writing", len(made), None, {"overlap": overlap})
         return len(made)
 
-    def ask_for(self, kind: Literal["compare", "rank", "edit"], prompts: int, overlap: int, actor: str) -> int:
+    def ask_for(self, kind: Literal["compare", "rank", "thumb", "edit"], prompts: int, overlap: int, actor: str) -> int:
         """Queue responses that are there to be compared (a pair of each prompt that people have not had), ranked
-        (prompts with four or more) or edited (the first of each prompt), of prompts that were not yet; how many."""
+        (prompts with four or more), given a thumb (all of each prompt) or edited (the first of each prompt), of prompts
+        that were not yet; how many."""
         if not 1 <= prompts <= 10_000 or not 1 <= overlap <= 100:
             raise UserError("give 1 to 10,000 prompts and 1 to 100 people each")
         now = self._store.now
@@ -193,6 +200,8 @@ class Manage:
             elif kind == "rank":
                 chosen = [ids[:9] for ids in fresh if len(ids) >= 4][:prompts]
                 made = work.add_rankings(connection, chosen, overlap, "rank", now)
+            elif kind == "thumb":
+                made = work.add_thumbs(connection, [id for ids in fresh[:prompts] for id in ids], overlap, "thumb", now)
             else:
                 made = work.add_edits(connection, [ids[0] for ids in fresh][:prompts], overlap, "edit", now)
             people.log(connection, now, actor, "asked for", kind, len(made), None, {"overlap": overlap})
@@ -297,6 +306,9 @@ class Manage:
         path = folder / what
         if what.startswith("votes"):
             self._store.export_preferences(path)
+            return path
+        if what == "thumbs.jsonl":
+            thumbs.export(self._store, path)
             return path
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for row in self._rows(what):

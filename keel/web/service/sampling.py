@@ -14,7 +14,7 @@ from keel.store.people_tables import sampling_requests
 from keel.types import UserError
 from keel.web.service.sources import SampledModel, Sources
 
-Made = Literal["compare", "rank", "edit"]
+Made = Literal["compare", "rank", "thumb", "edit"]
 MOST_PROMPTS = 2_000
 log = logging.getLogger("keel.web")
 
@@ -35,7 +35,7 @@ class Sampling:
     def request(self, model: str, prompts: int, per_prompt: int, overlap: int, kind: Made, actor: str) -> int:
         if model not in self._models:
             raise UserError(f"there is no model {model!r} to sample from")
-        least, most = (4, 9) if kind == "rank" else (1, 16) if kind == "edit" else (2, 16)
+        least, most = (4, 9) if kind == "rank" else (1, 16) if kind in ("edit", "thumb") else (2, 16)
         if not least <= per_prompt <= most or not 1 <= prompts <= MOST_PROMPTS or not 1 <= overlap <= 100:
             raise UserError(
                 f"give 1 to {MOST_PROMPTS} prompts, {least} to {most} responses each, and an overlap of 1 to 100"
@@ -118,6 +118,8 @@ class Sampling:
         overlap, now = job["overlap"], self._store.now
         if job["kind"] == "rank":
             return len(work.add_rankings(connection, [made], overlap, batch, now)) if len(made) in work.RANKED else 0
+        if job["kind"] == "thumb":
+            return len(work.add_thumbs(connection, made, overlap, batch, now))
         if job["kind"] == "edit":
             return len(work.add_edits(connection, made[:1], overlap, batch, now))
         pairs = list(combinations(made, 2))[: max(1, len(made) // 2)]

@@ -1,0 +1,347 @@
+"""Preference optimisation from single replies, each with a thumb up or down (KTO, BCO, APO-zero)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from keel.data.chat import Chat
+from keel.data.collate import group_by_prompt, micro_batches_by_prompt, pack_by_prompt, split_by_prompt
+from keel.model.checkpoint import save
+from keel.model.logprobs import masked_offsets, sequence_sums, token_logprobs
+from keel.objective.preference import Logps, RunningMean, kl_anchor, label_weights, reply_loss, rewards
+from keel.precision import autocast
+from keel.recipe.dpo import DpoStage
+from keel.run import atomic_write
+from keel.train.context import TrainContext, record_lineage, within_length
+from keel.train.kept import Kept
+from keel.train.loop import Algorithm, Micro, Stats, Totals, train
+from keel.train.mismatched import mismatched_ratios, reply_logps
+from keel.train.pairs import due
+from keel.train.ptx import Ptx
+from keel.train.roles import roles_of
+from keel.train.schedule import EpochSchedule
+from keel.types import Encoded, LabelledCompletion, UserError, place_of
+
+CHUNK = 2048  # mismatched replies that are put together at a time
+MOST_UP = 4 / 3  # up replies by their weight over down ones by theirs: from 1 to this (KTO, section 4.1)
+
+
+@dataclass(frozen=True)
+class Example:
+    """``reference``: the log-probability (nats) of the reply under the reference."""
+
+    record: LabelledCompletion
+    encoded: Encoded
+    reference: float = 0.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a reply with thumbs up, and one with thumbs down, counts for in the loss."""
+
+    desirable: float
+    undesirable: float
+
+
+def class_weights(up: float, down: float, desirable: float | None, undesirable: float | None) -> Weights:
+    """The weights of ``up`` replies with thumbs up and ``down`` with thumbs down. What is None is chosen so that
+    desirable * up over undesirable * down lies between 1 and 4/3 (Ethayarajh et al. 2024, eq. 8): 1 where that does,
+    else the nearest number that does; where both are open, the rarer thumb gets it."""
+    if not up or not down:
+        return Weights(desirable or 1.0, undesirable or 1.0)
+    if undesirable is None and (desirable is not None or up > MOST_UP * down):
+        weighed = (desirable or 1.0) * up / down
+        return Weights(desirable or 1.0, min(max(1.0, weighed / MOST_UP), weighed))
+    if desirable is None:
+        weighed = (undesirable or 1.0) * down / up
+        return Weights(min(max(1.0, weighed), weighed * MOST_UP), undesirable or 1.0)
+    return Weights(desirable, undesirable or 1.0)
+
+
+def shifted(places: Sequence[int], rows: Sequence[Encoded]) -> list[tuple[int, int]]:
+    """(place, place of a reply to another prompt) for each of ``places`` in ``rows``: the j-th reply to a prompt goes
+    with the j-th reply to the prompt before it, round again where that has fewer, and the first prompt's with the last
+    one's. So where prompts differ, replies are shifted by one. Where all are of one prompt they go with the row that
+    comes next in ``rows`` and has another; nothing is left where there is none."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place in places:
+        groups.setdefault(rows[place].prompt_ids, []).append(place)
+    if len(groups) == 1:
+        prompt = rows[places[0]].prompt_ids
+        order = chain(range(places[-1] + 1, len(rows)), range(places[-1]))
+        other = next((i for i in order if rows[i].prompt_ids != prompt), None)
+        return [] if other is None else [(place, other) for place in places]
+    asked = list(groups.values())
+    return [
+        (place, before[j % len(before)])
+        for before, group in zip([asked[-1], *asked], asked, strict=False)
+        for j, place in enumerate(group)
+    ]
+
+
+def behind(prompt: Encoded, reply: Encoded) -> Encoded:
+    """The prompt of one row with the reply of another."""
+    asked, shared = prompt.prompt_ids, len(reply.prompt_ids)
+    return Encoded((*asked, *reply.ids[shared:]), (False,) * len(asked) + reply.mask[shared:])
+
+
+@dataclass
+class Step:
+    """What is known of an optimizer step before it is cut into micro-batches. ``anchor``: a log-ratio (nats);
+    ``weight``: of all its records. ``seen``: [sum, weight] of the log-ratios that its micro-batches had."""
+
+    anchor: float
+    weight: float
+    seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+
+class Unpaired(Algorithm):
+    """For the training loop. ``examples``: those to train on, in ``groups`` of places of one prompt each, then those
+    held out. Each brings the reference's log-probability; ``strangers`` has those of replies behind prompts that are
+    not theirs, by their two places (`shifted`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[Example]],
+        heldout: Sequence[Example],
+        config: DpoStage,
+        context: TrainContext,
+    ) -> None:
+        self.modules: Mapping[str, nn.Module] = {"policy": model}
+        self.config, self.context = config, context
+        self.examples = [example for group in (*groups, heldout) for example in group]
+        ends = list(accumulate((len(group) for group in groups), initial=0))
+        self.rows = [example.encoded for example in self.examples]
+        self.groups, self.trained = [range(*both) for both in pairwise(ends)], ends[-1]
+        self.form, self.mean, self.strangers = config.preference_loss(), RunningMean(), dict[tuple[int, int], float]()
+        records = [example.record for example in self.examples[: self.trained]]
+        up = sum(record.weight for record in records if record.label)
+        down = sum(record.weight for record in records if not record.label)
+        self.weights = class_weights(up, down, config.desirable_weight, config.undesirable_weight)
+        batch_size = max(1, round(config.batch_size * len(groups) / self.trained))
+        self.schedule = EpochSchedule(len(groups), batch_size, config.epochs, context.seed)
+        self.iterations = self.schedule.steps
+        self.at_zero = [0, 0]  # steps whose KL was 0 or less, and all of them
+        self.totals = Totals()  # of the last step
+
+    # ------------------------------------------------------------------------------------------------------ the steps
+
+    def places(self, iteration: int) -> list[int]:
+        """Of the examples of one step."""
+        return [place for i in self.schedule.batch(iteration) for place in self.groups[i]]
+
+    def heldout(self) -> list[int]:
+        return list(range(self.trained, len(self.examples)))
+
+    def mismatched(self, places: Sequence[int]) -> list[tuple[int, int]]:
+        """What a step's KL is estimated from, as far as it fits. UserError where nothing does."""
+        longest = min(self.context.data.max_length, self.context.positions or self.context.data.max_length)
+        found = shifted(places, self.rows)
+        if not found:
+            raise UserError(
+                f"{self.config.name}: {self.config.loss} estimates a KL from replies to other prompts, and all "
+                f"{len(self.rows)} replies are to one; add prompts, or use loss: apo_zero or bco"
+            )
+        fit = [(i, j) for i, j in found if len(behind(self.rows[i], self.rows[j]).ids) <= longest]
+        if not fit:
+            raise UserError(
+                f"{self.config.name}: {self.config.loss} estimates a KL from replies to other prompts, and no prompt "
+                f"of a step has room for one within {longest} tokens; raise data.max_length or batch_size"
+            )
+        return fit
+
+    def strange_rows(self, pairs: Sequence[tuple[int, int]]) -> list[Encoded]:
+        return [behind(self.rows[i], self.rows[j]) for i, j in pairs]
+
+    def _anchor(self, places: Sequence[int]) -> float:
+        """From which the log-ratios of these examples are measured, by the policy as it is now."""
+        if self.form.anchor == "mean":
+            return self.mean.value
+        if self.form.anchor == "none":
+            return 0.0
+        pairs = self.mismatched(places)
+        references = [self.strangers[pair] for pair in pairs]
+        model, tokens = self.modules["policy"], self.config.batch_tokens
+        rows = self.strange_rows(pairs)
+        return kl_anchor(mismatched_ratios(self.form, model, rows, references, tokens, self.context))
+
+    def updates(self, iteration: int) -> Iterator[list[Micro]]:
+        places = self.places(iteration)
+        step = Step(self._anchor(places), sum(self.examples[place].record.weight for place in places) or 1.0)
+        self.at_zero = [self.at_zero[0] + (step.anchor == 0), self.at_zero[1] + 1]
+        self.totals = Totals()
+        yield [self._micro(part, step) for part in self._parts(places)]
+        self.mean.add(*step.seen)
+
+    def _parts(self, places: Sequence[int]) -> list[list[Example]]:
+        chosen = [self.examples[place] for place in places]
+        parts = micro_batches_by_prompt([example.encoded for example in chosen], self.config.batch_tokens)
+        return [[chosen[i] for i in part] for part in parts]
+
+    def _micro(self, part: Sequence[Example], step: Step) -> Micro:
+        def compute() -> tuple[Tensor, Stats]:
+            loss_N, ratio_N, stats = self._loss(part, step.anchor)
+            weight_N = torch.tensor([example.record.weight for example in part], device=loss_N.device)
+            step.seen[0] += float((weight_N * ratio_N).sum())
+            step.seen[1] += float(weight_N.sum())
+            self.totals.add(stats)
+            return (loss_N * weight_N).sum() / step.weight, stats
+
+        return compute
+
+    def _loss(self, part: Sequence[Example], anchor: float) -> tuple[Tensor, Tensor, Stats]:
+        """(loss [N], log-ratio [N] without gradient, figures)"""
+        form, device = self.form, self.context.device
+        sums_N, tokens_N = _sums(self.modules["policy"], [example.encoded for example in part], device)
+        reference_N = torch.tensor([example.reference for example in part], device=device)
+        replies = Logps(sums_N, tokens_N, reference_N)
+        up_N = torch.tensor([example.record.label for example in part], device=device)
+        good_N = label_weights(up_N.double(), form.labels, form.label_noise).to(sums_N)
+        class_N = torch.where(up_N, self.weights.desirable, self.weights.undesirable)
+        loss_N = class_N * reply_loss(form, replies, good_N, anchor)
+        reward_N, logp_N = rewards(form, replies).detach(), sums_N.detach()
+        right_N = (reward_N > form.beta * anchor) == up_N
+        stats = {"rewards/accuracies": (float(right_N.sum()), float(len(part)))}
+        for side, of_N in (("chosen", up_N), ("rejected", ~up_N)):
+            count = float(of_N.sum())
+            stats[f"rewards/{side}"] = float(reward_N[of_N].sum()), count
+            stats[f"logps/{side}"] = float(logp_N[of_N].sum()), count
+        return loss_N, reward_N / form.beta, {**stats, **self._anchored(anchor)}
+
+    def _anchored(self, anchor: float) -> Stats:
+        if self.form.anchor == "kl":
+            return {"kl": (anchor, 1.0), "kl_at_zero": (float(anchor == 0), 1.0)}
+        return {"delta": (anchor, 1.0)} if self.form.anchor == "mean" else {}
+
+    def after(self, iteration: int) -> tuple[dict[str, float], bool]:
+        places, figures = self.heldout(), _margin(self.totals.means())
+        if not places or not due(iteration, self.iterations):
+            return figures, False
+        totals, anchor = Totals(), self._anchor(places)
+        with torch.no_grad(), autocast(self.context.device, self.context.precision):
+            for part in self._parts(places):
+                loss_N, _, stats = self._loss(part, anchor)
+                totals.add({**stats, "loss": (float(loss_N.sum()), float(len(part)))})
+        means = totals.means()
+        return figures | {f"eval/{name}": value for name, value in (means | _margin(means)).items()}, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean.state_dict(), "at_zero": self.at_zero}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean.load_state_dict(state["mean"])
+        self.at_zero = state["at_zero"]
+
+
+def _sums(model: nn.Module, rows: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (nats a sequence) and token counts of the rows' replies [N]."""
+    batch = pack_by_prompt(rows, device)
+    return sequence_sums(token_logprobs(model, batch).logp_C, batch), masked_offsets(batch).diff()
+
+
+def reference_logps(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, context: TrainContext) -> Tensor:
+    """Log-probabilities [N] of the rows' replies, packed as the policy's are, on the CPU."""
+    out = torch.zeros(len(rows))
+    with torch.no_grad(), autocast(context.device, context.precision):
+        for part in micro_batches_by_prompt(rows, batch_tokens):
+            out[torch.tensor(part)] = _sums(model, [rows[i] for i in part], context.device)[0].float().cpu()
+    return out
+
+
+def _margin(means: Mapping[str, float]) -> dict[str, float]:
+    """How far the mean reward of either thumb is apart, where a step has both."""
+    chosen, rejected = means.get("rewards/chosen"), means.get("rewards/rejected")
+    return {"rewards/margins": chosen - rejected} if chosen is not None and rejected is not None else {}
+
+
+def split_examples(
+    records: Sequence[LabelledCompletion], chat: Chat, fraction: float, context: TrainContext
+) -> tuple[list[list[Example]], list[Example]]:
+    """(training examples in groups of one prompt each, held-out examples). A prompt is on one side whole. The ids of
+    the judgements behind either side are recorded in the stage's folder."""
+    training, heldout = (
+        _encoded(side, chat, context) if side else [] for side in split_by_prompt(records, fraction, context.seed)
+    )
+    trained, kept_out = (list(dict.fromkeys(one.record.id for one in side)) for side in (training, heldout))
+    record_lineage(context.stage, trained, kept_out)
+    return group_by_prompt(training, lambda example: example.record.prompt), heldout
+
+
+def _encoded(records: Sequence[LabelledCompletion], chat: Chat, context: TrainContext) -> list[Example]:
+    replies = [(record.prompt.messages, record.completion, record.finished) for record in records]
+    rows = [[row] for row in chat.encode_replies(replies, [place_of(record) for record in records])]
+    kept, encoded = within_length(records, rows, [record.id for record in records], context)
+    return [Example(record, row) for record, (row,) in zip(kept, encoded, strict=True)]
+
+
+def _with_reference(algorithm: Unpaired, load: Callable[[], nn.Module]) -> None:
+    """Gives the algorithm what the reference says of its examples and of the mismatched replies of all its steps. It is
+    computed once: a resumed stage reads it."""
+    wanted = list[tuple[int, int]]()
+    if algorithm.form.anchor == "kl":
+        steps = [algorithm.places(iteration) for iteration in range(algorithm.iterations)]
+        measured = [*steps, *filter(None, [algorithm.heldout()])]
+        wanted = list(dict.fromkeys(pair for places in measured for pair in algorithm.mismatched(places)))
+    context, tokens = algorithm.context, algorithm.config.batch_tokens
+    cache = context.stage.path / "reference_logps.safetensors"
+    if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
+        logps = load_file(str(cache))
+    else:
+        reference = load()
+        logps = {"logps": reference_logps(reference, algorithm.rows, tokens, context)}
+        parts = [wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)]
+        strangers = [reply_logps(reference, algorithm.strange_rows(part), tokens, context) for part in parts]
+        logps["strangers"] = torch.cat([torch.zeros(0), *strangers])
+        del reference
+        atomic_write(cache, lambda file: file.write(to_bytes(logps)))
+    known = logps["logps"].tolist()
+    algorithm.examples = [replace(e, reference=logp) for e, logp in zip(algorithm.examples, known, strict=True)]
+    algorithm.strangers = dict(zip(wanted, logps["strangers"].tolist(), strict=True))
+
+
+def train_unpaired(
+    config: DpoStage, records: Sequence[LabelledCompletion], reference_path: Path, context: TrainContext
+) -> dict[str, Any]:
+    """Trains the checkpoint at ``context.model_path`` on single replies and writes it; returns the stage's summary."""
+    roles = roles_of(config, context)
+    model, tokenizer = policy = roles.policy()
+    groups, heldout = split_examples(records, Chat(tokenizer), config.heldout_fraction, context)
+    examples = [example for group in groups for example in group]
+    algorithm = Unpaired(model, groups, heldout, config, context)
+    _with_reference(algorithm, lambda: roles.reference(reference_path, policy))
+    up = sum(example.record.label for example in examples)
+    if up in (0, len(examples)):
+        said = "up" if up else "down"
+        context.reporter.note(
+            f"{config.name}: all {len(examples)} replies have thumbs {said}; nothing says what is not"
+        )
+    kept = Kept(model, tokenizer, config, context, algorithm.iterations)
+    steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context), kept=kept)
+    with context.stage.checkpoint() as folder:
+        dtype = save(model, tokenizer, folder)
+    last = context.stage.metrics.rows()[-1]
+    figures = {name: value for name, value in last.items() if name.startswith(("rewards/", "eval/"))}
+    if algorithm.form.anchor == "kl":
+        figures["kl_at_zero"] = algorithm.at_zero[0] / algorithm.at_zero[1]
+    return {
+        "thumbs": len(examples),
+        "thumbs_up": up,
+        "thumbs_down": len(examples) - up,
+        "heldout_thumbs": len(heldout),
+        "desirable_weight": algorithm.weights.desirable,
+        "undesirable_weight": algorithm.weights.undesirable,
+        "steps": steps,
+        "dtype": dtype,
+        "choices": {"loss": config.loss, **asdict(algorithm.form)},
+        **figures,
+    }

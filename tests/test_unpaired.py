@@ -1,0 +1,325 @@
+"""Learning from single replies with thumbs up or down: KTO's KL, class weights, micro-batches, resuming."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import FAST, context, weights
+from tiny import WORDS, prompt, save_tiny
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
+
+import keel.train.loop as loop
+from keel.data.chat import Chat, install_template
+from keel.model.checkpoint import load_policy, save
+from keel.objective.preference import Logps, kl_anchor, reply_loss, rewards
+from keel.recipe.dpo import DpoStage
+from keel.recipe.preference_loss import PRESETS
+from keel.run import read_json
+from keel.train.loop import _update
+from keel.train.optim import make_optimizer
+from keel.train.unpaired import (
+    Example,
+    Unpaired,
+    _with_reference,
+    behind,
+    class_weights,
+    shifted,
+    train_unpaired,
+)
+from keel.types import Encoded, LabelledCompletion, UserError
+
+TRL = json.loads((Path(__file__).parent / "data" / "trl_kto.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a chat template."""
+    tmp = tmp_path_factory.mktemp("model")
+    model, tokenizer = load_policy(save_tiny(tmp / "base"))
+    install_template(tokenizer, "keel")
+    model.resize_token_embeddings(len(tokenizer))
+    save(model, tokenizer, tmp / "chat")
+    return tmp / "chat"
+
+
+def thumbs(count: int, prompts: int | None = None) -> list[LabelledCompletion]:
+    """Good are replies that speak of a good day; the prompts come round again."""
+    return [
+        LabelledCompletion(
+            f"t{n}",
+            prompt(n % (prompts or count)),
+            "good day captain" if n % 3 else f"{WORDS[n % 9]} {WORDS[n % 5]}",
+            bool(n % 3),
+            finished=n % 5 != 4,
+        )
+        for n in range(count)
+    ]
+
+
+def stage(**settings: Any) -> DpoStage:
+    return DpoStage.model_validate({"name": "dpo", "loss": "kto", "thumbs": "x.jsonl", "optim": FAST} | settings)
+
+
+# ------------------------------------------------------------------------------------------------------ pure functions
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "given", "expected"),
+    [
+        (100, 100, (None, None), (1, 1)),
+        (130, 100, (None, None), (1, 1)),  # 1.3 lies between 1 and 4/3
+        (100, 400, (None, None), (4, 1)),  # 4 x 100 = 1 x 400
+        (400, 100, (None, None), (1, 3)),  # 400 / (3 x 100) = 4/3
+        (100, 100, (None, 2), (2, 2)),
+        (100, 100, (3, None), (3, 2.25)),  # 3 / 2.25 = 4/3
+        (400, 100, (1, 1), (1, 1)),  # what is given stays
+        (100, 100, (None, 0.9), (1, 0.9)),  # 1 / 0.9 lies between
+        (5, 0, (None, None), (1, 1)),
+        (0, 5, (2, None), (2, 1)),
+    ],
+)
+def test_class_weights_by_hand(up: float, down: float, given: Any, expected: tuple[float, float]) -> None:
+    found = class_weights(up, down, *given)
+    assert (found.desirable, found.undesirable) == pytest.approx(expected)
+
+
+def test_weights_left_open_are_in_the_papers_range() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        up, down = draw.randint(1, 999), draw.randint(1, 999)
+        given = draw.choice([(None, None), (draw.uniform(0.1, 9), None), (None, draw.uniform(0.1, 9))])
+        found = class_weights(up, down, *given)
+        assert 1 - 1e-9 <= found.desirable * up / (found.undesirable * down) <= 4 / 3 + 1e-9
+
+
+def row(prompt: int, reply: int, length: int = 1) -> Encoded:
+    return Encoded.of((prompt,), (reply,) * length)
+
+
+def test_replies_are_shifted_by_one_as_in_trl() -> None:
+    rows = [row(n, 100 + n) for n in range(len(TRL["pairing"]))]
+    assert [[j] for _, j in shifted(range(len(rows)), rows)] == TRL["pairing"]
+    mixed = behind(rows[0], rows[4])
+    assert (mixed.ids, mixed.mask) == ((0, 104), (False, True))
+
+
+def test_no_prompt_gets_a_reply_of_its_own() -> None:
+    #        0  0  0  1  2  2   of these, three replies are to one prompt
+    rows = [row(p, 100 + n) for n, p in enumerate([7, 7, 7, 8, 9, 9])]
+    assert shifted(range(6), rows) == [(0, 4), (1, 5), (2, 4), (3, 0), (4, 3), (5, 3)]
+    draw = random.Random(1)
+    for _ in range(100):
+        rows = [row(draw.randrange(4), 100 + n) for n in range(draw.randint(2, 9))]
+        places = draw.sample(range(len(rows)), draw.randint(1, len(rows)))
+        found = shifted(places, rows)
+        if len({r.prompt_ids for r in rows}) == 1:
+            assert found == []  # there is no other prompt
+            continue
+        assert sorted(i for i, _ in found) == sorted(places)  # also where all of the step are of one
+        assert all(rows[i].prompt_ids != rows[j].prompt_ids for i, j in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "replies"), [("kto", "replies"), ("apo_zero", "replies"), ("kto, KL below 0", "below")]
+)
+def test_the_loss_is_trls(name: str, replies: str) -> None:
+    """Five replies, two of them up, undesirable ones weighted by 1.7: loss, gradient, KL and rewards."""
+    given, said, expected = TRL[replies], TRL["settings"], TRL[name]
+    form = replace(PRESETS[name.split(",")[0]], beta=said["beta"])
+    columns = {key: torch.tensor([one[key] for one in given], dtype=torch.float64) for key in given[0]}
+    policy_N = columns["policy"].requires_grad_()
+    anchor = kl_anchor(columns["other_policy"] - columns["other_reference"]) if form.anchor == "kl" else 0.0
+    assert anchor == pytest.approx(expected["kl"], abs=1e-9)
+    up_N = columns["label"].bool()
+    logps = Logps(policy_N, torch.ones(len(given)), columns["reference"])
+    class_N = torch.full((len(given),), said["undesirable_weight"], dtype=torch.float64)
+    class_N[up_N] = said["desirable_weight"]
+    loss = (class_N * reply_loss(form, logps, up_N.double(), anchor)).mean()
+    (grad_N,) = torch.autograd.grad(loss, policy_N)
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-9)
+    assert grad_N.tolist() == pytest.approx(expected["grad"], abs=1e-9)
+    reward_N = rewards(form, logps).detach()
+    assert reward_N[up_N].mean().item() == pytest.approx(expected["rewards/chosen"], abs=1e-9)
+    assert reward_N[~up_N].mean().item() == pytest.approx(expected["rewards/rejected"], abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------- on a model
+
+
+def algorithm(tmp: Path, path: Path, records: list[LabelledCompletion], heldout: int = 0, **settings: Any) -> Unpaired:
+    """Ready for its first step, with a policy that has moved from its reference."""
+    c = context(tmp, "dpo", path)
+    model, tokenizer = load_policy(path)
+    reference, _ = load_policy(path)
+    rows = Chat(tokenizer).encode_replies([(r.prompt.messages, r.completion, r.finished) for r in records])
+    examples = [Example(record, row) for record, row in zip(records, rows, strict=True)]
+    groups: dict[str, list[Example]] = {}
+    for example in examples[heldout:]:
+        groups.setdefault(example.record.prompt.id, []).append(example)
+    made = Unpaired(model, list(groups.values()), examples[:heldout], stage(**settings), c)
+    _with_reference(made, lambda: reference)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    return made
+
+
+def alone(model: torch.nn.Module, row: Encoded) -> torch.Tensor:
+    """The log-probability of a reply, from the model's own forward pass over it alone."""
+    ids = torch.tensor([row.ids])
+    logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logp.gather(1, ids[0, 1:, None])[:, 0][torch.tensor(row.mask[1:])].sum()
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco", "apo_zero"])
+def test_a_step_is_what_a_slow_reference_computes(loss: str, model_path: Path, tmp_path: Path) -> None:
+    records = [replace(record, weight=1.0 + n % 2) for n, record in enumerate(thumbs(9, prompts=5))]
+    made = algorithm(tmp_path, model_path, records, loss=loss, batch_size=99, beta=0.3)
+    made.mean.add(6.0, 4.0)  # BCO's mean of earlier steps: 1.5
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model_path) for _ in range(2))  # transformers' own
+    policy.load_state_dict(made.modules["policy"].state_dict())
+    (micros,) = made.updates(0)
+    value = sum(micro()[0] for micro in micros)
+    grads = torch.autograd.grad(value, list(made.modules["policy"].parameters()))
+    places = made.places(0)
+    pairs = shifted(places, made.rows)
+    with torch.no_grad():
+        strange = [behind(made.rows[i], made.rows[j]) for i, j in pairs]
+        ratio = torch.stack([alone(policy, row) - alone(reference, row) for row in strange]).mean()
+    anchor = {"kto": max(0.0, float(ratio)), "bco": 1.5, "apo_zero": 0.0}[loss]
+    total, weight = torch.zeros(()), 0.0
+    up = sum(r.weight for r in records if r.label)
+    down = sum(r.weight for r in records if not r.label)
+    w_up, w_down = (1.0, up / down / (4 / 3)) if up / down > 4 / 3 else (max(1.0, down / up), 1.0)
+    for place in places:
+        example = made.examples[place]
+        u = 0.3 * (alone(policy, example.encoded) - alone(reference, example.encoded).detach() - anchor)
+        u = u if example.record.label else -u
+        cost = -logsigmoid(u) if loss == "bco" else 1 - torch.sigmoid(u)
+        total = total + example.record.weight * (w_up if example.record.label else w_down) * cost
+        weight += example.record.weight
+    assert [n for n, _ in policy.named_parameters()] == [n for n, _ in made.modules["policy"].named_parameters()]
+    slow = torch.autograd.grad(total / weight, list(policy.parameters()))
+    assert float(value) == pytest.approx(float(total / weight), abs=1e-5)
+    for found, expected in zip(grads, slow, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_micro_batches_change_nothing(batch_size: int, model_path: Path, tmp_path: Path) -> None:
+    """Any batch_tokens, odd batch sizes, a step of a single prompt: the same KL, loss and gradient."""
+    ends = []
+    for batch_tokens in (100_000, 16):
+        settings = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        made = algorithm(tmp_path / str(batch_tokens), model_path, thumbs(13), **settings)
+        (micros,) = made.updates(0)
+        assert len(micros) == batch_size if batch_tokens == 16 else len(micros) <= batch_size
+        optimizer = make_optimizer(made.modules, made.config.optim, {})
+        found = _update(made, optimizer, micros, made.config, made.context, 0)
+        kl = found["kl"][0] / found["kl"][1]
+        ends.append((kl, found["loss"][0], found["grad_norm"][0]))
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+
+
+def test_a_kl_needs_another_prompt_with_room(model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"all 4 replies are to one; add prompts, or use loss: apo_zero or bco"):
+        algorithm(tmp_path / "one", model_path, thumbs(4, prompts=1))
+    made = algorithm(tmp_path / "bco", model_path, thumbs(4, prompts=1), loss="bco")
+    assert made.updates(0)
+    c = context(tmp_path, "long", model_path, max_length=12)
+    model, _ = load_policy(model_path)
+    long = [Example(record, row(n, 5, 11)) for n, record in enumerate(thumbs(2))]
+    short = Example(thumbs(3)[2], Encoded.of((9, 9, 9), (5,)))
+    full = [Example(record, Encoded.of((n,) * 3, (5,) * 9)) for n, record in enumerate(thumbs(2))]
+    fits = Unpaired(model, [[one] for one in (*long, short)], [], stage(), c)
+    assert fits.mismatched([0, 1, 2]) == [(0, 2), (1, 0)]  # (2, 1) would be 14 tokens long, and is left out
+    assert Unpaired(model, [[one] for one in full], [], stage(), c).mismatched([0, 1])
+    too_long = [Example(r, Encoded.of((n,) * (2 + 8 * n), (5,) * (10 - 8 * n))) for n, r in enumerate(thumbs(2))]
+    with pytest.raises(UserError, match="has room for one within 12 tokens"):
+        Unpaired(model, [[too_long[1]], [too_long[0]]], [], stage(), c).mismatched([0])
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco", pytest.param("apo_zero", marks=pytest.mark.wide)])
+def test_it_learns_what_is_good_and_says_from_what(loss: str, model_path: Path, tmp_path: Path) -> None:
+    c = context(tmp_path, "dpo", model_path)
+    config = stage(loss=loss, beta=0.1, batch_size=9, epochs=2, heldout_fraction=0.2)
+    summary = train_unpaired(config, thumbs(60), model_path, c)
+    first, second, *_, last = c.stage.metrics.rows()
+    assert abs(first["rewards/chosen"]) < 1e-4  # the policy is the reference then
+    assert summary["eval/rewards/margins"] > 0.05
+    assert second["rewards/margins"] == pytest.approx(second["rewards/chosen"] - second["rewards/rejected"])
+    assert summary["thumbs"] + summary["heldout_thumbs"] == 60
+    assert summary["thumbs_up"] + summary["thumbs_down"] == summary["thumbs"]
+    balance = (
+        summary["desirable_weight"] * summary["thumbs_up"] / summary["undesirable_weight"] / summary["thumbs_down"]
+    )
+    assert 1 - 1e-9 <= balance <= 4 / 3 + 1e-9
+    assert ("kl_at_zero" in summary) == (loss == "kto")
+    assert ("delta" in last) == (loss == "bco")
+    known = read_json(c.stage.path / "judgements.json")
+    assert len(known["trained"]) == summary["thumbs"]
+    assert not set(known["trained"]) & set(known["heldout"])
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_a_stopped_run_ends_with_the_same_bits(
+    loss: str, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stage(loss=loss, batch_size=8, epochs=2, save_every_seconds=0)
+    whole = context(tmp_path / "whole", "dpo", model_path)
+    expected = train_unpaired(config, thumbs(24), model_path, whole)
+    cut = context(tmp_path / "cut", "dpo", model_path)
+    update = loop._update
+    for stop in (2, 4):
+
+        def until(*args: Any, stop: int = stop) -> Any:
+            if args[-1] == stop:
+                raise Killed
+            return update(*args)
+
+        monkeypatch.setattr(loop, "_update", until)
+        with pytest.raises(Killed):
+            train_unpaired(config, thumbs(24), model_path, cut)
+    monkeypatch.setattr(loop, "_update", update)
+    assert train_unpaired(config, thumbs(24), model_path, cut) == expected
+    assert torch.equal(weights(cut.stage.path), weights(whole.stage.path))
+    assert cut.stage.metrics.rows() == whole.stage.metrics.rows()
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "dpo"}, "loss: dpo contrasts two replies, and thumbs are on single ones; use loss: kto, bco or"),
+        ({"sft_coef": 0.1}, "sft_coef is of a pair's better reply"),
+        ({"thumbs": []}, "thumbs is an empty list"),
+        ({"thumbs": None, "rating_bound": 3}, "rating_bound makes thumbs of ratings"),
+        ({"thumbs": None, "desirable_weight": 2}, "weigh single replies; name them in thumbs"),
+        ({"rating_bound": [4, 2]}, "the first of two bounds is the lower one"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(**settings)
+
+
+def test_settings_of_thumbs_leave_other_stages_as_they_were() -> None:
+    plain = DpoStage(name="dpo")
+    assert not {"thumbs", "rating_bound", "desirable_weight", "undesirable_weight"} & plain.settings().keys()
+    assert "thumbs" not in plain.files()
+    assert stage(rating_bound=3).rating_bounds() == (3, 3)
+    assert stage().settings()["thumbs"] == "x.jsonl"
