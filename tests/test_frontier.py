@@ -17,7 +17,7 @@ from fake_run import write_fake_run
 from rich.console import Console
 from test_report import Page
 from test_stages import data_files, run, write_jsonl
-from test_train import FAST, context, sft_model, weights  # noqa: F401 (a fixture)
+from test_train import FAST, LikesO, context, sft_model, weights  # noqa: F401 (a fixture)
 from tiny import preferences, prompt
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -35,6 +35,7 @@ from keel.pipeline.run import plan
 from keel.recipe.dpo import DpoStage
 from keel.recipe.eval import EvalStage, FrontierConfig
 from keel.recipe.graph import parents
+from keel.recipe.grpo import GrpoStage
 from keel.recipe.offline import MeasureConfig
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import OptimConfig, Source
@@ -44,6 +45,7 @@ from keel.report.kinds import title
 from keel.report.wording import two_places
 from keel.run import RunDir, seed_rng
 from keel.train.dpo import Dpo, train_dpo
+from keel.train.grpo import train_grpo
 from keel.train.kept import due
 from keel.train.offline import Liked, measure_offline
 from keel.types import Prompt, UserError
@@ -218,10 +220,10 @@ def test_the_sampled_kl_is_the_exact_one_and_displacement_the_models_own(sft_mod
     model.save_pretrained(tmp_path / "policy")  # type: ignore[operator]
     tokenizer.save_pretrained(tmp_path / "policy")
     policy, start = (AutoModelForCausalLM.from_pretrained(place) for place in (tmp_path / "policy", sft_model))
-    chat, prompts = Chat(tokenizer), [prompt(n) for n in range(3)]
+    chat, prompts = Chat(tokenizer), [prompt(n) for n in range(2)]
     exact = [_exact_kl(policy, start, chat.encode_prompt(p.messages), chat.stop_ids) for p in prompts]
-    asked = MeasureConfig(prompts=3, per_prompt=400, sampling={"max_new_tokens": 2})  # type: ignore[arg-type]
-    liked = [Liked(p, "good day captain") for p in prompts for _ in range(5)] + [Liked(prompts[0], "no", False)]
+    asked = MeasureConfig(prompts=2, per_prompt=400, sampling={"max_new_tokens": 2})  # type: ignore[arg-type]
+    liked = [Liked(p, "good day captain") for p in prompts for _ in range(7)] + [Liked(prompts[0], "no", False)]
     found = measure_offline(
         asked,
         Source(str(tmp_path / "policy")),
@@ -230,10 +232,10 @@ def test_the_sampled_kl_is_the_exact_one_and_displacement_the_models_own(sft_mod
         liked,
         context(tmp_path, "x", sft_model),
     )
-    assert found["sampled/replies"] == 1200
-    # 1200 independent draws; the error over three prompts would also hold how they differ.
+    assert found["sampled/replies"] == 800
+    # 800 independent draws; the error over two prompts would also hold how they differ.
     assert np.mean(exact) > 0.3
-    assert found["sampled/kl"] == pytest.approx(np.mean(exact), abs=4 * (2 * np.mean(exact) / 1200) ** 0.5)
+    assert found["sampled/kl"] == pytest.approx(np.mean(exact), abs=4 * (2 * np.mean(exact) / 800) ** 0.5)
 
     def logp(model: Any, one: Liked) -> tuple[float, int]:
         row = chat.encode_reply(one.prompt.messages, one.reply, one.finished)
@@ -244,11 +246,12 @@ def test_the_sampled_kl_is_the_exact_one_and_displacement_the_models_own(sft_mod
 
     changes = [(logp(policy, one)[0] - logp(start, one)[0], logp(policy, one)[1]) for one in liked]
     total = sum(change for change, _ in changes)
-    assert found["displacement/chosen"] == pytest.approx(total / 16, abs=1e-4)
+    assert found["displacement/chosen"] == pytest.approx(total / 15, abs=1e-4)
     assert found["displacement/chosen_per_token"] == pytest.approx(total / sum(n for _, n in changes), abs=1e-4)
-    assert list(found["displacement/kinds"]) == ["even"]  # prompts 0 and 2; the odd one has 5 replies
+    assert list(found["displacement/kinds"]) == ["even"]  # eight replies; the odd prompt has seven
+    few = asked.model_copy(update={"per_prompt": 2})
     same = measure_offline(
-        asked, Source(str(sft_model)), Source(str(sft_model)), prompts, liked, context(tmp_path, "y", sft_model)
+        few, Source(str(sft_model)), Source(str(sft_model)), prompts, liked, context(tmp_path, "y", sft_model)
     )
     assert (same["sampled/kl"], same["displacement/chosen"]) == (0.0, 0.0)
 
@@ -308,11 +311,26 @@ def test_what_is_kept_are_the_weights_of_its_moment_and_nothing_else_changes(
     assert AutoModelForCausalLM.from_pretrained(kept / "at_30").num_parameters() > 0
 
 
+def test_an_online_stage_keeps_its_rollouts_way(sft_model: Path, tmp_path: Path) -> None:  # noqa: F811
+    stage = GrpoStage.model_validate(
+        {
+            "name": "grpo", "rewards": [{"source": {"kind": "python", "ref": "x:y"}}], "sampling": {"max_new_tokens": 4},
+            "group_size": 4, "rollout_batch": 16, "episodes": 32, "minibatches": 1, "beta": 0.0, "keep": 1,
+            "optim": {"lr": 1e-2},
+        }
+    )  # fmt: skip
+    c = context(tmp_path, "grpo", sft_model)
+    train_grpo(stage, [prompt(n) for n in range(20)], LikesO(), None, c)
+    moved = [weights(c.stage.path / part) for part in ("at_50", ".")]
+    assert not torch.equal(moved[0], weights(sft_model))
+    assert not torch.equal(moved[0], moved[1])
+
+
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.wide), 3])
 def test_a_killed_run_ends_with_the_same_checkpoints(
     step: int,
     sft_model: Path,  # noqa: F811

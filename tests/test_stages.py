@@ -281,8 +281,9 @@ def test_every_shipped_recipe_runs(name: str, made: tuple[RunDir, dict[str, str]
         text.replace("helpful.jsonl", data["preferences"]).replace("harmless.jsonl", data["preferences"])
     )
     for stage in recipe["stages"]:
-        if "sampling" in stage:
-            stage["sampling"] |= {"max_new_tokens": 12, "batch_size": 16}
+        for sampled in (stage, stage.get("measure", {})):
+            if "sampling" in sampled:
+                sampled["sampling"] |= {"max_new_tokens": 12, "batch_size": 16}
         stage |= {
             "ppo": {"episodes": 16, "rollout_batch": 8, "minibatches": 1},
             "grpo": {"episodes": 16, "rollout_batch": 16, "minibatches": 1},

@@ -160,7 +160,7 @@ def gold_accuracy(
     better = [i if gold[i] > gold[i + 1] else i + 1 for i in told]
     worse = [2 * i + 1 - b for i, b in zip(told, better, strict=True)]
     groups = [prompts[i].id for i in told]
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for name, scorer in scorers.items():
         scores = scorer.score(prompts, replies).total_N.tolist() if prompts else []
         right = win_rate([scores[i] for i in better], [scores[i] for i in worse], groups, n_boot, seed)

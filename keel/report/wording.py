@@ -6,15 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-ACRONYMS = {"kl": "KL", "ipo": "IPO", "rm": "RM", "kto": "KTO", "orpo": "ORPO"} | {
-    "simpo": "SimPO",
-    "slic": "SLiC",
-    "exo": "EXO",
-    "nca": "NCA",
-    "bco": "BCO",
-    "cpo": "CPO",
-    "sppo": "SPPO",
-}  # besides the kinds of stage that are acronyms
+ACRONYMS = {  # besides the kinds of stage that are acronyms
+    "kl": "KL", "rm": "RM", "ipo": "IPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "slic": "SLiC", "exo": "EXO",
+    "nca": "NCA", "bco": "BCO", "cpo": "CPO", "sppo": "SPPO",
+}  # fmt: skip
 
 Format = Callable[[float], str]
 

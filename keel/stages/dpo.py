@@ -14,7 +14,7 @@ from keel.stages.training import measured, prompts_to_measure, require_chat_temp
 from keel.train.dpo import train_dpo
 from keel.train.offline import Liked
 from keel.train.unpaired import train_unpaired
-from keel.types import LabelledCompletion, Preference
+from keel.types import Preference
 
 
 def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
@@ -27,7 +27,13 @@ def run_dpo(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     how = partial(aggregate, how=stage.votes)
     training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
     summary = train_dpo(stage, learned.pairs, reference, training, how) | learned.counts
-    return summary | measured(stage, prompts, _chosen(learned.pairs), context, training)
+    return summary | measured(stage, prompts, _liked(learned.pairs), context, training)
+
+
+def _liked(pairs: Sequence[Preference]) -> list[Liked]:
+    """The chosen replies, without those of ties and those that a soft label thinks the worse of the two."""
+    decided = [pair for pair in pairs if not pair.tie and (pair.probability is None or pair.probability > 0.5)]
+    return [Liked(pair.prompt, pair.chosen, pair.chosen_finished) for pair in decided]
 
 
 def _from_thumbs(stage: DpoStage, context: StageContext) -> dict[str, Any]:
@@ -36,15 +42,5 @@ def _from_thumbs(stage: DpoStage, context: StageContext) -> dict[str, Any]:
     reference = context.model_path(stage.reference or stage.model)
     training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
     summary = train_unpaired(stage, learned.examples, reference, training) | learned.counts
-    return summary | measured(stage, prompts, _up(learned.examples), context, training)
-
-
-def _chosen(pairs: Sequence[Preference]) -> list[Liked]:
-    """The chosen replies, without those of ties and those that a soft label thinks the worse of the two."""
-    decided = [pair for pair in pairs if not pair.tie and (pair.probability is None or pair.probability > 0.5)]
-    return [Liked(pair.prompt, pair.chosen, pair.chosen_finished) for pair in decided]
-
-
-def _up(examples: Sequence[LabelledCompletion]) -> list[Liked]:
-    """The replies with a thumb up."""
-    return [Liked(one.prompt, one.completion, one.finished) for one in examples if one.label]
+    liked = [Liked(one.prompt, one.completion, one.finished) for one in learned.examples if one.label]
+    return summary | measured(stage, prompts, liked, context, training)

@@ -59,7 +59,7 @@ def submit(
 ) -> int:
     """Count one vote and return the judgement's id (Store.submit)."""
     reason = None if vote.reason is None else storable(vote.reason)
-    values = {"choice": vote.choice, "strength": vote.strength, "reason": reason}
+    values: dict[str, Any] = {"choice": vote.choice, "strength": vote.strength, "reason": reason}
     values |= {} if vote.probability is None else {"probability": vote.probability}
     also = {"ratings": vote.ratings} if vote.ratings else {}
     id, assignment = record(connection, VOTES, assignment_id, vote, values, also, annotator_id=annotator_id, now=now)
