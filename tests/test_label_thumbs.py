@@ -13,8 +13,11 @@ import pg_server
 import pytest
 from databases import Clock, postgres_urls, sqlite_urls
 from labelling_world import World, fill, person, token
+from tiny import tiny_tokenizer
 
+from keel.check.data import data_findings
 from keel.cli import main
+from keel.data.chat import Chat
 from keel.data.sources import read_labelled
 from keel.feedback.simulated import SimulatedAnnotator
 from keel.feedback.stored import training_thumbs
@@ -422,3 +425,23 @@ def test_what_nobody_gave_is_one_error(recipe: dict[str, Any], tmp_path: Path) -
     RunDir(tmp_path / "run").path.mkdir()
     with pytest.raises(UserError, match="stage dpo: there are no thumbs in what it names in thumbs"):
         reads(recipe, tmp_path)
+
+
+def test_the_check_looks_at_the_files_of_thumbs(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["stages"][-1] |= {"thumbs": f"{tmp_path}/thumbs.jsonl", "preferences": None}
+
+    def said(rows: list[dict[str, Any]]) -> str:
+        (tmp_path / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = data_findings(Recipe.model_validate(recipe), Chat(tiny_tokenizer()), 256)
+        return "\n".join(str(finding) for finding in found)
+
+    rated = [{"prompt": f"a {n % 3}", "completion": "b", "rating": n} for n in range(1, 6)]
+    told = said(rated)
+    assert "dpo.thumbs" in told
+    assert "1 rows whose rating is neither up nor down are left out" in told
+    assert "2 replies have thumbs up and down" in told
+    assert "all 2 replies have thumbs up" in said(rated[3:])
+    assert "need at least 2" in said(rated[:1])  # nothing would be held out
+    assert "1 of 1 rows cannot be read" in said([{"prompt": "a", "completion": "b"}])
+    recipe["stages"][-1].pop("rating_bound")
+    assert "set the stage's rating_bound" in said(rated)

@@ -624,6 +624,7 @@ def test_a_stage_learns(
     if loss == "kto":
         assert first["kl"] == pytest.approx(0, abs=1e-4)
         assert last["kl"] > 0
+        assert 0 <= summary["kl_at_zero"] < 1
 
 
 def test_a_strength_margin_needs_strengths(sft_model: Path, tmp_path: Path) -> None:

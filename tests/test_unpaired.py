@@ -208,7 +208,7 @@ def test_a_step_is_what_a_slow_reference_computes(loss: str, model_path: Path, t
         weight += example.record.weight
     assert [n for n, _ in policy.named_parameters()] == [n for n, _ in made.modules["policy"].named_parameters()]
     slow = torch.autograd.grad(total / weight, list(policy.parameters()))
-    assert float(value) == pytest.approx(float(total / weight), abs=1e-5)
+    assert value.item() == pytest.approx((total / weight).item(), abs=1e-5)
     for found, expected in zip(grads, slow, strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
 

@@ -271,8 +271,10 @@ def train_dpo(
     steps = train(algorithm, config, context, Ptx(model, tokenizer, config, context))
     with context.stage.checkpoint() as folder:
         dtype = save(model, tokenizer, folder)
-    last = context.stage.metrics.rows()[-1]
-    figures = {name: value for name, value in last.items() if name.startswith(("rewards/", "eval/"))}
+    rows = context.stage.metrics.rows()
+    figures = {name: value for name, value in rows[-1].items() if name.startswith(("rewards/", "eval/"))}
+    if form.anchor == "kl":
+        figures["kl_at_zero"] = sum(row["kl_at_zero"] for row in rows) / len(rows)
     return {
         "pairs": len(pairs),
         "heldout_pairs": len(heldout),
