@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from keel.feedback.aggregate import aggregate, likelier_first
 from keel.feedback.agreement import FIRST, SECOND, TIE, Vote
 from keel.feedback.dawid_skene import posteriors
 from keel.objective.preference import bradley_terry
+from keel.recipe.declared import How
 from keel.store import Store, exchange
 from keel.types import HeldoutPair, Preference, UserError
 
@@ -302,6 +304,55 @@ def test_rank_correlation_by_hand() -> None:
     assert rank_correlation([0, 0, 5], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
     assert rank_correlation([1, 1], [1, 2]) is None
     assert rank_correlation([], []) is None
+
+
+# ----------------------------------------------------------------------------------------------- what it is good for
+
+
+def linear_fit(x_ND: np.ndarray, records: Sequence[Preference], hard: bool) -> np.ndarray:
+    """A Bradley-Terry model that is linear in features, fitted to soft labels and weights by Newton's method. Response
+    "yes" of prompt n has features x[n], "no" has none."""
+    features = np.array([(1 if p.chosen == "yes" else -1) * x_ND[int(p.prompt.id[1:])] for p in records])
+    said = np.array([1.0 if p.probability is None or hard else p.probability for p in records])
+    w, b = np.array([p.weight for p in records]), np.zeros(x_ND.shape[1])
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-features @ b))
+        slope = features.T @ (w * (said - p)) - b
+        b += np.linalg.solve((features * (w * p * (1 - p))[:, None]).T @ features + np.eye(len(b)), slope)
+    return b
+
+
+@pytest.mark.wide
+def test_what_soft_labels_gain_and_what_they_do_not() -> None:
+    """Every pair is judged by three of twenty annotators with tastes of their own, who vote as Bradley-Terry says; then
+    with three lazy and two adversarial ones among them. Brier scores are of votes of the honest ones on fresh pairs."""
+    arms: dict[str, tuple[How, bool]] = {
+        "raw": ("raw", False), "majority": ("majority", False), "weighted": ("weighted", False),
+        "hard": ("posterior", True), "soft": ("posterior", False),
+    }  # fmt: skip
+    found: dict[tuple[bool, str], list[float]] = defaultdict(list)
+    for bad in (False, True):
+        for seed in range(5):
+            rng = np.random.default_rng(seed)
+            tastes = rng.normal(size=16) * 0.6 + rng.normal(size=(20, 16)) * 0.2
+            x_ND, fresh = rng.normal(size=(500, 16)), rng.normal(size=(4000, 16))
+            votes = []
+            for n, x_D in enumerate(x_ND):
+                for k in rng.choice(25 if bad else 20, 3, replace=False):
+                    lead = 0.0 if 20 <= k < 23 else x_D @ (tastes[k] if k < 20 else -tastes[k - 20])
+                    yes = rng.random() < 1 / (1 + np.exp(-lead))
+                    votes.append(vote(n, "yes" if yes else "no", f"a{k}"))
+            q = (1 / (1 + np.exp(-fresh @ tastes.T))).mean(axis=1)
+            for arm, (how, hard) in arms.items():
+                p = 1 / (1 + np.exp(-fresh @ linear_fit(x_ND, aggregate(votes, how), hard)))
+                found[bad, arm].append(brier(p.tolist(), q.tolist()) - float((q * (1 - q)).mean()))
+    for key, values in found.items():
+        print(key, [round(1e4 * value) for value in values], f"mean {1e4 * np.mean(values):.0f}")
+    mean = {key: float(np.mean(values)) for key, values in found.items()}
+    assert mean[True, "soft"] < min(mean[True, "raw"], mean[True, "majority"])
+    assert mean[False, "raw"] < mean[False, "soft"] < mean[False, "majority"]
+    for bad in (False, True):
+        assert mean[bad, "weighted"] < mean[bad, "soft"] < mean[bad, "hard"]
 
 
 # ----------------------------------------------------------------------------------------------------- files and store
