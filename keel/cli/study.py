@@ -97,6 +97,7 @@ def _run(made: Plan, out: Path, console: Console) -> dict[str, Any]:
             yield {kind: shown(runner) for kind, runner in RUNNERS.items()}, progress
 
     run_units(units, showing)
+    console.print("keel: reading the runs' figures", highlight=False)
     result = summarise(made, values_of(made, units)) | {"curves": curves_of(made, units)}
     result |= {"keel": keel.__version__, "seconds": seconds_of(units)}
     atomic_write_text(out / "study.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
