@@ -391,6 +391,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from pathlib import Path
 import test_train as t
+import keel.kernels.training, keel.rollout.cpu  # else imported late, in each copy
 import keel.train.loop as loop
 original, updates = loop._update, 0
 def slowed(*a):
