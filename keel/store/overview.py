@@ -104,8 +104,9 @@ def progress(connection: Connection, batch: str | None) -> Progress:
     """See Store.progress."""
     counted = items.c.gold.is_(None), items.c.out.is_(False), items.c.kind == "compare"
     wanted = select(func.coalesce(func.sum(items.c.overlap), 0)).where(*counted)
-    # The second counts what is not NULL: what was taken back.
-    given = done(judgements, func.count(), func.count(judgements.c.undone_at)).where(*counted)
+    given = done(judgements, func.count(), func.count(judgements.c.undone_at)).where(
+        *counted
+    )  # the second: those that are not NULL
     if batch is not None:
         wanted, given = wanted.where(items.c.batch == batch), given.where(items.c.batch == batch)
     total, undone = connection.execute(given).one()
