@@ -141,7 +141,7 @@ def guardrail_plots(run: RunFiles, palette: Palette) -> list[Markup]:
     x_label = "√KL from the reference (KL in nats)"
     plots = []
     for key, heading, field in (
-        ("guard proxy", "Proxy: what PPO is trained on", "proxy"),
+        ("guard proxy", "Proxy: the reward that is trained on", "proxy"),
         ("guard gold", "Gold: what the judge says", "gold"),
     ):
         series = [
