@@ -314,7 +314,8 @@ def test_what_is_kept_are_the_weights_of_its_moment_and_nothing_else_changes(
 def test_an_online_stage_keeps_its_rollouts_way(sft_model: Path, tmp_path: Path) -> None:  # noqa: F811
     stage = GrpoStage.model_validate(
         {
-            "name": "grpo", "rewards": [{"source": {"kind": "python", "ref": "x:y"}}], "sampling": {"max_new_tokens": 4},
+            "name": "grpo", "rewards": [{"source": {"kind": "python", "ref": "x:y"}}],
+            "sampling": {"max_new_tokens": 4},
             "group_size": 4, "rollout_batch": 16, "episodes": 32, "minibatches": 1, "beta": 0.0, "keep": 1,
             "optim": {"lr": 1e-2},
         }
