@@ -552,14 +552,13 @@ def test_replies_are_read_prompt_by_prompt(tmp_path: Path) -> None:
 
 
 def test_votes_are_flipped_at_the_known_rate() -> None:
-    """P(left) of a flipped vote is 0.8 p + 0.2 (1 - p)."""
+    """P(first) of a flipped vote is 0.8 p + 0.2 (1 - p)."""
     prompt = make_prompts(Harbor(), 1, 0, "train")[0]
     for honest, noisy in zip(population(0), with_flips(0), strict=True):
-        p = honest.probability_left(prompt, "I do not know that.", "zzz zzz")
-        assert noisy.name == honest.name
-        assert noisy.probability_left(prompt, "I do not know that.", "zzz zzz") == pytest.approx(
-            0.8 * p + 0.2 * (1 - p)
-        )
+        p = honest.probability_of_first(prompt, "I do not know that.", "zzz zzz")
+        assert noisy.name == honest.name and p is not None
+        flipped = noisy.probability_of_first(prompt, "I do not know that.", "zzz zzz")
+        assert flipped == pytest.approx(0.8 * p + 0.2 * (1 - p))
 
 
 def test_the_rule_for_sums_and_facts_knows_nothing_else() -> None:

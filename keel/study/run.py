@@ -106,6 +106,8 @@ class Finished:
             return []
         taken = []
         with unit.run.lock():
+            if not unit.run.manifest.read():  # the run begins here: what its folder is must stand there too
+                unit.run.manifest.update({"recipe": unit.recipe.model_dump(mode="json")})
             for step in lacking:
                 source, name = self._places[step.fingerprint]
                 folder, own = source.stage(name), unit.run.stage(step.stage.name)
