@@ -556,7 +556,8 @@ def test_votes_are_flipped_at_the_known_rate() -> None:
     prompt = make_prompts(Harbor(), 1, 0, "train")[0]
     for honest, noisy in zip(population(0), with_flips(0), strict=True):
         p = honest.probability_of_first(prompt, "I do not know that.", "zzz zzz")
-        assert noisy.name == honest.name and p is not None
+        assert noisy.name == honest.name
+        assert p is not None
         flipped = noisy.probability_of_first(prompt, "I do not know that.", "zzz zzz")
         assert flipped == pytest.approx(0.8 * p + 0.2 * (1 - p))
 
