@@ -207,7 +207,7 @@ def test_a_round_trip_through_two_stores_loses_nothing(file_store: Store, tmp_pa
             (t.gold, t.out, t.reason, t.seconds) for t in given(store)
         ]
         turned = [Thumb(**{n: getattr(read[0], n) for n in read[0].__slots__} | {"up": not read[0].up})]
-        with pytest.raises(UserError, match="is in the store, the other way"), copy.transaction(writes=True) as c:
+        with pytest.raises(UserError, match="is there with other contents"), copy.transaction(writes=True) as c:
             thumbs.add(c, turned, None, copy.now)
 
 
@@ -374,8 +374,9 @@ def test_a_pair_is_split_into_its_replies() -> None:
     up, down = inputs.in_two(pair)
     assert (up.completion, up.label, up.finished, up.weight) == ("good", True, True, 0.5)
     assert (down.completion, down.label, down.finished, down.weight) == ("bad", False, False, 0.5)
-    soft = [(x.completion, x.label, x.weight) for x in inputs.in_two(replace(pair, probability=0.75))]
-    assert soft == [("good", True, 0.375), ("bad", False, 0.375), ("good", False, 0.125), ("bad", True, 0.125)]
+    assert inputs.in_two(replace(pair, probability=1.0)) == [up, down]
+    with pytest.raises(UserError, match=r"label is a probability \(0\.75\), and a thumb is up or down"):
+        inputs.in_two(replace(pair, probability=0.75))
 
 
 @pytest.mark.parametrize(
@@ -450,3 +451,66 @@ def test_the_check_looks_at_the_files_of_thumbs(recipe: dict[str, Any], tmp_path
     assert "1 of 1 rows cannot be read" in said([{"prompt": "a", "completion": "b"}])
     recipe["stages"][-1].pop("rating_bound")
     assert "set the stage's rating_bound" in said(rated)
+
+
+def test_thumbs_of_files_are_neither_lost_nor_mixed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def file(name: str, *rows: dict[str, Any]) -> str:
+        (tmp_path / name).write_text(
+            "".join(json.dumps({"prompt": "?", "completion": "x", **row}) + "\n" for row in rows)
+        )
+        return str(tmp_path / name)
+
+    db = str(tmp_path / "a.db")
+    same = file("same.jsonl", {"label": True}, {"label": True}, {"label": False})
+    assert main(["import", db, same]) == 0
+    assert main(["import", db, same]) == 0  # known by now
+    with Store(db) as store, store.transaction(writes=False) as connection:
+        assert sorted(one.up for one in thumbs.given(connection, None)) == [False, True, True]
+    up, down = file("up.jsonl", {"id": "1", "label": True}), file("down.jsonl", {"id": "1", "label": False})
+    other = file("other.jsonl", {"id": "1", "label": True, "completion": "y"})
+    for files in ([up, down], [up, other]):
+        assert main(["import", db, *files]) == 2
+    assert main(["import", db, up]) == 0
+    assert main(["import", db, other]) == 2
+    assert "the thumb '1' is there with other contents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"label": "false"}, "label 'false'"),
+        ({"out": "false"}, "out 'false'"),
+        ({"seconds": -5}, "seconds -5"),
+        ({"prompt_id": None}, "prompt_id None"),
+        ({"created": "2026-01-01T00:00:00"}, "created has no time zone"),
+        ({"completion": [{"role": "user", "content": "x"}]}, "completion"),
+    ],
+)
+def test_a_row_of_an_export_that_is_none_is_told(
+    wrong: dict[str, Any], says: str, file_store: Store, tmp_path: Path
+) -> None:
+    row = {"prompt": "?", "completion": "x", "label": True}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["import", str(tmp_path / "feedback.db"), str(tmp_path / "in.jsonl")]) == 0
+    thumbs.export(file_store, tmp_path / "out.jsonl")
+    (written,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    (tmp_path / "wrong.jsonl").write_text(json.dumps(written | wrong) + "\n")
+    with pytest.raises(UserError, match=f"wrong.jsonl, row 1: ValueError {says}"):
+        thumbs.read(tmp_path / "wrong.jsonl")
+
+
+def test_a_prompt_is_erased_beside_one_that_another_store_erased(tmp_path: Path) -> None:
+    for name, asked in (("a", "first"), ("b", "second")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": asked, "completion": "x", "label": True}) + "\n")
+        assert main(["import", str(tmp_path / f"{name}.db"), str(tmp_path / f"{name}.jsonl")]) == 0
+
+    def erase(name: str) -> None:
+        with Store(tmp_path / f"{name}.db") as store:
+            with store.transaction(writes=False) as connection:
+                (one,) = (t for t in thumbs.given(connection, None) if not t.prompt.id.startswith("erased-"))
+            Manage(store).erase("prompt", one.prompt.id, person(store, "boss", "admin"))
+
+    erase("a")
+    assert main(["export", str(tmp_path / "a.db"), str(tmp_path / "out.jsonl"), "--thumbs"]) == 0
+    assert main(["import", str(tmp_path / "b.db"), str(tmp_path / "out.jsonl")]) == 0
+    erase("b")

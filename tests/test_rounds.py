@@ -214,6 +214,21 @@ def test_one_judge_tells_nobody_apart(votes: str) -> None:
         Recipe.model_validate({"model": {"path": "m"}, "stages": [judge, reward]})
 
 
+@pytest.mark.parametrize(
+    ("reader", "says"),
+    [
+        ({"kind": "reward", "voters": "simulated"}, "voters: simulated leaves out the votes of annotate"),
+        ({"kind": "dpo", "loss": "odpo"}, "strength_margin: a judge, as in annotate, does not say how much better"),
+        ({"kind": "dpo", "loss": "kto", "thumbs": "t.jsonl"}, "the votes of annotate are probabilities, and a thumb"),
+    ],
+)
+def test_what_cannot_learn_from_a_judge_is_told_at_once(reader: dict[str, Any], says: str) -> None:
+    judge = {"kind": "annotate", "name": "annotate", "judge": {"kind": "python", "ref": "a.py:b"}}
+    stages = [judge, {"name": "reader", "model": "base", "preferences": "annotate", **reader}]
+    with pytest.raises(ValueError, match=says):
+        Recipe.model_validate({"model": {"path": "m"}, "stages": stages})
+
+
 def test_settings_that_came_later_leave_an_annotate_stage_as_it_was() -> None:
     stage = AnnotateStage.model_validate({"name": "annotate", "annotators": {"ref": "a.py:b"}})
     assert set(stage.settings()) == {

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from test_votes import gradients, vote
 from tiny import preferences, save_tiny
 
+from keel.cli.exchange import read_votes
 from keel.data.sources import read_preferences
 from keel.eval.calibration import brier, temperature
 from keel.eval.reward_quality import rank_correlation, reward_quality
@@ -27,6 +28,7 @@ from keel.feedback.dawid_skene import posteriors
 from keel.objective.preference import bradley_terry
 from keel.recipe.declared import How
 from keel.store import Store, exchange
+from keel.store.foreign import Names
 from keel.types import HeldoutPair, Preference, UserError
 
 MIRRORED = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}
@@ -180,6 +182,29 @@ def test_what_the_others_make_of_a_votes_own_probability() -> None:
     assert {p.probability for p in aggregate(votes, "weighted")} == {0.8}
     word = [replace(v, settled="chosen" if v.chosen == "yes" else "rejected") for v in votes]
     assert {p.probability for p in aggregate(word, "raw")} == {None}
+
+
+def test_who_is_mostly_wrong_is_turned_round_by_as_much_as_was_said() -> None:
+    """Three agree on all, and one says the opposite of each item, as nine in ten sure."""
+    votes = [vote(n, "yes", name) for n in range(12) for name in "abc"]
+    votes += [vote(n, "no", "wrong", probability=0.9) for n in range(12)]
+    turned = [record for record in aggregate(votes, "weighted") if record.annotator == "wrong"]
+    assert {(r.chosen, r.rejected, r.probability) for r in turned} == {("yes", "no", 0.9)}
+
+
+def test_one_voice_is_no_second_opinion() -> None:
+    votes = [vote(1, "yes", ""), vote(1, "yes", "")]
+    with pytest.raises(UserError, match="votes: posterior tells annotators apart"):
+        aggregate(votes, "posterior")
+
+
+def test_a_probability_below_a_half_is_a_vote_for_the_other_response(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "?", "chosen": "worse", "rejected": "better", "probability": 0.2}\n')
+    with Store(tmp_path / "a.db") as store:
+        store.import_preferences(read_votes(str(file), Names()))
+        (pair,) = store.preferences()
+    assert (pair.chosen, pair.rejected, pair.probability) == ("better", "worse", 0.8)
 
 
 def test_the_likelier_response_comes_first() -> None:

@@ -54,6 +54,8 @@ def data_findings(recipe: Recipe, chat: Chat, context: int) -> list[Finding]:
             found += _pairs(pairs, place, recipe, chat, context)
         for place, source, bounds in _thumbs(recipe):
             rated = read_labelled(source, _reading(data, place, found), bounds)
+            if not rated:
+                found.append(Finding("error", place, f"{source}: no row has a thumb", "set another rating_bound"))
             thumbs.setdefault(place, []).extend(rated)
             found += _few(rated, place)
             found += _replies(rated, place, recipe, chat, context)
@@ -240,7 +242,8 @@ def _replies(
     rows: Sequence[LabelledCompletion], place: str, recipe: Recipe, chat: Chat, context: int
 ) -> Iterator[Finding]:
     data = recipe.data
-    encoded = chat.encode_replies([(r.prompt.messages, r.completion, True) for r in rows], [place_of(r) for r in rows])
+    replies = [(r.prompt.messages, r.completion, r.finished) for r in rows]
+    encoded = chat.encode_replies(replies, [place_of(r) for r in rows])
     yield from _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)
     said: dict[tuple[str, str], set[bool]] = {}
     for row in rows:
@@ -255,7 +258,11 @@ def _replies(
 def _pairs(
     preferences: Sequence[Preference], place: str, recipe: Recipe, chat: Chat, context: int
 ) -> Iterator[Finding]:
-    replies = [(p.prompt.messages, text, True) for p in preferences for text in (p.chosen, p.rejected)]
+    replies = [
+        (p.prompt.messages, text, finished)
+        for p in preferences
+        for text, finished in ((p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished))
+    ]
     data = recipe.data
     encoded = chat.encode_replies(replies, [place_of(p) for p in preferences for _ in range(2)])
     yield from _lengths(encoded, place, "data.max_length", data.max_length, data.over_length, context)

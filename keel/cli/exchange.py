@@ -3,6 +3,7 @@ judged."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from keel.data.labelled import is_labelled
 from keel.data.rows import BadRows, Row, RowError, read_rows
 from keel.data.sources import as_prompt, read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
+from keel.feedback.aggregate import likelier_first
 from keel.run import RunDir
 from keel.store import Judgement, Store, exchange, foreign, thumbs
 from keel.store.engine import exists
@@ -78,8 +80,12 @@ def read_thumbs(file: str, annotator: str) -> list[Thumb]:
     if {"completion_source", "batch"} <= rows[0].values.keys():
         _checked(rows, bad)
         return thumbs.read(file)
-    now = datetime.now(UTC)
-    return [thumbs.from_example(example, annotator, now) for example in read_labelled(file)]
+    now, times = datetime.now(UTC), Counter[str]()
+    found = []
+    for example in read_labelled(file):
+        times[example.id] += 1
+        found.append(thumbs.from_example(example, annotator, now, times[example.id]))
+    return found
 
 
 def import_votes(where: str, files: Sequence[str], names: Names, annotator: str, batch: str | None) -> str:
@@ -126,7 +132,7 @@ def read_votes(file: str, names: Names) -> Votes:
         return _foreign(rows, bad, lambda row, now: foreign.from_label_studio(row.values, names, as_prompt, now))
     if any(_is_argilla(row) for row in rows):
         return _foreign(rows, bad, lambda row, now: foreign.from_argilla(row.values, names, as_prompt, now))
-    return read_preferences(file)
+    return [likelier_first(pair) for pair in read_preferences(file)]
 
 
 def _is_argilla(row: Row) -> bool:

@@ -96,7 +96,9 @@ def _weighted(votes: Sequence[Preference]) -> list[Preference]:
     weighted = []
     for record in records:
         worth = 1.0 if record.settled else 2 * reliable[record.annotator].point - 1
-        turned = record.swapped() if worth < 0 and not record.tie else record
+        turned = record
+        if worth < 0 and not record.tie:  # the other response, by as much as this one was said to be
+            turned = replace(record.swapped(), probability=record.probability)
         weighted.append(replace(turned, weight=abs(worth)))
     return weighted
 
@@ -111,6 +113,8 @@ def _nothing_to_tell_by(how: str) -> UserError:
 def _posterior(votes: Sequence[Preference]) -> list[Preference]:
     """A record an item, in the order of their first votes."""
     settled = {record.item: record for record in settle(votes) if record.settled}
+    if not settled and len({vote.annotator for vote in votes}) < 2:
+        raise _nothing_to_tell_by("posterior")  # what one says twice is no second opinion
     found = posteriors(item_votes(votes), {item: _label(record) for item, record in settled.items()})
     if not found:
         raise _nothing_to_tell_by("posterior")

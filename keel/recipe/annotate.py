@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
 from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonRef, RewardModelRef
+from keel.recipe.preference_loss import PreferenceLossBase
 from keel.recipe.stage import PreferenceBase, StageBase, Surroundings
 from keel.recipe.thumbs import ThumbsBase
 
@@ -114,6 +115,27 @@ class AnnotateStage(StageBase):
                     f"{other.name}.thumbs: {self.name} asks for pairs; name it in preferences, beside thumbs or alone, "
                     f"or set {self.name}.ask: thumbs"
                 )
+            if self.judge is not None and isinstance(other, PreferenceBase) and self.name in other.sources:
+                self._check_reader_of_a_judge(other)
+
+    def _check_reader_of_a_judge(self, other: PreferenceBase) -> None:
+        """A judge's votes are of kind "models", have a probability, and no strength."""
+        if other.voters in ("people", "simulated"):
+            raise ValueError(
+                f"{other.name}.voters: {other.voters} leaves out the votes of {self.name}, which a judge gives; use "
+                "models or all"
+            )
+        if isinstance(other, ThumbsBase) and other.thumbs is not None:
+            raise ValueError(
+                f"{other.name}.preferences: the votes of {self.name} are probabilities, and a thumb is up or down; "
+                "learn from them alone (leave thumbs out)"
+            )
+        alone = isinstance(other, PreferenceLossBase) and other.sources == (self.name,)
+        if alone and other.preference_loss().strength_margin:
+            raise ValueError(
+                f"{other.name}.strength_margin: a judge, as in {self.name}, does not say how much better a reply is; "
+                "use loss: dpo"
+            )
 
     @property
     def judged_once(self) -> bool:

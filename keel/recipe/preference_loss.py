@@ -218,7 +218,7 @@ class PreferenceLossBase(PreferenceBase):
                     "loss: dpo with it"
                 )
         elif form.pair != preset.pair:
-            raise ValueError(f"{self.loss} judges each reply by itself; leave pair_weight out")
+            raise ValueError(f"{self.loss} has weights of its own; leave pair_weight out")
 
 
 def traps(form: PreferenceLoss, epochs: float) -> Iterator[Doubt]:

@@ -66,6 +66,13 @@ class ThumbsBase(PreferenceBase):
     def _what_thumbs_take(self) -> ThumbsBase:
         if self.thumbs is not None and not self.thumb_sources:
             raise ValueError("thumbs is an empty list; name files, annotate stages or people, or leave it out")
+        if self.thumbs is not None and self.votes != "raw":
+            raise ValueError(
+                f"votes: {self.votes} makes one record of several votes on a pair, and thumbs are learned from as they "
+                "are; leave votes out, or learn from the pairs alone"
+            )
+        if self.thumbs is not None and not self.sources and self.voters != "all":
+            raise ValueError("voters is about votes on pairs; leave it out, or name whose thumbs in thumbs")
         if self.rating_bound is not None and self.thumbs is None:
             raise ValueError("rating_bound makes thumbs of ratings; name their files in thumbs, or leave it out")
         low, high = self.rating_bounds() or (0.0, 0.0)

@@ -37,7 +37,7 @@ def _liked(pairs: Sequence[Preference]) -> list[Liked]:
 
 
 def _from_thumbs(stage: DpoStage, context: StageContext) -> dict[str, Any]:
-    learned = unpaired(stage, context, stage.votes)
+    learned = unpaired(stage, context)
     require_chat_template(stage, [example.prompt for example in learned.examples], context)
     reference = context.model_path(stage.reference or stage.model)
     training, prompts = training_context(stage, context), prompts_to_measure(stage, context)

@@ -13,7 +13,7 @@ from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_labelled, read_preferences, read_prompts
 from keel.feedback.aggregate import aggregate, likelier_first
 from keel.feedback.stored import training_demonstrations, training_thumbs, training_votes
-from keel.recipe.declared import PEOPLE, How
+from keel.recipe.declared import PEOPLE
 from keel.recipe.sections import DataConfig
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import PreferenceBase
@@ -21,7 +21,7 @@ from keel.recipe.thumbs import ThumbsBase
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
-from keel.types import Completion, Demonstration, LabelledCompletion, Message, Preference, Prompt, UserError
+from keel.types import Completion, Demonstration, LabelledCompletion, Message, Preference, Prompt, UserError, place_of
 
 T = TypeVar("T")
 
@@ -150,9 +150,9 @@ class Thumbs:
     counts: dict[str, int]
 
 
-def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thumbs:
+def unpaired(stage: ThumbsBase, context: StageContext) -> Thumbs:
     """What ``stage`` learns from with ``thumbs``: the files and annotate stages that it names, people's thumbs, and
-    both replies of each pair of its ``preferences``, of which ``how`` makes records."""
+    both replies of each pair of its ``preferences``."""
     annotated = {other.name for other in context.recipe.stages if "votes" in other.makes}
     undecided: list[int] = []
     read = replace(reading(context), undecided=undecided.append)
@@ -169,7 +169,7 @@ def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thum
         counts |= {"simulated_thumbs": len(stored["simulated"]), "people_thumbs": len(people)}
     if stage.sources:
         pairs = preferences(stage, context)
-        records = aggregate(pairs.pairs, how)
+        records = aggregate(pairs.pairs, "raw")
         halves = [half for record in records if not record.tie for half in in_two(record)]
         found += halves
         ties = sum(record.tie for record in records)
@@ -182,16 +182,17 @@ def unpaired(stage: ThumbsBase, context: StageContext, how: How = "raw") -> Thum
 
 
 def in_two(pair: Preference) -> list[LabelledCompletion]:
-    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down; with a soft label also
-    the other way round, weighted by how probable either is. All have the pair's id: it is that judgement which is
-    learned from."""
-    sure = 1.0 if pair.probability is None else pair.probability
-    chosen, rejected = (pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)
-    ways = ((chosen, True, sure), (rejected, False, sure), (chosen, False, 1 - sure), (rejected, True, 1 - sure))
+    """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down. Both have the pair's id:
+    it is that judgement which is learned from. UserError for a soft label, of which a thumb is no part."""
+    if pair.probability not in (None, 1.0):
+        raise UserError(
+            f"{place_of(pair)}: this pair's label is a probability ({pair.probability:g}), and a thumb is up or down; "
+            "learn from such pairs alone (leave thumbs out), or take the probabilities out"
+        )
+    replies = ((pair.chosen, True, pair.chosen_finished), (pair.rejected, False, pair.rejected_finished))
     return [
-        LabelledCompletion(pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight * share, pair.place)
-        for (text, finished), up, share in ways
-        if share > 0
+        LabelledCompletion(pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight, pair.place)
+        for text, up, finished in replies
     ]
 
 

@@ -8,12 +8,13 @@ Numbers, choices and times stay too, so that every figure can still be recompute
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, or_, select, update
 
 from keel.store.people import ACTORS
 from keel.store.people_tables import (
@@ -110,8 +111,7 @@ def erase_prompt(connection: Connection, prompt_id: str, annotator_id: int, acto
     row = connection.execute(select(prompts).where(prompts.c.id == prompt_id)).first()
     if row is None:
         raise UserError(f"there is no prompt {prompt_id!r}")
-    number = int(connection.execute(select(func.count()).select_from(erasures)).scalar_one()) + 1
-    new = f"erased-{number}"
+    new = f"erased-{secrets.token_hex(8)}"  # a number could be that of an erased prompt of another store
     with _open(connection, new, now):
         _erase_items(connection, items.c.prompt_id == prompt_id, now)
         _erase_responses(connection, responses.c.prompt_id == prompt_id)

@@ -8,6 +8,7 @@ connection run inside their caller's transaction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from keel.store.ingest import add_prompts, add_responses, rows_of
 from keel.store.people_tables import thumbs
 from keel.store.records import AnnotatorKind, Response, Thumb
 from keel.store.removals import take_out
-from keel.store.rows import messages_json, storable
+from keel.store.rows import MARK, messages_json, storable
 from keel.store.store import Store
 from keel.store.tables import event, events, items
 from keel.store.work import add_thumbs
@@ -43,6 +44,13 @@ COLUMNS = (
     *("seconds", "guideline", "reason", "created", "batch", "gold", "out", "completion_source"),
 )
 _JSON_COLUMNS = ("meta", "completion_source")
+# What a row's plain values are.
+_PLAIN: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("id", "annotator", "annotator_kind", "prompt_id", "kind", "batch", "created"), str),
+    **dict.fromkeys(("label", "finished", "out"), bool),
+    "reason": (str, type(None)),
+    "seconds": (int, float, type(None)),
+}
 _ANSWERS = {True: "up", False: "down"}
 
 
@@ -64,12 +72,14 @@ def given(connection: Connection, batch: str | None, kinds: Collection[Annotator
 def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: datetime) -> int:
     """Add thumbs of another store, or of files; how many were new. One is known by its token."""
     tokens = [one.token for one in new]
-    known = {row.token: row for row in rows_of(connection, thumbs, thumbs.c.token, tokens)}
+    there = {row.token for row in rows_of(connection, thumbs, thumbs.c.token, tokens)}
+    known = {one.token: one for one in given(connection, None) if one.token in there} if there else {}
+    first: dict[str, Thumb] = {}
     for one in new:
         if not one.token:
             raise UserError("a thumb without an id can't be imported; give it one")
-        if one.token in known and known[one.token].up != one.up:
-            raise UserError(f"the thumb {one.token!r} is in the store, the other way; give the new one another id")
+        if not _same(known.get(one.token) or first.setdefault(one.token, one), one):
+            raise UserError(f"the thumb {one.token!r} is there with other contents; give the new one another id")
     new = list({one.token: one for one in new if one.token not in known}.values())
     if not new:
         return 0
@@ -103,6 +113,12 @@ def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: da
     return len(new)
 
 
+def _same(here: Thumb, one: Thumb) -> bool:
+    """Whether two thumbs of one id are one. What a reply said that was erased here is not known any more."""
+    said = here.prompt.id, here.response.text
+    return here.up == one.up and (said[1] == MARK or said == (one.prompt.id, storable(one.response.text)))
+
+
 def _make_gold(connection: Connection, answers: Mapping[int, bool], now: datetime) -> None:
     """Gold items elsewhere are gold items here, unless they have an answer here already."""
     for row in list(rows_of(connection, items, items.c.id, sorted(answers))):
@@ -110,11 +126,13 @@ def _make_gold(connection: Connection, answers: Mapping[int, bool], now: datetim
             set_gold(connection, row.id, _ANSWERS[answers[row.id]], "keel", now)
 
 
-def from_example(example: LabelledCompletion, annotator: str, now: datetime) -> Thumb:
-    """A labelled reply of somebody's file. ``annotator`` stands in for one who is not named."""
+def from_example(example: LabelledCompletion, annotator: str, now: datetime, time: int = 1) -> Thumb:
+    """A labelled reply of somebody's file. ``annotator`` stands in for one who is not named; ``time``: how often the
+    file has had this id, which several people's thumbs on one reply may share."""
     reply = Response(0, example.prompt.id, example.completion, example.finished, "", "", None, now)
+    token = example.id if time == 1 else f"{example.id}#{time}"
     return Thumb(
-        example.id, "import", example.annotator or annotator, "unknown", example.prompt, reply, example.label,
+        token, "import", example.annotator or annotator, "unknown", example.prompt, reply, example.label,
         None, None, None, now,
     )  # fmt: skip
 
@@ -175,12 +193,23 @@ def _row(one: Thumb) -> dict[str, Any]:
 
 
 def _thumb(row: dict[str, Any]) -> Thumb:
+    for name, kind in _PLAIN.items():
+        if not isinstance(row[name], kind):
+            raise ValueError(f"{name} {row[name]!r}")
+    created = datetime.fromisoformat(row["created"])
+    if created.tzinfo is None:
+        raise ValueError("created has no time zone")
+    if row["seconds"] is not None and not 0 <= row["seconds"] < math.inf:
+        raise ValueError(f"seconds {row['seconds']}")
+    (said,) = row["completion"]
+    if said["role"] != "assistant" or not isinstance(said["content"], str):
+        raise ValueError(f"completion {said}")
     prompt = prompt_of(row)
     gold = {"up": True, "down": False, None: None}[row["gold"]]
-    reply = source_of(row["completion_source"], prompt.id, row["completion"][0]["content"], row["finished"])
+    reply = source_of(row["completion_source"], prompt.id, said["content"], row["finished"])
     return Thumb(
         row["id"], row["batch"], row["annotator"], row["annotator_kind"], prompt, reply, row["label"],
-        row["seconds"], row["guideline"], row["reason"], datetime.fromisoformat(row["created"]), gold, row["out"],
+        row["seconds"], row["guideline"], row["reason"], created, gold, row["out"],
     )  # fmt: skip
 
 

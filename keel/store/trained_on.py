@@ -79,7 +79,7 @@ class VoteCount:
 def count_votes(connection: Connection, who: Voter, since: datetime | None) -> VoteCount:
     """How many there are of ``who``, and how many came after ``since`` (None: all of them did)."""
     count, new = 0, 0
-    for table in (judgements, rankings, writings):
+    for table in (judgements, rankings, writings, thumbs):
         query = standing(table, table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
         query = query.where(_by(who))
         if table is writings:

@@ -63,6 +63,10 @@ def within_length(
     if context.positions is not None and context.positions < limit:
         limit, name = context.positions, "the model's positions"
         remedy = "shorten them, set data.over_length: skip, or take a model with a longer context"
+    if empty := [identity for parts, identity in zip(encoded, ids, strict=True) if not all(p.predicted for p in parts)]:
+        raise UserError(
+            f"{len(empty)} of {len(records)} records have nothing to learn (first: {empty[0]}); take out empty replies"
+        )
     kept: list[T] = []
     kept_encoded: list[Sequence[Encoded]] = []
     over: list[tuple[str, int]] = []

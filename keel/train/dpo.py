@@ -257,7 +257,7 @@ def train_dpo(
     groups, heldout = split_pairs(preferences, Chat(tokenizer), config.heldout_fraction, context, aggregate)
     pairs = [pair for group in groups for pair in group]
     form = config.preference_loss()
-    if form.strength_margin and not any(pair.record.margin for pair in pairs):
+    if form.strength_margin and not any(pair.record.margin and not pair.record.tie for pair in pairs):
         raise UserError(
             f"{config.name}.strength_margin: no pair says how much better its chosen reply is; give votes a strength "
             "(margin), or use loss: dpo"

@@ -328,6 +328,7 @@ class Manage:
                     "margin": pair.margin,
                     "annotator": pair.annotator,
                     "settled": pair.settled or None,
+                    "probability": pair.probability,
                 }
         elif what == "demonstrations.jsonl":
             for shown in store.demonstrations():
