@@ -169,6 +169,8 @@ def test_a_kl_that_is_hardly_reached_has_no_interval_and_a_missing_grade_is_left
     cell = Frontier([Curve("a", "a", (base, ("a", low)))], 500).at("a", nats + 0.8)
     assert cell.gold is not None
     assert cell.gold[1] is not None  # more than half of the resamples hold that prompt
+    alone = dataclasses.replace(short, gold=(*[None] * 39, 1.0))
+    assert Frontier([Curve("a", "a", (base, ("a", alone)))], 500).at("a", nats - 1e-9).gold[1:] == [None, None]  # type: ignore[index]
     holes = dataclasses.replace(short, gold=(None, *short.gold[1:]))
     cell = Frontier([Curve("a", "a", (base, ("a", holes)))], 500).at("a", nats - 1e-9)
     assert cell.gold is not None

@@ -17,6 +17,7 @@ from keel.run import RunDir
 from keel.train.grpo import token_terms
 
 PYTHON = {"source": {"kind": "python", "ref": "x:y"}}
+OTHER = {"source": {"kind": "python", "ref": "c:d"}}
 NAMES = get_args(PresetName)
 
 
@@ -73,6 +74,13 @@ def test_runs_that_were_made_before_still_stand() -> None:
         ({"clip": "none", "cap": 2.0}, "clip: none has no ratio for cap"),
         ({"cap": 1.1}, r"above 1 \+ clip_high = 1\.2"),
         ({"baseline": "none"}, "scale_rewards: group divides by 0"),
+        ({"baseline": "none", "scale_rewards": "batch"}, "scale_rewards: batch divides by 0"),
+        (
+            {"combine": "each", "rewards": [PYTHON, {"source": {"kind": "python", "ref": "c:d"}, "weight": -1.0}]},
+            "a negative weight would make it a gain",
+        ),
+        ({"rewards": [PYTHON, PYTHON]}, "rewards: two terms have the same source"),
+        ({"episodes": 16, "rollout_batch": 8, "keep": 3}, "keep: a run of 2 iterations has no 3 different checkpoints"),
         ({"baseline": "others", "scale_rewards": "mean"}, "goes with baseline: group, not others"),
         ({"scale_rewards": "mean"}, "set missing_eos_penalty: 0 or overlong: mask"),
         ({"preset": "maxrl", "rewards": [{**PYTHON, "weight": -1.0}]}, "never negative, and scores of reward models"),
@@ -85,9 +93,9 @@ def test_runs_that_were_made_before_still_stand() -> None:
         ({"sampler_correction": "clip", "old_logprobs": "sampler"}, "set old_logprobs: auto or trainer"),
         ({"correction_bounds": [2.0, 5.0]}, "two ratios with 1 between them"),
         ({"combine": "each"}, "for several rewards"),
-        ({"combine": "each", "rewards": [PYTHON] * 2, "scale_rewards": "none"}, "by their deviation"),
-        ({"combine": "each", "rewards": [PYTHON] * 2, "reward_clip": 1.0}, "combine: each makes none"),
-        ({"combine": "each", "rewards": [PYTHON] * 2, "kl": {"place": "reward"}}, "has no sum to take a KL from"),
+        ({"combine": "each", "rewards": [PYTHON, OTHER], "scale_rewards": "none"}, "by their deviation"),
+        ({"combine": "each", "rewards": [PYTHON, OTHER], "reward_clip": 1.0}, "combine: each makes none"),
+        ({"combine": "each", "rewards": [PYTHON, OTHER], "kl": {"place": "reward"}}, "has no sum to take a KL from"),
         ({"preset": "ppo"}, "Input should be 'grpo', 'dr_grpo'"),
         ({"no_spread": "resample", "max_resamples": 0}, "greater than or equal to 1"),
     ],

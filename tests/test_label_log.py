@@ -298,7 +298,7 @@ def check(store: Store) -> None:
     mine = [
         e
         for e, kind in log.done.values()
-        if kind not in ("write", "thumb")
+        if kind != "write"
         and e.new["item"] not in log.out
         and log.kinds[e.actor] != "simulated"
         and not log.gold.get(e.new["item"])

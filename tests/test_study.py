@@ -124,6 +124,8 @@ def test_a_grid_has_every_combination_and_settings_are_laid_over_one_another(tmp
     [
         ({"grid": {}}, r"study\.yaml:\d+: grid: "),
         ({"grid": {"beta": {}}}, "an axis of grid has no values"),
+        ({"grid": {"a": {"x": {}, "x_y": {}}, "b": {"y_z": {}, "z": {}}}}, "two arms would be called 'x_y_z'"),
+        ({"comparisons": [{"against": "each", "figures": ["margin"]}]}, "there is no arm 'each'"),
         ({"seeds": [1, 1]}, "seeds are different whole numbers"),
         ({"figurs": {}}, "figurs: there is no such key in a study"),
         (
@@ -397,6 +399,11 @@ def test_places_lead_to_values(tmp_path: Path) -> None:
     (tmp_path / "measures.py").write_text(MEASURES + "\n")
     measured(ref, recipe, run)
     assert (run.path / "asked").read_text() == "xx"
+    wrongs = {"nan": ("return {'a': {'b': float('nan')}}", "plain finite"), "zero": ("return 1 / 0", "ZeroDivision")}
+    for name, (wrong, says) in wrongs.items():
+        (tmp_path / f"{name}.py").write_text(f"def of_run(run, recipe):\n    {wrong}\n")
+        with pytest.raises(UserError, match=says):
+            measured(f"{tmp_path / name}.py:of_run", recipe, run)
 
 
 def test_curves_are_read_with_whatever_they_hold(tmp_path: Path) -> None:

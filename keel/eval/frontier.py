@@ -100,6 +100,8 @@ class Frontier:
         if len(sizes) > 1:
             raise UserError(f"checkpoints were measured on different numbers of prompts ({sorted(sizes)})")
         (prompts,) = sizes
+        points = [point for curve in self.curves for _, point in curve.points]
+        self.graded = min(sum(gold is not None for gold in point.gold) for point in points)
         drawn = np.random.default_rng([seed, 0]).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
         # The first row is the prompts as they are: the point estimates.
         self.weight_RN = np.vstack([np.ones(prompts), drawn])
@@ -112,19 +114,27 @@ class Frontier:
         return Cell(
             method,
             nats,
-            _interval(mean_RF[:, GOLD]),
-            _interval(mean_RF[:, GAIN]),
+            self._interval(mean_RF[:, GOLD]),
+            self._interval(mean_RF[:, GAIN]),
             None if math.isnan(length) else length,
             reached,
             curves,
         )
 
     def gap(self, a: str, b: str, nats: float) -> Gap:
-        return Gap(a, b, nats, _interval(self._of(a, nats)[0][:, GOLD] - self._of(b, nats)[0][:, GOLD]))
+        return Gap(a, b, nats, self._interval(self._of(a, nats)[0][:, GOLD] - self._of(b, nats)[0][:, GOLD]))
 
     def gaps(self, nats: float) -> list[Gap]:
         """Of every two methods."""
         return [self.gap(a, b, nats) for a, b in combinations(self.methods, 2)]
+
+    def _interval(self, values_R: np.ndarray) -> list[float | None] | None:
+        """[point, low, high] of values whose first is that of the prompts as they are; None where that is not there.
+        One graded prompt alone has no spread to tell an interval by."""
+        if not math.isfinite(values_R[0]):
+            return None
+        low, high = (percentiles(values_R[1:]) if self.graded > 1 else None) or (None, None)
+        return [float(values_R[0]), low, high]
 
     # ------------------------------------------------------------------------------------------------------- resamples
 
@@ -179,14 +189,6 @@ def first_reach(root_RP: np.ndarray, value_RPF: np.ndarray, nats: float) -> np.n
         found_RF[here_R] = between_RF[here_R]
         open_R &= ~here_R
     return found_RF
-
-
-def _interval(values_R: np.ndarray) -> list[float | None] | None:
-    """[point, low, high] of values whose first is that of the prompts as they are; None where that is not there."""
-    if not math.isfinite(values_R[0]):
-        return None
-    low, high = percentiles(values_R[1:]) or (None, None)
-    return [float(values_R[0]), low, high]
 
 
 # ---------------------------------------------------------------------------------------------------- what is written

@@ -8,10 +8,22 @@ from typing import Annotated
 
 from pydantic import Field
 
-_KEPT = re.compile(r"([a-z][a-z0-9_]*)@(\d{1,2})")
+_KEPT = re.compile(r"([a-z][a-z0-9_]*)@([1-9]\d?)")
 
 # How many checkpoints a stage keeps on its way, evenly spaced; or at which per cents of its run.
 Keep = Annotated[int, Field(ge=0, le=49)] | list[Annotated[int, Field(ge=1, le=99)]]
+
+
+def moments(kept: Sequence[int], iterations: int) -> dict[int, int]:
+    """How many of a run's ``iterations`` are over when a checkpoint is due -> its per cent (``kept``). ValueError for a
+    run too short to tell two of them apart, or one from its end."""
+    found = {max(1, round(percent * iterations / 100)): percent for percent in kept}
+    if len(found) < len(kept) or iterations in found:
+        raise ValueError(
+            f"a run of {iterations} iterations has no {len(kept)} different checkpoints before its end; keep fewer, or "
+            "let them lie farther apart"
+        )
+    return found
 
 
 def percents(keep: int | Sequence[int]) -> tuple[int, ...]:

@@ -233,7 +233,17 @@ class GrpoStage(OnlineBase):
             scale == "mean" and self.missing_eos_penalty > 0 and self.overlong != "mask",
             "scale_rewards: mean needs rewards that are never negative; set missing_eos_penalty: 0 or overlong: mask",
         )
+        yield (
+            scale == "batch" and self.baseline == "none",
+            "scale_rewards: batch divides by 0 where all scores are equal, and baseline: none leaves them their "
+            "advantage; use scale_rewards: none, or baseline: batch",
+        )
         if self.combine == "each":
+            yield (
+                self.missing_eos_penalty > 0 and any(term.weight < 0 for term in self.rewards),
+                "combine: each takes missing_eos_penalty from each reward, and a negative weight would make it a gain; "
+                "set missing_eos_penalty: 0, or turn the reward's sign round",
+            )
             yield len(self.rewards) < 2, "combine: each is for several rewards; add one or leave combine out"
             yield (
                 scale in ("none", "mean") or not own,

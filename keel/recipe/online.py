@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.checkpoints import moments
 from keel.recipe.declared import ROWS, Doubt, LearnsFrom, Reference, Scoring, prompt_pool, terms
 from keel.recipe.judges import PythonRef, RewardModelRef, RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig
@@ -106,6 +108,22 @@ class OnlineBase(PolicyBase):
                     f"{self.name}.one_base: {other.name} must be a reward stage with model: {self.model}, "
                     f"the checkpoint that {self.name} starts from; or set one_base: false"
                 )
+
+    @model_validator(mode="after")
+    def _checkpoints_fit(self) -> OnlineBase:
+        if self.kept():
+            try:
+                moments(self.kept(), math.ceil(self.episodes / self.rollout_batch))
+            except ValueError as error:
+                raise ValueError(f"keep: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_different(self) -> OnlineBase:
+        named = [term.source.model_dump_json() for term in self.rewards]
+        if len(set(named)) < len(named):
+            raise ValueError("rewards: two terms have the same source; leave one out and add its weight to the other's")
+        return self
 
     @model_validator(mode="after")
     def _whole_groups(self) -> OnlineBase:

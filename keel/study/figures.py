@@ -145,9 +145,20 @@ def measured(ref: str, recipe: Recipe, run: RunDir) -> Mapping[str, Any]:
     asked_of = {stage.name: run.stage(stage.name).fingerprint for stage in recipe.stages}
     kept = run.path / "measured" / f"{hash_config([Contents({}).of_python(ref), ref, asked_of])[:24]}.json"
     if not kept.exists():
-        found = load_python(ref)(run, recipe)
+        function = load_python(ref)
+        try:
+            found = function(run, recipe)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{ref} on {run.path}: {type(error).__name__}: {error}; the runs are kept") from error
         if not isinstance(found, Mapping):
             raise UserError(f"{ref}: it must return a mapping of stages, and returned {type(found).__name__}")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
+        try:
+            write_json(kept, found)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{ref} on {run.path}: {error}; values are plain finite numbers or None (float(x) for numpy's)"
+            ) from error
     return dict(read_json(kept))

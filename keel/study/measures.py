@@ -69,7 +69,8 @@ def _at(curves: Any, nats: float) -> np.ndarray:
         gold_NP = np.array([[math.nan if g is None else g for g in point.gold] for point in points]).T
         graded_NP = np.isfinite(gold_NP)
         root_RP = np.sqrt(np.maximum(weight_RN @ kl_NP / prompts, 0.0))
-        gold_RP = (weight_RN @ np.where(graded_NP, gold_NP, 0.0)) / np.maximum(weight_RN @ graded_NP, 1e-9)
+        with np.errstate(invalid="ignore"):  # no grade at all in a resample: no value
+            gold_RP = (weight_RN @ np.where(graded_NP, gold_NP, 0.0)) / (weight_RN @ graded_NP)
         means.append(first_reach(root_RP, np.stack([gold_RP, gold_RP - gold_RP[:, :1]], axis=-1), nats))
     there = np.isfinite(means).all(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -142,7 +142,10 @@ class Study(Strict):
             changed: Settings = {}
             for _, settings in values:
                 changed |= settings
-            made["_".join(name for name, _ in values)] = changed
+            arm = "_".join(name for name, _ in values)
+            if arm in made:
+                raise ValueError(f"grid: two arms would be called {arm!r}; rename a value of an axis")
+            made[arm] = changed
         if quick and self.quick.arms is not None:
             return {name: made[name] for name in self.quick.arms if name in made}
         return made
@@ -156,8 +159,8 @@ class Study(Strict):
                 raise ValueError("seeds are different whole numbers from 0")
         arms = self.arms()
         for comparison in self.comparisons:
-            for named in (comparison.arm, comparison.against):
-                if isinstance(named, str) and named != "each" and named not in arms:
+            for named, every in ((comparison.arm, "each"), (comparison.against, None)):
+                if isinstance(named, str) and named != every and named not in arms:
                     raise ValueError(f"comparisons: there is no arm {named!r}; the arms are {', '.join(arms)}")
             self._known(comparison.figures, "comparisons")
         for choice in self.choices:
@@ -263,8 +266,9 @@ def arm_recipe(plan: Plan, arm: str, seed: int, store: str, world: World | None)
     """
     tree = _copied(plan.draft.tree)
     if world is not None:
-        tree["model"] = {"path": world.model, **(tree.get("model") or {})}
-        tree["data"] = {**world.files, **(tree.get("data") or {})}
+        for section, given in (("model", {"path": world.model}), ("data", world.files)):
+            if isinstance(tree.get(section) or {}, dict):  # else the recipe's check says what it is
+                tree[section] = {**given, **(tree.get(section) or {})}
     draft = Draft(tree, plan.draft.origin, plan.draft.lines)
     try:
         for settings in (plan.study.settings, plan.study.quick.settings if plan.quick else {}, plan.arms[arm]):

@@ -222,7 +222,12 @@ def _chosen(choice: Choice, plan: Plan, of: Of, level: float) -> dict[str, Any]:
     """Which arms keep every condition with their whole interval; which might, since an interval lies across a bound."""
     kept, open_ = [], []
     for arm in plan.arms:
-        standing = [_keeps(condition, estimate(of(arm, condition.figure), level)) for condition in choice.where]
+        known = [estimate(of(arm, condition.figure), level) for condition in choice.where]
+        # An arm without a value on some seed is not chosen by those that have one.
+        standing = [
+            _keeps(condition, found) if found.seeds == len(plan.seeds) else None
+            for condition, found in zip(choice.where, known, strict=True)
+        ]
         if all(standing):
             kept.append(arm)
         elif all(known is not False for known in standing):

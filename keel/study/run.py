@@ -178,7 +178,7 @@ def run_units(units: Sequence[Unit], showing: Callable[[Unit, Collection[str]], 
     for unit in units:
         taken = finished.hand_over(unit)
         todo = [s.stage.name for s in unit.steps if s.state != "done" and s.stage.name not in taken]
-        if todo:
+        if todo or taken:  # a run that took everything over still says in its manifest what it is
             try:
                 with showing(unit, todo) as (runners, reporter):
                     run_pipeline(unit.recipe, unit.run, runners, reporter, None, preflight)

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from keel.model.checkpoint import save
+from keel.recipe.checkpoints import moments
 from keel.recipe.stage import PolicyBase
 from keel.train.context import TrainContext
 from keel.types import UserError
@@ -37,10 +38,7 @@ class Kept:
 def due(config: PolicyBase, iterations: int) -> dict[int, int]:
     """How many iterations are over when a checkpoint is due -> its per cent. UserError for a run too short to tell two
     of them apart, or one from its end."""
-    found = {max(1, round(percent * iterations / 100)): percent for percent in config.kept()}
-    if len(found) < len(config.kept()) or iterations in found:
-        raise UserError(
-            f"{config.name}.keep: a run of {iterations} iterations has no {len(config.kept())} different checkpoints "
-            "before its end; keep fewer, or let them lie farther apart"
-        )
-    return found
+    try:
+        return moments(config.kept(), iterations)
+    except ValueError as error:
+        raise UserError(f"{config.name}.keep: {error}") from error
