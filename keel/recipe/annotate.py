@@ -130,8 +130,8 @@ class AnnotateStage(StageBase):
                 f"{other.name}.preferences: the votes of {self.name} are probabilities, and a thumb is up or down; "
                 "learn from them alone (leave thumbs out)"
             )
-        alone = isinstance(other, PreferenceLossBase) and other.sources == (self.name,)
-        if alone and other.preference_loss().strength_margin:
+        alone = other.sources == (self.name,)
+        if alone and isinstance(other, PreferenceLossBase) and other.preference_loss().strength_margin:
             raise ValueError(
                 f"{other.name}.strength_margin: a judge, as in {self.name}, does not say how much better a reply is; "
                 "use loss: dpo"
