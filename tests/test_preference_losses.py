@@ -420,7 +420,7 @@ def test_what_is_new_is_said_by_what_it_computes() -> None:
         ({"loss": "bco", "margin": 1.0}, "margin is between two replies, and bco judges each by itself"),
         ({"loss": "kto", "length_margin": 1.0}, "length_margin is between two replies"),
         ({"loss": "nca", "link": "hinge"}, "nca has a link of its own"),
-        ({"loss": "bco", "pair_weight": 1.0}, "bco judges each reply by itself; leave pair_weight out"),
+        ({"loss": "bco", "pair_weight": 1.0}, "bco has weights of its own; leave pair_weight out"),
         ({"anchor": "kl"}, "anchor is what single replies are measured from"),
         ({"length_normalised": True, "length": "sum"}, "length_normalised is an older name for length"),
         ({"label_smoothing": 0.1, "labels": "hard"}, "label_smoothing is an older name for labels and label_noise"),
