@@ -9,9 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pg_server
 import pytest
-from databases import Clock, postgres_urls, sqlite_urls
+from databases import Clock
 from labelling_world import World, fill, person, token
 from tiny import tiny_tokenizer
 
@@ -34,23 +33,6 @@ from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.start import prepare
 from keel.web.service.thumb_habits import thumb_habits
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    pg_server.server_or_skip()
-    with pg_server.running() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    if request.param == "sqlite":
-        with sqlite_urls(tmp_path) as make:
-            yield make
-    else:
-        with postgres_urls(request.getfixturevalue("postgres")) as make:
-            yield make
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from tiny import demonstrations, preferences, save_tiny
 
 from keel.cli import main
 from keel.cli.study import listing, make_world
+from keel.eval.reward_quality import rank_correlation
 from keel.harbor import rules
 from keel.harbor.annotators import ADVERSARIAL, LAZY, population, with_bad, with_flips
 from keel.harbor.facts import World as Harbor
-from keel.harbor.measures import spearman
 from keel.harbor.prompts import make_prompts
 from keel.harbor.replies import read
 from keel.pipeline.run import Runner
@@ -579,9 +579,9 @@ def test_the_rule_for_sums_and_facts_knows_nothing_else() -> None:
 
 
 def test_spearman_by_hand() -> None:
-    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 9.0, 100.0])) == pytest.approx(1)
-    assert spearman(np.array([1.0, 1.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-math.sqrt(3) / 2)
-    assert spearman(np.array([1.0, 1.0]), np.array([0.0, 1.0])) is None
+    assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 9.0, 100.0])) == pytest.approx(1)
+    assert rank_correlation(np.array([1.0, 1.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-math.sqrt(3) / 2)
+    assert rank_correlation(np.array([1.0, 1.0]), np.array([0.0, 1.0])) is None
 
 
 def test_a_fifth_of_the_annotators_spoil_it() -> None:

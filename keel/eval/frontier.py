@@ -102,10 +102,8 @@ class Frontier:
         (prompts,) = sizes
         points = [point for curve in self.curves for _, point in curve.points]
         self.graded = min(sum(gold is not None for gold in point.gold) for point in points)
-        drawn = np.random.default_rng([seed, 0]).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-        # The first row is the prompts as they are: the point estimates.
-        self.weight_RN = np.vstack([np.ones(prompts), drawn])
-        self._along = {id(curve): self._figures(curve) for curve in self.curves}
+        self.weight_RN = prompt_weights(prompts, resamples, np.random.default_rng([seed, 0]))
+        self._along = {id(curve): along(curve, self.weight_RN) for curve in self.curves}
 
     def at(self, method: str, nats: float) -> Cell:
         mean_RF, reached = self._of(method, nats)
@@ -138,19 +136,6 @@ class Frontier:
 
     # ------------------------------------------------------------------------------------------------------- resamples
 
-    def _figures(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-        """(sqrt(KL) [R, P], gold, gain and length [R, P, 3]) of a curve's points in every resample."""
-        points = [point for _, point in curve.points]
-        kl_NP, length_NP = (np.array(columns).T for columns in zip(*((p.kl, p.length) for p in points), strict=True))
-        gold_NP = np.array([[math.nan if g is None else g for g in point.gold] for point in points]).T
-        total_R1 = self.weight_RN.sum(1, keepdims=True)
-        root_RP = np.sqrt(np.maximum(self.weight_RN @ kl_NP / total_R1, 0.0))
-        graded_NP = np.isfinite(gold_NP)
-        with np.errstate(invalid="ignore"):  # no grade at all in a resample: no value
-            gold_RP = (self.weight_RN @ np.where(graded_NP, gold_NP, 0.0)) / (self.weight_RN @ graded_NP)
-        length_RP = self.weight_RN @ length_NP / total_R1
-        return root_RP, np.stack([gold_RP, gold_RP - gold_RP[:, :1], length_RP], axis=-1)
-
     def _of(self, method: str, nats: float) -> tuple[np.ndarray, int]:
         """(the method's mean gold, gain and length at ``nats`` [R, 3], NaN where no run of it gets so far; how many of
         its runs do, with the prompts as they are)."""
@@ -171,6 +156,26 @@ class Frontier:
         rng = np.random.default_rng([self.seed, 1 + self.methods.index(method)])
         drawn = rng.multinomial(runs - 1, np.full(runs, 1 / runs), size=rows - 1)
         return np.vstack([np.ones(runs), drawn])
+
+
+def prompt_weights(prompts: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of N prompts is drawn [1 + R, N]. The first row is the prompts as they are: point estimates."""
+    drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    return np.vstack([np.ones(prompts), drawn])
+
+
+def along(curve: Curve, weight_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(sqrt(KL) [R, P], gold, gain and length [R, P, 3]) of a curve's points in every resample of its prompts."""
+    points = [point for _, point in curve.points]
+    kl_NP, length_NP = (np.array(columns).T for columns in zip(*((p.kl, p.length) for p in points), strict=True))
+    gold_NP = np.array([[math.nan if g is None else g for g in point.gold] for point in points]).T
+    total_R1 = weight_RN.sum(1, keepdims=True)
+    root_RP = np.sqrt(np.maximum(weight_RN @ kl_NP / total_R1, 0.0))
+    graded_NP = np.isfinite(gold_NP)
+    with np.errstate(invalid="ignore"):  # no grade at all in a resample: no value
+        gold_RP = (weight_RN @ np.where(graded_NP, gold_NP, 0.0)) / (weight_RN @ graded_NP)
+    length_RP = weight_RN @ length_NP / total_R1
+    return root_RP, np.stack([gold_RP, gold_RP - gold_RP[:, :1], length_RP], axis=-1)
 
 
 def first_reach(root_RP: np.ndarray, value_RPF: np.ndarray, nats: float) -> np.ndarray:

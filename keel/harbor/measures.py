@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from keel.eval.reward_quality import rank_correlation
 from keel.feedback.simulated import true_probability
 from keel.harbor.annotators import ADVERSARIAL, LAZY, population
 from keel.harbor.judge import judge
@@ -93,7 +94,7 @@ def _quality(groups: Sequence[_Group], logits: Sequence[np.ndarray], temperature
         for kind, t in (("brier", 1.0), ("brier_fitted", temperature)):
             if leads:
                 rows[kind][name] = [sum(_brier(sigmoid(lead / t), q) for lead, q in leads), float(len(leads))]
-        together = spearman(scores, np.array(group.gold))
+        together = rank_correlation(scores.tolist(), group.gold)
         if together is not None:
             rows["rank"][name] = [together, 1.0]
     return {kind: _ratio(own) for kind, own in rows.items()}
@@ -108,20 +109,6 @@ def _ratio(rows: dict[str, list[float]]) -> dict[str, Any] | None:
     if not rows:
         return None
     return {"value": sum(a for a, _ in rows.values()) / sum(n for _, n in rows.values()), "rows": rows}
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """The correlation of ranks, equal values sharing the mean of theirs; None where one side does not vary."""
-    a, b = _ranks(x), _ranks(y)
-    if not (a.std() and b.std()):
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place])
 
 
 def named(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:

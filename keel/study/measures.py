@@ -57,21 +57,12 @@ def frontier(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _at(curves: Any, nats: float) -> np.ndarray:
     """(gold, gain) [1 + R, 2], the mean over curves, NaN where none gets there: of the prompts as they are, then of
     resamples. These depend on the number of prompts alone, so that those of other arms are the same."""
-    from keel.eval.frontier import first_reach
+    from keel.eval.frontier import GAIN, GOLD, along, first_reach, prompt_weights
 
     means = []
     for curve in curves:
-        points = [point for _, point in curve.points]
-        prompts = len(points[0].kl)
-        drawn = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
-        weight_RN = np.vstack([np.ones(prompts), drawn])
-        kl_NP = np.array([point.kl for point in points]).T
-        gold_NP = np.array([[math.nan if g is None else g for g in point.gold] for point in points]).T
-        graded_NP = np.isfinite(gold_NP)
-        root_RP = np.sqrt(np.maximum(weight_RN @ kl_NP / prompts, 0.0))
-        with np.errstate(invalid="ignore"):  # no grade at all in a resample: no value
-            gold_RP = (weight_RN @ np.where(graded_NP, gold_NP, 0.0)) / (weight_RN @ graded_NP)
-        means.append(first_reach(root_RP, np.stack([gold_RP, gold_RP - gold_RP[:, :1]], axis=-1), nats))
+        weight_RN = prompt_weights(len(curve.points[0][1].kl), RESAMPLES, np.random.default_rng(0))
+        means.append(first_reach(*along(curve, weight_RN), nats)[:, [GOLD, GAIN]])
     there = np.isfinite(means).all(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(there, means, 0.0).sum(0) / there.sum(0))

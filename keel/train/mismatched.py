@@ -31,10 +31,15 @@ def mismatched(rows: Sequence[Encoded], longest: int, seed: int) -> list[Encoded
             other = rows[order[(place + step) % len(order)]]
             shared = len(other.prompt_ids)
             if other.prompt_ids != prompt and len(prompt) + len(other.ids) - shared <= longest:
-                mask = (False,) * len(prompt) + other.mask[shared:]
-                found[i] = Encoded((*prompt, *other.ids[shared:]), mask)
+                found[i] = behind(rows[i], other)
                 break
     return found
+
+
+def behind(prompt: Encoded, reply: Encoded) -> Encoded:
+    """The prompt of one row with the reply of another."""
+    asked, shared = prompt.prompt_ids, len(reply.prompt_ids)
+    return Encoded((*asked, *reply.ids[shared:]), (False,) * len(asked) + reply.mask[shared:])
 
 
 def reply_logps(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, context: TrainContext) -> Tensor:

@@ -24,7 +24,7 @@ from keel.run import atomic_write
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.kept import Kept
 from keel.train.loop import Algorithm, Micro, Stats, Totals, train
-from keel.train.mismatched import mismatched_ratios, reply_logps
+from keel.train.mismatched import behind, mismatched_ratios, reply_logps
 from keel.train.pairs import due
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
@@ -86,12 +86,6 @@ def shifted(places: Sequence[int], rows: Sequence[Encoded]) -> list[tuple[int, i
         for before, group in zip([asked[-1], *asked], asked, strict=False)
         for j, place in enumerate(group)
     ]
-
-
-def behind(prompt: Encoded, reply: Encoded) -> Encoded:
-    """The prompt of one row with the reply of another."""
-    asked, shared = prompt.prompt_ids, len(reply.prompt_ids)
-    return Encoded((*asked, *reply.ids[shared:]), (False,) * len(asked) + reply.mask[shared:])
 
 
 @dataclass

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import func, select
 
@@ -21,6 +21,8 @@ from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKi
 from keel.store.standing import standing
 from keel.store.tables import annotators, assignments, items
 from keel.types import Message, UserError
+
+Given = TypeVar("Given", NewRanking, NewThumb, NewWriting)
 
 GOLD_EVERY = 20  # of this many items one is a gold item, as long as there are any that the annotator has not had
 MOST_HELD = 8  # items in one pair of hands: the one on the screen, and those fetched ahead for a train ride
@@ -97,30 +99,24 @@ class Labelling:
         return id
 
     def rank(self, person: Account, handle: str, ranking: NewRanking) -> int:
-        rules = self._rules(ranking.guideline)
-        ranking = replace(ranking, guideline=rules.version if rules else None)
-        mine, now = person.annotator_id, self._store.now
-        with self._store.transaction(writes=True) as connection:
-            found = blind.find(connection, handle, mine)
-            return work.rank(connection, found, ranking, annotator_id=mine, now=now)
+        return self._hand_in(person, handle, ranking, work.rank)
 
     def thumb(self, person: Account, handle: str, given: NewThumb) -> int:
+        id = self._hand_in(person, handle, given, work.thumb)
+        self._count("thumb", 1)
+        return id
+
+    def write(self, person: Account, handle: str, writing: NewWriting) -> int:
+        return self._hand_in(person, handle, writing, work.write)
+
+    def _hand_in(self, person: Account, handle: str, given: Given, add: Callable[..., int]) -> int:
+        """Work without a guideline was done under the one in force."""
         rules = self._rules(given.guideline)
         given = replace(given, guideline=rules.version if rules else None)
         mine, now = person.annotator_id, self._store.now
         with self._store.transaction(writes=True) as connection:
             found = blind.find(connection, handle, mine)
-            id = work.thumb(connection, found, given, annotator_id=mine, now=now)
-        self._count("thumb", 1)
-        return id
-
-    def write(self, person: Account, handle: str, writing: NewWriting) -> int:
-        rules = self._rules(writing.guideline)
-        writing = replace(writing, guideline=rules.version if rules else None)
-        mine, now = person.annotator_id, self._store.now
-        with self._store.transaction(writes=True) as connection:
-            found = blind.find(connection, handle, mine)
-            return work.write(connection, found, writing, annotator_id=mine, now=now)
+            return add(connection, found, given, annotator_id=mine, now=now)
 
     def hold(self, person: Account, handles: Collection[str]) -> Renewed:
         """The person's page is open with these before them: they stay theirs for longer."""
