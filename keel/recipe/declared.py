@@ -56,6 +56,16 @@ class StoreRead:
 
 
 @dataclass(frozen=True)
+class PrincipleUse:
+    """A constitution that a stage draws principles from (``keel.recipe.constitution``), and which of them: those named
+    or tagged, else all. A change to others leaves the stage's result alone."""
+
+    constitution: str
+    ids: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelUse:
     """A checkpoint that a stage loads, by its name in the recipe: as a language model, with a scalar head, or both."""
 

@@ -227,6 +227,20 @@ def _sentence(draft: Draft, details: Any) -> str:
     return f"{where}{message[0].lower()}{message[1:]}{shown}"
 
 
+def first_problem(draft: Draft, error: ValidationError, what: str, docs: str) -> str:
+    """The first thing that is wrong with a file that is no recipe (``what``: "a study"), with its place."""
+    details = error.errors()[0]
+    path = details["loc"]
+    line = next((draft.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in draft.lines), None)
+    place = ".".join(map(str, path))
+    message = str(details["ctx"]["error"]) if details["type"] == "value_error" else details["msg"]
+    if details["type"] == "extra_forbidden":
+        message = f"there is no such key in {what}; see {docs}"
+    elif details["type"] == "missing":
+        message = f"is missing; see {docs}"
+    return ": ".join(filter(None, [f"{draft.origin}:{line}" if line else draft.origin, place, message]))
+
+
 def _plain_path(loc: Sequence[str | int]) -> Path_:
     """An error's place without the kinds that pydantic adds to it where it chose among several models."""
     plain: list[str | int] = []

@@ -17,6 +17,7 @@ from keel.recipe.declared import (
     LearnsFrom,
     Makes,
     ModelUse,
+    PrincipleUse,
     Reference,
     Scoring,
     StoreRead,
@@ -99,6 +100,10 @@ class StageBase(Strict):
         """Its own fields that name files to read, with the file; or with several, some of which may be stages or
         'people'."""
         return {}
+
+    def principles(self) -> PrincipleUse | None:
+        """The constitution that it draws from. Its field is left to the fingerprint, which hashes the principles."""
+        return None
 
     def rating_bounds(self) -> tuple[float, float] | None:
         """Between which bounds a rating in its files is neither up nor down."""

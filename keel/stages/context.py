@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from keel.recipe.checkpoints import kept_folder, stage_of
+from keel.recipe.constitution import Constitution, Principle, read_constitution
 from keel.recipe.declared import WITH_PEOPLE, StoreRead
 from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
@@ -142,6 +143,17 @@ class StageContext:
         if all(source != ref for _, source in self.stage.scored_by()):
             raise _undeclared(self.stage, f"the function {ref.ref}", "scored_by")
         return load_python(ref.ref)
+
+    def constitution(self) -> tuple[Constitution, tuple[Principle, ...]]:
+        """The constitution that the stage declares, and those of its principles that it draws from."""
+        use = self.stage.principles()
+        if use is None:
+            raise _undeclared(self.stage, "a constitution", "principles")
+        constitution = read_constitution(use.constitution)
+        try:
+            return constitution, constitution.chosen(use.ids, use.tags)
+        except ValueError as error:
+            raise UserError(f"stage {self.stage.name}: {error}") from error
 
     @property
     def store_url(self) -> str:

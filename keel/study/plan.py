@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 import keel
-from keel.recipe.file import Draft, finish, packaged, read_draft, set_value
+from keel.recipe.file import Draft, finish, first_problem, packaged, read_draft, set_value
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import Strict
 from keel.types import UserError
@@ -210,7 +210,7 @@ def read_study(place: str, quick: bool = False, seeds: Sequence[int] = ()) -> Pl
     try:
         study = Study.model_validate(whole.tree)
     except ValidationError as error:
-        raise UserError(_sentence(whole, error)) from error
+        raise UserError(first_problem(whole, error, "a study", "docs/studies.md")) from error
     chosen = list(dict.fromkeys(seeds)) or (quick and study.quick.seeds) or study.seeds
     return Plan(
         study,
@@ -222,20 +222,6 @@ def read_study(place: str, quick: bool = False, seeds: Sequence[int] = ()) -> Pl
         study.quick.minutes if quick else study.minutes * len(chosen) / len(study.seeds),
         quick,
     )
-
-
-def _sentence(draft: Draft, error: ValidationError) -> str:
-    """The first thing that is wrong, with its place."""
-    details = error.errors()[0]
-    path = details["loc"]
-    line = next((draft.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in draft.lines), None)
-    place = ".".join(map(str, path))
-    message = str(details["ctx"]["error"]) if details["type"] == "value_error" else details["msg"]
-    if details["type"] == "extra_forbidden":
-        message = "there is no such key in a study; see docs/studies.md"
-    elif details["type"] == "missing":
-        message = "is missing; see docs/studies.md"
-    return ": ".join(filter(None, [f"{draft.origin}:{line}" if line else draft.origin, place, message]))
 
 
 def _recipe_of(study: Study, whole: Draft, path: Path) -> Draft:
