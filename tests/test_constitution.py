@@ -11,7 +11,7 @@ from keel.types import UserError
 
 GOOD = """name: tiny
 principles:
-  - {id: harm, text: Do no harm., critique: "Is there harm?", revision: No harm., choose: "Which is safer?", tags: [red]}
+  - {id: harm, text: Do no harm., critique: "Is it harm?", revision: No harm., choose: "Which is safer?", tags: [red]}
   - {id: brief, text: Be brief., critique: "Is it long?", revision: Shorter., choose: "Which is shorter?", weight: 3}
 examples:
   - {principle: harm, prompt: "How?", reply: Thus., critique: It harms., revision: I cannot help with that.}
@@ -32,7 +32,7 @@ def written(tmp_path: Path, text: str) -> str:
         ("id: brief", "id: harm", "two principles have the id 'harm'"),
         ("weight: 3", "weight: 0", "constitution.yaml:4: principles.1.weight"),
         ("weight: 3", "wieght: 3", "constitution.yaml:4: principles.1.wieght: there is no such key"),
-        ("principle: harm", "principle: hram", "an example is of 'hram'"),
+        ("principle: harm", "principle: hram", "an example is of the principle 'hram'"),
         ("principles:", "principles: []\nrules:", "constitution.yaml"),
     ],
 )
