@@ -242,8 +242,8 @@ class PreferenceBase(TrainBase):
     model: str = "sft"
     preferences: str | list[str] | None = Field(
         None,
-        description="annotate or critique stages, 'people' (people's votes in the store), or a file; several in a list; "
-        "default: data.preferences",
+        description="annotate or critique stages, 'people' (people's votes in the store), or a file; several in a "
+        "list; default: data.preferences",
     )
     voters: Voters = Field(
         "all",
