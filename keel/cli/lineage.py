@@ -10,7 +10,7 @@ from typing import Any
 from keel.cli.exchange import store_location
 from keel.recipe.rounds import rounds
 from keel.run import RunDir, read_json
-from keel.store import Store, lineage
+from keel.store import Store, ai_labels, lineage
 from keel.store.engine import exists
 from keel.store.records import OWN_QUEUE, VOTER_KINDS
 from keel.types import UserError
@@ -103,7 +103,10 @@ def describe(run: str, stage: str | None, ids: bool) -> str:
     if not found:
         what = f"no stage {stage!r} that recorded" if stage else "no stage that recorded"
         raise UserError(f"{Path(run)}: {what} what it learned from; look with keel check, or run it first")
-    return "\n".join(line for one in found for line in (_listed(one) if ids else _told(one)))
+    if ids:
+        return "\n".join(line for one in found for line in _listed(one))
+    location = store_location(run)
+    return "\n".join(line for one in found for line in (*_told(one), *_by_principle(one.own, location)))
 
 
 def _told(one: Shaped) -> Iterator[str]:
@@ -111,6 +114,28 @@ def _told(one: Shaped) -> Iterator[str]:
     yield f"  learned from {_counts(one.own.trained)}{_besides(one.own)}"
     for above in one.through:
         yield f"  by way of {_title(above)}: {_counts(above.trained)}"
+
+
+def _by_principle(one: Learned, location: str) -> Iterator[str]:
+    """Models' votes by principle and its version, and beside them who else voted on the same kinds of prompts."""
+    if not exists(location):
+        return
+    with Store(location) as store, store.transaction(writes=False) as connection:
+        found = ai_labels.trace(connection, [id for ids in one.trained.values() for id in ids])
+    asked = [row for row in found if row.principle]
+    labels: dict[tuple[str, str, str], int] = {}
+    for row in asked:
+        key = (row.constitution, row.principle, row.principle_hash)
+        labels[key] = labels.get(key, 0) + row.votes
+    for (constitution, principle, version), votes in sorted(labels.items()):
+        yield f"  under {constitution}/{principle} (version {version[:8]}): {votes:,} votes of models"
+    for kind in sorted({row.prompt_kind for row in asked if row.prompt_kind}):
+        others = {
+            name: sum(row.votes for row in found if row.prompt_kind == kind and row.annotator_kind in kinds)
+            for name, kinds in VOTER_KINDS.items()
+            if name != "models"
+        }
+        yield f"  on prompts of kind {kind}: " + ", ".join(f"{n:,} votes of {name}" for name, n in others.items())
 
 
 def _title(one: Learned) -> str:
