@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keel.cli.exchange import store_location
+from keel.recipe.recipe import kinds_making
 from keel.recipe.rounds import rounds
 from keel.run import RunDir, read_json
 from keel.store import Store, ai_labels, lineage
@@ -20,8 +21,9 @@ FILES = "files"  # what a stage learned from that the store knows nothing of
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What one stage trained on: the ids of the votes (or demonstrations), by the stage that had them made, 'people' or
-    'models' for those given in the store otherwise, and 'files' for all others. ``round``: 0 where it is none."""
+    """What one stage trained on: the ids of the votes (or demonstrations), by the stage that had them made, or made
+    them, 'people' or 'models' for those given in the store otherwise, and 'files' for all others. ``round``: 0 where it
+    is none."""
 
     stage: str
     round: int
@@ -48,13 +50,14 @@ def shaped(run: str) -> list[Shaped]:
         raise UserError(f"{run}: not a run directory (no manifest.json); name one that keel run or keel demo made")
     entries: Mapping[str, Any] = manifest.get("stages", {})
     numbers = {one.policy: one.number for one in rounds(manifest.get("recipe", {}).get("stages", ()))}
-    sources = _sources(store_location(run), entries)
+    sources = _sources(store_location(run, new=True), entries)
+    makers = {name for name, entry in entries.items() if entry.get("kind") in kinds_making("pairs")}
     learned = {}
     for name in entries:
         path = folder.stage(name).path / "judgements.json"
         if path.exists():
             ids = read_json(path)
-            parts = [_by_source(ids.get(part, ()), sources) for part in ("trained", "settled", "heldout")]
+            parts = [_by_source(ids.get(part, ()), sources, makers) for part in ("trained", "settled", "heldout")]
             learned[name] = Learned(name, numbers.get(name, 0), *parts)
     return [
         Shaped(learned[name], tuple(learned[one] for one in _above(name, entries) if one in learned))
@@ -75,10 +78,11 @@ def _sources(location: str, entries: Mapping[str, Any]) -> Mapping[str, str]:
         }
 
 
-def _by_source(ids: Sequence[str], sources: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _by_source(ids: Sequence[str], sources: Mapping[str, str], makers: Collection[str]) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
-    for id in ids:  # a ranking's pairs are TOKEN/BETTER-WORSE
-        source = sources.get(id) or sources.get(id.rpartition("/")[0]) or FILES
+    for id in ids:  # a ranking's pairs are TOKEN/BETTER-WORSE, those of a stage that makes pairs STAGE:...
+        made = id.partition(":")[0]
+        source = sources.get(id) or sources.get(id.rpartition("/")[0]) or (made if made in makers else FILES)
         found.setdefault(source, []).append(id)
     return {source: tuple(some) for source, some in sorted(found.items())}
 
