@@ -233,11 +233,11 @@ def test_votes_lead_back_to_principles(
     assert exists(location)
     with Store(location) as store, store.transaction(writes=False) as connection:
         votes = store.judgements()
-        labels = ai_labels.of(connection, [vote.id for vote in votes])
+        labels = ai_labels.of(connection, [vote.token for vote in votes])
         traced = ai_labels.trace(connection, [vote.token for vote in votes])
     assert len(labels) == len(votes) > 0
     for vote in votes:
-        (label,) = labels[vote.id]
+        (label,) = labels[vote.token]
         left, right = (len(text) for text in (vote.left.text, vote.right.text))
         first = 0.9 if left > right else 0.2 if left < right else 0.5
         second = 1 - (0.9 if right > left else 0.2 if right < left else 0.5)

@@ -184,7 +184,7 @@ def test_a_language_model_says_what_its_own_forward_pass_says(tmp_path: Path) ->
     assert [o and o.probability for o in turned] == pytest.approx([1 - o.probability for o in found if o], abs=1e-5)
     long = [Completion("x" * 400), *left[1:]]
     assert [o is None for o in comparer.compare(prompts, long, right)] == [True, False, False, False, False]
-    with pytest.raises(UserError, match="2 of 5 comparisons are longer than the judge's 256 tokens"):
+    with pytest.raises(UserError, match="4 of 10 questions are longer than the judge's 256 tokens"):
         comparer.compare(prompts, [*long[:1] * 2, *left[2:]], right)
     assert len(INSTRUCTIONS) > 100  # Keel's own are for models with room for them
 

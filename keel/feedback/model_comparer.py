@@ -62,7 +62,7 @@ class LanguageModelComparer:
         fits = [all(len(row.ids) <= limit for row in rows[i : i + 2]) for i in range(0, len(rows), 2)]
         if fits.count(False) > MISSING_BOUND * len(fits):
             raise UserError(
-                f"{fits.count(False)} of {len(fits)} comparisons are longer than the judge's {limit} tokens; take a "
+                f"{fits.count(False)} of {len(fits)} questions are longer than the judge's {limit} tokens; take a "
                 "model with a longer context, or shorter instructions"
             )
         said = self._logprobs([row for i, row in enumerate(rows) if fits[i // 2]])

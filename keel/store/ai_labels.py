@@ -71,17 +71,19 @@ def add(connection: Connection, judgement_id: int, labels: Sequence[AiLabel], no
     connection.execute(insert(ai_labels), rows)
 
 
-def of(connection: Connection, judgement_ids: Collection[int]) -> dict[int, list[AiLabel]]:
-    """The labels of each of these votes that has any, in the order in which its principles were drawn."""
-    found: dict[int, list[AiLabel]] = {}
-    for some in _parts(list(judgement_ids)):
-        query = select(ai_labels).where(ai_labels.c.judgement_id.in_(some)).order_by(ai_labels.c.id)
+def of(connection: Connection, tokens: Collection[str]) -> dict[str, list[AiLabel]]:
+    """The labels of each of the votes with these tokens that has any, in the order in which its principles were
+    drawn."""
+    found: dict[str, list[AiLabel]] = {}
+    for some in _parts(list(tokens)):
+        query = select(ai_labels, judgements.c.token).join(judgements).where(judgements.c.token.in_(some))
+        query = query.order_by(ai_labels.c.id)
         for row in connection.execute(query):
             label = AiLabel(
                 row.principle_id, row.principle_hash, row.constitution, row.constitution_hash, row.p_left_first,
                 row.p_left_second, row.asked, row.thought,
             )  # fmt: skip
-            found.setdefault(row.judgement_id, []).append(label)
+            found.setdefault(row.token, []).append(label)
     return found
 
 
