@@ -15,14 +15,18 @@ from tiny import Counting, prompt, save_tiny
 
 from keel.cli import main
 from keel.endpoint import Endpoint
+from keel.feedback.judging import judge_responses
+from keel.feedback.pairing import PairChoice
 from keel.feedback.principled import Asked, EndpointFeedback, PrincipledComparer, PythonFeedback, Said
 from keel.recipe.annotate import AnnotateStage
 from keel.recipe.constitution import Constitution
 from keel.recipe.judges import EndpointRef
+from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig
 from keel.stats import sigmoid
 from keel.store import Store, ai_labels
 from keel.store.engine import exists
+from keel.store.erase import erase_response
 from keel.types import Completion, Prompt, UserError
 
 WORDS = {"text": "t", "critique": "c", "revision": "r"}
@@ -248,3 +252,51 @@ def test_votes_lead_back_to_principles(
     told = capsys.readouterr().out
     assert "under tiny/kind (version " in told
     assert "on prompts of kind harmful: 0 votes of people, 0 votes of simulated" in told
+
+
+def test_hard_labels_have_no_probability_and_erasing_a_reply_erases_what_was_asked(tmp_path: Path) -> None:
+    table = Table({(p.id, text): p_ for p in CONSTITUTION.principles for text, p_ in (("one", 0.8), ("two", 0.3))})
+    with Store(tmp_path / "a.db") as store:
+        with store.session() as s:
+            s.add_prompts([prompt(n) for n in range(4)])
+            for n in range(4):
+                s.add_responses(prompt(n).id, [Completion("one"), Completion("two")], "m", None, "made")
+        for hard in (False, True):
+            judge_responses(
+                store, comparer(table), f"judge {hard}", "made", f"q/{hard}", PairChoice(1), "1", 0, Counting(),
+                tmp_path, hard,
+            )  # fmt: skip
+        soft, flat = store.judgements("q/False"), store.judgements("q/True")
+        assert [vote.probability for vote in soft] == pytest.approx([0.75] * 4)  # the mean of .8 and 1 - .3
+        assert [vote.probability for vote in flat] == [None] * 4
+        with store.transaction(writes=True) as connection:
+            erase_response(connection, store.responses()[0].id, 1, "judge False", store.now)
+        with store.transaction(writes=False) as connection:
+            labels = ai_labels.of(connection, [vote.token for vote in (*soft, *flat)])
+        asked = [label.asked for some in labels.values() for label in some]
+        assert len(asked) == 8
+        assert sum("one" in text for text in asked) == 6  # of the prompt whose reply is gone no text is left
+
+
+def test_a_preference_model_learns_from_people_and_from_principles(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """Simulated people judge some responses, a function under principles others: each keeps its kind."""
+    simulated = "from keel.feedback.simulated import SimulatedAnnotator\ndef make(seed):\n"
+    simulated += "    return [SimulatedAnnotator(n, lambda p, t: len(t), temperature=1.0) for n in 'ab']\n"
+    (tmp_path / "s.py").write_text(simulated, encoding="utf-8")
+    write_jsonl(tmp_path / "q.jsonl", [{"id": f"q{n}", "prompt": f"tell {n}", "kind": "howto"} for n in range(8)])
+    sample, ai, reward = recipe["stages"]
+    helpful = {**sample, "name": "helpful", "prompts": str(tmp_path / "q.jsonl")}
+    people = {
+        "kind": "annotate", "name": "crowd", "responses": "helpful", "annotators": {"ref": f"{tmp_path / 's.py'}:make"}
+    }  # fmt: skip
+    recipe["stages"] = [sample, helpful, ai, people, {**reward, "preferences": ["crowd", "ai"]}]
+    folder = run(recipe, tmp_path / "run")
+    tokens = json.loads((folder.path / "reward" / "judgements.json").read_text())["trained"]
+    with Store(folder.store_url) as store, store.transaction(writes=False) as connection:
+        found = {
+            (row.annotator_kind, row.prompt_kind, bool(row.principle)) for row in ai_labels.trace(connection, tokens)
+        }
+    assert found == {("model", "harmful", True), ("simulated", "howto", False)}
+    recipe["stages"][-1]["voters"] = "simulated"
+    with pytest.raises(ValueError, match="voters: simulated leaves out the votes of ai"):
+        Recipe.model_validate(recipe)
