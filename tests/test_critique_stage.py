@@ -9,15 +9,17 @@ import string
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Reply, Server, chat_reply
 from test_stages import write_jsonl
 from tiny import save_tiny, tiny_tokenizer
 
 from keel.check import check_recipe
+from keel.cli import main
 from keel.cli.lineage import shaped
 from keel.data.sources import read_demonstrations, read_preferences
 from keel.pipeline.run import plan, run_pipeline
@@ -245,6 +247,35 @@ def test_killed_it_goes_on_to_the_same_bits(
     assert subprocess.run(command, env=subprocess_env, check=False).returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "critique" / "state" / "said.jsonl").exists()
     assert made(run(tree, tmp_path / "run", ["critique"]).path) == before
+
+
+def test_an_endpoint_that_goes_down_in_the_middle_is_gone_on_with(
+    tree: dict[str, Any],
+    tmp_path: Path,
+    serve: Callable[[Callable[[dict[str, Any], int], Reply]], Server],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through the command line, in the place of a model: none is loaded."""
+
+    def leaves(body: dict[str, Any], number: int) -> Reply:
+        return chat_reply(body["messages"][-1]["content"] * 2) if number != 50 else (401, {}, "no more")
+
+    server = serve(leaves)
+    (stage, *_), heldout = tree["stages"], tree["data"]["heldout_prompts"]
+    writer = {"kind": "endpoint", "url": server.url, "model": "m", "key_env": "TEST_JUDGE_KEY"}
+    stage = {name: value for name, value in stage.items() if name != "model"} | {"writer": writer, "sampling": {}}
+    data = {"prompts": tree["data"]["prompts"], "heldout_prompts": heldout}
+    recipe = {"model": {"path": str(tmp_path / "empty")}, "device": "cpu", "data": data, "stages": [stage]}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "answered with status 401: no more; set the environment variable TEST_JUDGE_KEY" in capsys.readouterr().err
+    assert main(command) == 0
+    # 19 prompts and their five requests each; the refused one was asked again, and what was under way beside it may be.
+    assert 19 * 5 < len(server.requests) <= 19 * 5 + 8
+    summary = RunDir(tmp_path / "run").stage("critique").summary()
+    assert (summary["kept"], summary["demonstrations"], summary["pairs"]) == (19, 38, 19)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
