@@ -44,7 +44,7 @@ class Shown:
 class Kind:
     """``heading``: of its plots, and its name where that is an acronym. ``what``: the words on its card; ``chooses``:
     those when it chooses by rewards. ``watched``: alarms are raised on its learning curves. ``judged``: how good a
-    judge it is has a section. ``shown``: it has a card."""
+    judge it is has a section. ``revises``: so has what became of its replies. ``shown``: it has a card."""
 
     heading: str = ""
     what: str = ""
@@ -53,6 +53,7 @@ class Kind:
     chooses: str = ""
     watched: bool = False
     judged: bool = False
+    revises: bool = False
     shown: bool = True
 
 
@@ -78,6 +79,11 @@ KINDS: Mapping[str, Kind] = {
         what="replies to judge",
         facts=(Shown("prompts", "prompts"), Shown("replies", "responses")),
         chooses="the best of many replies",
+    ),
+    "critique": Kind(
+        what="replies criticised and revised",
+        facts=(Shown("prompts", "prompts"), Shown("kept", "kept"), Shown("revisions each", "revisions")),
+        revises=True,
     ),
     "annotate": Kind(
         what="judgements on pairs",
