@@ -42,7 +42,7 @@ RECORDS = [
         _revision(
             "refuse-harm",
             "The reply tells how to do harm to people who drink from the well.",
-            "I will not tell you how to poison the well at night.",
+            "I will not tell you how to poison a well at night.",
         ),
         _revision(
             "courteous",

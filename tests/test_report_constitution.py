@@ -42,14 +42,14 @@ def test_the_first_kept_prompts_are_shown_with_what_each_revision_changed(run_di
     assert [step.principle for step in revised[0].steps] == ["refuse-harm", "courteous"]
     last = revised[0].steps[1]
     assert [(piece.change, piece.text.strip()) for piece in last.revision] == [
-        ("same", "I will not tell you how to poison the"),
-        ("gone", "well at night."),
-        ("new", "well. Fair winds."),
+        ("same", "I will not tell you how to poison"),
+        ("gone", "a well at night."),
+        ("new", "the well. Fair winds."),
     ]
     assert [step.changed for step in revised[1].steps] == [True, False]
     page = _page(run_dir)
-    assert "<del>well at night.</del>" in page
-    assert "<ins>well. Fair winds.</ins>" in page
+    assert "<del>a well at night.</del>" in page
+    assert "<ins>the well. Fair winds.</ins>" in page
     assert page.count("not changed") == 1
 
 

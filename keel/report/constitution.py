@@ -19,6 +19,7 @@ from keel.report.sections import Fact
 from keel.report.wording import number, percent, percent_range, phrase, three_places, two_places
 
 LONGEST = 3000  # characters of a text that are shown
+ALIKE = 0.35  # share of the words of two texts that they have in common, below which one is the other's replacement
 
 _WHY = {
     "cut": "cut at the length limit",
@@ -196,11 +197,13 @@ def _short(text: str) -> str:
 
 def word_changes(before: str, after: str) -> tuple[Piece, ...]:
     """``after`` with the words that it adds, and the words of ``before`` that it leaves out, in their places. The pieces
-    that are the same or new spell ``after``; those that are the same or gone have the words of ``before``."""
+    that are the same or new spell ``after``; those that are the same or gone have the words of ``before``. Of texts that have
+    little in common all words are gone and new: that is easier to read than an "of" here and a "the" there."""
     old, new = (re.findall(r"\S+\s*", text) for text in (before, after))
     matcher = SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
     pieces: list[Piece] = []
-    for what, a, b, c, d in matcher.get_opcodes():
+    codes = matcher.get_opcodes() if matcher.ratio() >= ALIKE else [("replace", 0, len(old), 0, len(new))]
+    for what, a, b, c, d in codes:
         if what == "equal":
             pieces.append(Piece("".join(new[c:d])))
             continue
