@@ -495,7 +495,9 @@ def test_chat_ends_at_the_recipes_stop_token(folder: Path) -> None:
     chat = Chat(tiny_tokenizer())
     ids = chat.tokenizer(said, add_special_tokens=False)["input_ids"]
     stop = chat.decode([ids[3]])
-    short = "".join(Talker(Source(str(folder / "model")), greedy.model_copy(update={"stop": [stop]}), "cpu").reply(asked))
+    short = "".join(
+        Talker(Source(str(folder / "model")), greedy.model_copy(update={"stop": [stop]}), "cpu").reply(asked)
+    )
     assert said.startswith(short)
     assert stop not in short
     assert len(short) < len(said)

@@ -243,7 +243,9 @@ def test_pretraining_text_is_no_part_of_the_loss_that_is_shown(copy: Path) -> No
 def test_a_run_without_a_penalty_is_dashed_whatever_its_algorithm(
     kind: str, settings: dict[str, Any], dashed: bool
 ) -> None:
-    stage = StageFiles("one", kind, settings, {}, {}, tuple({"step": i, "loss": 1, "objective/kl": i} for i in range(2)))
+    stage = StageFiles(
+        "one", kind, settings, {}, {}, tuple({"step": i, "loss": 1, "objective/kl": i} for i in range(2))
+    )
     run = RunFiles("r", {}, {}, (stage,))
     drawn = "".join(learning_curves(run, Palette.of(run)))
     assert drawn

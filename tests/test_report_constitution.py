@@ -113,7 +113,10 @@ def test_a_stage_at_work_a_torn_line_and_words_that_look_like_markup(run_dir: Pa
     path = run_dir / "critique" / "records.jsonl"
     first = json.loads(path.read_text().splitlines()[0])
     evil = "<script>alert(1)</script>"
-    first["initial"]["text"], first["revisions"][0] = evil, {**first["revisions"][0], "principle": evil, "critique": evil}
+    first["initial"]["text"], first["revisions"][0] = (
+        evil,
+        {**first["revisions"][0], "principle": evil, "critique": evil},
+    )
     first["revisions"][0]["revision"] = evil * 500
     path.write_text(json.dumps(first) + '\n{"prompt_id": "p2", "mess')
     for name in ("ai_labels", "preference_model"):

@@ -11,13 +11,15 @@ from keel.types import Completion, Grade, Message, Prompt
 
 
 class Reads:
-    """Finds what the words of a reply say. Of "far" prompts it cannot tell whether they are rude; "gone" has no grade."""
+    """Finds what a reply says. Of "far" prompts it cannot tell whether they are rude; "gone" has no grade."""
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade | None]:
         return [
             None
             if reply.text == "gone"
-            else Grade(0.0, {"rude": None if prompt.kind == "far" else "rude" in reply.text, "long": len(reply.text) > 9})
+            else Grade(
+                0.0, {"rude": None if prompt.kind == "far" else "rude" in reply.text, "long": len(reply.text) > 9}
+            )
             for prompt, reply in zip(prompts, completions, strict=True)
         ]
 
@@ -46,7 +48,9 @@ def test_shares_are_counted_over_the_same_prompts_at_every_revision() -> None:
 
 def test_chains_of_one_prompt_are_no_independent_prompts() -> None:
     apart = flags_by_revision([chain(str(i), "rude" if i % 2 else "kind") for i in range(40)], Reads())["rude"][0]
-    together = flags_by_revision([chain(str(i % 4), "rude" if i % 2 else "kind") for i in range(40)], Reads())["rude"][0]
+    together = flags_by_revision([chain(str(i % 4), "rude" if i % 2 else "kind") for i in range(40)], Reads())["rude"][
+        0
+    ]
     assert apart is not None
     assert together is not None
     assert together[2] - together[1] > 1.5 * (apart[2] - apart[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from keel.cli.process import set_threads
@@ -82,7 +82,7 @@ class Answering:
     """How a recipe has a model answer: on which device, and by which choice of tokens."""
 
     device: str = "auto"
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 def answering(run: str, name: str) -> Answering:

@@ -112,7 +112,7 @@ class ConstitutionSection:
 def constitution(run: RunFiles, palette: Palette) -> ConstitutionSection | None:
     """None for a run that neither revised replies nor labelled by principles."""
     critiques = tuple(_critique(run, s, palette) for s in run.stages if kind_of(s.kind).revises and s.summary)
-    labels = tuple(_labels(s) for s in run.stages if s.summary.get("card") or s.summary.get("constitution") and _judged(s))
+    labels = tuple(_labels(stage) for stage in run.stages if _judged_by_principles(stage))
     if not critiques and not labels:
         return None
     return ConstitutionSection(critiques, labels, _votes(run) if labels else ())
@@ -152,9 +152,7 @@ def _principles(drawn: Mapping[str, int], changed: Mapping[str, int]) -> tuple[P
 def _flag_plots(name: str, flags: Mapping[str, Any], palette: Palette) -> list[Markup]:
     plots = []
     for flag, shares in flags.items():
-        points = tuple(
-            Point(i, share[0], (share[1], share[2])) for i, share in enumerate(shares) if share is not None
-        )
+        points = tuple(Point(i, share[0], (share[1], share[2])) for i, share in enumerate(shares) if share is not None)
         if not points:
             continue
         words = phrase(flag)
@@ -196,9 +194,9 @@ def _short(text: str) -> str:
 
 
 def word_changes(before: str, after: str) -> tuple[Piece, ...]:
-    """``after`` with the words that it adds, and the words of ``before`` that it leaves out, in their places. The pieces
-    that are the same or new spell ``after``; those that are the same or gone have the words of ``before``. Of texts that have
-    little in common all words are gone and new: that is easier to read than an "of" here and a "the" there."""
+    """``after`` with the words that it adds, and the words of ``before`` that it leaves out, in their places. The
+    pieces that are the same or new spell ``after``; those that are the same or gone have the words of ``before``. Of
+    texts with little in common all words are gone and new: that is easier to read than a "the" kept here and there."""
     old, new = (re.findall(r"\S+\s*", text) for text in (before, after))
     matcher = SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
     pieces: list[Piece] = []
@@ -217,8 +215,9 @@ def word_changes(before: str, after: str) -> tuple[Piece, ...]:
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
-def _judged(stage: StageFiles) -> bool:
-    return bool(stage.config.get("judge"))
+def _judged_by_principles(stage: StageFiles) -> bool:
+    judge = stage.config.get("judge")
+    return bool(stage.summary.get("card") or (judge and stage.summary.get("constitution")))
 
 
 def _labels(stage: StageFiles) -> LabelSection:
