@@ -242,8 +242,8 @@ class PreferenceBase(TrainBase):
     model: str = "sft"
     preferences: str | list[str] | None = Field(
         None,
-        description="annotate stages, 'people' (people's votes in the store), or a file; several in a list; default: "
-        "data.preferences",
+        description="annotate or critique stages, 'people' (people's votes in the store), or a file; several in a "
+        "list; default: data.preferences",
     )
     voters: Voters = Field(
         "all",
@@ -263,7 +263,7 @@ class PreferenceBase(TrainBase):
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()
-        yield from source_references("preferences", self.preferences, "votes")
+        yield from source_references("preferences", self.preferences, "votes", "pairs")
 
     @property
     def from_pairs(self) -> bool:

@@ -83,8 +83,8 @@ KINDS: Mapping[str, Kind] = {
         chooses="the best of many replies",
     ),
     "critique": Kind(
-        what="replies criticised and revised",
-        facts=(Shown("prompts", "prompts"), Shown("kept", "kept"), Shown("revisions each", "revisions")),
+        what="replies revised by principles",
+        facts=(Shown("prompts", "prompts"), Shown("revisions", "revised")),
         revises=True,
     ),
     "annotate": Kind(
