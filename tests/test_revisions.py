@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from keel.eval.revisions import Chain, flags_by_revision
+from keel.recipe.recipe import Recipe
+from keel.reward.judge import JudgeFromPython
+from keel.run import RunDir, Silent
+from keel.stages.context import StageContext
+from keel.stages.eval import by_revision
 from keel.types import Completion, Grade, Message, Prompt
 
 
@@ -59,3 +67,55 @@ def test_chains_of_one_prompt_are_no_independent_prompts() -> None:
 def test_nothing_to_count() -> None:
     assert flags_by_revision([], Reads()) == {}
     assert flags_by_revision([chain("far", "rude", "kind", kind="far")], Reads())["rude"] == [None, None]
+
+
+# --------------------------------------------------------------------------------------------- by an evaluation's judge
+
+JUDGE = "tests/test_revisions.py:knows_the_kind"
+
+
+def knows_the_kind(prompt: Prompt, text: str) -> Grade:
+    """A grader that needs what stands in the prompts' file alone."""
+    return Grade(0.0, {"rude": "rude" in text, "far": prompt.kind == "far" and prompt.meta["where"] in text})
+
+
+def recipe_of(folder: Path, **settings: object) -> Recipe:
+    stages = [
+        {"kind": "critique", "name": "critique", "model": "base", "prompts": str(folder / "asked.jsonl"),
+         "constitution": "assistant", "revisions": 2},
+        {"kind": "eval", "name": "eval", "models": ["base"], "baseline": "base",
+         "judge": {"kind": "python", "ref": JUDGE}, "revisions": "critique"} | settings,
+    ]  # fmt: skip
+    return Recipe.model_validate({"model": {"path": "./base"}, "stages": stages})
+
+
+def test_an_evaluation_counts_what_its_judge_finds_in_a_critique_stages_whole_chains(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": "one", "kind": "far", "where": "port"},
+        {"id": "b", "prompt": "two", "kind": "near", "where": "port"},
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, run = recipe_of(tmp_path), RunDir(tmp_path / "run")
+    said = {"a": ["a rude port", "the port", "kind"], "b": ["rude port", "rude\u2028line", "kind"]}
+    records = [
+        {"prompt_id": id, "initial": {"text": first}, "revisions": [{"revision": text} for text in rest], "kept": True}
+        for id, (first, *rest) in said.items()
+    ]
+    records.append({"prompt_id": "a", "initial": {"text": "rude"}, "revisions": [{"revision": ""}], "kept": False})
+    run.stage("critique").begin("f")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (run.stage("critique").path / "records.jsonl").write_text("".join(lines), encoding="utf-8")
+    context = StageContext(recipe, run, run.stage("eval"), Silent(), "cpu")
+    found = by_revision("critique", JudgeFromPython(knows_the_kind), context)
+    assert [share[0] for share in found["rude"]] == [1.0, 0.5, 0.0]
+    assert [share[0] for share in found["far"]] == [0.5, 0.5, 0.0]
+
+
+def test_revisions_are_counted_by_a_python_judge_of_a_critique_stage(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="which a Python judge alone gives"):
+        recipe_of(tmp_path, judge={"kind": "endpoint", "url": "http://host/v1", "model": "m"})
+    with pytest.raises(
+        ValidationError, match=r"eval\.revisions: 'elsewhere' is no critique stage; name one of critique"
+    ):
+        recipe_of(tmp_path, revisions="elsewhere")
+    assert "revisions" in type(recipe_of(tmp_path).stages[1]).later
