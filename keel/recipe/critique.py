@@ -16,6 +16,7 @@ from keel.recipe.stage import StageBase, Surroundings, start_has_template
 class CritiqueStage(StageBase):
     help: ClassVar[str] = "have a model criticise and revise its replies by the principles of a constitution"
     makes: ClassVar[tuple[Makes, ...]] = ("demonstrations", "pairs")
+    converses: ClassVar[bool] = True
 
     kind: Literal["critique"] = "critique"
     seed: int | None = Field(None, ge=0, description="of the principles and the samples; default: the recipe's")
@@ -45,7 +46,8 @@ class CritiqueStage(StageBase):
         yield from super().references()
 
     def principles(self) -> PrincipleUse:
-        return PrincipleUse(self.constitution, tuple(self.principle_ids), tuple(self.tags))
+        draws = self.replies * self.revisions
+        return PrincipleUse(self.constitution, tuple(self.principle_ids), tuple(self.tags), draws)
 
     def reads(self, data: DataConfig) -> tuple[str, ...]:
         return (*prompt_pool(data), *(("on_bad_row",) if self.model is None else ROWS))

@@ -59,11 +59,13 @@ class StoreRead:
 @dataclass(frozen=True)
 class PrincipleUse:
     """A constitution that a stage draws principles from (``keel.recipe.constitution``), and which of them: those named
-    or tagged, else all. A change to others leaves the stage's result alone."""
+    or tagged, else all. A change to others leaves the stage's result alone. ``draws``: how many it draws a prompt, at
+    most; None where that is not known before."""
 
     constitution: str
     ids: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    draws: int | None = None
 
 
 @dataclass(frozen=True)
