@@ -105,7 +105,7 @@ SUMMARIES: dict[str, dict[str, Any]] = {
 STAGES = [
     {"name": "critique", "kind": "critique", "model": "base", "constitution": "harbor"},
     {"name": "sl_cai", "kind": "sft", "model": "base", "demonstrations": "critique"},
-    {"name": "ai_labels", "kind": "annotate", "responses": "sl_cai"},
+    {"name": "ai_labels", "kind": "annotate", "responses": "sl_cai", "constitution": "harbor"},
     {"name": "preference_model", "kind": "reward", "model": "sl_cai", "preferences": "ai_labels"},
 ]
 FLAGS = {

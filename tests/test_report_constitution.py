@@ -89,14 +89,15 @@ def test_flags_are_drawn_by_revision_with_their_intervals(run_dir: Path) -> None
 
 def test_ai_labels_beside_peoples(run_dir: Path) -> None:
     section = _section(run_dir)
-    label = section.labels[0]
+    [label] = section.labels
+    assert label.heading == "AI labels: AI labels beside people’s labels"
     facts = {fact.label: fact.value for fact in label.facts}
     assert facts["Agrees with people"] == "84.2% (79–88%)"
     assert facts["Turned with the order"] == "18.2% (14–23%)"
     assert label.effects is not None
     assert re.findall(r'<th scope="row">(.*?)</th>', label.effects) == [
-        "the longer reply",
-        "the reply that it finds likelier",
+        "a longer reply",
+        "a reply likelier to itself",
         "the reply shown first",
     ]
     assert "above the bound of 0.1" in _page(run_dir)

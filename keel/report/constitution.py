@@ -28,9 +28,9 @@ _WHY = {
     "missing": "no answer came",
 }
 _EFFECTS = {
-    "length": "the longer reply",
+    "length": "a longer reply",
     "own": "its own reply",
-    "logprob": "the reply that it finds likelier",
+    "logprob": "a reply likelier to itself",
     "side": "the reply shown first",
 }
 
@@ -84,13 +84,12 @@ class CritiqueSection:
 
 @dataclass(frozen=True, slots=True)
 class LabelSection:
-    """What one stage's AI labels did. ``against``: whose labels they are held against; ``broken``: what of the judge's
-    card lies beyond the recipe's bounds."""
+    """What one stage's AI labels did, or what its judge's card says. ``broken``: what of the card lies beyond the
+    recipe's bounds."""
 
-    name: str
+    heading: str
     facts: tuple[Fact, ...]
     effects: Markup | None
-    against: str
     broken: tuple[str, ...]
 
 
@@ -216,18 +215,18 @@ def word_changes(before: str, after: str) -> tuple[Piece, ...]:
 
 
 def _judged_by_principles(stage: StageFiles) -> bool:
-    judge = stage.config.get("judge")
-    return bool(stage.summary.get("card") or (judge and stage.summary.get("constitution")))
+    asked = stage.config.get("constitution") and not kind_of(stage.kind).revises
+    return bool(stage.summary and (stage.summary.get("card") or asked))
 
 
 def _labels(stage: StageFiles) -> LabelSection:
     summary, card = stage.summary, stage.summary.get("card") or {}
     facts = []
     if (votes := number(summary.get("judgements"))) is not None:
-        facts.append(Fact("Votes of the model", f"{votes:,.0f}"))
-    if named := summary.get("constitution"):
-        facts.append(Fact("Constitution", f"{named['name']} ({str(named['hash'])[:8]})"))
-    against = {"people": "people", "gold": "the judge of the evaluation"}.get(str(card.get("against")), "")
+        facts.append(Fact("Votes of the judge", f"{votes:,.0f}"))
+    if named := stage.config.get("constitution"):
+        facts.append(Fact("Constitution", str(named)))
+    against = {"people": "people", "gold": "gold"}.get(str(card.get("against")), "")
     if card:
         facts.append(Fact("Pairs on its card", f"{card['pairs']:,}"))
     shares = [("Turned with the order", card.get("flips") or summary.get("flipped"))]
@@ -236,7 +235,9 @@ def _labels(stage: StageFiles) -> LabelSection:
     if (error := number(card.get("ece"))) is not None:
         facts.append(Fact("Expected calibration error", three_places(error)))
     effects = _effects(title(stage.name), card.get("effects") or {})
-    return LabelSection(title(stage.name), tuple(facts), effects, against, tuple(card.get("broken", ())))
+    heading = f"{title(stage.name)}: {'the judge’s card' if votes is None else 'AI labels'}"
+    heading += f" beside {against}’s labels" if against == "people" and votes is not None else ""
+    return LabelSection(heading, tuple(facts), effects, tuple(card.get("broken", ())))
 
 
 def _share(value: Any) -> str:
