@@ -18,6 +18,7 @@ from test_stages import write_jsonl
 from tiny import save_tiny, tiny_tokenizer
 
 from keel.check import check_recipe
+from keel.cli.lineage import shaped
 from keel.data.sources import read_demonstrations, read_preferences
 from keel.pipeline.run import plan, run_pipeline
 from keel.recipe.recipe import Recipe
@@ -59,7 +60,7 @@ def tree(tmp_path: Path) -> dict[str, Any]:
         "model": {"path": str(base)},
         "device": "cpu",
         "data": {
-            "prompts": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"what {n}"} for n in range(20)]),
+            "prompts": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"what {n}"} for n in [*range(20), 3]]),
             "heldout_prompts": write_jsonl(tmp_path / "heldout.jsonl", [{"prompt": "what 0"}, {"prompt": "unseen"}]),
         },
         "stages": [
@@ -138,6 +139,10 @@ def test_revisions_are_learned_from_and_nobody_voted(tree: dict[str, Any], tmp_p
     learned = json.loads((done.stage("reward").path / "judgements.json").read_text())
     assert sorted(learned["trained"] + learned["heldout"]) == sorted(pair.id for pair in pairs)
     assert done.stage("dpo").summary()["pairs"] > 0
+    of_reward = next(one.own for one in shaped(str(done.path)) if one.own.stage == "reward")
+    assert {source: sorted(ids) for source, ids in of_reward.trained.items()} == {
+        "critique": sorted(learned["trained"])
+    }
     assert not (tmp_path / "run" / "feedback.db").exists()
 
 
