@@ -96,6 +96,7 @@ SUMMARIES: dict[str, dict[str, Any]] = {
                 "logprob": [-0.01, -0.06, 0.04],
                 "side": [0.03, -0.02, 0.08],
             },
+            "steps": {"length": 120.0, "logprob": 0.25},
             "bounds": {"flips": 0.25, "effect": 0.1},
             "broken": ["The longer reply is preferred by 0.14 (0.08 to 0.20) all else equal, above the bound of 0.1."],
         },

@@ -96,8 +96,8 @@ def test_ai_labels_beside_peoples(run_dir: Path) -> None:
     assert facts["Turned with the order"] == "18.2% (14–23%)"
     assert label.effects is not None
     assert re.findall(r'<th scope="row">(.*?)</th>', label.effects) == [
-        "a longer reply",
-        "a reply likelier to itself",
+        "a longer reply (by 120 characters)",
+        "a reply likelier to itself (by 0.25 nats a token)",
         "the reply shown first",
     ]
     assert "above the bound of 0.1" in _page(run_dir)

@@ -16,7 +16,7 @@ from keel.report.plots import Axis, Bar, Point, Series, axis, interval_chart, li
 from keel.report.reading import RunFiles, StageFiles
 from keel.report.rounds import VOTES
 from keel.report.sections import Fact
-from keel.report.wording import number, percent, percent_range, phrase, three_places, two_places
+from keel.report.wording import number, percent, percent_range, phrase, plain, three_places, two_places
 
 LONGEST = 3000  # characters of a text that are shown
 ALIKE = 0.35  # share of the words of two texts that they have in common, below which one is the other's replacement
@@ -33,6 +33,7 @@ _EFFECTS = {
     "logprob": "a reply likelier to itself",
     "side": "the reply shown first",
 }
+_UNITS = {"length": "characters", "logprob": "nats a token"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +235,7 @@ def _labels(stage: StageFiles) -> LabelSection:
     facts += [Fact(label, said) for label, value in shares if (said := _share(value))]
     if (error := number(card.get("ece"))) is not None:
         facts.append(Fact("Expected calibration error", three_places(error)))
-    effects = _effects(title(stage.name), card.get("effects") or {})
+    effects = _effects(title(stage.name), card.get("effects") or {}, card.get("steps") or {})
     heading = f"{title(stage.name)}: {'the judge’s card' if votes is None else 'AI labels'}"
     heading += f" beside {against}’s labels" if against == "people" and votes is not None else ""
     return LabelSection(heading, tuple(facts), effects, tuple(card.get("broken", ())))
@@ -252,15 +253,18 @@ def _share(value: Any) -> str:
     return "" if found is None else percent(found)
 
 
-def _effects(name: str, effects: Mapping[str, Any]) -> Markup | None:
-    """What besides worth makes the judge prefer a reply: by how much, in probability."""
+def _effects(name: str, effects: Mapping[str, Any], steps: Mapping[str, Any]) -> Markup | None:
+    """What besides worth makes the judge prefer a reply: by how much, in probability, for one step of it."""
     bars = []
     for key, value in effects.items():
         known = [number(one) for one in value or ()]
         if len(known) == 3 and None not in known:
             point, low, high = (float(one) for one in known if one is not None)
             said = f"{two_places(low)} to {two_places(high)}"
-            bars.append(Bar(_EFFECTS.get(key, phrase(key)), point, low, high, 2, two_places(point), said))
+            label = _EFFECTS.get(key, phrase(key))
+            if (step := number(steps.get(key))) is not None and key in _UNITS:
+                label += f" (by {plain(step)} {_UNITS[key]})"
+            bars.append(Bar(label, point, low, high, 2, two_places(point), said))
     if not bars:
         return None
     scale = axis([v for bar in bars for v in (bar.low, bar.high)], "more probable to be preferred", (0.0,), two_places)
