@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from keel.report.charts import Palette
 from keel.report.kinds import kind_of, title
-from keel.report.plots import Axis, Bar, Point, Series, axis, interval_chart, line_chart
+from keel.report.plots import Axis, Bar, Point, Series, axis, interval_chart, line_chart, ticks
 from keel.report.reading import RunFiles, StageFiles
 from keel.report.rounds import VOTES
 from keel.report.sections import Fact
@@ -268,14 +268,14 @@ def _effects(name: str, effects: Mapping[str, Any], steps: Mapping[str, Any]) ->
     if not bars:
         return None
     scale = axis([v for bar in bars for v in (bar.low, bar.high)], "more probable to be preferred", (0.0,), two_places)
-    caption = f"{name} prefers, all else equal, by how much in probability; with 95% intervals"
+    caption = f"{name}: what the judge prefers, all else equal, by how much in probability; with its intervals"
     return interval_chart(caption, bars, _around_zero(scale), guide=0.0)
 
 
 def _around_zero(scale: Axis) -> Axis:
     """With room on both sides of 0, so that its line is seen."""
     reach = max(abs(scale.low), abs(scale.high), 0.1)
-    return axis([-reach, reach], scale.label, (), scale.format, pad=0.0)
+    return Axis(-reach, reach, ticks(-reach, reach, most=2), scale.label, scale.format)  # a phone has room for three
 
 
 def _votes(run: RunFiles) -> tuple[VoteRow, ...]:
