@@ -131,6 +131,7 @@ def test_a_stage_at_work_a_torn_line_and_words_that_look_like_markup(run_dir: Pa
     assert "Constitutional AI" not in _page(run_dir)
 
 
+@pytest.mark.wide
 def test_it_fits_a_phone_and_a_desktop(run_dir: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright (extra: dev)")
     chromium = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)

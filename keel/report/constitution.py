@@ -275,7 +275,7 @@ def _effects(name: str, effects: Mapping[str, Any], steps: Mapping[str, Any]) ->
 def _around_zero(scale: Axis) -> Axis:
     """With room on both sides of 0, so that its line is seen."""
     reach = max(abs(scale.low), abs(scale.high), 0.1)
-    return Axis(-reach, reach, ticks(-reach, reach, most=2), scale.label, scale.format)  # a phone has room for three
+    return Axis(-reach, reach, ticks(-reach, reach, most=3), scale.label, scale.format)  # a phone has room for three
 
 
 def _votes(run: RunFiles) -> tuple[VoteRow, ...]:
