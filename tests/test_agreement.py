@@ -18,7 +18,7 @@ from keel.feedback.agreement import (
     MIRROR,
     SECOND,
     TIE,
-    Vote,
+    Label,
     named_votes,
 )
 from keel.feedback.crowd_bt import Comparison, crowd_bt
@@ -155,7 +155,7 @@ PATIENTS = (
 
 def test_dawid_skene_on_the_papers_patients() -> None:
     votes = [
-        Vote(patient, str(observer), said)
+        Label(patient, str(observer), said)
         for patient, row in enumerate(PATIENTS.split("|"), start=1)
         for observer, given in enumerate(row.split(), start=1)
         for said in given
@@ -172,7 +172,7 @@ def test_dawid_skene_on_the_papers_patients() -> None:
 
 def test_dawid_skene_is_crowd_kits() -> None:
     oracle = ORACLE["dawid_skene"]
-    fit = dawid_skene([Vote(*vote) for vote in oracle["votes"]])
+    fit = dawid_skene([Label(*vote) for vote in oracle["votes"]])
     assert fit.classes == ("a", "b", "c")
     assert np.stack([fit.posterior[item] for item in sorted(fit.posterior)]) == pytest.approx(
         np.array(oracle["posterior"]), abs=1e-4
@@ -182,14 +182,14 @@ def test_dawid_skene_is_crowd_kits() -> None:
         assert fit.errors[annotator] == pytest.approx(np.array(errors), abs=1e-4)
 
 
-def coin_votes(rng: random.Random, right: Sequence[float], items: int, judges: int, ties: float = 0.0) -> list[Vote]:
+def coin_votes(rng: random.Random, right: Sequence[float], items: int, judges: int, ties: float = 0.0) -> list[Label]:
     """Annotator k says the truth with probability right[k], and nothing at all with probability ``ties``."""
     votes = []
     for item in range(items):
         truth = rng.choice([FIRST, SECOND])
         for k in rng.sample(range(len(right)), judges):
             said = truth if rng.random() < right[k] else MIRROR[truth]
-            votes.append(Vote(item, f"a{k:02d}", TIE if rng.random() < ties else said))
+            votes.append(Label(item, f"a{k:02d}", TIE if rng.random() < ties else said))
     return votes
 
 
@@ -223,7 +223,7 @@ def test_gold_items_tell_annotators_apart_where_nothing_else_does() -> None:
 
 
 def test_who_shared_no_item_stands_where_all_do() -> None:
-    votes = [*coin_votes(random.Random(2), [0.9] * 6, 100, 2), Vote("alone", "new", FIRST)]
+    votes = [*coin_votes(random.Random(2), [0.9] * 6, 100, 2), Label("alone", "new", FIRST)]
     found = reliabilities(votes, bootstrap=20)
     assert found["new"].items == 0
     assert found["new"].interval is None

@@ -25,13 +25,13 @@ from keel.check import preflight
 from keel.cli import main
 from keel.cli.chat import stream_ids, stream_text
 from keel.cli.commands import COMMANDS
-from keel.cli.finished import find_model
+from keel.cli.finished import Answering, answering, find_model
 from keel.cli.live import Progress, closing
 from keel.cli.process import MALLOC, restart_with_malloc_settings
 from keel.data.chat import Chat, install_template
 from keel.pipeline.run import run_pipeline
 from keel.recipe.recipe import Recipe
-from keel.recipe.sections import Source
+from keel.recipe.sections import SamplingConfig, Source
 from keel.run import RunDir, Silent
 from keel.stages.registry import RUNNERS
 from keel.types import Message, UserError
@@ -426,7 +426,11 @@ def test_chat_streams_what_generate_would_say(folder: Path) -> None:
             torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=list(chat.stop_ids)
         )
     reply = [t for t in expected[0, len(ids) :].tolist() if t not in chat.stop_ids]
-    assert list(stream_ids(model, ids, chat.stop_ids, 0.0, 12)) == reply
+    assert list(stream_ids(model, ids, chat.stop_ids, SamplingConfig(temperature=0.0, max_new_tokens=12))) == reply
+    # each of these leaves the likeliest token alone
+    for only in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999999}):
+        narrow = SamplingConfig(temperature=1.0, max_new_tokens=12, **only)
+        assert list(stream_ids(model, ids, chat.stop_ids, narrow)) == reply
     assert "".join(stream_text(chat, iter(reply))) == chat.decode(reply)
 
 
@@ -460,6 +464,43 @@ def test_chat_talks_to_the_last_model_with_a_keel(tmp_path: Path) -> None:
     assert find_model(str(tmp_path), "ppo_no_kl") == ("ppo_no_kl", Source(str(tmp_path / "ppo_no_kl")))
     with pytest.raises(UserError, match="no finished stage 'dpo' to talk to; there are base, sft, ppo, ppo_no_kl"):
         find_model(str(tmp_path), "dpo")
+
+
+def test_a_model_answers_as_its_recipe_says(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the recipe's device, by the sampling of the evaluation that compares it; else by its own stage's."""
+    reward = {"source": {"kind": "python", "ref": "r.py:f"}}
+    compared = {"top_p": 0.9, "min_p": 0.05, "stop": ["."], "max_new_tokens": 20}
+    stages = [
+        {"kind": "sft", "name": "sft"},
+        {"kind": "ppo", "name": "ppo", "rewards": [reward], "sampling": {"stop": ["!"]}},
+        {"kind": "ppo", "name": "other", "rewards": [reward], "sampling": {"stop": ["?"]}},
+        {"kind": "eval", "name": "eval", "models": ["sft", "ppo"], "judge": reward["source"], "sampling": compared},
+    ]
+    recipe = {"model": {"path": str(folder / "model")}, "device": "cuda:99", "stages": stages}
+    RunDir(tmp_path).manifest.update({"recipe": Recipe.model_validate(recipe).model_dump(mode="json")})
+    assert answering(str(tmp_path), "ppo") == Answering("cuda:99", SamplingConfig(**compared))
+    assert answering(str(tmp_path), "other").sampling.stop == ["?"]
+    assert answering(str(tmp_path), "base") == Answering("cuda:99", SamplingConfig())  # nothing samples from it
+    assert answering(str(folder / "model"), "base") == Answering()
+    assert main(["chat", str(tmp_path), "--stage", "base"]) == 2
+    assert "cuda:99 does not exist" in capsys.readouterr().err
+
+
+def test_chat_ends_at_the_recipes_stop_token(folder: Path) -> None:
+    from keel.cli.chat import Talker
+
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=12)
+    asked = [Message("user", "what is a good ship")]
+    said = "".join(Talker(Source(str(folder / "model")), greedy, "cpu").reply(asked))
+    chat = Chat(tiny_tokenizer())
+    ids = chat.tokenizer(said, add_special_tokens=False)["input_ids"]
+    stop = chat.decode([ids[3]])
+    short = "".join(
+        Talker(Source(str(folder / "model")), greedy.model_copy(update={"stop": [stop]}), "cpu").reply(asked)
+    )
+    assert said.startswith(short)
+    assert stop not in short
+    assert len(short) < len(said)
 
 
 def test_chat_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,9 @@ from keel.check.data import data_findings
 from keel.cli import main
 from keel.data.chat import Chat
 from keel.data.sources import read_labelled
-from keel.feedback.simulated import SimulatedAnnotator
+from keel.feedback.simulated import SimulatedAnnotator, Task
 from keel.feedback.stored import training_thumbs
-from keel.feedback.thumbs import annotate_thumbs, bars
+from keel.feedback.thumbs import ThumbChoice, annotate_thumbs, bars
 from keel.recipe.recipe import Recipe
 from keel.run import RunDir, Silent
 from keel.stages import inputs
@@ -276,7 +276,9 @@ def test_a_population_gives_thumbs_through_the_queue_and_the_same_again(tmp_path
         with Store(tmp_path / file) as store:
             fill(store, 6, replies=2)
             for _ in range(2):  # done again, it is the same
-                summary, truth = annotate_thumbs(store, annotators, "feedface", "batch", 10, 0.5, 0.2, "1", 7, Silent())
+                summary, truth = annotate_thumbs(
+                    store, annotators, Task("feedface", "batch", "1", 7), ThumbChoice(10, 0.5, 0.2), Silent()
+                )
             kept = training_thumbs(tmp_path / f"{file} stage", f"sqlite:///{tmp_path / file}", ["batch"], {"simulated"})
             assert set(truth) == {one.id for one in kept["simulated"]}
             assert all(0 <= p <= 1 for p in truth.values())
@@ -332,7 +334,7 @@ def test_a_stage_reads_files_people_annotators_and_pairs(recipe: dict[str, Any],
         fill(store, 2, replies=2)
         prepare(store)
         simulated = [SimulatedAnnotator("sim", long_ones)]
-        annotate_thumbs(store, simulated, "feedface", "batch", None, 0.5, 0.0, "1", 0, Silent())
+        annotate_thumbs(store, simulated, Task("feedface", "batch", "1", 0), ThumbChoice(None, 0.5, 0.0), Silent())
         Manage(store).ask_for("thumb", 1, 1, "admin")
         labelling, ann = Labelling(store), person(store, "ann")
         while (screen := labelling.next(ann, "thumb")) is not None:

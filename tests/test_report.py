@@ -14,9 +14,10 @@ import pytest
 from fake_run import write_fake_run
 
 from keel.report import build_report
+from keel.report.charts import Palette, learning_curves
 from keel.report.kinds import title
 from keel.report.plots import Point, Series, axis, line_chart, thinned, ticks
-from keel.report.reading import read_run
+from keel.report.reading import RunFiles, StageFiles, read_run
 from keel.report.sections import pipeline
 from keel.report.table import table
 from keel.report.wording import duration, one_place, percent, plain, two_places
@@ -227,6 +228,28 @@ def test_pretraining_text_is_no_part_of_the_loss_that_is_shown(copy: Path) -> No
     mixed = [{**row, "loss": row["loss"] + 0.5 * 3.0, "loss/ptx_avg": 3.0} for row in rows]
     log.write_text("".join(json.dumps(row) + "\n" for row in mixed))
     assert [row["loss"] for row in read_run(copy).stages[0].rows] == pytest.approx(own)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "dashed"),
+    [
+        ("ppo", {"kl": {"coef": 0.0}}, True),
+        ("ppo", {"kl": {"coef": 0.05}}, False),
+        ("grpo", {"beta": 0.0, "kl": {"place": "loss"}}, True),
+        ("grpo", {"beta": 0.04, "kl": {"place": "loss"}}, False),
+        ("sft", {}, False),
+    ],
+)
+def test_a_run_without_a_penalty_is_dashed_whatever_its_algorithm(
+    kind: str, settings: dict[str, Any], dashed: bool
+) -> None:
+    stage = StageFiles(
+        "one", kind, settings, {}, {}, tuple({"step": i, "loss": 1, "objective/kl": i} for i in range(2))
+    )
+    run = RunFiles("r", {}, {}, (stage,))
+    drawn = "".join(learning_curves(run, Palette.of(run)))
+    assert drawn
+    assert ('class="line dashed' in drawn) == dashed
 
 
 def test_run_at_work(copy: Path) -> None:

@@ -23,7 +23,7 @@ from keel.data.sources import read_preferences
 from keel.eval.calibration import brier, temperature
 from keel.eval.reward_quality import rank_correlation, reward_quality
 from keel.feedback.aggregate import aggregate, likelier_first
-from keel.feedback.agreement import FIRST, SECOND, TIE, Vote
+from keel.feedback.agreement import FIRST, SECOND, TIE, Label
 from keel.feedback.dawid_skene import posteriors
 from keel.objective.preference import bradley_terry
 from keel.recipe.declared import How
@@ -42,13 +42,13 @@ def test_the_posterior_by_bayes_rule() -> None:
     votes, known = [], {}
     for n in range(2000):
         known[n] = FIRST
-        votes += [Vote(n, "a", FIRST if n % 10 else SECOND), Vote(n, "b", FIRST if n % 10 < 7 else SECOND)]
-    votes += [Vote("a", "a", SECOND), Vote("b", "b", FIRST)]
+        votes += [Label(n, "a", FIRST if n % 10 else SECOND), Label(n, "b", FIRST if n % 10 < 7 else SECOND)]
+    votes += [Label("a", "a", SECOND), Label("b", "b", FIRST)]
     votes += [
-        Vote("agree", "a", FIRST),
-        Vote("agree", "b", FIRST),
-        Vote("differ", "a", FIRST),
-        Vote("differ", "b", SECOND),
+        Label("agree", "a", FIRST),
+        Label("agree", "b", FIRST),
+        Label("differ", "a", FIRST),
+        Label("differ", "b", SECOND),
     ]
     found = posteriors(votes, known, shrink=0.0)
     by_hand = {
@@ -61,9 +61,9 @@ def test_the_posterior_by_bayes_rule() -> None:
     assert found[0] == {FIRST: 1.0, SECOND: 0.0}
 
 
-def slow_em(votes: Sequence[Vote], classes: Sequence[str], shrink: float) -> dict[object, dict[str, float]]:
+def slow_em(votes: Sequence[Label], classes: Sequence[str], shrink: float) -> dict[object, dict[str, float]]:
     """Dawid & Skene's EM by dictionaries: posteriors of the items with two votes, each seen from both sides."""
-    of_item: dict[object, list[Vote]] = defaultdict(list)
+    of_item: dict[object, list[Label]] = defaultdict(list)
     for one in votes:
         of_item[one.item].append(one)
     names = sorted({one.annotator for one in votes})
@@ -102,7 +102,7 @@ def test_the_posterior_is_that_of_a_slow_em(ties: float) -> None:
         truth = rng.random() < 0.5
         for name in rng.sample(sorted(skill), 2 + n % 2):
             says = truth == (rng.random() < skill[name])
-            votes.append(Vote(n, name, TIE if rng.random() < ties else FIRST if says else SECOND))
+            votes.append(Label(n, name, TIE if rng.random() < ties else FIRST if says else SECOND))
     classes = (FIRST, SECOND, TIE) if ties else (FIRST, SECOND)
     expected = slow_em(votes, classes, shrink=1.0)
     found = posteriors(votes)
@@ -114,13 +114,13 @@ def test_the_posterior_is_that_of_a_slow_em(ties: float) -> None:
 
 def test_a_single_vote_says_nothing_of_who_errs() -> None:
     """What it is worth is what its annotator's word was worth where somebody else judged."""
-    votes = [Vote(n, name, FIRST if right else SECOND) for n, name, right in _three_judges(400)]
-    alone = [Vote(f"alone {n}", "fair", FIRST) for n in range(500)]
-    before, after = posteriors([*votes, alone[0], Vote("new", "who", FIRST)]), posteriors([*votes, *alone])
+    votes = [Label(n, name, FIRST if right else SECOND) for n, name, right in _three_judges(400)]
+    alone = [Label(f"alone {n}", "fair", FIRST) for n in range(500)]
+    before, after = posteriors([*votes, alone[0], Label("new", "who", FIRST)]), posteriors([*votes, *alone])
     assert after["alone 0"][FIRST] == pytest.approx(before["alone 0"][FIRST], abs=1e-9)
     assert 0.58 < after["alone 0"][FIRST] < 0.72
     assert 0.7 < before["new"][FIRST] < 0.9  # one whom nobody knows: as all of them together
-    assert posteriors([Vote(n, "a", FIRST) for n in range(9)]) == {}
+    assert posteriors([Label(n, "a", FIRST) for n in range(9)]) == {}
 
 
 def _three_judges(items: int) -> list[tuple[int, str, bool]]:

@@ -9,31 +9,34 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from keel.cli.finished import find_model, loading
+from keel.cli.finished import answering, find_model, loading
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
 from keel.model.modules import context_length, inner_model
 from keel.precision import autocast, pick_precision
-from keel.recipe.sections import Source
+from keel.recipe.sections import SamplingConfig, Source
+from keel.rollout.collect import stop_token_ids
+from keel.rollout.tokens import filtered_weights
 from keel.run import resolve_device
 from keel.types import Message, UserError
 
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
 
 
-def stream_ids(model: Any, ids: Sequence[int], stop: Sequence[int], temperature: float, limit: int) -> Iterator[int]:
-    """Samples a reply token by token with a KV cache; ends before a stop token or after ``limit`` tokens."""
+def stream_ids(model: Any, ids: Sequence[int], stop: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
+    """Samples a reply token by token with a KV cache; ends before a stop token or after ``max_new_tokens`` tokens."""
     device = next(model.parameters()).device
     step, past = torch.tensor([list(ids)], device=device), None
-    for _ in range(limit):
+    for _ in range(sampling.max_new_tokens):
         with torch.no_grad(), autocast(str(device), "bf16" if is_held(model) else "fp32"):
             output = model(input_ids=step, past_key_values=past, use_cache=True)
-        past, logits_V = output.past_key_values, output.logits[0, -1].float()
-        if temperature == 0:
-            token = int(logits_V.argmax())
+        past, logits_1V = output.past_key_values, output.logits[:1, -1].float()
+        if sampling.temperature == 0:
+            token = int(logits_1V.argmax())
         else:
-            token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1))
+            probs_1V = (logits_1V / sampling.temperature).softmax(-1)
+            token = int(torch.multinomial(filtered_weights(probs_1V, sampling), 1))
         if token in stop:
             return
         yield token
@@ -58,8 +61,8 @@ def stream_text(chat: Chat, ids: Iterator[int]) -> Iterator[str]:
 class Talker:
     """A model that answers conversations, its reply in pieces as it comes."""
 
-    def __init__(self, source: Source, temperature: float, limit: int) -> None:
-        self.device = resolve_device("auto")
+    def __init__(self, source: Source, sampling: SamplingConfig, device: str) -> None:
+        self.device = resolve_device(device)
         with loading():
             products = pick_precision("auto", self.device)
             model, tokenizer = load_policy(source, device=self.device, products=products)
@@ -69,7 +72,8 @@ class Talker:
         self._inner = inner
         self.chat = Chat(tokenizer)
         self._context = context_length(model) or sys.maxsize
-        self._temperature, self._limit = temperature, limit
+        self._sampling = sampling
+        self._stop = stop_token_ids(self.chat, sampling)
 
     def reply(self, messages: Sequence[Message]) -> Iterator[str]:
         """Raises UserError, before the first piece is asked for, when the conversation does not fit."""
@@ -77,15 +81,18 @@ class Talker:
         room = self._context - len(ids)
         if room < 1:
             raise UserError(f"the conversation fills the model's {self._context} tokens; start a new one")
-        limit = min(self._limit, room)
-        return stream_text(self.chat, stream_ids(self._inner, ids, self.chat.stop_ids, self._temperature, limit))
+        limited = self._sampling.model_copy(update={"max_new_tokens": min(self._sampling.max_new_tokens, room)})
+        return stream_text(self.chat, stream_ids(self._inner, ids, self._stop, limited))
 
 
-def talk(run: str, stage: str | None, temperature: float, limit: int) -> int:
-    """Reads lines until the end of the input; returns the exit code."""
+def talk(run: str, stage: str | None, temperature: float, limit: int, device: str | None = None) -> int:
+    """Reads lines until the end of the input; returns the exit code. The rest of how the model answers is the recipe's
+    (`answering`), the device too where none is named."""
     name, source = find_model(run, stage)
     console = Console()
-    talker = Talker(source, temperature, limit)
+    how = answering(run, name)
+    sampling = how.sampling.model_copy(update={"temperature": temperature, "max_new_tokens": limit})
+    talker = Talker(source, sampling, device or how.device)
     chat, device = talker.chat, talker.device
     what = "no chat template: each line is asked by itself" if chat.plain else HELP
     console.print(f"[bold]{name}[/] from {source.path} on {device}. {what}", highlight=False)

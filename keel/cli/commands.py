@@ -187,7 +187,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from keel.cli.chat import talk
 
     set_threads(None)
-    return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens)
+    return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens, arguments.device)
 
 
 def _export(arguments: argparse.Namespace) -> int:

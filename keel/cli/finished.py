@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from keel.cli.process import set_threads
-from keel.recipe.checkpoints import kept_folder, kept_name
+from keel.recipe.checkpoints import kept_folder, kept_name, stage_of
 from keel.recipe.file import Draft, finish
 from keel.recipe.recipe import Recipe, Stage
-from keel.recipe.sections import Source
+from keel.recipe.sections import SamplingConfig, Source
 from keel.run import RunDir
 from keel.types import UserError
 
@@ -74,3 +75,24 @@ def find_model(run: str, stage: str | None) -> tuple[str, Source]:
     if stage not in places:
         raise UserError(f"{run}: no finished stage {stage!r} to talk to; there are {', '.join(places)}")
     return stage, recipe.model.source(places[stage])
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How a recipe has a model answer: on which device, and by which choice of tokens."""
+
+    device: str = "auto"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def answering(run: str, name: str) -> Answering:
+    """How the model ``name`` of a run answers: as in the evaluation that compares it, else as in its own stage, else as
+    in the first that samples from it. What is no run's leaves all choices open."""
+    recipe = recipe_of(Path(run))
+    if recipe is None:
+        return Answering()
+    loading_it = [stage for stage in recipe.stages if name in {use.name for use in stage.loads()}]
+    compared = [stage for stage in loading_it if stage.compares_models]
+    own = [stage for stage in recipe.stages if stage.name == stage_of(name)[0]]
+    found = (sampling for stage in (*compared, *own, *loading_it) if (sampling := stage.samples()) is not None)
+    return Answering(recipe.device, next(found, SamplingConfig()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
-from keel.cli.finished import find_model, loading, recipe_of, trained_models
+from keel.cli.finished import answering, find_model, loading, recipe_of, trained_models
 from keel.cli.retrain import Retraining
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
@@ -99,7 +99,7 @@ def arena_models(run: str | None, named: Sequence[str], key_env: str) -> dict[st
     """What to talk to, by name: those named, else the run's trained models."""
     found: dict[str, Reply] = {}
     if not named and run is not None:
-        return {name: _lazily(source) for name, source in trained_models(run).items()}
+        return {name: _lazily(source, answering(run, name).sampling) for name, source in trained_models(run).items()}
     for one in named:
         model, at, url = one.partition("@")
         if at and "://" in url:
@@ -107,15 +107,16 @@ def arena_models(run: str | None, named: Sequence[str], key_env: str) -> dict[st
             continue
         folder, _, stage = one.rpartition(":") if ":" in one and not Path(one).exists() else (one, "", "")
         name, source = find_model(folder, stage or None)
-        found[one if name == one else f"{folder}:{name}"] = _lazily(source)
+        found[one if name == one else f"{folder}:{name}"] = _lazily(source, answering(folder, name).sampling)
     return found
 
 
-def _lazily(source: Source) -> Reply:
+def _lazily(source: Source, sampling: SamplingConfig) -> Reply:
     """The model of a checkpoint, loaded when it is first talked to, and again when it was trained anew; one
     conversation at a time."""
     lock = threading.Lock()
     loaded: dict[str, Talker] = {}  # by what the folder was made for
+    limited = sampling.model_copy(update={"temperature": TEMPERATURE, "max_new_tokens": LONGEST_REPLY})
 
     def reply(messages: Sequence[Message]) -> Iterator[str]:
         with lock:
@@ -124,7 +125,7 @@ def _lazily(source: Source) -> Reply:
                 from keel.cli.chat import Talker  # torch: this is the moment that it is wanted
 
                 loaded.clear()
-                loaded[made_for] = Talker(source, TEMPERATURE, LONGEST_REPLY)
+                loaded[made_for] = Talker(source, limited, "auto")  # where the app is served may have other devices
             try:
                 pieces = loaded[made_for].reply(messages)
             except UserError:  # its words name what tells the models apart: how long a conversation each can hold

@@ -110,6 +110,7 @@ def _chat(commands: Commands) -> None:
     chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
+    chat.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default: the recipe's)")
     chat.set_defaults(computes=True)
 
 

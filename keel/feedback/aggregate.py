@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
-from keel.feedback.agreement import FIRST, SECOND, TIE, Vote
+from keel.feedback.agreement import FIRST, SECOND, TIE, Label
 from keel.feedback.dawid_skene import posteriors, reliabilities
 from keel.recipe.declared import How
 from keel.store.settled import settle
@@ -51,9 +51,9 @@ def likelier_first(pair: Preference) -> Preference:
     return replace(pair, tie=True) if pair.probability == 0.5 else pair.swapped()
 
 
-def item_votes(pairs: Sequence[Preference]) -> list[Vote]:
+def item_votes(pairs: Sequence[Preference]) -> list[Label]:
     """FIRST for the response that comes first in ``Preference.item``."""
-    return [Vote(pair.item, pair.annotator, _label(pair)) for pair in pairs]
+    return [Label(pair.item, pair.annotator, _label(pair)) for pair in pairs]
 
 
 def _label(pair: Preference) -> str:

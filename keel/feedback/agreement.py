@@ -24,7 +24,7 @@ Votes = Mapping[int, Sequence[str]]  # item -> its votes
 
 
 @dataclass(frozen=True, slots=True)
-class Vote:
+class Label:
     """One annotator's label of one item."""
 
     item: Hashable
@@ -42,11 +42,11 @@ class Agreement:
     items: int
 
 
-def named_votes(judgements: Iterable[Judgement]) -> list[Vote]:
+def named_votes(judgements: Iterable[Judgement]) -> list[Label]:
     """FIRST for the response that was stored first, whatever side it was shown on, SECOND for the other one, or TIE.
     Both bad is a tie: it prefers neither."""
     return [
-        Vote(vote.item_id, vote.annotator, in_store(vote.choice, (vote.left.id, vote.right.id))) for vote in judgements
+        Label(vote.item_id, vote.annotator, in_store(vote.choice, (vote.left.id, vote.right.id))) for vote in judgements
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from keel.feedback.agreement import FIRST, MIRROR, SECOND, TIE, Agreement, Vote
+from keel.feedback.agreement import FIRST, MIRROR, SECOND, TIE, Agreement, Label
 from keel.stats import percentiles
 
 TINY = 1e-300  # stands for a probability of 0 where a logarithm is taken
@@ -52,7 +52,7 @@ class _Coded:
 
 
 def dawid_skene(
-    votes: Sequence[Vote],
+    votes: Sequence[Label],
     known: Mapping[Any, str] | None = None,
     mirror: Mapping[str, str] | None = None,
     shrink: float = 0.0,
@@ -76,7 +76,7 @@ def dawid_skene(
 
 
 def reliabilities(
-    votes: Sequence[Vote],
+    votes: Sequence[Label],
     known: Mapping[Any, str] | None = None,
     shrink: float = 1.0,
     bootstrap: int = 200,
@@ -113,7 +113,7 @@ def reliabilities(
 
 
 def posteriors(
-    votes: Sequence[Vote], known: Mapping[Any, str] | None = None, shrink: float = 1.0
+    votes: Sequence[Label], known: Mapping[Any, str] | None = None, shrink: float = 1.0
 ) -> dict[Hashable, dict[str, float]]:
     """By item, the probability of each class: that FIRST or SECOND is the better response or, where somebody said so,
     that neither is (TIE).
@@ -145,7 +145,7 @@ def posteriors(
     }
 
 
-def _alike_together(votes: Sequence[Vote], answers: Mapping[Any, str]) -> tuple[_Coded, np.ndarray]:
+def _alike_together(votes: Sequence[Label], answers: Mapping[Any, str]) -> tuple[_Coded, np.ndarray]:
     """Comparisons on which the same annotators said the same, or all of it the other way round, as one item, and how
     many there are of each [I]: the model can't tell them apart, and EM costs what the different ones cost."""
     said: dict[Hashable, list[tuple[str, str]]] = {}
@@ -159,14 +159,14 @@ def _alike_together(votes: Sequence[Vote], answers: Mapping[Any, str]) -> tuple[
         answer = answers.get(item)
         key = pattern, MIRROR[answer] if answer is not None and turn else answer
         alike[key] = alike.get(key, 0) + 1
-    different = [Vote(number, name, label) for number, (pattern, _) in enumerate(alike) for name, label in pattern]
+    different = [Label(number, name, label) for number, (pattern, _) in enumerate(alike) for name, label in pattern]
     known = {number: answer for number, (_, answer) in enumerate(alike) if answer is not None}
     coded = _coded(different, known, MIRROR, classes=(FIRST, SECOND))
     return coded, np.array(list(alike.values()), dtype=np.float64)
 
 
 def _coded(
-    votes: Sequence[Vote], known: Mapping[Any, str], mirror: Mapping[str, str], classes: tuple[str, ...] = ()
+    votes: Sequence[Label], known: Mapping[Any, str], mirror: Mapping[str, str], classes: tuple[str, ...] = ()
 ) -> _Coded:
     assert votes, "a fit needs votes"
     items = list(dict.fromkeys(vote.item for vote in votes))

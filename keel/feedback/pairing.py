@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from keel.feedback.simulated import SimulatedAnnotator, label, true_probability
+from keel.feedback.simulated import SimulatedAnnotator, Task, label, true_probability
 from keel.feedback.uncertainty import best_first
 from keel.stats import expected_agreement, noise_ceiling
 from keel.store import Response, Store
@@ -27,6 +27,14 @@ class PairChoice:
     count: int | None = None
     gains: Gains | None = None
     asked: frozenset[frozenset[int]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A share of the pairs, drawn at random, is judged ``times`` times, to measure agreement; the others once."""
+
+    share: float = 0.0
+    times: int = 2
 
 
 def make_comparisons(
@@ -73,29 +81,24 @@ def _best(groups: Sequence[Sequence[_Pair]], choice: PairChoice, gains: Gains) -
 def annotate_responses(
     store: Store,
     annotators: Sequence[SimulatedAnnotator],
-    made_by: str,
-    batch: str,
+    task: Task,
     choice: PairChoice,
-    overlap: float,
-    guideline: str,
-    seed: int,
+    overlap: Overlap,
     reporter: Reporter,
-    times: int = 2,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Judges pairs of the responses with the fingerprint ``made_by``, in the queue ``batch``; a share ``overlap`` of
-    them ``times`` times.
+    """Judges pairs of the task's responses in its queue.
 
     Returns (summary, {vote's id: probability that the population prefers its chosen response}); the second is what
     only a simulation knows, and is the reward model's noise ceiling. Stopped and done again, it gives the same.
     """
-    responses = [response for response in store.responses() if response.fingerprint == made_by]
-    once, twice = make_comparisons(responses, choice, overlap, seed)
+    responses = [response for response in store.responses() if response.fingerprint == task.made_by]
+    once, twice = make_comparisons(responses, choice, overlap.share, task.seed)
     with store.session() as session:
-        session.add_comparisons(once, overlap=1, batch=batch)
-        session.add_comparisons(twice, overlap=times, batch=batch)
-    summary = label(store, annotators, seed, guideline, reporter, batch)
+        session.add_comparisons(once, overlap=1, batch=task.batch)
+        session.add_comparisons(twice, overlap=overlap.times, batch=task.batch)
+    summary = label(store, annotators, task.seed, task.guideline, reporter, task.batch)
     truth: dict[str, float] = {}
-    for vote in store.preferences(batch):
+    for vote in store.preferences(task.batch):
         if not vote.tie:
             truth[vote.id] = true_probability(annotators, vote.prompt, vote.chosen, vote.rejected)
     known = list(truth.values())

@@ -125,6 +125,17 @@ def true_probability(annotators: Sequence[SimulatedAnnotator], prompt: Prompt, a
     return sum(decided) / len(decided) if decided else 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is judged: the responses with the fingerprint ``made_by``, in the queue ``batch``, by a version of the
+    guideline. ``seed`` decides all that is drawn."""
+
+    made_by: str
+    batch: str
+    guideline: str
+    seed: int
+
+
 def label(
     store: Store,
     annotators: Sequence[SimulatedAnnotator],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from keel.feedback.simulated import SimulatedAnnotator, mean, work_off
+from keel.feedback.simulated import SimulatedAnnotator, Task, mean, work_off
 from keel.store import Assignment, Response, Store, thumbs, work
 from keel.store.records import NewThumb
 from keel.types import Prompt, Reporter, UserError
@@ -25,46 +26,50 @@ def bars(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class ThumbChoice:
+    """Which responses are asked: up to ``count`` of them (None: all), drawn at random, a share ``overlap`` twice.
+    ``liked``: the share of all responses that lies above an annotator's bar."""
+
+    count: int | None
+    liked: float
+    overlap: float
+
+
 def annotate_thumbs(
     store: Store,
     annotators: Sequence[SimulatedAnnotator],
-    made_by: str,
-    batch: str,
-    replies: int | None,
-    liked: float,
-    overlap: float,
-    guideline: str,
-    seed: int,
+    task: Task,
+    choice: ThumbChoice,
     reporter: Reporter,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Thumbs on the responses with the fingerprint ``made_by``, up to ``replies`` of them (drawn at random), in the
-    queue ``batch``; a share ``overlap`` is judged twice.
+    """Thumbs on the task's responses, in its queue.
 
     Returns (summary, {thumb's id: probability that the population gives the response a thumb up}). Stopped and done
     again, it gives the same.
     """
     prompts = {prompt.id: prompt for prompt in store.prompts()}
-    made = [response for response in store.responses() if response.fingerprint == made_by]
-    rng = random.Random(f"thumbs {seed}")
-    if replies is not None and replies < len(made):
-        made = rng.sample(made, replies)
+    made = [response for response in store.responses() if response.fingerprint == task.made_by]
+    rng = random.Random(f"thumbs {task.seed}")
+    if choice.count is not None and choice.count < len(made):
+        made = rng.sample(made, choice.count)
     if not made:
         raise UserError("there is no response to judge; have the sample stage keep some")
-    bar = bars(annotators, [(prompts[response.prompt_id], response.text) for response in made], liked)
-    twice = set(rng.sample(range(len(made)), round(overlap * len(made))))
+    bar = bars(annotators, [(prompts[response.prompt_id], response.text) for response in made], choice.liked)
+    twice = set(rng.sample(range(len(made)), round(choice.overlap * len(made))))
     with store.transaction(writes=True) as connection:
         for people in (1, 2):
             ids = [response.id for i, response in enumerate(made) if (i in twice) == (people == 2)]
-            work.add_thumbs(connection, ids, people, batch, store.now)
+            work.add_thumbs(connection, ids, people, task.batch, store.now)
 
     def give(session: Store, annotator: SimulatedAnnotator, assignment: Assignment, token: str) -> None:
-        up, seconds = annotator.thumb_at(seed, assignment.prompt, assignment.shown[0], bar[annotator.name])
-        given = NewThumb(up, token=token, seconds=seconds, guideline=guideline)
+        up, seconds = annotator.thumb_at(task.seed, assignment.prompt, assignment.shown[0], bar[annotator.name])
+        given = NewThumb(up, token=token, seconds=seconds, guideline=task.guideline)
         with session.transaction(writes=True) as connection:
             work.thumb(connection, assignment.id, given, annotator_id=None, now=session.now)
 
-    work_off(store, annotators, "thumb", give, seed, guideline, reporter, batch)
-    return _summary(store, annotators, batch, made, bar, prompts)
+    work_off(store, annotators, "thumb", give, task.seed, task.guideline, reporter, task.batch)
+    return _summary(store, annotators, task.batch, made, bar, prompts)
 
 
 def _summary(

@@ -233,13 +233,13 @@ def hidden_states(
 def _hidden_states(model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None, rows_VH: Tensor | None) -> Tensor:
     parts = by_reach(model, batch)
     if parts is None and road(model) == "packed":
-        return _packed(model, batch, wanted_W, rows_VH)
-    way = _HIDDEN_STATES.get(road(model), _packed)
+        return _packed_hidden_states(model, batch, wanted_W, rows_VH)
+    way = _HIDDEN_STATES.get(road(model), _packed_hidden_states)
     hidden = way(model, batch) if parts is None else parts.joined(way)
     return hidden if wanted_W is None else hidden.index_select(0, wanted_W)
 
 
-def _packed(
+def _packed_hidden_states(
     model: nn.Module, batch: PackedBatch, wanted_W: Tensor | None = None, rows_VH: Tensor | None = None
 ) -> Tensor:
     tokens, device = batch.num_tokens, batch.ids_T.device

@@ -77,7 +77,7 @@ class Parts:
             _forget_reach(self.model)
             rows = [self.rows[i] for i in group]
             lengths = [len(row.ids_L) for row in rows]
-            states = way(self.model, _packed([row.ids_L for row in rows])).split(lengths)
+            states = way(self.model, _batch_of([row.ids_L for row in rows])).split(lengths)
             found |= {i: own[row.shared :] for i, own, row in zip(group, states, rows, strict=True)}
         return torch.cat([found[i] for i in range(len(self.rows))])
 
@@ -129,7 +129,7 @@ def _forget_reach(model: nn.Module) -> None:
                     setattr(module, name.replace("original_", ""), value.clone())
 
 
-def _packed(rows: list[Tensor]) -> PackedBatch:
+def _batch_of(rows: list[Tensor]) -> PackedBatch:
     lengths_B = torch.tensor([len(row) for row in rows], device=rows[0].device)
     cu_seqlens = torch.cat([lengths_B.new_zeros(1), lengths_B.cumsum(0)])
     ids_T = torch.cat(rows)

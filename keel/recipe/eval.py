@@ -11,7 +11,7 @@ from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, prompt_pool, terms
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
-from keel.recipe.stage import StageBase
+from keel.recipe.stage import StageBase, Surroundings
 
 
 class FrontierConfig(Strict):
@@ -71,7 +71,7 @@ def _along(stage: StageBase, names: Collection[str]) -> list[str]:
 class EvalStage(StageBase):
     help: ClassVar[str] = "compare models on held-out prompts"
     compares_models: ClassVar[bool] = True
-    later: ClassVar[frozenset[str]] = frozenset({"frontier"})
+    later: ClassVar[frozenset[str]] = frozenset({"frontier", "revisions"})
 
     kind: Literal["eval"] = "eval"
     models: list[str] = Field(min_length=1)
@@ -86,6 +86,9 @@ class EvalStage(StageBase):
     bootstrap: int = Field(2000, ge=100)
     show: int = Field(10, ge=0, description="prompts shown side by side in the report")
     frontier: FrontierConfig | None = Field(None, description="policies compared at equal KL; default: none")
+    revisions: str | None = Field(
+        None, description="a critique stage: what the judge finds in its replies is counted by revision; default: none"
+    )
 
     @property
     def against(self) -> str:
@@ -107,6 +110,8 @@ class EvalStage(StageBase):
             for place, name in self.frontier.named():
                 yield Reference(f"frontier.{place}", name, ("policy",))
             yield Reference("frontier.against", self.against, ("policy",))
+        if self.revisions is not None:
+            yield Reference("revisions", self.revisions, ("pairs",))
         if self.reward is not None:
             yield Reference("reward", self.reward, ("reward model",))
         yield from super().references()
@@ -133,6 +138,22 @@ class EvalStage(StageBase):
 
     def samples(self) -> SamplingConfig:
         return self.sampling
+
+    def check_in(self, recipe: Surroundings) -> None:
+        super().check_in(recipe)
+        made = [stage.name for stage in recipe.stages if "pairs" in stage.makes]
+        if self.revisions is not None and self.revisions not in made:
+            there = f"name one of {', '.join(made)}" if made else "add one, or leave revisions out"
+            raise ValueError(f"{self.name}.revisions: {self.revisions!r} is no critique stage; {there}")
+
+    @model_validator(mode="after")
+    def _counts_what_a_judge_finds(self) -> EvalStage:
+        if self.revisions is not None and not isinstance(self.judge, PythonRef):
+            raise ValueError(
+                "revisions counts the judge's flags, which a Python judge alone gives; set judge: {kind: python, "
+                "ref: ...} or leave revisions out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_proxy(self) -> EvalStage:

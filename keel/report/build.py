@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from keel.report.charts import Palette, guardrail_plots, learning_curves, reward_plots, scores_by_kind, win_rates
+from keel.report.constitution import constitution
 from keel.report.frontier import frontier
 from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles, StageFiles, read_run
@@ -51,6 +52,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         curves=learning_curves(run, palette),
         rounds=round_rows(run),
         guardrail=guardrail_plots(run, palette),
+        constitution=constitution(run, palette),
         frontier=frontier(run, palette),
         statements=run.summary.get("guardrail", {}).get("statements", []),
         equal_kl=_equal_kl(run),

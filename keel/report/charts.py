@@ -76,8 +76,11 @@ def _panel(panel: Panel, heading: str, stages: Sequence[StageFiles], palette: Pa
 
 
 def _free(stage: StageFiles) -> bool:
-    """A PPO run without a KL penalty is dashed everywhere."""
-    return number(stage.config.get("kl", {}).get("coef")) == 0
+    """A run without a KL penalty is dashed everywhere."""
+    found: Any = stage.config
+    for part in kind_of(stage.kind).kl_weight.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return number(found) == 0
 
 
 def _points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[Point, ...]:

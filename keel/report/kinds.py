@@ -43,16 +43,19 @@ class Shown:
 @dataclass(frozen=True, slots=True)
 class Kind:
     """``heading``: of its plots, and its name where that is an acronym. ``what``: the words on its card; ``chooses``:
-    those when it chooses by rewards. ``watched``: alarms are raised on its learning curves. ``judged``: how good a
-    judge it is has a section. ``shown``: it has a card."""
+    those when it chooses by rewards. ``kl_weight``: the setting that weighs the KL from the reference. ``watched``:
+    alarms are raised on its learning curves. ``judged``: how good a judge it is has a section. ``revises``: so has what
+    became of its replies. ``shown``: it has a card."""
 
     heading: str = ""
     what: str = ""
     facts: tuple[Shown, ...] = ()
     panels: tuple[Panel, ...] = ()
     chooses: str = ""
+    kl_weight: str = ""
     watched: bool = False
     judged: bool = False
+    revises: bool = False
     shown: bool = True
 
 
@@ -82,6 +85,7 @@ KINDS: Mapping[str, Kind] = {
     "critique": Kind(
         what="replies revised by principles",
         facts=(Shown("prompts", "prompts"), Shown("revisions", "revised")),
+        revises=True,
     ),
     "annotate": Kind(
         what="judgements on pairs",
@@ -139,6 +143,7 @@ KINDS: Mapping[str, Kind] = {
         "learns from the score",
         _ONLINE_FACTS,
         (*_ONLINE, Panel("value loss", "squared error", (Line("", ("loss/value_avg",)),), (0.0,))),
+        kl_weight="kl.coef",
         watched=True,
     ),
     "grpo": Kind(
@@ -151,6 +156,7 @@ KINDS: Mapping[str, Kind] = {
                 "groups without a signal", "share of prompts", (Line("", ("frac_reward_zero_std",)),), (0.0,), percent
             ),
         ),
+        kl_weight="beta",
         watched=True,
     ),
     "eval": Kind(what="held-out prompts", facts=(Shown("prompts", "prompts"), Shown("models", "order"))),

@@ -24,8 +24,11 @@ MOST_POINTS = 160  # of a line: about two pixels each
 
 @dataclass(frozen=True, slots=True)
 class Point:
+    """``interval``: (low, high) of y, drawn as an upright bar."""
+
     x: float
     y: float
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +136,17 @@ def line_chart(
     y_format: Format = plain,
     note: str = "",
     guides: Sequence[float] = (),
+    x_ticks: Sequence[float] = (),
 ) -> Markup:
-    """Lines over a common x. ``key`` is unique on the page. ``guides``: where upright lines stand."""
+    """Lines over a common x. ``key`` is unique on the page. ``guides``: where upright lines stand. ``x_ticks``: what
+    the x axis names, where it is not to be round numbers."""
     shown = [replace(s, points=thinned(s.points)) for s in series if s.points]
     assert shown, "a chart needs points"
-    x = axis([p.x for s in shown for p in s.points], x_label, x_include, pad=0.0)
-    y = axis([p.y for s in shown for p in s.points], y_label, y_include, y_format)
+    points = [p for s in shown for p in s.points]
+    x = axis([p.x for p in points], x_label, x_include, pad=0.0)
+    if x_ticks:
+        x = replace(x, ticks=tuple(x_ticks))
+    y = axis([v for p in points for v in (p.y, *(p.interval or ()))], y_label, y_include, y_format)
     upright = "".join(
         f'<line class="guide" x1="{_px(x, at):.1f}" y1="{TOP}" x2="{_px(x, at):.1f}" y2="{HEIGHT - BOTTOM}"/>'
         for at in guides
@@ -236,10 +244,16 @@ def _series_svg(series: Series, x: Axis, y: Axis) -> str:
     if series.line and len(places) > 1:
         joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         line = f'<polyline class="{_line_class(series)}" points="{joined}"/>'
+    bars = "".join(
+        f'<line class="interval thin" x1="{_px(x, p.x):.1f}" x2="{_px(x, p.x):.1f}" y1="{_py(y, p.interval[0]):.1f}" '
+        f'y2="{_py(y, p.interval[1]):.1f}"/>'
+        for p in series.points
+        if p.interval is not None
+    )
     marks = ""
     if series.marks or len(places) == 1:
         marks = "".join(_mark(series.colour, a, b) for a, b in places)
-    return f'<g class="s{series.colour}">{line}{marks}</g>'
+    return f'<g class="s{series.colour}">{bars}{line}{marks}</g>'
 
 
 def _mark(colour: int, x: float, y: float) -> str:

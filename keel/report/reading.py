@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from keel.report.kinds import kind_of
 from keel.run import RunDir, read_json
 from keel.types import UserError
 
+REVISED = 3  # of a critique stage's prompts that are shown whole
+
 
 @dataclass(frozen=True, slots=True)
 class StageFiles:
-    """One stage. ``config`` is its part of the recipe, ``entry`` its part of the manifest, ``rows`` its metrics."""
+    """One stage. ``config`` is its part of the recipe, ``entry`` its part of the manifest, ``rows`` its metrics;
+    ``revised``: the first of a critique stage's records that were kept."""
 
     name: str
     kind: str
@@ -23,6 +27,7 @@ class StageFiles:
     entry: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: tuple[Mapping[str, Any], ...]
+    revised: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -99,14 +104,20 @@ def _is_stage(folder: Path) -> bool:
 
 def _read_stage(folder: Path, known: _Known) -> StageFiles:
     path = folder / "summary.json"
+    kind = str(known.config.get("kind") or known.entry.get("kind") or "")
     return StageFiles(
         name=folder.name,
-        kind=str(known.config.get("kind") or known.entry.get("kind") or ""),
+        kind=kind,
         config=known.config,
         entry=known.entry,
         summary=read_json(path) if path.is_file() else {},
-        rows=tuple(_own_loss(row, known.config) for row in _read_rows(folder / "metrics.jsonl")),
+        rows=tuple(_own_loss(row, known.config) for row in _rows(folder / "metrics.jsonl")),
+        revised=_revised(folder) if kind_of(kind).revises else (),
     )
+
+
+def _revised(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    return tuple(islice((row for row in _rows(folder / "records.jsonl") if row.get("kept")), REVISED))
 
 
 def _own_loss(row: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,17 +129,18 @@ def _own_loss(row: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str,
     return {**row, "loss": loss - config["ptx"]["coef"] * text}
 
 
-def _read_rows(path: Path) -> Sequence[Mapping[str, Any]]:
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Every whole row. The last line may be torn, when the stage is at work or was killed; nothing is written here."""
     if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not JSON ({error}); run the stage again") from error
-    return rows
+        return
+    torn: tuple[int, json.JSONDecodeError] | None = None
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if torn is not None:
+                raise UserError(f"{path}, line {torn[0]}: not JSON ({torn[1]}); run the stage again") from torn[1]
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                torn = number, error
+                continue
+            yield row

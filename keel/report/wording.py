@@ -8,6 +8,7 @@ from typing import Any
 
 ACRONYMS = {  # besides the kinds of stage that are acronyms
     "kl": "KL", "rm": "RM", "ipo": "IPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "slic": "SLiC", "exo": "EXO",
+    "ai": "AI", "cai": "CAI", "sl": "SL", "rlaif": "RLAIF",
     "nca": "NCA", "bco": "BCO", "cpo": "CPO", "sppo": "SPPO",
 }  # fmt: skip
 

@@ -10,10 +10,10 @@ from keel.feedback.compare import EndpointComparer, ScorerComparer
 from keel.feedback.judging import judge_responses
 from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Comparer
-from keel.feedback.pairing import PairChoice, annotate_responses
+from keel.feedback.pairing import Overlap, PairChoice, annotate_responses
 from keel.feedback.principled import EndpointFeedback, Feedback, ModelFeedback, PrincipledComparer, PythonFeedback
-from keel.feedback.simulated import SimulatedAnnotator
-from keel.feedback.thumbs import annotate_thumbs
+from keel.feedback.simulated import SimulatedAnnotator, Task
+from keel.feedback.thumbs import ThumbChoice, annotate_thumbs
 from keel.feedback.uncertainty import disagreement
 from keel.model.checkpoint import frozen, load_policy
 from keel.precision import pick_precision
@@ -47,14 +47,10 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
             summary, truth = annotate_responses(
                 store,
                 annotators,
-                made_by=made_by,
-                batch=context.fingerprint,
-                choice=choice,
-                overlap=stage.overlap,
-                guideline=stage.guideline,
-                seed=context.recipe.seed,
-                reporter=context.reporter,
-                times=stage.overlap_times,
+                Task(made_by, context.fingerprint, stage.guideline, context.recipe.seed),
+                choice,
+                Overlap(stage.overlap, stage.overlap_times),
+                context.reporter,
             )
         else:
             assert stage.judge is not None, "one of the two judges"
@@ -82,14 +78,9 @@ def _thumbs(
         summary, truth = annotate_thumbs(
             store,
             annotators,
-            made_by=made_by,
-            batch=context.fingerprint,
-            replies=stage.replies,
-            liked=stage.liked,
-            overlap=stage.overlap,
-            guideline=stage.guideline,
-            seed=context.recipe.seed,
-            reporter=context.reporter,
+            Task(made_by, context.fingerprint, stage.guideline, context.recipe.seed),
+            ThumbChoice(stage.replies, stage.liked, stage.overlap),
+            context.reporter,
         )
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary

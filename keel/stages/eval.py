@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from keel.data.chat import Chat
@@ -10,9 +11,11 @@ from keel.data.sources import read_facts, read_texts
 from keel.eval.capability import encode_facts
 from keel.eval.checkpoints import FrontierInputs, measure_frontier
 from keel.eval.models import EvaluationInputs, OfflineRun, OnlineRun, evaluate_models
+from keel.eval.revisions import Chain, flags_by_revision
 from keel.eval.reward_quality import gold_accuracy
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
+from keel.recipe.critique import CritiqueStage
 from keel.recipe.eval import EvalStage
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
 from keel.recipe.offline import OfflineBase
@@ -20,10 +23,12 @@ from keel.recipe.online import OnlineBase
 from keel.recipe.reward import RewardStage
 from keel.rollout.episodes import encode_prompts
 from keel.stages.context import StageContext
+from keel.stages.critique import RECORDS
 from keel.stages.inputs import (
     heldout_prompts,
     preferences,
     reading,
+    training_prompts,
 )
 from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
 from keel.types import Judge, Preference, Scorer
@@ -90,6 +95,8 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
             ),
             context.reporter,
         )
+    if stage.revisions is not None:
+        summary["revisions"] = {stage.revisions: by_revision(stage.revisions, inputs.judge, context)}
     summary["judge"] = _judge_name(stage.judge)
     reward = default_reward(context)
     if reward is not None:
@@ -97,7 +104,7 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     if isinstance(stage.judge, PythonRef):
         summary["reward_models"] = _gold_accuracy(stage, inputs.judge, context, precision)
     context.run.write_summary(summary)
-    return {name: summary[name] for name in (*SUMMARY, "frontier") if name in summary}
+    return {name: summary[name] for name in (*SUMMARY, "frontier", "revisions") if name in summary}
 
 
 def _drawn(stage: EvalStage, context: StageContext) -> dict[str, dict[str, list[str]]]:
@@ -106,6 +113,25 @@ def _drawn(stage: EvalStage, context: StageContext) -> dict[str, dict[str, list[
         return {}
     methods = stage.frontier.runs(context.recipe.stages)
     return {method: {run: [stage.against, *names] for run, names in runs.items()} for method, runs in methods.items()}
+
+
+def by_revision(name: str, judge: Judge, context: StageContext) -> dict[str, Any]:
+    """The judge's flags by revision, over the whole chains of the critique stage ``name``. Its prompts are read again:
+    what a grader needs of a prompt stands in no record."""
+    reads = context.seen_by(name)
+    made = reads.stage
+    assert isinstance(made, CritiqueStage), "the recipe's reader saw to it"
+    prompts = {prompt.id: prompt for prompt in training_prompts(made.prompts, reads)}
+    lines = (context.parent(name).path / RECORDS).read_text(encoding="utf-8").split("\n")
+    records = [record for record in map(json.loads, filter(None, lines)) if record["kept"]]
+    chains = [
+        Chain(
+            prompts[record["prompt_id"]],
+            (record["initial"]["text"], *(revision["revision"] for revision in record["revisions"])),
+        )
+        for record in records
+    ]
+    return dict(flags_by_revision(chains, judge))
 
 
 def _gold_accuracy(stage: EvalStage, judge: Judge, context: StageContext, precision: Precision) -> dict[str, Any]:

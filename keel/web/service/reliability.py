@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from keel.feedback.agreement import TIE, Agreement
-from keel.feedback.agreement import Vote as Label
+from keel.feedback.agreement import TIE, Agreement, Label
 from keel.feedback.crowd_bt import Comparison, crowd_bt
 from keel.feedback.dawid_skene import reliabilities, unreliable
 from keel.store.overview import Vote

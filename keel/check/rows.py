@@ -1,0 +1,96 @@
+"""The rows of one file: few, too long, contradicting one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from keel.check.finding import Finding
+from keel.data.chat import Chat
+from keel.data.collate import messages_hash
+from keel.recipe.recipe import Recipe
+from keel.types import Encoded, LabelledCompletion, Preference, Prompt, place_of
+
+FEW = 100  # records below which a stage can hardly learn
+
+
+def few(records: Sequence[object], place: str) -> Iterator[Finding]:
+    if len(records) < FEW:
+        yield Finding("warning", place, f"only {len(records)} records", f"expect little below {FEW}; add more")
+
+
+def long_rows(
+    rows: Sequence[Encoded], place: str, setting: str, limit: int, over: str, context: int
+) -> Iterator[Finding]:
+    long = sum(len(row.ids) > limit for row in rows)
+    if long and over == "error":
+        sentence = f"{long} of {len(rows)} records are longer than {setting} = {limit} tokens"
+        yield Finding("error", place, sentence, f"raise {setting} or set data.over_length: skip")
+    elif long:
+        level: Literal["error", "warning"] = "error" if long == len(rows) else "warning"
+        yield Finding(level, place, f"{long} of {len(rows)} records are left out ({setting})", f"raise {setting}")
+    kept = [len(row.ids) for row in rows if len(row.ids) <= limit]
+    beyond = sum(length > context for length in kept) if context else 0
+    if beyond:
+        sentence = f"{beyond} of {len(rows)} records are longer than the model's {context} positions"
+        yield Finding("error", place, sentence, f"lower {setting} to {context} and set data.over_length: skip")
+    empty = sum(not row.predicted for row in rows) if setting == "data.max_length" else 0
+    if empty:
+        yield Finding("error", place, f"{empty} records have nothing to learn", "take out the empty replies")
+
+
+def prompt_findings(
+    prompts: Sequence[Prompt], place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
+    """Raises UserError for a prompt that the template refuses."""
+    data = recipe.data
+    ids = chat.encode_prompts([prompt.messages for prompt in prompts], [place_of(prompt) for prompt in prompts])
+    encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
+    yield from long_rows(encoded, place, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
+    yield from _room(recipe, place, max((len(row) for row in ids), default=0), context)
+
+
+def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
+    for stage in recipe.stages:
+        sampling = stage.samples()
+        if context and sampling is not None:
+            room = context - longest
+            if sampling.max_new_tokens > room:
+                sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
+                remedy = f"lower {stage.name}.sampling.max_new_tokens ({sampling.max_new_tokens})"
+                yield Finding("warning", place, sentence, remedy)
+
+
+def reply_findings(
+    rows: Sequence[LabelledCompletion], place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
+    data = recipe.data
+    replies = [(r.prompt.messages, r.completion, r.finished) for r in rows]
+    encoded = chat.encode_replies(replies, [place_of(r) for r in rows])
+    yield from long_rows(encoded, place, "data.max_length", data.max_length, data.over_length, context)
+    said: dict[tuple[str, str], set[bool]] = {}
+    for row in rows:
+        said.setdefault((messages_hash(row.prompt.messages), row.completion), set()).add(row.label)
+    if both := sum(len(labels) > 1 for labels in said.values()):
+        yield Finding("warning", place, f"{both} replies have thumbs up and down", "keep them if people truly disagree")
+    if rows and len({row.label for row in rows}) == 1:
+        way = "up" if rows[0].label else "down"
+        yield Finding("warning", place, f"all {len(rows)} replies have thumbs {way}", "add some that have not")
+
+
+def pair_findings(
+    preferences: Sequence[Preference], place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
+    replies = [
+        (p.prompt.messages, text, finished)
+        for p in preferences
+        for text, finished in ((p.chosen, p.chosen_finished), (p.rejected, p.rejected_finished))
+    ]
+    data = recipe.data
+    encoded = chat.encode_replies(replies, [place_of(p) for p in preferences for _ in range(2)])
+    yield from long_rows(encoded, place, "data.max_length", data.max_length, data.over_length, context)
+    seen = {(messages_hash(p.prompt.messages), p.chosen, p.rejected) for p in preferences if not p.tie}
+    contrary = sum((prompt, worse, better) in seen for prompt, better, worse in seen) // 2
+    if contrary:
+        sentence = f"{contrary} pairs are judged both ways"
+        yield Finding("warning", place, sentence, "keep them if annotators truly disagree; else fix the rows")
