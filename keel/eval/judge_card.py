@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from keel.eval.calibration import both_ways, brier, ece
+from keel.eval.winrate import TIE_WIDTH
 from keel.recipe.judge_card import JudgeCard
 from keel.stats import bootstrap_interval, percentiles, proportion
 
@@ -75,6 +76,11 @@ class JudgedPair:
     def probability(self) -> float:
         """The mean of the orders."""
         return self.p_left_first if self.p_left_second is None else (self.p_left_first + self.p_left_second) / 2
+
+    def led(self, lead: float) -> JudgedPair:
+        """The same with what a gold score says: by how much the left reply is better."""
+        truth = 0.5 if abs(lead) <= TIE_WIDTH else float(lead > 0)
+        return replace(self, truth=truth, lead=lead)
 
     def gap(self, column: str) -> float | None:
         """Left minus right; None where unknown."""
