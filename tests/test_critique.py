@@ -287,5 +287,10 @@ def test_who_writes_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="who writes"):
         settings(writer={"url": "http://x/v1", "model": "m"})
     stage = settings(model=None, writer={"url": "http://x/v1", "model": "m"})
-    assert (stage.needs_model(), stage.samples(), list(stage.loads()), list(stage.references())) == (False, None, [], [])
+    assert (stage.needs_model(), stage.samples(), list(stage.loads()), list(stage.references())) == (
+        False,
+        None,
+        [],
+        [],
+    )
     assert isinstance(HARM, Principle)

@@ -12,6 +12,7 @@ from typing import Any
 
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.eval.judge_card import Card, JudgedPair, judge_card
+from keel.eval.reply_alarms import judge_alarms
 from keel.feedback.model_comparer import TOKENS, LanguageModelComparer
 from keel.feedback.opinion import Comparer
 from keel.feedback.pairing import PairChoice, make_comparisons
@@ -51,7 +52,7 @@ def card_of_annotator(stage: AnnotateStage, context: StageContext, store: Store,
     or pairs of the stage's responses. Returns the card's summary, which also lies in the stage's folder; UserError
     where the judge breaks a bound and the recipe does not force it."""
     bounds = stage.card
-    assert bounds is not None and stage.judge is not None, "a card is a judge's"
+    assert bounds is not None, "the stage asks for a card"
     seed, folder = context.recipe.seed, context.stage_dir.path
     if isinstance(bounds.against, PythonRef):
         made_by = context.parent(stage.responses).summary()["fingerprint"]
@@ -85,7 +86,8 @@ def card_of_annotator(stage: AnnotateStage, context: StageContext, store: Store,
 
 def kept_card(stage: str, card: Card, bounds: JudgeCard, folder: Path) -> dict[str, Any]:
     """The card's summary, written into the folder. UserError for a judge beyond its bounds."""
-    summary = card.summary(bounds)
+    alarms = judge_alarms(stage, card, bounds.max_effect)
+    summary = card.summary(bounds) | {"alarms": [alarm.as_dict() for alarm in alarms]}
     write_json(folder / FILE, summary)
     broken: list[str] = summary["broken"]
     if broken and not bounds.force:
