@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.judged import planted
+from judged import planted
 
 from keel.eval.judge_card import EFFECTS, PRIOR_SD, JudgedPair, broken, fit, judge_card
 from keel.eval.reply_alarms import judge_alarms
 from keel.recipe.judge_card import JudgeCard
-from keel.recipe.recipe import Recipe
-from keel.types import UserError
 
 
 def pair(prompt: str, first: float, second: float | None, truth: float | None, **more: Any) -> JudgedPair:
@@ -132,7 +128,7 @@ def swapped(one: JudgedPair) -> JudgedPair:
 
 def test_copies_within_a_prompt_make_the_interval_wider() -> None:
     """Four copies of each pair under one prompt: as wide as without them, and wider than if they were independent."""
-    once = planted(3, {}, pairs=120, per_prompt=1)
+    once = planted(3, {}, pairs=120, per_prompt=1, sampled=True)
     copies = [one for one in once for _ in range(4)]
     alone = [replace(one, prompt=f"{one.prompt} {n}") for n, one in enumerate(copies)]
     wide, naive, single = (judge_card(some, "gold", resamples=250) for some in (copies, alone, once))
