@@ -27,7 +27,11 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CONSTITUTION = """
 name: small
 principles:
-  - {id: kind, text: Be kind., critique: Is it unkind?, revision: Make it kind., choose: Which is kinder?}
+  - id: kind
+    text: Be kind.
+    critique: Is it unkind?
+    revision: Make it kind.
+    choose: Which is kinder?
 """
 
 
