@@ -44,11 +44,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """``value`` broke ``bound`` at ``step`` of ``stage``."""
+    """``value`` broke ``bound`` at ``step`` of ``stage``; None for what was measured at its end."""
 
     stage: str
     name: str
-    step: int
+    step: int | None
     value: float
     bound: float
     message: str
@@ -67,7 +67,7 @@ class _Point:
 def find_alarms(stage: str, rows: Rows, limits: Limits = Limits()) -> list[Alarm]:
     """Every rule's first alarm over a run's rows, in the order of the steps."""
     found = [alarm for rule in RULES if (alarm := rule(stage, rows, limits)) is not None]
-    return sorted(found, key=lambda alarm: alarm.step)
+    return sorted(found, key=lambda alarm: alarm.step or 0)
 
 
 def _series(rows: Rows, name: str) -> list[_Point]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from keel.data.chat import Chat
 from keel.data.collate import batches_by_tokens
 from keel.data.sources import Fact
-from keel.eval.alarms import find_alarms
+from keel.eval.alarms import Alarm, find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.displacement import displacement_row
 from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
 from keel.eval.overoptimisation import curve, guardrail
+from keel.eval.reply_alarms import reply_alarms
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.measure import completion_logprobs
 from keel.model.modules import context_length
@@ -96,7 +97,11 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
         "baseline": inputs.baseline,
         "samples": side_by_side(evaluations, inputs.show),
         "alarms": [
-            alarm.as_dict() for name, rows in _watched(inputs, evaluations).items() for alarm in find_alarms(name, rows)
+            alarm.as_dict()
+            for alarm in (
+                *(a for name, rows in _watched(inputs, evaluations).items() for a in find_alarms(name, rows)),
+                *_replies_alarms(inputs, evaluations),
+            )
         ],
     }
     pair = _guardrail_pair(inputs)
@@ -104,6 +109,13 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
         kept, free = pair
         summary["guardrail"] = guardrail(kept, inputs.online_runs[kept].rows, free, inputs.online_runs[free].rows)
     return summary
+
+
+def _replies_alarms(inputs: EvaluationInputs, evaluations: Sequence[ModelEvaluation]) -> Iterator[Alarm]:
+    baseline = next(one for one in evaluations if one.name == inputs.baseline)
+    for evaluation in evaluations:
+        if evaluation is not baseline and evaluation.name != "base":  # the model that it all began with is no result
+            yield from reply_alarms(evaluation, baseline, inputs.seed)
 
 
 def _watched(inputs: EvaluationInputs, evaluations: Sequence[ModelEvaluation]) -> dict[str, Sequence[dict[str, Any]]]:

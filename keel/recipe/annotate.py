@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
+from keel.recipe.judge_card import JudgeCard
 from keel.recipe.judges import (
     ComparerRef,
     EndpointRef,
@@ -30,7 +31,7 @@ class AnnotateStage(PrincipledBase):
     uses_model: ClassVar[bool] = False
     stored: ClassVar[Literal["nothing", "copy", "all"]] = "all"
     later: ClassVar[frozenset[str]] = frozenset(
-        {"ask", "liked", "replies", "judge", "judge_temperature", "overlap_times"}
+        {"ask", "liked", "replies", "judge", "judge_temperature", "overlap_times", "card"}
     )
 
     kind: Literal["annotate"] = "annotate"
@@ -69,7 +70,18 @@ class AnnotateStage(PrincipledBase):
     liked: float = Field(
         0.5, gt=0, lt=1, description="ask: thumbs: an annotator's bar lets this share of all responses pass"
     )
+    card: JudgeCard | None = Field(
+        None,
+        description="the judge is measured before it labels: the bounds that it must keep; default: it is not. To set "
+        "force judges nothing again",
+    )
     replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings()
+        if "card" in found:
+            found["card"] = {name: value for name, value in found["card"].items() if name != "force"}
+        return found
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()
@@ -82,6 +94,8 @@ class AnnotateStage(PrincipledBase):
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         if self.annotators is not None:
             yield "annotators", self.annotators
+        if self.card is not None and isinstance(self.card.against, PythonRef):
+            yield "card.against", self.card.against
         if isinstance(self.judge, MixedRef):
             yield from terms("judge.rewards", self.judge.rewards)
         elif isinstance(self.judge, PythonFeedbackRef):
@@ -167,6 +181,8 @@ class AnnotateStage(PrincipledBase):
             self.judge, EndpointRef | LanguageModelRef | PythonFeedbackRef | None
         ):
             raise ValueError("judge_temperature is of a judge that scores replies; leave it out")
+        if self.card is not None and self.judge is None:
+            raise ValueError("card is a judge's, and annotators are simulated; name a judge, or leave card out")
         if self.judge is not None and self.ask == "thumbs":
             raise ValueError("a judge compares pairs, and ask is thumbs; name annotators, or set ask: pairs")
         return self

@@ -28,6 +28,7 @@ from keel.rollout.sampler import make_sampler
 from keel.rollout.writer import SamplerWriter, Writer
 from keel.run import write_json
 from keel.stages.context import StageContext
+from keel.stages.judge_card import card_of_annotator
 from keel.stages.scoring import mixed_scorer, reward_model_scorer
 from keel.store import Response, Store
 from keel.store.records import OWN_QUEUE
@@ -54,9 +55,11 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
             )
         else:
             assert stage.judge is not None, "one of the two judges"
+            comparer = _comparer(stage.judge, stage, context)
+            card = {} if stage.card is None else {"card": card_of_annotator(stage, context, store, comparer)}
             summary = judge_responses(
                 store,
-                _comparer(stage.judge, stage, context),
+                comparer,
                 _name(stage.judge),
                 made_by=made_by,
                 batch=OWN_QUEUE + context.fingerprint,
@@ -67,6 +70,7 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
                 folder=context.stage_dir.path,
                 hard=stage.labels == "hard",
             )
+            summary |= card
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary
 
