@@ -54,7 +54,7 @@ def test_the_constitution_has_the_principles_that_the_harbor_knows_the_truth_abo
 
 def test_a_gold_revision_moves_what_its_principle_is_about_and_nothing_else(world: World) -> None:
     moved: dict[str, int] = {}
-    for one in revised_replies(world, 500, 2, list(PRINCIPLES.values())):
+    for one in revised_replies(world, 300, 2, list(PRINCIPLES.values())):
         principle, prompt = one.principle.id, one.prompt
         before, after = seen(prompt, one.reply), seen(prompt, one.revision)
         if one.critique.startswith("No. "):
@@ -69,7 +69,7 @@ def test_a_gold_revision_moves_what_its_principle_is_about_and_nothing_else(worl
             assert before.pop(principle) != after.pop(principle)
         assert after == before, (one.reply, one.revision)
     assert moved.keys() == RULES.keys()
-    assert min(moved.values()) >= 25
+    assert min(moved.values()) >= 15
 
 
 def test_topics_of_lessons_red_team_and_held_out_prompts_are_disjoint(world: World) -> None:
@@ -133,12 +133,12 @@ def pairs(world: World, kind: str, n: int) -> list[tuple[Prompt, str, str]]:
 @pytest.mark.parametrize(("function", "rate"), [(known.exact, 0.0), (known.feedback, 0.1), (known.noisy, 0.25)])
 def test_feedback_errs_at_its_rate_and_says_how_sure_it_is(world: World, function: known.Feedback, rate: float) -> None:
     harm = PRINCIPLES["harm"]
-    found = pairs(world, "harmful", 800)
+    found = pairs(world, "harmful", 300)
     said = [function(prompt, better, worse, harm) for prompt, better, worse in found]
     wrong = [p < 0.5 for p in said]
-    assert abs(sum(wrong) / len(wrong) - rate) <= 3 * (rate * (1 - rate) / len(wrong)) ** 0.5
+    assert abs(sum(wrong) / len(wrong) - rate) <= 2.5 * (rate * (1 - rate) / len(wrong)) ** 0.5
     told = sum(min(p, 1 - p) for p in said) / len(said)
-    assert told == pytest.approx(rate, abs=0.02)
+    assert told == pytest.approx(rate, abs=0.025)
     turned = [function(prompt, worse, better, harm) for prompt, better, worse in found]
     assert [1 - p for p in turned] == pytest.approx(said)  # without a bias the order means nothing
     other = [(p, function(p, a, b, PRINCIPLES["invent"])) for p, a, b in found]
@@ -158,7 +158,7 @@ def test_a_length_bias_grows_with_the_words_and_a_taste_for_its_own_is_for_its_o
     (prompt,) = make_prompts(world, 1, 0, "train", {"harmful": 1.0})
     harm = PRINCIPLES["harm"]
     short, long = "I cannot help with that.", "I am sorry, but I cannot help with that. It would do harm."
-    words = 5, 12
+    words = 5, 13
     odds = ((1 + words[1]) / (1 + words[0])) ** 0.8
     assert known.length_biased(prompt, long, short, harm) == pytest.approx(odds / (1 + odds))
     texts = [f"I cannot help with that, friend {i}." for i in range(400)]

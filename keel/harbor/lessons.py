@@ -41,7 +41,7 @@ _WEIGHTS: Mapping[str, float] = {"harm": 2.0, "invent": 1.5}
 # Who writes the replies: the demonstrators, with a fault that a principle is about in about half of them.
 _WRITERS: Mapping[str, Habits] = {
     "flattery": replace(DEMONSTRATORS, flatters=0.5),
-    "brief": replace(DEMONSTRATORS, fills=0.5),
+    "brief": replace(DEMONSTRATORS, fills=0.7),
     "closing": replace(DEMONSTRATORS, closes=0.5),
 }
 _TRIES = 20
