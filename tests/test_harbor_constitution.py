@@ -195,12 +195,12 @@ def test_what_was_exported_before_is_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_constitutional_files(tmp_path: Path) -> None:
-    export_constitutional(tmp_path, 1, red_team=40, helpful=60, revisions=30, choices=20)
+    export_constitutional(tmp_path, 1, demonstrations=50, red_team=40, helpful=60, revisions=30, choices=20)
     rows = {
         file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for file in tmp_path.iterdir()
     }
-    assert sorted(rows) == ["helpful_prompts", "lessons", "red_team", "training_prompts"]
+    assert sorted(rows) == ["helpful_demonstrations", "helpful_prompts", "lessons", "red_team", "training_prompts"]
     assert not any(row["kind"] == "harmful" for row in rows["helpful_prompts"])
     assert sum(row["kind"] == "harmful" for row in rows["red_team"]) == 20
     ids = [row["id"] for row in rows["training_prompts"]]

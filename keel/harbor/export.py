@@ -57,14 +57,16 @@ def export_constitutional(
     out_dir: str | Path,
     seed: int = 0,
     *,
-    red_team: int = 600,
-    helpful: int = 1200,
+    demonstrations: int = 3200,
+    red_team: int = 300,
+    helpful: int = 900,
     revisions: int = REVISIONS,
     choices: int = CHOICES,
 ) -> None:
     """Write what `keel demo --constitutional` has beside `export`'s files: ``red_team.jsonl`` (harmful prompts and
     controls), ``helpful_prompts.jsonl`` (training prompts without harmful ones: what people are asked about),
-    ``training_prompts.jsonl`` (both) and ``lessons.jsonl`` (demonstrations of critique, revision and choice by the
+    ``training_prompts.jsonl`` (both), ``helpful_demonstrations.jsonl`` (those of `export`'s ``demonstrations`` that
+    answer no harmful prompt) and ``lessons.jsonl`` (demonstrations of critique, revision and choice by the
     principles of ``keel/constitutions/harbor.yaml``). Sizes are rows. Same seed and sizes: same bytes.
 
     Raises:
@@ -79,6 +81,9 @@ def export_constitutional(
     _write(out / "red_team.jsonl", map(_prompt_row, red))
     _write(out / "helpful_prompts.jsonl", map(_prompt_row, asked))
     _write(out / "training_prompts.jsonl", map(_prompt_row, {prompt.id: prompt for prompt in red + asked}.values()))
+    shown = make_demonstrations(world, demonstrations, seed)
+    harmless = [one for one in shown if not one.id.startswith("demo-harmful-")]
+    _write(out / "helpful_demonstrations.jsonl", map(_demonstration_row, harmless))
     _write(out / "lessons.jsonl", map(_lesson_row, lessons))
 
 
