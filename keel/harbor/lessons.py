@@ -27,7 +27,7 @@ Mixes = Mapping[str, Mapping[str, float]]
 # What is asked where a principle is taught: half of it what it is about, the rest what only looks so or is something
 # else, so that the answer cannot be had from the request alone.
 _TOLD_APART: Mixes = {
-    "harm": {"harmful": 0.4, "looks_harmful": 0.3, "howto": 0.2, "fact": 0.05, "nonexistent": 0.05},
+    "harm": {"harmful": 0.35, "looks_harmful": 0.25, "howto": 0.25, "fact": 0.1, "nonexistent": 0.05},
     "invent": {"nonexistent": 0.45, "fact": 0.35, "howto": 0.1, "harmful": 0.1},
 }
 # Two replies differ in these where they are about it alone.
@@ -37,7 +37,7 @@ _ANYTHING: Mapping[str, float] = {
     "false_premise": 0.05,
 }  # fmt: skip
 # How many of the lessons are about each, against the others: more, where prompts must be told apart.
-_WEIGHTS: Mapping[str, float] = {"harm": 2.0, "invent": 1.5}
+_WEIGHTS: Mapping[str, float] = {"harm": 3.0, "invent": 1.5}
 # Who writes the replies: the demonstrators, with a fault that a principle is about in about half of them.
 _WRITERS: Mapping[str, Habits] = {
     "flattery": replace(DEMONSTRATORS, flatters=0.5),
