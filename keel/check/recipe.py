@@ -6,6 +6,7 @@ each stage: errors stop the run, warnings are noted.
 
 from __future__ import annotations
 
+from keel.check.constitutions import constitution_findings
 from keel.check.finding import Finding, broken, stage_names
 from keel.check.machine import disk, extras, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
@@ -59,6 +60,7 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
         training = stage.training()
         if training is not None:
             found += precision(training, device)
+        found += constitution_findings(stage, recipe)
         found += python_refs(stage)
         found += extras(stage)
         if resolved := stage.resolved():

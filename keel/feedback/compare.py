@@ -75,7 +75,7 @@ class EndpointComparer:
         for prompt, a, b in zip(prompts, left, right, strict=True):
             questions += [self._question(prompt, a, b), self._question(prompt, b, a)]
         self.reporter.start("comparing", len(questions))
-        answers = self.endpoint.ask_many(questions, lambda _, answer: _vote(answer), self.reporter)
+        answers = self.endpoint.ask_many(questions, lambda _, answer: read_letter(answer), self.reporter)
         return [_combined(answers[i], answers[i + 1]) for i in range(0, len(answers), 2)]
 
     def _question(self, prompt: Prompt, a: Completion, b: Completion) -> Question:
@@ -91,7 +91,7 @@ _LETTER = re.compile(r"\W*(?:\w[\w ]*\W*:)?\W*([AB])\W*")
 _LONGEST_LINE = 80  # characters; the pattern is slow on long ones
 
 
-def _vote(answer: Answer) -> tuple[float, str]:
+def read_letter(answer: Answer) -> tuple[float, str]:
     """(P(A), the reason before it). Raises Unreadable for an answer without a letter."""
     lines = answer.spoken.strip().splitlines() or [""]
     found = _LETTER.fullmatch(lines[-1].strip()[:_LONGEST_LINE])

@@ -10,7 +10,7 @@ from typing import Any
 from keel.feedback.opinion import Comparer, Opinion
 from keel.feedback.pairing import PairChoice, make_comparisons
 from keel.feedback.simulated import draw
-from keel.store import NewVote, Response, Store, work
+from keel.store import NewVote, Response, Store, ai_labels, work
 from keel.store.records import Assignment
 from keel.types import Reporter, UserError
 
@@ -29,9 +29,11 @@ def judge_responses(
     seed: int,
     reporter: Reporter,
     folder: Path,
+    hard: bool = False,
 ) -> dict[str, Any]:
     """One vote of the model ``name`` on each pair of the responses with the fingerprint ``made_by``, in the queue
-    ``batch``; each vote has the probability that its choice is right. A pair without an opinion is left out.
+    ``batch``; each vote has the probability that its choice is right (``hard``: the choice alone). A pair without an
+    opinion is left out.
 
     Stopped and done again, it asks for what is missing. Returns ``judgements``, ``pairs``, ``missing``, ``ties`` and
     ``left`` (shares; left of those that are no ties), ``probability`` (the mean of the votes' own: how sure the model
@@ -56,7 +58,7 @@ def judge_responses(
         _keep_orders(folder / ORDERS, tokens, opinions)
         with store.session() as session:
             for assignment, opinion, token in zip(held, opinions, tokens, strict=True):
-                _hand_in(session, assignment, opinion, token, who, guideline)
+                _hand_in(session, assignment, opinion, token, who, guideline, hard)
         reporter.advance(len(held))
     return _summary(store, batch, len(pairs), _flipped(folder / ORDERS))
 
@@ -78,7 +80,7 @@ def _as_shown(assignment: Assignment, pair: tuple[Response, Response]) -> tuple[
 
 
 def _hand_in(
-    session: Store, assignment: Assignment, opinion: Opinion | None, token: str, who: int, guideline: str
+    session: Store, assignment: Assignment, opinion: Opinion | None, token: str, who: int, guideline: str, hard: bool
 ) -> None:
     if opinion is None:
         with session.transaction(writes=True) as connection:
@@ -97,9 +99,12 @@ def _hand_in(
         seconds=opinion.seconds,
         guideline=guideline,
         reason=opinion.reason or None,
-        probability=sure,
+        probability=None if hard else sure,
     )
-    session.submit(assignment.id, vote)
+    judgement = session.submit(assignment.id, vote)
+    if opinion.labels:
+        with session.transaction(writes=True) as connection:
+            ai_labels.add(connection, judgement, opinion.labels, session.now)
 
 
 def _keep_orders(path: Path, tokens: Sequence[str], opinions: Sequence[Opinion | None]) -> None:

@@ -43,25 +43,31 @@ class LanguageModelComparer:
         asked = []
         for prompt, a, b in zip(prompts, left, right, strict=True):
             asked += [self._asked(prompt, a.text, b.text), self._asked(prompt, b.text, a.text)]
-        rows = self.chat.encode_replies(
-            [(messages, letter, False) for messages in asked for letter in LETTERS],
-            [f"the comparison of replies to prompt {p.id!r}" for p in prompts for _ in range(4)],
-        )
-        limit = context_length(self.model) or max((len(row.ids) for row in rows), default=0)
-        fits = [all(len(row.ids) <= limit for row in rows[i : i + 4]) for i in range(0, len(rows), 4)]
-        if fits.count(False) > MISSING_BOUND * len(fits):
-            raise UserError(
-                f"{fits.count(False)} of {len(fits)} comparisons are longer than the judge's {limit} tokens; take a "
-                "model with a longer context, or shorter instructions"
-            )
-        said = self._logprobs([row for i, row in enumerate(rows) if fits[i // 4]])
-        found = iter(zip(said[0::4], said[1::4], said[2::4], said[3::4], strict=True))
-        return [_opinion(*next(found)) if fit else None for fit in fits]
+        said = self.letters(asked, [f"the comparison of replies to prompt {p.id!r}" for p in prompts for _ in range(2)])
+        return [_opinion(said[i], said[i + 1]) for i in range(0, len(said), 2)]
 
     def _asked(self, prompt: Prompt, a: str, b: str) -> tuple[Message, ...]:
         conversation = [{"role": m.role, "content": m.content} for m in prompt.messages]
         material = json.dumps({"conversation": conversation, "A": a, "B": b}, ensure_ascii=False)
         return (Message("user", f"{self._instructions}\n\n{material}"),)
+
+    def letters(self, asked: Sequence[tuple[Message, ...]], places: Sequence[str]) -> list[tuple[float, float] | None]:
+        """Log-probabilities (nats) of the replies A and B to each conversation; None for one that does not fit into the
+        model. UserError when these are more than a fifth."""
+        rows = self.chat.encode_replies(
+            [(messages, letter, False) for messages in asked for letter in LETTERS],
+            [place for place in places for _ in LETTERS],
+        )
+        limit = context_length(self.model) or max((len(row.ids) for row in rows), default=0)
+        fits = [all(len(row.ids) <= limit for row in rows[i : i + 2]) for i in range(0, len(rows), 2)]
+        if fits.count(False) > MISSING_BOUND * len(fits):
+            raise UserError(
+                f"{fits.count(False)} of {len(fits)} comparisons are longer than the judge's {limit} tokens; take a "
+                "model with a longer context, or shorter instructions"
+            )
+        said = self._logprobs([row for i, row in enumerate(rows) if fits[i // 2]])
+        found = iter(zip(said[0::2], said[1::2], strict=True))
+        return [next(found) if fit else None for fit in fits]
 
     def _logprobs(self, rows: Sequence[Encoded]) -> list[float]:
         """Of each row's letter, nats."""
@@ -76,7 +82,9 @@ class LanguageModelComparer:
         return [float(one[0].sum()) for one in found]
 
 
-def _opinion(first_a: float, first_b: float, second_a: float, second_b: float) -> Opinion:
+def _opinion(first: tuple[float, float] | None, second: tuple[float, float] | None) -> Opinion | None:
     """Of log-probabilities of A and B, with the left reply as A, and then as B."""
-    orders = sigmoid(first_a - first_b), sigmoid(second_b - second_a)
+    if first is None or second is None:
+        return None
+    orders = sigmoid(first[0] - first[1]), sigmoid(second[1] - second[0])
     return Opinion.of((orders[0] + orders[1]) / 2, orders)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from keel.store.ai_labels import AiLabel
 from keel.store.sides import OnScreen
 from keel.types import Completion, Prompt
 
@@ -18,6 +19,7 @@ class Opinion:
 
     ``probability`` that the left reply is the better one, where the annotator gives one; ``orders`` the same as it was
     read with the left reply shown first, and with it shown second. ``reason``: the annotator's words, if any.
+    ``labels``: what it said under each principle that it was asked about (`keel.feedback.principled`).
     """
 
     choice: OnScreen
@@ -26,13 +28,19 @@ class Opinion:
     probability: float | None = None
     orders: tuple[float, float] | None = None
     reason: str = ""
+    labels: tuple[AiLabel, ...] = ()
 
     @staticmethod
-    def of(probability: float, orders: tuple[float, float] | None = None, reason: str = "") -> Opinion:
+    def of(
+        probability: float,
+        orders: tuple[float, float] | None = None,
+        reason: str = "",
+        labels: tuple[AiLabel, ...] = (),
+    ) -> Opinion:
         """The likelier reply; a tie at a half."""
         sided: OnScreen = "left" if probability > 0.5 else "right"
         choice: OnScreen = "tie" if math.isclose(probability, 0.5, abs_tol=1e-9) else sided
-        return Opinion(choice, probability=probability, orders=orders, reason=reason)
+        return Opinion(choice, probability=probability, orders=orders, reason=reason, labels=labels)
 
     @property
     def flipped(self) -> bool:

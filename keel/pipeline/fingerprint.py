@@ -11,7 +11,7 @@ import torch
 
 from keel import __version__
 from keel.recipe.checkpoints import stage_of
-from keel.recipe.constitution import read_constitution
+from keel.recipe.constitution import principles_of
 from keel.recipe.declared import PEOPLE, WITH_PEOPLE, StoreRead
 from keel.recipe.graph import store_read
 from keel.recipe.judges import PythonRef
@@ -75,7 +75,7 @@ def stage_fingerprint(
         if stage_of(reference.target)[0] not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     if (use := stage.principles()) is not None:
-        settings["constitution"] = read_constitution(use.constitution).depends_on(use.ids, use.tags)
+        settings["constitution"] = principles_of(use, stage.name)[0].depends_on(use.ids, use.tags)
     scored = [source for _, source in stage.scored_by()]
     settings["code"] = [contents.of_python(source.ref) for source in scored if isinstance(source, PythonRef)]
     learned = votes_of(recipe, stage, votes)

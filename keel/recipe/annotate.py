@@ -8,13 +8,23 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
-from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonRef, RewardModelRef
+from keel.recipe.judges import (
+    ComparerRef,
+    EndpointRef,
+    LanguageModelRef,
+    MixedRef,
+    PythonFeedbackRef,
+    PythonRef,
+    RewardModelRef,
+)
 from keel.recipe.preference_loss import PreferenceLossBase
-from keel.recipe.stage import PreferenceBase, StageBase, Surroundings
+from keel.recipe.principled import PrincipledBase
+from keel.recipe.sections import SamplingConfig
+from keel.recipe.stage import PreferenceBase, Surroundings, start_has_template
 from keel.recipe.thumbs import ThumbsBase
 
 
-class AnnotateStage(StageBase):
+class AnnotateStage(PrincipledBase):
     help: ClassVar[str] = "have simulated annotators or a model judge pairs of responses"
     makes: ClassVar[tuple[Makes, ...]] = ("votes",)
     uses_model: ClassVar[bool] = False
@@ -74,6 +84,8 @@ class AnnotateStage(StageBase):
             yield "annotators", self.annotators
         if isinstance(self.judge, MixedRef):
             yield from terms("judge.rewards", self.judge.rewards)
+        elif isinstance(self.judge, PythonFeedbackRef):
+            yield "judge", PythonRef(ref=self.judge.ref)
         elif self.judge is not None and not isinstance(self.judge, LanguageModelRef):
             yield "judge", self.judge
 
@@ -81,12 +93,17 @@ class AnnotateStage(StageBase):
         if isinstance(self.judge, LanguageModelRef):
             yield ModelUse(self.judge.model)
 
+    def samples(self) -> SamplingConfig | None:
+        return self.thought if isinstance(self.judge, LanguageModelRef) else None
+
     def needs_model(self) -> bool:
         judges = isinstance(self.judge, LanguageModelRef)
         return judges or any(isinstance(one, RewardModelRef) for _, one in self.scored_by())
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
+        if self.constitution is not None and isinstance(self.judge, LanguageModelRef):
+            start_has_template(self, self.judge.model, recipe)
         self._check_readers(recipe)
         alone = {stage.name: stage for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.judged_once}
         for other in recipe.stages:
@@ -146,7 +163,9 @@ class AnnotateStage(StageBase):
     def _who_judges(self) -> AnnotateStage:
         if (self.annotators is None) == (self.judge is None):
             raise ValueError("who judges? name annotators (simulated ones) or a judge, one of the two")
-        if self.judge_temperature is not None and isinstance(self.judge, EndpointRef | LanguageModelRef | None):
+        if self.judge_temperature is not None and isinstance(
+            self.judge, EndpointRef | LanguageModelRef | PythonFeedbackRef | None
+        ):
             raise ValueError("judge_temperature is of a judge that scores replies; leave it out")
         if self.judge is not None and self.ask == "thumbs":
             raise ValueError("a judge compares pairs, and ask is thumbs; name annotators, or set ask: pairs")

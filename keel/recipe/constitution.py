@@ -13,6 +13,7 @@ from random import Random
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 import keel
+from keel.recipe.declared import PrincipleUse
 from keel.recipe.file import first_problem, read_draft
 from keel.recipe.sections import Strict
 from keel.types import UserError
@@ -127,6 +128,17 @@ def constitution_file(named: str) -> Path:
     """The file that a recipe calls ``named``: a path, or one that comes with Keel by its name (``assistant``)."""
     shipped = Path(keel.__file__).parent / "constitutions" / f"{named}.yaml"
     return shipped if shipped.exists() and not Path(named).exists() else Path(named)
+
+
+def principles_of(use: PrincipleUse, stage: str) -> tuple[Constitution, tuple[Principle, ...]]:
+    """The constitution that ``stage`` uses, and those of its principles that it draws from. `UserError` for what is
+    wrong with the file, and for a name that is not in it."""
+    constitution = read_constitution(use.constitution)
+    try:
+        return constitution, constitution.chosen(use.ids, use.tags)
+    except ValueError as error:
+        where = constitution_file(use.constitution)
+        raise UserError(f"stage {stage}: {error} in {where}; correct the stage's list, or the file") from error
 
 
 def read_constitution(named: str) -> Constitution:

@@ -12,8 +12,9 @@ from typing import Literal
 from keel.recipe.judges import EndpointRef, PythonRef, RewardModelRef, RewardTerm
 from keel.recipe.sections import DataConfig
 
-# What other stages may take from a stage. "demonstrations": a file in its folder that SFT can learn from.
-Makes = Literal["policy", "reward model", "responses", "demonstrations", "votes"]
+# What other stages may take from a stage. "demonstrations", "pairs": files in its folder that SFT, and what learns from
+# preferences, can read. "votes" lie in the store.
+Makes = Literal["policy", "reward model", "responses", "demonstrations", "votes", "pairs"]
 
 # What a trained model was shaped by.
 LearnsFrom = Literal["demonstrations", "preferences", "rewards"]
@@ -58,11 +59,13 @@ class StoreRead:
 @dataclass(frozen=True)
 class PrincipleUse:
     """A constitution that a stage draws principles from (``keel.recipe.constitution``), and which of them: those named
-    or tagged, else all. A change to others leaves the stage's result alone."""
+    or tagged, else all. A change to others leaves the stage's result alone. ``draws``: how many it draws a prompt, at
+    most; None where that is not known before."""
 
     constitution: str
     ids: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    draws: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def listed(sources: str | list[str] | None) -> tuple[str, ...]:
 PEOPLE = "people"  # as a source: what people wrote or judged in the store
 
 
-def source_references(field: str, value: str | list[str] | None, makes: Makes) -> Iterator[Reference]:
+def source_references(field: str, value: str | list[str] | None, *makes: Makes) -> Iterator[Reference]:
     """The references of a field that holds nothing, a name, or a list of names."""
     for i, name in enumerate(listed(value)):
         if name != PEOPLE:
-            yield Reference(f"{field}.{i}" if isinstance(value, list) else field, name, (makes,))
+            yield Reference(f"{field}.{i}" if isinstance(value, list) else field, name, makes)

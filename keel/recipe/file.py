@@ -17,7 +17,7 @@ from keel.types import UserError
 
 Path_ = tuple[str | int, ...]
 _TAGGED = ("judge", "source", "annotators")  # unions on `kind`: pydantic puts the kind into an error's place
-_TAGS = ("python", "model", "mixed", "endpoint", "language_model")
+_TAGS = ("python", "model", "mixed", "endpoint", "language_model", "python_feedback")
 
 
 @dataclass

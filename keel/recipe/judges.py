@@ -42,6 +42,14 @@ class LanguageModelRef(Strict):
     instructions: str | None = None
 
 
+class PythonFeedbackRef(Strict):
+    """A Python callable that compares two replies under a principle, ``(prompt, first, second, principle) -> P(first is
+    better)``: ``module:name`` or ``path/to/file.py:name``. It is asked in both orders."""
+
+    kind: Literal["python_feedback"] = "python_feedback"
+    ref: str
+
+
 class RewardTerm(Strict):
     """One source of reward, with its weight in the sum."""
 
@@ -59,5 +67,6 @@ class MixedRef(Strict):
 JudgeRef = Annotated[PythonRef | RewardModelRef | MixedRef | EndpointRef, Field(discriminator="kind")]
 # What can say which of two replies is better: by its score of each, or by comparing them.
 ComparerRef = Annotated[
-    PythonRef | RewardModelRef | MixedRef | EndpointRef | LanguageModelRef, Field(discriminator="kind")
+    PythonRef | RewardModelRef | MixedRef | EndpointRef | LanguageModelRef | PythonFeedbackRef,
+    Field(discriminator="kind"),
 ]

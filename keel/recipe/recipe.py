@@ -23,6 +23,7 @@ from typing import Annotated, get_args
 from pydantic import Field, model_validator
 
 from keel.recipe.annotate import AnnotateStage
+from keel.recipe.critique import CritiqueStage
 from keel.recipe.declared import PEOPLE, Makes
 from keel.recipe.dpo import DpoStage
 from keel.recipe.eval import EvalStage
@@ -36,7 +37,16 @@ from keel.recipe.sft import SftStage
 from keel.recipe.stage import StageBase
 
 Stage = Annotated[
-    SftStage | SampleStage | AnnotateStage | RewardStage | DpoStage | PpoStage | GrpoStage | EvalStage | ReportStage,
+    SftStage
+    | SampleStage
+    | CritiqueStage
+    | AnnotateStage
+    | RewardStage
+    | DpoStage
+    | PpoStage
+    | GrpoStage
+    | EvalStage
+    | ReportStage,
     Field(discriminator="kind"),
 ]
 

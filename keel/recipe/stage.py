@@ -58,6 +58,7 @@ class StageBase(Strict):
     of_what_is_there: ClassVar[bool] = False  # it takes what the earlier stages have made so far, and waits for none
     gives_template: ClassVar[bool] = False  # its model has a chat template, whatever it starts from
     compares_models: ClassVar[bool] = False  # the models that it loads are asked the same
+    converses: ClassVar[bool] = False  # it asks the models that it loads in several turns, so they need a chat template
     weights_on_disk: ClassVar[int] = 0  # float32 copies of the model in its folder while it works, but for those kept
     # Settings that this class got after runs had been made. At their defaults they do what was done before, and a
     # fingerprint leaves them out, so that those runs still stand.
@@ -242,8 +243,8 @@ class PreferenceBase(TrainBase):
     model: str = "sft"
     preferences: str | list[str] | None = Field(
         None,
-        description="annotate stages, 'people' (people's votes in the store), or a file; several in a list; default: "
-        "data.preferences",
+        description="annotate or critique stages, 'people' (people's votes in the store), or a file; several in a "
+        "list; default: data.preferences",
     )
     voters: Voters = Field(
         "all",
@@ -263,7 +264,7 @@ class PreferenceBase(TrainBase):
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()
-        yield from source_references("preferences", self.preferences, "votes")
+        yield from source_references("preferences", self.preferences, "votes", "pairs")
 
     @property
     def from_pairs(self) -> bool:

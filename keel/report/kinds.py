@@ -79,6 +79,10 @@ KINDS: Mapping[str, Kind] = {
         facts=(Shown("prompts", "prompts"), Shown("replies", "responses")),
         chooses="the best of many replies",
     ),
+    "critique": Kind(
+        what="replies revised by principles",
+        facts=(Shown("prompts", "prompts"), Shown("revisions", "revised")),
+    ),
     "annotate": Kind(
         what="judgements on pairs",
         facts=(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from keel.data.chat import Chat
@@ -17,9 +17,22 @@ from keel.types import Completion, Message, Prompt, Reporter, place_of
 _CUT = ("length", "content_filter")  # reasons to end that are not the model's own
 
 
+class Answers(Protocol):
+    """Replies that a writer gave before it was stopped, by the places of their prompts, and where it puts new ones as
+    they come, from whatever thread. ``among``: how many were asked at first, of whom the missing are a share."""
+
+    @property
+    def among(self) -> int: ...
+    def get(self, place: int) -> Completion | None: ...
+    def keep(self, replies: Mapping[int, Completion]) -> None: ...
+
+
 class Writer(Protocol):
-    def write(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Completion | None]:
+    def write(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, answers: Answers | None = None
+    ) -> list[Completion | None]:
         """One reply a prompt, in order. A prompt that stands there twice is answered twice, by draws of their own.
+        What is in ``answers`` need not be asked again, and comes out as if it had been.
 
         Of a completion, ``text`` and ``finished`` can be relied on. None stands for a reply that could not be had,
         which only endpoints know: at most ``keel.endpoint.MISSING_BOUND`` of them, more is a UserError. Raises
@@ -34,10 +47,19 @@ class SamplerWriter:
     def __init__(self, sampler: Sampler, chat: Chat, reporter: Reporter) -> None:
         self.sampler, self.chat, self.reporter = sampler, chat, reporter
 
-    def write(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Completion | None]:
-        """Raises UserError naming a prompt that does not fit the model's context."""
+    def write(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, answers: Answers | None = None
+    ) -> list[Completion | None]:
+        """Raises UserError naming a prompt that does not fit the model's context. Prompts are sampled together, so if
+        one answer is missing all are drawn again: the same ones."""
+        known = [answers.get(i) for i in range(len(prompts))] if answers is not None else []
+        if known and None not in known:
+            return known
         groups = sample_replies(self.sampler, self.chat, prompts, sampling, Choice(), seed, self.reporter)
-        return [group[0] for group in groups]
+        replies = [group[0] for group in groups]
+        if answers is not None:
+            answers.keep(dict(enumerate(replies)))
+        return list(replies)
 
 
 class EndpointWriter:
@@ -52,21 +74,37 @@ class EndpointWriter:
         self.ref, self.reporter = ref, reporter
         self.endpoint = endpoint or Endpoint(ref, "writer", "prompts have no reply", place)
 
-    def write(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Completion | None]:
+    def write(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, answers: Answers | None = None
+    ) -> list[Completion | None]:
+        """Each answer is kept as it comes. Those that are missing are asked for again."""
+        replies = [None if answers is None else answers.get(i) for i in range(len(prompts))]
+        places = [i for i, reply in enumerate(replies) if reply is None]
         system = (Message("system", self.ref.instructions),) if self.ref.instructions else ()
         settings = _settings(sampling)
         optional = frozenset({"seed"} | ({"temperature"} if sampling.temperature == 1 else set()))
         questions = [
             Question(
-                (*system, *prompt.messages),
-                f"answer {place_of(prompt)!r}",
+                (*system, *prompts[i].messages),
+                f"answer {place_of(prompts[i])!r}",
                 {**settings, "seed": stream_key(seed, i) % 2**31},  # some servers take 32 bits
                 optional,
             )
-            for i, prompt in enumerate(prompts)
+            for i in places
         ]
+
+        def read(n: int, answer: Answer) -> Completion:
+            reply = Completion(answer.spoken.lstrip(), finished=answer.finish not in _CUT)
+            if answers is not None:
+                answers.keep({places[n]: reply})
+            return reply
+
         self.reporter.start("writing", len(questions))
-        return self.endpoint.ask_many(questions, _completion, self.reporter)
+        among = len(prompts) if answers is None else answers.among
+        found = self.endpoint.ask_many(questions, read, self.reporter, among)
+        for i, reply in zip(places, found, strict=True):
+            replies[i] = reply
+        return replies
 
 
 def _settings(sampling: SamplingConfig) -> dict[str, Any]:
@@ -75,7 +113,3 @@ def _settings(sampling: SamplingConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens}
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": []}
     return settings | {name: getattr(sampling, name) for name in off if getattr(sampling, name) != off[name]}
-
-
-def _completion(_: int, answer: Answer) -> Completion:
-    return Completion(answer.spoken.lstrip(), finished=answer.finish not in _CUT)

@@ -11,16 +11,21 @@ from keel.feedback.judging import judge_responses
 from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Comparer
 from keel.feedback.pairing import PairChoice, annotate_responses
+from keel.feedback.principled import EndpointFeedback, Feedback, ModelFeedback, PrincipledComparer, PythonFeedback
 from keel.feedback.simulated import SimulatedAnnotator
 from keel.feedback.thumbs import annotate_thumbs
 from keel.feedback.uncertainty import disagreement
 from keel.model.checkpoint import frozen, load_policy
 from keel.precision import pick_precision
 from keel.recipe.annotate import AnnotateStage
-from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonRef
+from keel.recipe.judges import ComparerRef, EndpointRef, LanguageModelRef, MixedRef, PythonFeedbackRef, PythonRef
+from keel.recipe.sections import SamplingConfig
 from keel.recipe.stage import PreferenceBase
 from keel.reward.ensemble import Candidate
 from keel.reward.scorer import PythonScorer
+from keel.rollout.collect import stop_token_ids
+from keel.rollout.sampler import make_sampler
+from keel.rollout.writer import SamplerWriter, Writer
 from keel.run import write_json
 from keel.stages.context import StageContext
 from keel.stages.scoring import mixed_scorer, reward_model_scorer
@@ -64,6 +69,7 @@ def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
                 seed=context.recipe.seed,
                 reporter=context.reporter,
                 folder=context.stage_dir.path,
+                hard=stage.labels == "hard",
             )
     write_json(context.stage_dir.path / "truth.json", truth)
     return summary
@@ -93,18 +99,55 @@ def _name(judge: ComparerRef) -> str:
     """What the store calls it."""
     if isinstance(judge, MixedRef):
         return "sum of rewards"
-    word = {"python": "function", "model": "reward model", "language_model": "model"}.get(judge.kind, judge.kind)
-    return f"{word} {judge.ref if isinstance(judge, PythonRef) else judge.model}"
+    word = {
+        "python": "function",
+        "model": "reward model",
+        "language_model": "model",
+        "python_feedback": "function",
+    }.get(judge.kind, judge.kind)
+    return f"{word} {judge.ref if isinstance(judge, PythonRef | PythonFeedbackRef) else judge.model}"
+
+
+def _principled(judge: ComparerRef, stage: AnnotateStage, context: StageContext) -> Comparer:
+    """A comparer that judges by the stage's constitution."""
+    constitution, principles = context.constitution()
+    seed = context.recipe.seed
+    feedback: Feedback
+    if isinstance(judge, PythonFeedbackRef):
+        feedback = PythonFeedback(context.python(PythonRef(ref=judge.ref)), judge.ref)
+    elif isinstance(judge, EndpointRef):
+        place = f"{stage.name}.judge.url"
+        feedback = EndpointFeedback(judge, place, context.reporter, stage.thought, stage.votes_asked)
+    else:
+        assert isinstance(judge, LanguageModelRef), "the recipe allows no other"
+        comparer = _language_model(judge, context)
+        writer = None if stage.thought is None else _writer(comparer, stage.thought, context)
+        feedback = ModelFeedback(comparer, writer, stage.thought, seed)
+    return PrincipledComparer(feedback, constitution, principles, stage.principles_per_pair, stage.bounds, seed)
+
+
+def _language_model(judge: LanguageModelRef, context: StageContext) -> LanguageModelComparer:
+    precision = pick_precision("auto", context.device)
+    model, tokenizer = load_policy(context.source(judge.model), device=context.device, products=precision)
+    frozen(model)
+    return LanguageModelComparer(model, Chat(tokenizer), context.device, precision, judge.instructions)
+
+
+def _writer(comparer: LanguageModelComparer, sampling: SamplingConfig, context: StageContext) -> Writer:
+    stops = stop_token_ids(comparer.chat, sampling)
+    sampler = make_sampler(comparer.model, sampling.backend, stops, comparer.precision)
+    return SamplerWriter(sampler, comparer.chat, context.reporter)
 
 
 def _comparer(judge: ComparerRef, stage: AnnotateStage, context: StageContext) -> Comparer:
+    if stage.constitution is not None:
+        return _principled(judge, stage, context)
     if isinstance(judge, EndpointRef):
         return EndpointComparer(judge, f"{stage.name}.judge.url", context.reporter)
-    precision = pick_precision("auto", context.device)
     if isinstance(judge, LanguageModelRef):
-        model, tokenizer = load_policy(context.source(judge.model), device=context.device, products=precision)
-        frozen(model)
-        return LanguageModelComparer(model, Chat(tokenizer), context.device, precision, judge.instructions)
+        return _language_model(judge, context)
+    assert not isinstance(judge, PythonFeedbackRef), "it is asked under a principle"
+    precision = pick_precision("auto", context.device)
     if isinstance(judge, PythonRef):
         return ScorerComparer(PythonScorer(context.python(judge)), stage.judge_temperature or 1.0)
     if isinstance(judge, MixedRef):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from keel.recipe.checkpoints import kept_folder, stage_of
-from keel.recipe.constitution import Constitution, Principle, read_constitution
+from keel.recipe.constitution import Constitution, Principle, principles_of
 from keel.recipe.declared import WITH_PEOPLE, StoreRead
 from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
@@ -149,11 +149,7 @@ class StageContext:
         use = self.stage.principles()
         if use is None:
             raise _undeclared(self.stage, "a constitution", "principles")
-        constitution = read_constitution(use.constitution)
-        try:
-            return constitution, constitution.chosen(use.ids, use.tags)
-        except ValueError as error:
-            raise UserError(f"stage {self.stage.name}: {error}") from error
+        return principles_of(use, self.stage.name)
 
     @property
     def store_url(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from keel.types import Completion, Demonstration, LabelledCompletion, Message, P
 T = TypeVar("T")
 
 KEPT = "demonstrations.jsonl"  # in the folder of a stage that makes demonstrations
+PAIRS = "pairs.jsonl"  # in the folder of a stage that makes pairs
 
 
 BAD_ROWS = "bad_rows.jsonl"  # in a stage's folder: the rows that it left out, with what is wrong with each
@@ -50,23 +51,63 @@ def reading(context: StageContext) -> Reading:
 # -------------------------------------------------------------------------------------------------- demonstrations
 
 
-def demonstrations(stage: SftStage, context: StageContext) -> tuple[list[Demonstration], dict[str, int]]:
-    """What ``stage`` learns from, and how many of them people wrote in the store. A stage that makes demonstrations has
-    them in its folder; a sample stage's are the replies that it kept, as far as they ended by themselves."""
+def demonstrations(stage: SftStage, context: StageContext) -> tuple[dict[str, list[Demonstration]], dict[str, int]]:
+    """What ``stage`` learns from, by what names it, and how many of them people wrote in the store. A stage that makes
+    demonstrations has them in its folder; a sample stage's are the replies that it kept, as far as they ended by
+    themselves."""
     sources = stage.sources or tuple(filter(None, [context.recipe.data.demonstrations]))
     if not sources:
         raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
     made = {other.name for other in context.recipe.stages if "demonstrations" in other.makes}
     named = context.file if stage.sources else str
-    files = [context.parent(s).path / KEPT if s in made else named(s) for s in sources if s != PEOPLE]
-    found = [row for file in files for row in read_demonstrations(file, reading(context))]
+    found: dict[str, list[Demonstration]] = {}
+    for source in sources:
+        if source != PEOPLE:
+            file = context.parent(source).path / KEPT if source in made else named(source)
+            found.setdefault(source, []).extend(read_demonstrations(file, reading(context)))
     if PEOPLE not in sources:
         return found, {}
     stored = training_demonstrations(context.own_folder().path, context.store_url)
     people = _without_heldout(stored, prompt_messages, "demonstrations", context)
-    if not found and not people:
+    if not any(found.values()) and not people:
         raise UserError(f"stage {stage.name}: nobody has written anything in the store yet; keel label serves it")
-    return found + people, {"people_demonstrations": len(people)}
+    return {**found, PEOPLE: people}, {"people_demonstrations": len(people)}
+
+
+def write_demonstrations(path: Path, shown: Sequence[Demonstration]) -> None:
+    """Writes conversations whose last message alone is learned."""
+    rows = [{"id": one.id, "messages": [*_shown(one.messages[:-1]), _plain(one.messages[-1])]} for one in shown]
+    _write_rows(path, rows)
+
+
+def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
+    """Writes pairs that nobody voted on, as `keel.data.sources.read_preferences` reads them."""
+    rows = [
+        {
+            "id": pair.id,
+            "prompt_id": pair.prompt.id,
+            **({"kind": pair.prompt.kind} if pair.prompt.kind else {}),
+            "prompt": [_plain(message) for message in pair.prompt.messages],
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "annotator": pair.annotator,
+        }
+        for pair in pairs
+    ]
+    _write_rows(path, rows)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content}
+
+
+def _shown(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages that are shown and not learned."""
+    return [_plain(m) | ({"weight": 0} if m.role == "assistant" else {}) for m in messages]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence[Completion]]) -> None:
@@ -76,10 +117,7 @@ def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence
     rows = [
         {
             "messages": [
-                *(
-                    {"role": m.role, "content": m.content, **({"weight": 0} if m.role == "assistant" else {})}
-                    for m in prompt.messages
-                ),
+                *_shown(prompt.messages),
                 {"role": "assistant", "content": storable(reply.text)},  # a byte-level model can write NUL
             ],
             **({} if reply.reward is None else {"reward": reply.reward}),
@@ -88,7 +126,7 @@ def write_kept(path: Path, prompts: Sequence[Prompt], replies: Sequence[Sequence
         for reply in group
         if reply.finished
     ]
-    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_rows(path, rows)
 
 
 # ----------------------------------------------------------------------------------------------------- preferences
@@ -106,15 +144,24 @@ class Preferences:
 
 
 def preferences(stage: PreferenceBase, context: StageContext) -> Preferences:
-    """What ``stage`` learns from: the files and annotate stages that it names, else ``data.preferences``; beside the
-    votes of annotate stages those that people and models gave in the store (``voters``)."""
+    """What ``stage`` learns from: the files and stages that it names, else ``data.preferences``. A stage that makes
+    pairs has them in its folder, and they are nobody's votes. Beside the votes of annotate stages stand those that
+    people and models gave in the store (``voters``)."""
     recipe = context.recipe
     sources = stage.sources or tuple(filter(None, [recipe.data.preferences]))
     if not sources:
         raise UserError(f"stage {stage.name}: no preferences; set data.preferences=FILE or name a stage")
     annotated = {other.name for other in recipe.stages if "votes" in other.makes}
+    made = {other.name for other in recipe.stages if "pairs" in other.makes}
     named = context.file if stage.sources else str
-    files = [named(name) for name in sources if name not in {*annotated, PEOPLE}]
+    files = [
+        context.parent(name).path / PAIRS if name in made else named(name)
+        for name in sources
+        if name not in {*annotated, PEOPLE}
+    ]
+    for name in made & set(sources):
+        if not context.parent(name).summary()["pairs"]:
+            raise UserError(f"stage {stage.name}: {name} made no pairs, for each revision equals what it began with")
     pairs = [likelier_first(pair) for file in files for pair in read_preferences(file, reading(context))]
     if not {*annotated, PEOPLE} & set(sources):
         return Preferences(pairs)

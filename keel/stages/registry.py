@@ -7,6 +7,7 @@ from typing import Any
 
 from keel.stages.annotate import run_annotate
 from keel.stages.context import StageContext
+from keel.stages.critique import run_critique
 from keel.stages.dpo import run_dpo
 from keel.stages.eval import run_eval
 from keel.stages.grpo import run_grpo
@@ -19,6 +20,7 @@ from keel.stages.sft import run_sft
 RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
     "sft": run_sft,
     "sample": run_sample,
+    "critique": run_critique,
     "annotate": run_annotate,
     "reward": run_reward,
     "dpo": run_dpo,

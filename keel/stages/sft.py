@@ -10,10 +10,15 @@ from keel.stages.inputs import (
     demonstrations,
 )
 from keel.stages.training import measured, prompts_to_measure, training_context
-from keel.train.sft import train_sft
+from keel.train.sft import Share, train_sft
 
 
 def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
-    learned, counts = demonstrations(stage, context)
+    sources, counts = demonstrations(stage, context)
     training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
-    return train_sft(stage, learned, training) | counts | measured(stage, prompts, (), context, training)
+    mix = (
+        None if stage.mix is None else [Share(s, sources[s], w) for s, w in zip(stage.sources, stage.mix, strict=True)]
+    )
+    learned = [record for records in sources.values() for record in records]
+    summary = train_sft(stage, learned, training, mix)
+    return summary | counts | measured(stage, prompts, (), context, training)

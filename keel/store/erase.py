@@ -36,6 +36,7 @@ from keel.store.people_tables import (
 from keel.store.removals import take_out
 from keel.store.rows import MARK
 from keel.store.tables import (
+    ai_labels,
     annotators,
     assignments,
     event,
@@ -190,6 +191,9 @@ def _erase_work(connection: Connection, of: Select[Any], now: datetime) -> None:
         rows = table.c.assignment_id.in_(of)
         told += [(entity, str(id)) for id in connection.execute(select(table.c.id).where(rows)).scalars()]
         connection.execute(update(table).where(rows, table.c[column].is_not(None)).values({column: MARK}))
+    judged = ai_labels.c.judgement_id.in_(select(judgements.c.id).where(judgements.c.assignment_id.in_(of)))
+    connection.execute(update(ai_labels).where(judged).values(asked=MARK))  # it holds prompt and replies
+    connection.execute(update(ai_labels).where(judged, ai_labels.c.thought.is_not(None)).values(thought=MARK))
     _blank(connection, told)
 
 

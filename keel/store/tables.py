@@ -210,6 +210,24 @@ judgements = Table(
     Column("probability", Float),  # that the preferred one (of a tie, the left one) is the better one; NULL: not given
     CheckConstraint("choice IN ('left', 'right', 'tie', 'both_bad')", name="choice"),
 )
+
+# What a model that judges by principles was asked about a pair, and what it said; a row a principle.
+ai_labels = Table(
+    "ai_labels",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("judgement_id", ForeignKey("judgements.id"), nullable=False),
+    Column("principle_id", Text, nullable=False),
+    Column("principle_hash", Text, nullable=False),
+    Column("constitution", Text, nullable=False),  # its name
+    Column("constitution_hash", Text, nullable=False),
+    Column("p_left_first", Float),  # that the left response is the better one, read with it shown first; NULL: not read
+    Column("p_left_second", Float),
+    Column("asked", Text, nullable=False),  # as sent, in the first order; empty for a Python function
+    Column("thought", Text),
+    Column("created", UtcDateTime, nullable=False),
+    UniqueConstraint("judgement_id", "principle_id"),
+)
 Index(
     "ix_judgements_standing",  # an assignment has one judgement that stands, and any number that were taken back
     judgements.c.assignment_id,

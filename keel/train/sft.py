@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,18 @@ from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Algorithm, Micro, Stats, train
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
-from keel.train.schedule import EpochSchedule
-from keel.types import Demonstration, Encoded
+from keel.train.schedule import EpochSchedule, MixedSchedule, in_ratio
+from keel.types import Demonstration, Encoded, UserError
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a recipe calls ``source``, with its rows and their weight among others."""
+
+    source: str
+    records: Sequence[Demonstration]
+    weight: float
+
 
 # Of the end token where a reply ends: below it, nineteen replies in twenty run past their end.
 ENDS = 0.05
@@ -37,11 +48,12 @@ class Sft(Algorithm):
         heldout: Sequence[Encoded],
         config: SftStage,
         context: TrainContext,
+        schedule: EpochSchedule | None = None,
     ) -> None:
         self.modules: Mapping[str, nn.Module] = {"policy": model}
         self.rows, self.heldout, self.config = rows, heldout, config
         self.context = context
-        self.schedule = EpochSchedule(len(rows), config.batch_size, config.epochs, context.seed)
+        self.schedule = schedule or EpochSchedule(len(rows), config.batch_size, config.epochs, context.seed)
         self.iterations = self.schedule.steps
         self.eval_every = config.eval_every or max(1, self.schedule.steps_per_epoch // 4)
         self.best_loss = math.inf
@@ -118,8 +130,14 @@ def end_probability(
     return total / count if count else None
 
 
-def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context: TrainContext) -> dict[str, Any]:
-    """Fine-tunes the model on demonstrations and writes its checkpoint; returns the stage's summary."""
+def train_sft(
+    config: SftStage,
+    demonstrations: Sequence[Demonstration],
+    context: TrainContext,
+    mix: Sequence[Share] | None = None,
+) -> dict[str, Any]:
+    """Fine-tunes the model on demonstrations and writes its checkpoint; returns the stage's summary. ``mix``: the same
+    demonstrations by where they come from, of which each epoch, and the held-out loss, have shares by weight."""
     template = context.base_model.chat_template
     if template is None and Chat(load_tokenizer(context.source())).plain:
         template = "keel"
@@ -127,8 +145,13 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
     chat = Chat(tokenizer)
     training, heldout = split_by_prompt(demonstrations, context.data.heldout_fraction, context.seed)
     (trained, rows), (held, heldout_rows) = (_encode(part, chat, context) for part in (training, heldout))
-    record_lineage(context.stage, trained, held)
-    algorithm = Sft(model, rows, heldout_rows, config, context)
+    schedule, counts = None, {}
+    if mix is not None:
+        schedule = _mixed(trained, mix, config, context)
+        counts = {"mix": {share.source: count for share, count in zip(mix, schedule.counts, strict=True)}}
+        held, heldout_rows = _in_ratio(held, heldout_rows, mix)
+    record_lineage(context.stage, [record.id for record in trained], [record.id for record in held])
+    algorithm = Sft(model, rows, heldout_rows, config, context, schedule)
     before = mean_loss(model, heldout_rows, config.batch_tokens, context)
     texts = Ptx(model, tokenizer, config, context)
     steps = train(algorithm, config, context, texts)
@@ -152,12 +175,48 @@ def train_sft(config: SftStage, demonstrations: Sequence[Demonstration], context
         "end_probability": ending,
         "stopped_early": steps < algorithm.iterations,
         "dtype": dtype,
+        **counts,
     }
 
 
-def _encode(records: Sequence[Demonstration], chat: Chat, context: TrainContext) -> tuple[list[str], list[Encoded]]:
-    """(ids, conversations) of those that fit."""
+def _encode(
+    records: Sequence[Demonstration], chat: Chat, context: TrainContext
+) -> tuple[list[Demonstration], list[Encoded]]:
+    """Those that fit, and their conversations."""
     encoded = chat.encode_demonstrations(records)
     ids = [record.id for record in records]
     kept, parts = within_length(records, [(row,) for row in encoded], ids, context)
-    return [record.id for record in kept], [row for (row,) in parts]
+    return kept, [row for (row,) in parts]
+
+
+def _by_source(records: Sequence[Demonstration], mix: Sequence[Share]) -> list[list[int]]:
+    """The places of each source's records. They are told apart as objects: two sources may have equal ones."""
+    source = {id(record): n for n, share in enumerate(mix) for record in share.records}
+    places: list[list[int]] = [[] for _ in mix]
+    for place, record in enumerate(records):
+        places[source[id(record)]].append(place)
+    return places
+
+
+def _mixed(
+    records: Sequence[Demonstration], mix: Sequence[Share], config: SftStage, context: TrainContext
+) -> MixedSchedule:
+    sources = _by_source(records, mix)
+    empty = next((share.source for share, places in zip(mix, sources, strict=True) if not places), None)
+    if empty is not None:
+        raise UserError(
+            f"stage {config.name}: mix: there is nothing to train on in {empty}; add to it, or take it out of "
+            "demonstrations and mix"
+        )
+    weights = [share.weight for share in mix]
+    return MixedSchedule.of(sources, weights, config.batch_size, config.epochs, context.seed)
+
+
+def _in_ratio(
+    records: Sequence[Demonstration], rows: Sequence[Encoded], mix: Sequence[Share]
+) -> tuple[list[Demonstration], list[Encoded]]:
+    """Held-out rows in the ratio of the mix, those of the sources that have any: the first ones of each."""
+    sources = [(places, share.weight) for places, share in zip(_by_source(records, mix), mix, strict=True) if places]
+    counts = in_ratio([len(places) for places, _ in sources], [weight for _, weight in sources])
+    kept = sorted(place for (places, _), count in zip(sources, counts, strict=True) for place in places[:count])
+    return [records[i] for i in kept], [rows[i] for i in kept]
