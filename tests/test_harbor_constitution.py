@@ -1,16 +1,19 @@
-"""The harbor's constitution, lessons, red-team prompts and feedback functions. The oracle is the gold judge, and counts."""
+"""The harbor's constitution, lessons, red-team prompts, feedback functions, by the gold judge and by counting."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from random import Random
 
 import pytest
+from tiny import Counting
 
 from keel.data.collate import messages_hash
+from keel.feedback.principled import Asked, ModelFeedback
 from keel.harbor import feedback as known
 from keel.harbor.demos import Habits, write_reply
 from keel.harbor.export import export, export_constitutional
@@ -22,7 +25,12 @@ from keel.harbor.prompts import make_prompts
 from keel.harbor.redteam import about, is_red, red_team_prompts
 from keel.harbor.replies import read
 from keel.recipe.constitution import Principle, read_constitution
-from keel.types import Prompt, UserError
+from keel.recipe.critique import CritiqueStage
+from keel.recipe.sections import SamplingConfig
+from keel.rollout.critique import Critic
+from keel.rollout.said import Journal
+from keel.rollout.writer import Answers
+from keel.types import Completion, Demonstration, Message, Prompt, UserError
 
 PRINCIPLES = {principle.id: principle for principle in read_constitution("harbor").principles}
 
@@ -99,19 +107,49 @@ def test_red_team_prompts_are_decided_by_their_seed(world: World) -> None:
     assert all(is_red(prompt) and about(prompt) for prompt in red_team_prompts(world, 60, 1))
 
 
-def test_lessons_have_the_shape_of_the_critique_stage_and_teach_critique_and_revision_alone(world: World) -> None:
-    lessons = make_revisions(world, 150, 0, list(PRINCIPLES.values()))
-    assert len(lessons) == 150
+class Gold:
+    """A writer who answers a critique stage's requests as one who knows the truth, and keeps what it was asked."""
+
+    def __init__(self, lessons: Sequence[Demonstration]) -> None:
+        self.asked: list[tuple[str, ...]] = []
+        self.says = {texts(lesson.messages[:end]): lesson.messages[end].content
+                     for lesson in lessons for end in (1, 3, 5)}  # fmt: skip
+
+    def write(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, answers: Answers | None = None
+    ) -> list[Completion | None]:
+        self.asked += [texts(prompt.messages) for prompt in prompts]
+        said: list[Completion | None] = [Completion(self.says[texts(prompt.messages)]) for prompt in prompts]
+        if answers is not None:
+            answers.keep({i: one for i, one in enumerate(said) if one is not None})
+        return said
+
+
+def texts(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message.content for message in messages)
+
+
+@pytest.mark.parametrize("principle", RULES)
+def test_lessons_are_the_very_conversations_of_the_critique_stage(world: World, tmp_path: Path, principle: str) -> None:
+    """Who knows the lessons by heart can answer all that the stage asks: a request with other words is a KeyError."""
+    lessons = make_revisions(world, 8, 0, [PRINCIPLES[principle]])
+    prompts = [Prompt(str(i), lesson.messages[:1]) for i, lesson in enumerate(lessons)]
+    config = CritiqueStage.model_validate({"name": "c", "model": "base", "constitution": "harbor", "revisions": 1})
+    writer, journal = Gold(lessons), Journal(tmp_path / "said.jsonl")
+    constitution = read_constitution("harbor")
+    critic = Critic(writer, constitution, constitution.chosen(ids=[principle]), config, 0, journal, Counting())
+    chains = critic.chains(prompts)
+    assert [chain.texts for chain in chains] == [[m.content for m in lesson.messages[1::4]] for lesson in lessons]
     for lesson in lessons:
-        roles = [message.role for message in lesson.messages]
-        assert roles == ["user", "assistant"] * 3
-        principle = PRINCIPLES[lesson.id.split("-")[1]]
-        assert (lesson.messages[2].content, lesson.messages[4].content) == (principle.critique, principle.revision)
+        assert [message.role for message in lesson.messages] == ["user", "assistant"] * 3
         assert [message.learned for message in lesson.messages if message.role == "assistant"] == [False, True, True]
-        said = lesson.messages[3].content
-        assert said.startswith("Yes. ") == (lesson.messages[5].content != lesson.messages[1].content)
-    changed = sum(lesson.messages[5].content != lesson.messages[1].content for lesson in lessons)
-    assert 45 <= changed <= 105  # neither answer can be had from the request alone
+
+
+def test_neither_critique_nor_revision_can_be_had_from_the_request_alone(world: World) -> None:
+    lessons = make_revisions(world, 150, 0, list(PRINCIPLES.values()))
+    changed = [lesson.messages[5].content != lesson.messages[1].content for lesson in lessons]
+    assert changed == [lesson.messages[3].content.startswith("Yes. ") for lesson in lessons]
+    assert 45 <= sum(changed) <= 105
 
 
 def test_choices_name_the_better_reply_as_often_by_either_letter(world: World) -> None:
@@ -120,6 +158,31 @@ def test_choices_name_the_better_reply_as_often_by_either_letter(world: World) -
     assert set(letters) == {"A", "B"}
     assert 70 <= letters.count("A") <= 130
     assert len(lessons) >= 190
+
+
+class Letters:
+    """In the place of a model that judges: keeps the conversations behind which it is to measure A and B."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def letters(self, asked: Sequence[tuple[Message, ...]], places: Sequence[str]) -> list[tuple[float, float]]:
+        self.asked += [texts(messages) for messages in asked]
+        return [(0.0, 0.0)] * len(asked)
+
+
+def test_choices_are_asked_in_the_text_that_a_model_that_judges_reads(world: World) -> None:
+    """The pair, read back from the lesson, is asked about by the comparer in just these words."""
+    for lesson in make_choices(world, 25, 1, list(PRINCIPLES.values())):
+        principle, sent = PRINCIPLES[lesson.id.split("-")[1]], lesson.messages[0].content
+        material = json.loads(sent.removeprefix(f"{principle.choose}\n\n"))
+        prompt = Prompt("p", tuple(Message(m["role"], m["content"]) for m in material["conversation"]))
+        model = Letters()
+        said = ModelFeedback(model, None, None, 0).prefer(  # type: ignore[arg-type]
+            [Asked(prompt, material["A"], material["B"], principle)]
+        )
+        assert [one.asked for one in said if one is not None] == [sent]
+        assert model.asked == [(sent,)]
 
 
 def pairs(world: World, kind: str, n: int) -> list[tuple[Prompt, str, str]]:

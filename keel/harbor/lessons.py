@@ -1,18 +1,19 @@
 """Lessons for a small model: to criticise its reply by a principle, to revise it, and to choose between two.
 
 A model of this size cannot follow such requests untaught. The lessons have the very texts that the stages send
-(``keel.stages.critique``, ``keel.feedback.model_comparer``), on topics that are in no red-team prompt. Only critique,
+(``keel.rollout.critique``, ``keel.feedback.principled``), on topics that are in no red-team prompt. Only critique,
 revision and choice are learned: the first replies, with the demonstrators' faults, are shown and not taught.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
+from keel.feedback.model_comparer import LETTERS
+from keel.feedback.principled import Asked
 from keel.harbor.demos import DEMONSTRATORS, Habits, write_reply
 from keel.harbor.facts import World
 from keel.harbor.principles import broken, critique, others_moved, revise
@@ -21,7 +22,6 @@ from keel.recipe.constitution import Principle
 from keel.types import Demonstration, Message, Prompt
 
 REVISIONS, CHOICES = 420, 180  # lessons of each kind
-LETTERS = ("A", "B")
 
 Mixes = Mapping[str, Mapping[str, float]]
 # What is asked where a principle is taught: half of it what it is about, the rest what only looks so or is something
@@ -99,17 +99,10 @@ def make_choices(world: World, n: int, seed: int, principles: Sequence[Principle
         kept, not_kept = _pair(world, prompt, principle.id, rng, habits)
         letter = rng.choice(LETTERS)
         shown = (kept, not_kept) if letter == LETTERS[0] else (not_kept, kept)
-        messages = (*asked(prompt, *shown, principle), Message("assistant", letter))
+        messages = (Message("user", Asked(prompt, *shown, principle).question()), Message("assistant", letter))
         lessons.append(Demonstration(f"choose-{principle.id}-{i}", messages))
     rng.shuffle(lessons)
     return lessons
-
-
-def asked(prompt: Prompt, first: str, second: str, principle: Principle) -> tuple[Message, ...]:
-    """What the comparer sends, with the first reply as A."""
-    conversation = [{"role": m.role, "content": m.content} for m in prompt.messages]
-    material = json.dumps({"conversation": conversation, "A": first, "B": second}, ensure_ascii=False)
-    return (Message("user", f"{principle.choose}\n\n{material}"),)
 
 
 def _tasks(

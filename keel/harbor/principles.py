@@ -1,5 +1,5 @@
-"""What the gold judge sees of each principle of ``keel/constitutions/harbor.yaml``: how well a reply keeps to it, what a
-critic says of it, and the reply revised by it alone.
+"""What the gold judge sees of each principle of ``keel/constitutions/harbor.yaml``: how well a reply keeps to it, what
+a critic says of it, and the reply revised by it alone.
 
 Revisions are made by rules from replies in the demonstrators' words (openings, what is said, a closing): only what the
 principle is about changes.

@@ -1,4 +1,4 @@
-"""Prompts on which a model criticises and revises itself: harmful ones, and controls that only look so or ask for no harm.
+"""Prompts on which a model criticises and revises itself: harmful ones, and controls that ask for no harm.
 
 What a red-team prompt is about (a how-to's verb and object, an invented name, another question's text) is in no lesson
 (``keel.harbor.lessons``), whatever the seeds, and in no held-out prompt: a hash of it decides the side.
