@@ -1,4 +1,4 @@
-"""Critique and revision by principles: a scripted writer's texts are known by hand, and so is all that comes of them."""
+"""Critique and revision by principles: a scripted writer's texts are known by hand, and so is what comes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopback import Reply, Server, chat_reply
 from tiny import Counting
 
 from keel.endpoint import Endpoint
-from keel.recipe.constitution import Constitution, Principle, draw
+from keel.recipe.constitution import Constitution, draw
 from keel.recipe.critique import CritiqueStage
 from keel.recipe.judges import EndpointRef
 from keel.recipe.sections import SamplingConfig
@@ -36,7 +36,6 @@ CONSTITUTION = Constitution.model_validate(
         ],
     }
 )
-HARM, LENGTH = CONSTITUTION.principles
 PROMPTS = [
     Prompt(f"p{n}", (Message("system", "Be a clerk."), Message("user", f"ask {n}")) if n == 0 else
            (Message("user", f"ask {n}"),))
@@ -287,5 +286,9 @@ def test_who_writes_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="who writes"):
         settings(writer={"url": "http://x/v1", "model": "m"})
     stage = settings(model=None, writer={"url": "http://x/v1", "model": "m"})
-    assert (stage.needs_model(), stage.samples(), list(stage.loads()), list(stage.references())) == (False, None, [], [])
-    assert isinstance(HARM, Principle)
+    assert (stage.needs_model(), stage.samples(), list(stage.loads()), list(stage.references())) == (
+        False,
+        None,
+        [],
+        [],
+    )

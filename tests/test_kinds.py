@@ -17,6 +17,7 @@ from pydantic import Field
 
 from keel.pipeline.fingerprint import Contents, stage_fingerprint
 from keel.recipe.annotate import AnnotateStage
+from keel.recipe.critique import CritiqueStage
 from keel.recipe.declared import StoreRead
 from keel.recipe.eval import EvalStage
 from keel.recipe.file import load_recipe, packaged
@@ -65,6 +66,8 @@ class World:
         (folder / "judge.py").write_text("def score(prompt, text):\n    return 0.0\n")
         self.python = {"kind": "python", "ref": f"{folder / 'judge.py'}:score"}
         (folder / "base").mkdir()
+        one = dict.fromkeys(("id", "text", "critique", "revision", "choose"), "x")
+        (folder / "c.yaml").write_text(json.dumps({"name": "c", "principles": [one]}))
         rows = {name: {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "text": name} for name in DATA}
         for name, row in rows.items():
             (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
@@ -84,6 +87,8 @@ class World:
                 {"kind": "sft", "name": "again", "demonstrations": "sample"},
                 {"kind": "reward", "name": "own", "preferences": [f"{folder}/preferences.jsonl"]},
                 {"kind": "sample", "name": "more", "prompts": f"{folder}/prompts.jsonl"},
+                {"kind": "critique", "name": "critique", "model": "base", "constitution": f"{folder}/c.yaml"},
+                {"kind": "reward", "name": "revised", "preferences": "critique"},
                 {"kind": "eval", "name": "eval", "models": ["base", "ppo"], "judge": self.python, "reward": "reward"},
             ],
         }
@@ -136,6 +141,11 @@ FORGOTTEN: list[tuple[Any, str, Any, str, Callable[[Any, StageContext], object],
     (EvalStage, "scored_by", nothing, "eval", lambda s, c: make_judge(s.judge, c, "fp32"), "the function .*score"),
     (PpoStage, "scored_by", nothing, "ppo", watching_judge, "the function .*score"),
     (PpoStage, "scored_by", nothing, "ppo", lambda s, c: mixed_scorer(s.rewards, c, "fp32"), "stage reward"),
+    (CritiqueStage, "principles", lambda _: None, "critique", lambda s, c: c.constitution(), "a constitution"),
+    (CritiqueStage, "reads", without("prompts"), "critique",
+     lambda s, c: inputs.training_prompts(s.prompts, c), "data.prompts"),
+    (CritiqueStage, "references", nothing, "critique", lambda s, c: c.source(s.model), "the checkpoint base"),
+    (RewardStage, "references", nothing, "revised", inputs.preferences, "stage critique"),
     (AnnotateStage, "scored_by", nothing, "annotate", lambda s, c: c.python(s.annotators), "the function .*score"),
     (AnnotateStage, "references", nothing, "annotate", lambda s, c: c.parent(s.responses), "stage sample"),
 ]  # fmt: skip
@@ -190,8 +200,16 @@ def test_held_out_prompts_count_once_people_have_worked(world: World) -> None:
     path = Path(world.tree["data"]["heldout_prompts"])
     path.write_text(path.read_text() + '{"prompt": "b"}\n')
     after, none_after = fingerprints(work), fingerprints(VoteHashes())
-    assert {n for n in before if before[n] != after[n]} == {"sft", "reward", "sample", "more", "ppo", "eval"}
-    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "more", "ppo", "eval"}
+    assert {n for n in before if before[n] != after[n]} == {
+        "sft",
+        "reward",
+        "sample",
+        "more",
+        "ppo",
+        "critique",
+        "eval",
+    }
+    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "more", "ppo", "critique", "eval"}
 
 
 # ------------------------------------------------------------------------------------------------------ a new kind
@@ -277,7 +295,7 @@ def test_a_new_kind_touches_five_files(tmp_path: Path, subprocess_env: dict[str,
     (package / "stages" / "tally.py").write_text(TOY_RUNNER)
     for file, place, line in [
         ("recipe/recipe.py", "\nStage = Annotated[", "from keel.recipe.tally import TallyStage\n"),
-        ("recipe/recipe.py", "SftStage | SampleStage", "TallyStage | "),
+        ("recipe/recipe.py", "    SftStage\n", "    TallyStage |\n"),
         ("stages/registry.py", "\nRUNNERS: Mapping", "from keel.stages.tally import run_tally\n"),
         ("stages/registry.py", '    "sft": run_sft,\n', '    "tally": run_tally,\n'),
         ("report/kinds.py", '    "sft": Kind(\n', '    "tally": Kind(facts=(Shown("words counted", "words"),)),\n'),

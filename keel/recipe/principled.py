@@ -72,7 +72,7 @@ class PrincipledBase(StageBase):
             return self
         if not isinstance(self.judge, EndpointRef | LanguageModelRef | PythonFeedbackRef):
             raise ValueError(
-                "a constitution is read by a judge that compares two replies; name one of kind language_model, endpoint "
+                "a constitution is for a judge that compares two replies; name one of kind language_model, endpoint "
                 "or python_feedback"
             )
         if isinstance(self.judge, EndpointRef | LanguageModelRef) and self.judge.instructions is not None:

@@ -99,13 +99,9 @@ def _name(judge: ComparerRef) -> str:
     """What the store calls it."""
     if isinstance(judge, MixedRef):
         return "sum of rewards"
-    word = {
-        "python": "function",
-        "model": "reward model",
-        "language_model": "model",
-        "python_feedback": "function",
-    }.get(judge.kind, judge.kind)
-    return f"{word} {judge.ref if isinstance(judge, PythonRef | PythonFeedbackRef) else judge.model}"
+    words = {"python": "function", "python_feedback": "function", "model": "reward model", "language_model": "model"}
+    named = judge.ref if isinstance(judge, PythonRef | PythonFeedbackRef) else judge.model
+    return f"{words.get(judge.kind, judge.kind)} {named}"
 
 
 def _principled(judge: ComparerRef, stage: AnnotateStage, context: StageContext) -> Comparer:

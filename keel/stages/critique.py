@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,12 @@ def _counted(left_out: dict[str, int]) -> str:
 
 def _writer(stage: CritiqueStage, context: StageContext) -> tuple[Writer, list[Prompt], Fits | None]:
     """What writes, the prompts that it can be asked, and which conversations fit it."""
-    prompts, within = training_prompts(stage.prompts, context), _Within(context.reporter)
+    rows, within = training_prompts(stage.prompts, context), _Within(context.reporter)
+    prompts = list(
+        {prompt.id: prompt for prompt in rows}.values()
+    )  # records and what is learned from name a prompt once
+    if len(prompts) < len(rows):
+        context.reporter.note(f"left out {len(rows) - len(prompts)} prompts that stand there already")
     if stage.model is None:
         assert stage.writer is not None, "one of the two"
         return EndpointWriter(stage.writer, f"{stage.name}.writer.url", within), prompts, None
@@ -101,7 +107,7 @@ def _writer(stage: CritiqueStage, context: StageContext) -> tuple[Writer, list[P
     sampler = make_sampler(model, stage.sampling.backend, stop_token_ids(chat, stage.sampling), precision)
     limit = context_length(model)
 
-    def fits(asked: list[Prompt]) -> list[bool]:
+    def fits(asked: Sequence[Prompt]) -> list[bool]:
         if limit is None:
             return [True] * len(asked)
         encoded = chat.encode_prompts([one.messages for one in asked], [one.place or one.id for one in asked])

@@ -51,27 +51,26 @@ def reading(context: StageContext) -> Reading:
 # -------------------------------------------------------------------------------------------------- demonstrations
 
 
-def demonstrations(stage: SftStage, context: StageContext) -> tuple[dict[str, list[Demonstration]], dict[str, int]]:
-    """What ``stage`` learns from, by what names it, and how many of them people wrote in the store. A stage that makes
-    demonstrations has them in its folder; a sample stage's are the replies that it kept, as far as they ended by
+def demonstrations(
+    stage: SftStage, context: StageContext
+) -> tuple[list[tuple[str, list[Demonstration]]], dict[str, int]]:
+    """What ``stage`` learns from, each with what names it, and how many of them people wrote in the store. A stage that
+    makes demonstrations has them in its folder; a sample stage's are the replies that it kept, as far as they ended by
     themselves."""
     sources = stage.sources or tuple(filter(None, [context.recipe.data.demonstrations]))
     if not sources:
         raise UserError(f"stage {stage.name}: no demonstrations; set data.demonstrations=FILE")
     made = {other.name for other in context.recipe.stages if "demonstrations" in other.makes}
     named = context.file if stage.sources else str
-    found: dict[str, list[Demonstration]] = {}
-    for source in sources:
-        if source != PEOPLE:
-            file = context.parent(source).path / KEPT if source in made else named(source)
-            found.setdefault(source, []).extend(read_demonstrations(file, reading(context)))
+    files = [(s, context.parent(s).path / KEPT if s in made else named(s)) for s in sources if s != PEOPLE]
+    found = [(source, read_demonstrations(file, reading(context))) for source, file in files]
     if PEOPLE not in sources:
         return found, {}
     stored = training_demonstrations(context.own_folder().path, context.store_url)
     people = _without_heldout(stored, prompt_messages, "demonstrations", context)
-    if not any(found.values()) and not people:
+    if not people and not any(rows for _, rows in found):
         raise UserError(f"stage {stage.name}: nobody has written anything in the store yet; keel label serves it")
-    return {**found, PEOPLE: people}, {"people_demonstrations": len(people)}
+    return [*found, (PEOPLE, people)], {"people_demonstrations": len(people)}
 
 
 def write_demonstrations(path: Path, shown: Sequence[Demonstration]) -> None:

@@ -16,9 +16,10 @@ from keel.train.sft import Share, train_sft
 def run_sft(stage: SftStage, context: StageContext) -> dict[str, Any]:
     sources, counts = demonstrations(stage, context)
     training, prompts = training_context(stage, context), prompts_to_measure(stage, context)
-    mix = (
-        None if stage.mix is None else [Share(s, sources[s], w) for s, w in zip(stage.sources, stage.mix, strict=True)]
-    )
-    learned = [record for records in sources.values() for record in records]
+    mix = None
+    if stage.mix is not None:
+        weights = dict(zip(stage.sources, stage.mix, strict=True))
+        mix = [Share(source, records, weights[source]) for source, records in sources]
+    learned = [record for _, records in sources for record in records]
     summary = train_sft(stage, learned, training, mix)
     return summary | counts | measured(stage, prompts, (), context, training)
