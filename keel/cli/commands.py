@@ -32,6 +32,7 @@ QUICK = (
     "ppo_no_kl.rollout_batch=128",
     "eval.bootstrap=200",
 )
+CONSTITUTIONAL_FILES = {"demonstrations": 2400}  # the rest of what its first stage learns are lessons
 QUICK_FILES = {
     "demonstrations": 256,
     "prompts": 128,
@@ -40,8 +41,8 @@ QUICK_FILES = {
     "base_text_tokens": 4000,
     "facts": 40,
 }
-QUICK_CONSTITUTIONAL = ("ppo.episodes=256", "ppo.rollout_batch=128", "eval.bootstrap=200")
-QUICK_CONSTITUTIONAL_FILES = {"demonstrations": 256, "red_team": 48, "helpful": 80, "revisions": 60, "choices": 20}
+QUICK_CONSTITUTIONAL = ("sft.epochs=2", "ppo.episodes=256", "ppo.rollout_batch=128", "eval.bootstrap=200")
+QUICK_CONSTITUTIONAL_FILES = {"demonstrations": 400, "red_team": 48, "helpful": 80, "revisions": 120, "choices": 20}
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -99,9 +100,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     quick = QUICK_CONSTITUTIONAL if constitutional else QUICK
     recipe = finish(draft, [*(quick if arguments.quick else ()), *overrides], arguments.seed)
     with RunDir(out).lock():  # made anew each time: the same seed gives the same files, and half-written ones go
-        export(data, arguments.seed, **(QUICK_FILES if arguments.quick else {}))
+        usual = CONSTITUTIONAL_FILES if constitutional else {}
+        export(data, arguments.seed, **(QUICK_FILES if arguments.quick else usual))
         if constitutional:
-            export_constitutional(data, arguments.seed, **(QUICK_CONSTITUTIONAL_FILES if arguments.quick else {}))
+            export_constitutional(data, arguments.seed, **(QUICK_CONSTITUTIONAL_FILES if arguments.quick else usual))
     return _execute(recipe, out)
 
 

@@ -21,7 +21,7 @@ from keel.harbor.redteam import prompts_of_side
 from keel.recipe.constitution import Principle
 from keel.types import Demonstration, Message, Prompt
 
-REVISIONS, CHOICES = 420, 180  # lessons of each kind
+REVISIONS, CHOICES = 3600, 400  # lessons of each kind; 600 in all are too few for a model of this size
 
 Mixes = Mapping[str, Mapping[str, float]]
 # What is asked where a principle is taught: half of it what it is about, the rest what only looks so or is something
