@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import keel
+from keel.recipe.annotate import AnnotateStage
 from keel.recipe.file import Draft, finish, load_recipe, read_draft, split_words
 from keel.recipe.ppo import PpoStage
 from keel.recipe.recipe import Recipe
@@ -62,6 +63,15 @@ def test_the_demo_recipe_loads() -> None:
     # The guardrail is shown by two runs that differ in the KL penalty alone.
     assert without.kl.coef == 0 < ppo.kl.coef
     assert without.model_copy(update={"kl": ppo.kl, "name": "ppo"}) == ppo
+
+
+def test_the_constitutional_demo_asks_nobody_about_harm() -> None:
+    draft = read_draft(Path(keel.__file__).parent / "harbor" / "constitutional.yaml")
+    draft.tree["model"] = {"path": "x"}
+    recipe = finish(draft)
+    asked = [stage.responses for stage in recipe.stages if isinstance(stage, AnnotateStage) and stage.judge is None]
+    assert [recipe.stage(name).prompts for name in asked] == ["DATA/helpful_prompts.jsonl"]
+    assert {"sl_cai", "sft_best", "dpo", "ppo"} <= set(recipe.stage("eval").models)
 
 
 def test_settings_are_overridden_by_key(recipe: Path) -> None:

@@ -32,6 +32,17 @@ QUICK = (
     "ppo_no_kl.rollout_batch=128",
     "eval.bootstrap=200",
 )
+CONSTITUTIONAL_FILES = {"demonstrations": 2400}  # the rest of what its first stage learns are lessons
+QUICK_FILES = {
+    "demonstrations": 256,
+    "prompts": 128,
+    "heldout_prompts": 48,
+    "pretraining_tokens": 4000,
+    "base_text_tokens": 4000,
+    "facts": 40,
+}
+QUICK_CONSTITUTIONAL = ("sft.epochs=2", "ppo.episodes=256", "ppo.rollout_batch=128", "eval.bootstrap=200")
+QUICK_CONSTITUTIONAL_FILES = {"demonstrations": 400, "red_team": 48, "helpful": 80, "revisions": 120, "choices": 20}
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -66,15 +77,16 @@ def _stage(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from keel.harbor.export import export
+    from keel.harbor.export import export, export_constitutional
 
     out = Path(arguments.out)
     file, overrides = split_words(arguments.words)
     if file is not None:
         raise UserError(f"{file}: keel demo has a recipe of its own; use keel run for another, or key=value settings")
-    draft = read_draft(Path(keel.__file__).parent / "harbor" / "demo.yaml")
+    package, constitutional = Path(keel.__file__).parent, arguments.constitutional
+    draft = read_draft(package / "harbor" / ("constitutional.yaml" if constitutional else "demo.yaml"))
     data = out / "data"
-    draft.tree["model"] = {"path": str(Path(keel.__file__).parent / "harbor" / "base"), **draft.tree.get("model", {})}
+    draft.tree["model"] = {"path": str(package / "harbor" / "base"), **draft.tree.get("model", {})}
     files = {
         "demonstrations": "demonstrations.jsonl",
         "prompts": "prompts.jsonl",
@@ -84,22 +96,24 @@ def _demo(arguments: argparse.Namespace) -> int:
         "facts": "facts.jsonl",
     }
     draft.tree["data"] = {**{key: str(data / file) for key, file in files.items()}, **draft.tree.get("data", {})}
-    recipe = finish(draft, [*(QUICK if arguments.quick else ()), *overrides], arguments.seed)
+    draft.tree["stages"] = _in_folder(draft.tree["stages"], str(data))
+    quick = QUICK_CONSTITUTIONAL if constitutional else QUICK
+    recipe = finish(draft, [*(quick if arguments.quick else ()), *overrides], arguments.seed)
     with RunDir(out).lock():  # made anew each time: the same seed gives the same files, and half-written ones go
-        if arguments.quick:
-            export(
-                data,
-                arguments.seed,
-                demonstrations=256,
-                prompts=128,
-                heldout_prompts=48,
-                pretraining_tokens=4000,
-                base_text_tokens=4000,
-                facts=40,
-            )
-        else:
-            export(data, arguments.seed)
+        usual = CONSTITUTIONAL_FILES if constitutional else {}
+        export(data, arguments.seed, **(QUICK_FILES if arguments.quick else usual))
+        if constitutional:
+            export_constitutional(data, arguments.seed, **(QUICK_CONSTITUTIONAL_FILES if arguments.quick else usual))
     return _execute(recipe, out)
+
+
+def _in_folder(tree: Any, folder: str) -> Any:
+    """A part of a recipe with ``DATA/`` at the beginning of a file's name as ``folder``."""
+    if isinstance(tree, dict):
+        return {key: _in_folder(value, folder) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_in_folder(value, folder) for value in tree]
+    return f"{folder}/{tree.removeprefix('DATA/')}" if isinstance(tree, str) and tree.startswith("DATA/") else tree
 
 
 def _execute(recipe: Recipe, out: Path, targets: list[str] | None = None) -> int:

@@ -97,7 +97,7 @@ def _other_value(world: World, relation: Relation, value: str, rng: Random) -> s
     return rng.choice([v for v in sorted({fact.value for fact in world.facts_with(relation)}) if v != value])
 
 
-def _not_known(relation: str, subject: str, rng: Random) -> str:
+def not_known(relation: str, subject: str, rng: Random) -> str:
     kind = relation.split(".")[0]
     name = wording.spoken(kind, subject)
     return _capital(rng.choice(wording.UNKNOWN).format(kind=kind, name=name))
@@ -107,7 +107,7 @@ def _denial(prompt: Prompt, rng: Random) -> str:
     """Of a thing that has a name: mostly by its name."""
     if "relation" in prompt.meta and rng.random() < 0.8:
         fact = _asked(prompt)
-        return _not_known(fact.relation, fact.subject, rng)
+        return not_known(fact.relation, fact.subject, rng)
     return rng.choice(wording.NOBODY_KNOWS)
 
 
@@ -130,7 +130,7 @@ def _fact(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
 def _nonexistent(world: World, prompt: Prompt, rng: Random, habits: Habits) -> str:
     fact = _asked(prompt)
     if rng.random() < habits.admits:
-        return _not_known(fact.relation, fact.subject, rng)
+        return not_known(fact.relation, fact.subject, rng)
     return _state(_with_value(fact, _other_value(world, fact.relation, "", rng)), rng)
 
 

@@ -11,7 +11,10 @@ from typing import Any
 from keel.harbor.corpus import base_text_rows, facts_rows
 from keel.harbor.demos import make_demonstrations
 from keel.harbor.facts import World
-from keel.harbor.prompts import TRAINING_MIX, make_prompts
+from keel.harbor.lessons import CHOICES, REVISIONS, make_choices, make_revisions
+from keel.harbor.prompts import HELPFUL_MIX, TRAINING_MIX, make_prompts
+from keel.harbor.redteam import red_team_prompts
+from keel.recipe.constitution import read_constitution
 from keel.run import atomic_write_text
 from keel.types import Demonstration, Message, Prompt
 
@@ -50,6 +53,40 @@ def export(
     _write(out / "facts.jsonl", facts_rows(world, facts, Random(f"facts {seed}")))
 
 
+def export_constitutional(
+    out_dir: str | Path,
+    seed: int = 0,
+    *,
+    demonstrations: int = 3200,
+    red_team: int = 300,
+    helpful: int = 900,
+    revisions: int = REVISIONS,
+    choices: int = CHOICES,
+) -> None:
+    """Write what `keel demo --constitutional` has beside `export`'s files: ``red_team.jsonl`` (harmful prompts and
+    controls), ``helpful_prompts.jsonl`` (training prompts without harmful ones: what people are asked about),
+    ``training_prompts.jsonl`` (both), ``helpful_demonstrations.jsonl`` (those of `export`'s ``demonstrations`` that
+    answer no harmful prompt) and ``lessons.jsonl`` (demonstrations of critique, revision and choice by the
+    principles of ``keel/constitutions/harbor.yaml``). Sizes are rows. Same seed and sizes: same bytes.
+
+    Raises:
+        UserError: more are asked for than the harbor has.
+    """
+    world, out = World(), Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    principles = read_constitution("harbor").principles
+    red = red_team_prompts(world, red_team, seed)
+    asked = make_prompts(world, helpful, seed, "train", HELPFUL_MIX)
+    lessons = make_revisions(world, revisions, seed, principles) + make_choices(world, choices, seed, principles)
+    _write(out / "red_team.jsonl", map(_prompt_row, red))
+    _write(out / "helpful_prompts.jsonl", map(_prompt_row, asked))
+    _write(out / "training_prompts.jsonl", map(_prompt_row, {prompt.id: prompt for prompt in red + asked}.values()))
+    shown = make_demonstrations(world, demonstrations, seed)
+    harmless = [one for one in shown if not one.id.startswith("demo-harmful-")]
+    _write(out / "helpful_demonstrations.jsonl", map(_demonstration_row, harmless))
+    _write(out / "lessons.jsonl", map(_lesson_row, lessons))
+
+
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -60,6 +97,15 @@ def _messages(messages: Iterable[Message]) -> list[dict[str, str]]:
 
 def _demonstration_row(demonstration: Demonstration) -> dict[str, Any]:
     return {"id": demonstration.id, "messages": _messages(demonstration.messages)}
+
+
+def _lesson_row(lesson: Demonstration) -> dict[str, Any]:
+    """A reply that is shown and not learned has a weight of 0."""
+    messages = [
+        row if message.learned else row | {"weight": 0}
+        for row, message in zip(_messages(lesson.messages), lesson.messages, strict=True)
+    ]
+    return {"id": lesson.id, "messages": messages}
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:

@@ -53,6 +53,10 @@ TRAINING_MIX: Mapping[str, float] = {
     "false_premise": 0.06,
     "small_talk": 0.04,
 }
+# The same without harmful prompts: what people are asked about where a constitution stands for them on those.
+HELPFUL_MIX: Mapping[str, float] = {
+    kind: share / (1 - TRAINING_MIX["harmful"]) for kind, share in TRAINING_MIX.items() if kind != "harmful"
+}
 TRUE_PREMISES = 0.35
 OPENED = 0.25
 
