@@ -357,6 +357,8 @@ def test_a_pair_is_split_into_its_replies() -> None:
     assert (up.completion, up.label, up.finished, up.weight) == ("good", True, True, 0.5)
     assert (down.completion, down.label, down.finished, down.weight) == ("bad", False, False, 0.5)
     assert inputs.in_two(replace(pair, probability=1.0)) == [up, down]
+    assert (up.votes, up.settled) == (("v",), False)
+    assert {(half.votes, half.settled) for half in inputs.in_two(pair, ("v", "w"))} == {(("v", "w"), True)}
     with pytest.raises(UserError, match=r"label is a probability \(0\.75\), and a thumb is up or down"):
         inputs.in_two(replace(pair, probability=0.75))
 

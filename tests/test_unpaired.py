@@ -30,6 +30,7 @@ from keel.train.unpaired import (
     Unpaired,
     _compared,
     class_weights,
+    split_examples,
     train_unpaired,
 )
 from keel.types import Encoded, LabelledCompletion, Message, UserError
@@ -354,3 +355,23 @@ def test_settings_of_thumbs_leave_other_stages_as_they_were() -> None:
     assert "thumbs" not in plain.files()
     assert stage(rating_bound=3).rating_bounds() == (3, 3)
     assert stage().settings()["thumbs"] == "x.jsonl"
+
+
+def test_lineage_of_pairs_beside_thumbs(model_path: Path, tmp_path: Path) -> None:
+    """A vote counts once for both halves, what a reviewer settled stands by itself with all its votes, and a thumb that
+    has a vote's id is one more."""
+    records = thumbs(20)
+    settled = [replace(one, id="s1", votes=("s1", "s2"), settled=True) for one in records[:2]]
+    halves = [replace(one, id="t9", votes=("t9",)) for one in records[2:4]]
+    settled, halves = ([replace(one, prompt=two[0].prompt) for one in two] for two in (settled, halves))
+    c = context(tmp_path, "dpo", model_path)
+    _, tokenizer = load_policy(model_path)
+    split_examples([*settled, *halves, *records[4:]], Chat(tokenizer), 0.2, c)
+    known = read_json(c.stage.path / "judgements.json")
+    everything = [*known["trained"], *known["settled"], *known["heldout"]]
+    assert sorted(everything) == sorted(["s1", "s2", "t9", *(one.id for one in records[4:])])
+    assert everything.count("t9") == 2
+    if known["settled"]:
+        assert known["settled"] == ["s1", "s2"]
+    else:
+        assert {"s1", "s2"} <= set(known["heldout"])

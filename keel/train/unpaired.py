@@ -218,13 +218,25 @@ def split_examples(
     records: Sequence[LabelledCompletion], chat: Chat, fraction: float, context: TrainContext
 ) -> tuple[list[list[Example]], list[Example]]:
     """(training examples in groups of one prompt each, held-out examples). A prompt is on one side whole. The ids of
-    the judgements behind either side are recorded in the stage's folder."""
+    the judgements behind either side are recorded in the stage's folder: a vote on a pair once for both of its halves,
+    and beside a thumb that has its id."""
     training, heldout = (
         _encoded(side, chat, context) if side else [] for side in split_by_prompt(records, fraction, context.seed)
     )
-    trained, kept_out = (list(dict.fromkeys(one.record.id for one in side)) for side in (training, heldout))
-    record_lineage(context.stage, trained, kept_out)
+    learned = [one.record for one in training]
+    record_lineage(
+        context.stage,
+        trained=_behind([record for record in learned if not record.settled]),
+        heldout=_behind([example.record for example in heldout]),
+        settled=_behind([record for record in learned if record.settled]),
+    )
     return group_by_prompt(training, lambda example: example.record.prompt), heldout
+
+
+def _behind(records: Sequence[LabelledCompletion]) -> list[str]:
+    """The ids of the thumbs, and of the votes on pairs, that records are made of."""
+    known = dict.fromkeys((bool(one.votes), id) for one in records for id in one.votes or (one.id,))
+    return [id for _, id in known]
 
 
 def _encoded(records: Sequence[LabelledCompletion], chat: Chat, context: TrainContext) -> list[Example]:
