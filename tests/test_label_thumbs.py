@@ -113,6 +113,27 @@ def test_a_thumb_is_counted_once_taken_back_and_learned_from(store: Store, url: 
     assert skipped.shown[0] not in seen
 
 
+def test_a_reply_is_asked_once_of_each_and_a_thumb_sent_again_counts_once(store: Store) -> None:
+    fill(store, 1, replies=2)
+    prepare(store)
+    labelling, ann, bo = Labelling(store), person(store, "ann"), person(store, "bo")
+    ids = [response.id for response in store.responses()]
+    with store.transaction(writes=True) as connection:
+        for batch in ("one", "other"):
+            work.add_thumbs(connection, ids, 2, batch, store.now)
+    done = labelling.progress(ann, "thumb").done
+    for who in (ann, bo):
+        seen = []
+        while (screen := labelling.next(who, "thumb")) is not None:
+            seen += screen.shown
+            vote = up()
+            for _ in range(3):  # no answer came
+                labelling.thumb(who, screen.id, vote)
+            done += 1
+            assert labelling.progress(who, "thumb").done == done
+        assert len(seen) == len(set(seen)) == 2
+
+
 def test_a_lease_that_ran_out_goes_to_somebody_else(clock: Clock, tmp_path: Path) -> None:
     with Store(tmp_path / "feedback.db", clock=clock) as store:
         fill(store, 1, replies=2)

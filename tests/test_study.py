@@ -196,6 +196,16 @@ def test_a_shipped_study_makes_a_recipe_of_every_arm(name: str) -> None:
     assert len(made.arms) >= 2
 
 
+def test_soft_labels_are_compared_at_equal_steps() -> None:
+    """Three votes on a pair are three records, and what is made of them is one: each arm's step has as many pairs."""
+    sizes = World("model", {n: n for n in ("demonstrations", "prompts", "heldout_prompts", "pretraining")})
+    made = read_study("soft_labels")
+    for arm in made.arms:
+        for stage in arm_recipe(made, arm, 0, "sqlite:///s.db", sizes).stages:
+            if stage.kind == "reward":
+                assert (stage.batch_size, stage.epochs) == (24 if stage.votes == "raw" else 8, 2.5)
+
+
 def test_the_studies_are_listed_with_what_they_ask(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study"]) == 0
     text = capsys.readouterr().out

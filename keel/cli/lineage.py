@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel.cli.exchange import store_location
 from keel.recipe.rounds import rounds
 from keel.run import RunDir, read_json
 from keel.store import Store, lineage
@@ -48,7 +47,8 @@ def shaped(run: str) -> list[Shaped]:
         raise UserError(f"{run}: not a run directory (no manifest.json); name one that keel run or keel demo made")
     entries: Mapping[str, Any] = manifest.get("stages", {})
     numbers = {one.policy: one.number for one in rounds(manifest.get("recipe", {}).get("stages", ()))}
-    sources = _sources(store_location(run), entries)
+    own = str(manifest.get("recipe", {}).get("store") or folder.store_url)
+    sources = _sources(own, entries)
     learned = {}
     for name in entries:
         path = folder.stage(name).path / "judgements.json"
