@@ -458,6 +458,16 @@ def test_the_check_looks_at_the_files_of_thumbs(recipe: dict[str, Any], tmp_path
     assert "set the stage's rating_bound" in said(rated)
 
 
+def test_a_label_beside_a_rating(tmp_path: Path) -> None:
+    row = {"prompt": "?", "completion": "x", "label": True, "rating": 2}
+    (tmp_path / "both.jsonl").write_text(json.dumps(row) + "\n")
+    assert [one.label for one in read_labelled(str(tmp_path / "both.jsonl"))] == [True]  # nothing says what 2 is
+    (agreed,) = read_labelled(str(tmp_path / "both.jsonl"), bounds=(1, 1))
+    assert agreed.label
+    with pytest.raises(UserError, match="fields 'label' and 'rating' disagree by the stage's rating_bound"):
+        list(read_labelled(str(tmp_path / "both.jsonl"), bounds=(3, 3)))
+
+
 def test_thumbs_of_files_are_neither_lost_nor_mixed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def file(name: str, *rows: dict[str, Any]) -> str:
         (tmp_path / name).write_text(

@@ -340,6 +340,8 @@ def test_a_stopped_run_ends_with_the_same_bits(
         ({"thumbs": None, "rating_bound": 3}, "rating_bound makes thumbs of ratings"),
         ({"thumbs": None, "desirable_weight": 2}, "weigh single replies; name them in thumbs"),
         ({"rating_bound": [4, 2]}, "the first of two bounds is the lower one"),
+        ({"rating_bound": True}, "true or false is none"),
+        ({"rating_bound": [1, True]}, "true or false is none"),
         ({"votes": "majority"}, "votes: majority makes one record of several votes on a pair"),
         ({"voters": "people"}, "voters is about votes on pairs"),
     ],

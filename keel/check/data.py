@@ -103,7 +103,7 @@ def _sides(
             yield broken(error, place)
             continue
         tied = [isinstance(row, Preference) and row.tie for row in training]
-        if tied and "reward model" in stage.makes and all(tied):
+        if tied and all(tied):
             yield Finding("error", place, "every pair to train on is a tie", "add decided pairs")
     pool = prompts.get("data.prompts", [])
     named = None if data.heldout_prompts is None else {messages_hash(p.messages) for p in prompts.get(HELDOUT, [])}
