@@ -444,7 +444,7 @@ def test_the_check_asks_for_a_template_where_a_kl_is_measured(tmp_path: Path) ->
     from tiny import save_tiny
 
     tree = _recipe(tmp_path, frontier={"models": ["dpo"], "against": "base"})
-    tree["model"]["path"] = save_tiny(tmp_path / "plain")
+    tree["model"]["path"] = str(save_tiny(tmp_path / "plain"))
     for against, errors in (("base", 1), ("sft", 0)):  # sft gives the base a template
         tree["stages"][-1]["frontier"]["against"] = against
         recipe = Recipe.model_validate(tree)

@@ -28,8 +28,8 @@ from keel.train.optim import make_optimizer
 from keel.train.unpaired import (
     Example,
     Unpaired,
-    _compared,
     class_weights,
+    compared,
     split_examples,
     train_unpaired,
 )
@@ -173,7 +173,7 @@ def algorithm(tmp: Path, path: Path, records: list[LabelledCompletion], heldout:
     for example in examples[heldout:]:
         groups.setdefault(example.record.prompt.id, []).append(example)
     config, training = stage(**settings), [example for group in groups.values() for example in group]
-    known = iter(_compared(training, examples[:heldout], config, c, lambda: reference))
+    known = iter(compared(training, examples[:heldout], config, c, lambda: reference))
     made = Unpaired(model, [[next(known) for _ in group] for group in groups.values()], list(known), config, c)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -246,7 +246,7 @@ def _encoded(records: Sequence[LabelledCompletion], chat: Chat, context: TrainCo
     return [Example(record, row) for record, (row,) in zip(kept, encoded, strict=True)]
 
 
-def _compared(
+def compared(
     training: Sequence[Example],
     heldout: Sequence[Example],
     config: DpoStage,
@@ -289,9 +289,9 @@ def train_unpaired(
     model, tokenizer = policy = roles.policy()
     groups, heldout = split_examples(records, Chat(tokenizer), config.heldout_fraction, context)
     examples = [example for group in groups for example in group]
-    compared = iter(_compared(examples, heldout, config, context, lambda: roles.reference(reference_path, policy)))
-    groups = [[next(compared) for _ in group] for group in groups]
-    algorithm = Unpaired(model, groups, list(compared), config, context)
+    known = iter(compared(examples, heldout, config, context, lambda: roles.reference(reference_path, policy)))
+    groups = [[next(known) for _ in group] for group in groups]
+    algorithm = Unpaired(model, groups, list(known), config, context)
     up = sum(example.record.label for example in examples)
     if up in (0, len(examples)):
         said = "up" if up else "down"
