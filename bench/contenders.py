@@ -61,7 +61,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("TRL", "trl", "bench.workers.trl", ("sft", "dpo", "reward", *GRPO_FAMILY)),
+    Peer("TRL", "trl", "bench.workers.trl", ("sft", "dpo", "simpo", "kto", "reward", *GRPO_FAMILY)),
     Peer("TRL 1.12", "trl-ppo", "bench.workers.trl_ppo", ("ppo",)),
     Peer("generate", "transformers", "bench.workers.generate", SAMPLING),
     Peer("continuous batching", "transformers", "bench.workers.generate", SAMPLING, {"continuous": {}}),
@@ -96,6 +96,11 @@ CANDIDATES: Mapping[tuple[str, str], Sequence[Settings]] = {
         _trained(**_BF16, precompute=True, micro=32),
         _trained(**_FP32, precompute=True, micro=32),
         _trained(**_BF16, precompute=True, group=True, micro=8),
+        *_PLAIN,
+    ],
+    ("TRL", "simpo"): _PLAIN,
+    ("TRL", "kto"): [
+        *(_trained(**p, precompute=True, micro=m) for m in (8, 32) for p in (_BF16, _FP32)),
         *_PLAIN,
     ],
     ("TRL", "reward"): [

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.work import GRPO_FAMILY, SAMPLING, Shape, Work, conversations, pairs
+from bench.work import GRPO_FAMILY, SAMPLING, Shape, Work, conversations, pairs, thumbs
 
 WIDTH = {"fp32": 4, "bf16": 2}
 
@@ -69,12 +69,19 @@ def phases(work: Work, shape: Shape, precision: str, units: float) -> list[Phase
         rows = [len(ids) for ids in conversations(work, shape.vocab)]
         flops = sum(forward_flops(shape, n, causal(n), n - 1) for n in rows)
         return _training(work, shape, TRAINED * flops)
-    if work.task in ("dpo", "reward"):
+    if work.task == "kto":
+        flops = 0.0
+        for asked, reply, _ in thumbs(work, shape.vocab):
+            seen = causal(len(asked)) + causal(len(reply), len(asked))
+            flops += forward_flops(shape, len(asked) + len(reply), seen, len(reply))
+        # The reference reads every reply once, and a reply behind another prompt is read by both.
+        return _training(work, shape, (TRAINED + 3) * flops)
+    if work.task in ("dpo", "simpo", "reward"):
         flops = 0.0
         for p in pairs(work, shape.vocab):
             prompt, replies = len(p.prompt), (len(p.chosen), len(p.rejected))
             seen = causal(prompt) + sum(causal(n, prompt) for n in replies)
-            flops += forward_flops(shape, prompt + sum(replies), seen, sum(replies) if work.task == "dpo" else 0)
+            flops += forward_flops(shape, prompt + sum(replies), seen, 0 if work.task == "reward" else sum(replies))
         # DPO's reference reads every pair once more, forwards.
         return _training(work, shape, (TRAINED + (work.task == "dpo")) * flops)
     return _online(work, shape, precision)

@@ -18,6 +18,8 @@ from keel.report.wording import percent, plain
 TITLES = {
     "sft": "SFT",
     "dpo": "DPO",
+    "simpo": "SimPO",
+    "kto": "KTO",
     "reward": "Reward model",
     "ppo": "PPO",
     "grpo": "GRPO",

@@ -19,6 +19,8 @@ GRPO_FAMILY = ("grpo", "dr_grpo", "gspo", "cispo")
 UNITS = {
     "sft": "tokens of conversations trained on (padding not counted) a second",
     "dpo": "preference pairs trained on a second, the reference's log-probabilities included",
+    "simpo": "preference pairs trained on a second, without a reference",
+    "kto": "single replies trained on a second, the reference's log-probabilities included",
     "reward": "preference pairs trained on a second",
     "ppo": "episodes a second: sampled, scored, and trained on for all epochs",
     **dict.fromkeys(GRPO_FAMILY, "completions a second: sampled, scored, and trained on"),
@@ -97,6 +99,8 @@ class Work:
 WORK = {
     "sft": Work("sft", 192, 32, prompt=(10, 60), reply=(10, 60)),
     "dpo": Work("dpo", 128, 32, prompt=(10, 40), reply=(10, 40)),
+    "simpo": Work("simpo", 128, 32, prompt=(10, 40), reply=(10, 40)),
+    "kto": Work("kto", 128, 32, prompt=(10, 40), reply=(10, 40)),
     "reward": Work("reward", 128, 32, prompt=(10, 40), reply=(10, 40)),
     "ppo": Work("ppo", 64, 64, prompt=(32, 32), reply=(48, 48), epochs=4),
     **{task: Work(task, 128, 64, prompt=(32, 32), reply=(48, 48), group=8) for task in GRPO_FAMILY},
@@ -160,6 +164,11 @@ def pairs(work: Work, vocab: int) -> list[Pair]:
         return [*_ids(draw, (work.reply[0] - 1, work.reply[1] - 1), vocab), EOS]
 
     return [Pair(_ids(draw, work.prompt, vocab), reply(), reply()) for _ in range(work.examples)]
+
+
+def thumbs(work: Work, vocab: int) -> list[tuple[list[int], list[int], bool]]:
+    """(prompt, reply, whether it is good): of every other pair the chosen reply, of the rest the rejected one."""
+    return [(p.prompt, p.rejected if n % 2 else p.chosen, n % 2 == 0) for n, p in enumerate(pairs(work, vocab))]
 
 
 def stop_ids(task: str, vocab: int) -> list[int]:

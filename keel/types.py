@@ -160,7 +160,8 @@ def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion) -
 @dataclass(frozen=True, slots=True)
 class LabelledCompletion:
     """A completion with a thumbs up or down (``prompt`` + ``completion`` + ``label`` rows, as KTO uses). One that was
-    cut at the length limit is not ``finished`` and gets no end token."""
+    cut at the length limit is not ``finished`` and gets no end token. ``votes``: the ids of the votes on a pair that it
+    is half of; ``settled``: in their place a reviewer's word counts."""
 
     id: str
     prompt: Prompt
@@ -170,6 +171,8 @@ class LabelledCompletion:
     finished: bool = True
     weight: float = 1.0
     place: str = field(default="", compare=False)
+    votes: tuple[str, ...] = ()
+    settled: bool = False
 
 
 Link = Literal["logistic", "hinge", "square", "one_minus_sigmoid", "reverse_kl"]

@@ -244,6 +244,7 @@ def test_what_else_runs_is_seen() -> None:
 PARTS = {
     "dpo": {"reference", "training"},
     "ppo": {"sampling", "scoring", "log-probs and values", "updates"},
+    "kto": {"reference", "training"},
     **{task: {"sampling", "scoring", "log-probs", "updates"} for task in GRPO_FAMILY},
 }
 

@@ -82,9 +82,7 @@ def test_a_good_judge_labels_and_its_card_is_in_the_summary(tmp_path: Path) -> N
 
 
 def test_a_judge_of_order_is_refused_before_it_labels_and_forced_without_being_asked_again(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"stage annotate: its judge is beyond its bounds: its choice turned .* 100%"
-    ):
+    with pytest.raises(UserError, match=r"stage annotate: its judge is beyond its bounds: its choice turned .* 100%"):
         run(recipe(tmp_path, "first_one"), tmp_path / "run")
     folder = tmp_path / "run" / "annotate"
     assert json.loads((folder / "judge_card.json").read_text())["alarms"][0]["name"] == "order_flips"

@@ -17,7 +17,7 @@ from keel.cli import main
 from keel.cli.exchange import read_votes
 from keel.data.sources import read_preferences
 from keel.run import RunDir
-from keel.store import Judgement, Response, Store, exchange, gold
+from keel.store import Judgement, Response, Store, exchange, gold, lineage
 from keel.store.foreign import Names
 from keel.store.records import Edit, Ranking
 from keel.types import Message, Preference, Prompt, UserError
@@ -418,3 +418,52 @@ def test_a_pair_that_was_cut_has_an_id_of_its_own(tmp_path: Path) -> None:
     assert whole.id != cut.id
     assert isinstance(cut, Preference)
     assert (cut.chosen_finished, cut.rejected_finished) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"chosen_finished": "false"}, "chosen_finished 'false'"),
+        ({"out": "false"}, "out 'false'"),
+        ({"seconds": -5}, "seconds -5"),
+        ({"seconds": True}, "seconds True"),
+        ({"strength": "much"}, "strength 'much'"),
+        ({"strength": float("nan")}, "strength nan"),
+        ({"prompt_id": None}, "prompt_id None"),
+        ({"id": ""}, "id is empty"),
+        ({"annotator_kind": "robot"}, "annotator_kind 'robot'"),
+        ({"created": "2026-01-01T00:00:00"}, "created has no time zone"),
+        ({"chosen": [{"role": "assistant", "content": 5}]}, "completion"),
+        ({"prompt": [{"role": "user", "content": None}]}, "prompt"),
+        ({"choice": "middle"}, "choice 'middle'"),
+        ({"settled": "left"}, "settled 'left'"),
+        ({"item": "3"}, "item '3'"),
+        ({"guideline": 3}, "guideline 3"),
+        ({"ratings": {"chosen": {"help": "5"}}}, "ratings"),
+        ({"ratings": {"left": {"help": 5}}}, "ratings"),
+    ],
+)
+def test_a_row_that_no_export_holds_is_told(wrong: dict[str, Any], says: str, tmp_path: Path) -> None:
+    reply = Response(0, "p", "a", True, "", "", None, NOW)
+    vote = Judgement(
+        "t", "b", 1, "ann", "person", Prompt("p", (Message("user", "?"),)), reply, replace(reply, text="b"), "left",
+        1.0, 2.0, None, None, NOW,
+    )  # fmt: skip
+    exchange.write([vote, vote], tmp_path / "votes.jsonl")
+    first, row = map(json.loads, (tmp_path / "votes.jsonl").read_text().splitlines())
+    (tmp_path / "wrong.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(row | wrong) + "\n")
+    with pytest.raises(UserError, match=f"wrong.jsonl, row 2: ValueError {says}"):
+        exchange.read(tmp_path / "wrong.jsonl")
+
+
+def test_one_id_on_a_vote_and_on_a_thumb(tmp_path: Path) -> None:
+    """Whichever comes second keeps the id with its kind behind it, also when it comes again."""
+    pairs, thumb = tmp_path / "pairs.jsonl", tmp_path / "thumbs.jsonl"
+    pairs.write_text(json.dumps({"id": "1", "prompt": "?", "chosen": "a", "rejected": "b"}) + "\n")
+    thumb.write_text(json.dumps({"id": "1", "prompt": "?", "completion": "a", "label": True}) + "\n")
+    for order, expected in (((pairs, thumb), {"1", "1#thumb"}), ((thumb, pairs), {"1", "1#judgement"})):
+        db = tmp_path / f"{order[0].stem}.db"
+        for file in (*order, *order):
+            assert main(["import", str(db), str(file)]) == 0
+        with Store(db) as store, store.transaction(writes=False) as connection:
+            assert set(lineage.works(connection)) == expected

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import keel.eval.checkpoints
 import keel.train.loop
 from keel.check.machine import disk
+from keel.check.models import _evaluated
 from keel.cli.finished import find_model
 from keel.cli.live import closing
 from keel.data.chat import Chat
@@ -192,6 +193,19 @@ def test_what_is_said_needs_an_interval_that_leaves_out_nothing() -> None:
     ]
     with pytest.raises(UserError, match="different numbers of prompts"):
         Frontier([curves[0], Curve("x", "x", (("sft", _flat(0.0, 0.0, 5)),))])
+
+
+def test_a_curve_that_gets_there_without_a_grade_is_not_called_short() -> None:
+    ungraded = dataclasses.replace(_flat(0.0, 9.0), gold=(None,) * 4)
+    curves = [Curve("a", "a", (BASE, ("a", ungraded))), Curve("b", "b", (BASE, ("b", _flat(1.0, 1.0))))]
+    frontier = Frontier(curves, 100)
+    a, b = (frontier.at(method, 4.0) for method in "ab")
+    assert (a.gold, a.reached, a.ungraded) == (None, 0, 1)
+    assert (b.gold, b.reached, b.ungraded) == (None, 0, 0)
+    assert statements([a, b], frontier.gaps(4.0)) == [
+        "4 nats: not reached by b.",
+        "4 nats: without a grade are a.",
+    ]
 
 
 # ------------------------------------------------------------------------------------------- a KL that is known
@@ -416,11 +430,26 @@ def test_checkpoints_are_named_in_recipes(tmp_path: Path) -> None:
         ({"models": ["sft", "dpo"]}, "names sft, from which the KL is measured"),
         ({"models": ["dpo"], "at": [0]}, "greater than 0"),
         ({"models": ["dpo"], "at": []}, "at least 1"),
+        ({"models": ["dpo"], "at": [5, 2, 5]}, "at names 5 nats twice"),
+        ({"models": ["dpo"], "against": "dpo@20"}, "frontier.against is dpo@20, a checkpoint on the way of dpo"),
+        ({"models": ["dpo@20"], "against": "dpo"}, "frontier.against is dpo, the end of a run"),
     ],
 )
 def test_a_wrong_frontier(frontier: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.model_validate(_recipe(tmp_path, frontier=frontier))
+
+
+def test_the_check_asks_for_a_template_where_a_kl_is_measured(tmp_path: Path) -> None:
+    from tiny import save_tiny
+
+    tree = _recipe(tmp_path, frontier={"models": ["dpo"], "against": "base"})
+    tree["model"]["path"] = str(save_tiny(tmp_path / "plain"))
+    for against, errors in (("base", 1), ("sft", 0)):  # sft gives the base a template
+        tree["stages"][-1]["frontier"]["against"] = against
+        recipe = Recipe.model_validate(tree)
+        found = [f for f in _evaluated(recipe.stages[-1], recipe) if "has no chat template" in str(f)]
+        assert [f.level for f in found] == ["error"] * errors
 
 
 def test_the_disk_must_hold_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

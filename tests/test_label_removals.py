@@ -13,6 +13,7 @@ from labelling_world import World, fake_sources, fill, person
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
+from keel.cli import main
 from keel.data.sources import read_preferences
 from keel.store import Store, exchange
 from keel.store.people import Account
@@ -302,6 +303,26 @@ def test_a_response_is_erased_with_what_was_written_about_it(url: str, tmp_path:
             kept = connection.execute(select(responses.c.text, responses.c.key)).all()
         assert {row.text for row in kept} == {"[erased]"}
         assert all(row.key.startswith("erased/") for row in kept)  # nor a hash by which the text could be guessed
+
+
+def test_an_export_after_an_erasure_comes_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both responses of a pair are one mark then, and of a ranking several; the rest comes in."""
+    with Store(tmp_path / "a.db") as store:
+        boss, ann = person(store, "boss", "admin"), person(store, "ann")
+        live(store, ann, "gone")
+        live(store, ann, "here")
+        for id in shown_of(store, "p-gone"):
+            Manage(store).erase("response", str(id), boss)
+        kept = [(vote.token, vote.prompt.id) for vote in store.judgements() if vote.prompt.id == "p-here"]
+        store.export_preferences(tmp_path / "votes.jsonl")
+        votes = len((tmp_path / "votes.jsonl").read_text().splitlines())
+    assert main(["import", str(tmp_path / "b.db"), str(tmp_path / "votes.jsonl")]) == 0
+    told = capsys.readouterr().out
+    assert "2 of erased responses left out" in told  # one vote, one ranking
+    assert votes > 4
+    with Store(tmp_path / "b.db") as store:
+        assert [(vote.token, vote.prompt.id) for vote in store.judgements()] == kept
+    assert main(["import", str(tmp_path / "b.db"), str(tmp_path / "votes.jsonl")]) == 0
 
 
 def test_a_sqlite_file_is_rewritten_without_it(tmp_path: Path) -> None:

@@ -113,6 +113,27 @@ def test_a_thumb_is_counted_once_taken_back_and_learned_from(store: Store, url: 
     assert skipped.shown[0] not in seen
 
 
+def test_a_reply_is_asked_once_of_each_and_a_thumb_sent_again_counts_once(store: Store) -> None:
+    fill(store, 1, replies=2)
+    prepare(store)
+    labelling, ann, bo = Labelling(store), person(store, "ann"), person(store, "bo")
+    ids = [response.id for response in store.responses()]
+    with store.transaction(writes=True) as connection:
+        for batch in ("one", "other"):
+            work.add_thumbs(connection, ids, 2, batch, store.now)
+    done = labelling.progress(ann, "thumb").done
+    for who in (ann, bo):
+        seen = []
+        while (screen := labelling.next(who, "thumb")) is not None:
+            seen += screen.shown
+            vote = up()
+            for _ in range(3):  # no answer came
+                labelling.thumb(who, screen.id, vote)
+            done += 1
+            assert labelling.progress(who, "thumb").done == done
+        assert len(seen) == len(set(seen)) == 2
+
+
 def test_a_lease_that_ran_out_goes_to_somebody_else(clock: Clock, tmp_path: Path) -> None:
     with Store(tmp_path / "feedback.db", clock=clock) as store:
         fill(store, 1, replies=2)
@@ -359,6 +380,8 @@ def test_a_pair_is_split_into_its_replies() -> None:
     assert (up.completion, up.label, up.finished, up.weight) == ("good", True, True, 0.5)
     assert (down.completion, down.label, down.finished, down.weight) == ("bad", False, False, 0.5)
     assert inputs.in_two(replace(pair, probability=1.0)) == [up, down]
+    assert (up.votes, up.settled) == (("v",), False)
+    assert {(half.votes, half.settled) for half in inputs.in_two(pair, ("v", "w"))} == {(("v", "w"), True)}
     with pytest.raises(UserError, match=r"label is a probability \(0\.75\), and a thumb is up or down"):
         inputs.in_two(replace(pair, probability=0.75))
 
@@ -435,6 +458,16 @@ def test_the_check_looks_at_the_files_of_thumbs(recipe: dict[str, Any], tmp_path
     assert "1 of 1 rows cannot be read" in said([{"prompt": "a", "completion": "b"}])
     recipe["stages"][-1].pop("rating_bound")
     assert "set the stage's rating_bound" in said(rated)
+
+
+def test_a_label_beside_a_rating(tmp_path: Path) -> None:
+    row = {"prompt": "?", "completion": "x", "label": True, "rating": 2}
+    (tmp_path / "both.jsonl").write_text(json.dumps(row) + "\n")
+    assert [one.label for one in read_labelled(str(tmp_path / "both.jsonl"))] == [True]  # nothing says what 2 is
+    (agreed,) = read_labelled(str(tmp_path / "both.jsonl"), bounds=(1, 1))
+    assert agreed.label
+    with pytest.raises(UserError, match="fields 'label' and 'rating' disagree by the stage's rating_bound"):
+        list(read_labelled(str(tmp_path / "both.jsonl"), bounds=(3, 3)))
 
 
 def test_thumbs_of_files_are_neither_lost_nor_mixed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

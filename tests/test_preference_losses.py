@@ -35,7 +35,7 @@ from keel.run import RunDir, Silent
 from keel.train.context import TrainContext
 from keel.train.dpo import Dpo, train_dpo
 from keel.train.loop import Algorithm
-from keel.train.mismatched import mismatched
+from keel.train.mismatched import Stranger, mismatched
 from keel.train.pairs import Pair
 from keel.types import Encoded, Preference, PreferenceLoss, UserError
 
@@ -519,7 +519,9 @@ def encoded_pairs(count: int) -> list[Pair]:
         chosen, rejected = (Encoded.of(asked, ids(3 + (i * k) % 7)) for k in (2, 3))
         pairs.append(Pair(record, chosen, rejected, reference=(-40.0, -42.0)))
     others = mismatched([pair.chosen for pair in pairs], 100, seed=0)
-    return [replace(pair, stranger=(row, -60.0)) for pair, row in zip(pairs, others, strict=True) if row is not None]
+    return [
+        replace(pair, stranger=Stranger(row, -60.0)) for pair, row in zip(pairs, others, strict=True) if row is not None
+    ]
 
 
 def trained_once(algorithm: Algorithm, iteration: int = 0) -> tuple[float, Tensor, int]:

@@ -314,6 +314,18 @@ def test_three_rounds_of_online_dpo(
         assert words.lower() in row.lower()
 
 
+def test_lineage_of_a_run_that_learned_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no store, and none is made."""
+    run = RunDir(tmp_path / "run")
+    run.manifest.update({"recipe": {"stages": []}, "stages": {"dpo": {}}})
+    run.stage("dpo").begin("f")
+    (run.stage("dpo").path / "judgements.json").write_text(json.dumps({"trained": ["a", "b"], "heldout": ["c"]}))
+    assert main(["lineage", str(run.path)]) == 0
+    assert "dpo\n  learned from 2 of files; 1 held out" in capsys.readouterr().out
+    assert not list(run.path.glob("*.db"))
+    assert main(["lineage", str(tmp_path)]) == 2
+
+
 def test_a_reward_models_probability_is_that_of_its_held_out_votes(
     three_rounds: tuple[Path, dict[str, Any], RunDir],
 ) -> None:

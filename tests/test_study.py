@@ -31,7 +31,7 @@ from keel.run import RunDir, Silent
 from keel.stages.context import StageContext
 from keel.stats import t_interval, t_quantile
 from keel.study import run as study_run
-from keel.study.figures import MISSING, Value, measured, read_curves, read_figures
+from keel.study.figures import MISSING, Value, _mean, measured, read_curves, read_figures
 from keel.study.measures import replies
 from keel.study.page import render
 from keel.study.plan import Curves, Study, World, arm_recipe, read_study, shipped
@@ -138,6 +138,7 @@ def test_a_grid_has_every_combination_and_settings_are_laid_over_one_another(tmp
         ),
         ({"choices": [{"title": "x", "where": [{"figure": "margin"}]}]}, "set above or below"),
         ({"quick": {"minutes": 1, "arms": ["none"]}}, "quick.arms: there is no arm 'none'"),
+        ({"grid": {"beta": {"data": {}, "high": {}}}, "comparisons": []}, "an arm called data would lie where"),
         ({"recipe": "nowhere"}, "recipe nowhere.yaml is not installed"),
     ],
 )
@@ -154,6 +155,8 @@ def test_a_wrong_study(tmp_path: Path, change: dict[str, Any], message: str) -> 
         ("settings", {"dpo.beta": -1}, r"arm high: .*dpo\.beta: input should be greater than 0"),
         ("figures", {"margin": {"place": "ppo.kl", "title": "t"}, "loss": {"place": "dpo.x", "title": "t"}},
          "figures.margin: 'ppo.kl' is no place; .* the stages are sft, dpo"),
+        ("curves", [{"title": "t", "place": "ppo.kl", "x": "a", "y": "b", "x_title": "a", "y_title": "b"}],
+         "curves: 'ppo.kl' is no place; .* the stages are sft, dpo"),
         ("figures", {**STUDY["figures"], "margin": {"place": "dpo.x", "title": "t", "measure": "no.such:f"}},
          "there is no module"),
     ],
@@ -194,6 +197,16 @@ def test_a_shipped_study_makes_a_recipe_of_every_arm(name: str) -> None:
             recipe = arm_recipe(made, arm, 0, "sqlite:///s.db", sizes)
             study_run.check_places(made.study, recipe)
     assert len(made.arms) >= 2
+
+
+def test_soft_labels_are_compared_at_equal_steps() -> None:
+    """Three votes on a pair are three records, and what is made of them is one: each arm's step has as many pairs."""
+    sizes = World("model", {n: n for n in ("demonstrations", "prompts", "heldout_prompts", "pretraining")})
+    made = read_study("soft_labels")
+    for arm in made.arms:
+        for stage in arm_recipe(made, arm, 0, "sqlite:///s.db", sizes).stages:
+            if stage.kind == "reward":
+                assert (stage.batch_size, stage.epochs) == (24 if stage.votes == "raw" else 8, 2.5)
 
 
 def test_the_studies_are_listed_with_what_they_ask(capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,6 +417,46 @@ def test_places_lead_to_values(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(f"def of_run(run, recipe):\n    {wrong}\n")
         with pytest.raises(UserError, match=says):
             measured(f"{tmp_path / name}.py:of_run", recipe, run)
+
+
+def test_a_mean_of_ratios_has_an_interval_that_holds_it() -> None:
+    """Of places whose denominators differ: the ratio of all sums is another number, here 0.2 and not 0.5."""
+    few = Value(0.9, {str(i): (0.9 * n, n) for i, n in enumerate((1.0, 2.0) * 20)})
+    many = Value(0.1, {str(i): (0.1 * n, n) for i, n in enumerate((9.0, 11.0) * 20)})
+    found = _mean([few, many])
+    interval = estimate({0: found}, 0.95)
+    assert (found.value, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert interval.method == "prompts"
+
+
+def test_what_most_resamples_lack_is_not_called_one_seed(tmp_path: Path) -> None:
+    tree = changed(seeds=[0, 1])
+    tree["recipe"]["model"] = {"path": "m"}
+    made = read_study(written(tmp_path, tree))
+    lost = {seed: {"margin": Value(1.0, draws=(math.nan,) * 100), "loss": MISSING} for seed in (0, 1)}
+    told = {seed: {"margin": Value(0.0, draws=(0.0,) * 100), "loss": MISSING} for seed in (0, 1)}
+    said = [row["sentence"] for row in summarise(made, {"low": told, "high": lost})["comparisons"]]
+    assert any("most resamples have no value" in sentence for sentence in said)
+    assert not any("one seed" in sentence for sentence in said)
+
+
+def test_a_run_killed_while_it_took_a_stage_over_takes_it_again(
+    fake: Fake, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = yaml.safe_load((files / "study.yaml").read_text())
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "_linked", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fake.go(tree)
+    fake.go(tree)
+    for stage in ("sft", "dpo"):
+        run = RunDir(run_folder(fake.out, "high", 0))
+        entry = run.manifest.read()["stages"][stage]
+        assert (entry["status"], run.stage(stage).is_done(entry["fingerprint"])) == ("done", True)
 
 
 def test_curves_are_read_with_whatever_they_hold(tmp_path: Path) -> None:

@@ -23,17 +23,17 @@ from keel.recipe.dpo import DpoStage
 from keel.recipe.preference_loss import PRESETS
 from keel.run import read_json
 from keel.train.loop import _update
+from keel.train.mismatched import Stranger, matched, mismatched, of_step
 from keel.train.optim import make_optimizer
 from keel.train.unpaired import (
     Example,
     Unpaired,
-    _with_reference,
-    behind,
     class_weights,
-    shifted,
+    compared,
+    split_examples,
     train_unpaired,
 )
-from keel.types import Encoded, LabelledCompletion, UserError
+from keel.types import Encoded, LabelledCompletion, Message, UserError
 
 TRL = json.loads((Path(__file__).parent / "data" / "trl_kto.json").read_text())
 
@@ -103,27 +103,36 @@ def row(prompt: int, reply: int, length: int = 1) -> Encoded:
     return Encoded.of((prompt,), (reply,) * length)
 
 
-def test_replies_are_shifted_by_one_as_in_trl() -> None:
-    rows = [row(n, 100 + n) for n in range(len(TRL["pairing"]))]
-    assert [[j] for _, j in shifted(range(len(rows)), rows)] == TRL["pairing"]
-    mixed = behind(rows[0], rows[4])
-    assert (mixed.ids, mixed.mask) == ((0, 104), (False, True))
-
-
-def test_no_prompt_gets_a_reply_of_its_own() -> None:
-    #        0  0  0  1  2  2   of these, three replies are to one prompt
-    rows = [row(p, 100 + n) for n, p in enumerate([7, 7, 7, 8, 9, 9])]
-    assert shifted(range(6), rows) == [(0, 4), (1, 5), (2, 4), (3, 0), (4, 3), (5, 3)]
+def test_a_reply_is_never_matched_with_its_own_prompts() -> None:
     draw = random.Random(1)
     for _ in range(100):
         rows = [row(draw.randrange(4), 100 + n) for n in range(draw.randint(2, 9))]
-        places = draw.sample(range(len(rows)), draw.randint(1, len(rows)))
-        found = shifted(places, rows)
+        found = mismatched(rows, 9, draw.randrange(99))
         if len({r.prompt_ids for r in rows}) == 1:
-            assert found == []  # there is no other prompt
+            assert not any(found)  # there is no other prompt
             continue
-        assert sorted(i for i, _ in found) == sorted(places)  # also where all of the step are of one
-        assert all(rows[i].prompt_ids != rows[j].prompt_ids for i, j in found)
+        own = {r.ids[1]: r.prompt_ids for r in rows}
+        for one, strange in zip(rows, found, strict=True):
+            assert strange is not None
+            assert (strange.prompt_ids, strange.mask) == (one.prompt_ids, (False, True))
+            assert own[strange.ids[1]] != one.prompt_ids
+
+
+def test_replies_to_one_prompt_meet_several_strangers() -> None:
+    """Also where most replies are to it, and where the nearest strangers do not fit behind it."""
+    rows = [row(7, n) for n in range(100)] + [row(8 + n, 100 + n, 1 + 8 * (n % 2)) for n in range(40)]
+    met = [strange.ids[1:] for strange in mismatched(rows, 5, 0)[:100] if strange is not None]
+    assert len(met) == 100  # each has one
+    assert {len(ids) for ids in met} == {1}  # of those that fit
+    assert len(set(met)) > 10
+
+
+def test_a_step_without_room_takes_others_strangers() -> None:
+    found = [Stranger(row(n, n)) for n in range(5)]
+    assert of_step([None, found[3], None], found, 0) == [found[3]]
+    assert of_step([None, None], found, 0) == found[:2]
+    assert of_step([None, None], found, 2) == [found[4], found[0]]
+    assert of_step([None] * 9, found, 0) == found
 
 
 @pytest.mark.parametrize(
@@ -163,8 +172,9 @@ def algorithm(tmp: Path, path: Path, records: list[LabelledCompletion], heldout:
     groups: dict[str, list[Example]] = {}
     for example in examples[heldout:]:
         groups.setdefault(example.record.prompt.id, []).append(example)
-    made = Unpaired(model, list(groups.values()), examples[:heldout], stage(**settings), c)
-    _with_reference(made, lambda: reference)
+    config, training = stage(**settings), [example for group in groups.values() for example in group]
+    known = iter(compared(training, examples[:heldout], config, c, lambda: reference))
+    made = Unpaired(model, [[next(known) for _ in group] for group in groups.values()], list(known), config, c)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -190,11 +200,11 @@ def test_a_step_is_what_a_slow_reference_computes(loss: str, model_path: Path, t
     value = sum(micro()[0] for micro in micros)
     grads = torch.autograd.grad(value, list(made.modules["policy"].parameters()))
     places = made.places(0)
-    pairs = shifted(places, made.rows)
+    strange = [one.stranger.row for one in (made.examples[place] for place in places) if one.stranger]
+    assert len(strange) == (len(places) if loss == "kto" else 0)
     with torch.no_grad():
-        strange = [behind(made.rows[i], made.rows[j]) for i, j in pairs]
-        ratio = torch.stack([alone(policy, row) - alone(reference, row) for row in strange]).mean()
-    anchor = {"kto": max(0.0, float(ratio)), "bco": 1.5, "apo_zero": 0.0}[loss]
+        ratio = sum(float(alone(policy, row) - alone(reference, row)) for row in strange) / max(len(strange), 1)
+    anchor = {"kto": max(0.0, ratio), "bco": 1.5, "apo_zero": 0.0}[loss]
     total, weight = torch.zeros(()), 0.0
     up = sum(r.weight for r in records if r.label)
     down = sum(r.weight for r in records if not r.label)
@@ -235,16 +245,36 @@ def test_a_kl_needs_another_prompt_with_room(model_path: Path, tmp_path: Path) -
     made = algorithm(tmp_path / "bco", model_path, thumbs(4, prompts=1), loss="bco")
     assert made.updates(0)
     c = context(tmp_path, "long", model_path, max_length=12)
-    model, _ = load_policy(model_path)
-    long = [Example(record, row(n, 5, 11)) for n, record in enumerate(thumbs(2))]
-    short = Example(thumbs(3)[2], Encoded.of((9, 9, 9), (5,)))
-    full = [Example(record, Encoded.of((n,) * 3, (5,) * 9)) for n, record in enumerate(thumbs(2))]
-    fits = Unpaired(model, [[one] for one in (*long, short)], [], stage(), c)
-    assert fits.mismatched([0, 1, 2]) == [(0, 2), (1, 0)]  # (2, 1) would be 14 tokens long, and is left out
-    assert Unpaired(model, [[one] for one in full], [], stage(), c).mismatched([0, 1])
-    too_long = [Example(r, Encoded.of((n,) * (2 + 8 * n), (5,) * (10 - 8 * n))) for n, r in enumerate(thumbs(2))]
-    with pytest.raises(UserError, match="has room for one within 12 tokens"):
-        Unpaired(model, [[too_long[1]], [too_long[0]]], [], stage(), c).mismatched([0])
+    long = [row(n, 5, 11) for n in range(2)]
+    found = matched([*long, Encoded.of((9, 9, 9), (5,))], stage(), c)
+    assert [one is None for one in found] == [False, False, True]  # 3 + 11 tokens have no room
+    with pytest.raises(UserError, match="no prompt has room for one within 12 tokens"):
+        matched([Encoded.of((n,) * 6, (5,) * 7) for n in range(2)], stage(), c)
+
+
+def test_a_step_of_one_prompt_goes_on_where_no_stranger_fits(model_path: Path, tmp_path: Path) -> None:
+    """One prompt leaves no room for another's reply; each prompt is a step of its own."""
+    full = replace(prompt(0), messages=(Message("user", " ".join([WORDS[0]] * 20)),), id="full")
+    records = [*thumbs(6), LabelledCompletion("long", full, "a", True, finished=False)]
+    config = stage(batch_size=1, epochs=1, heldout_fraction=0.01)
+    _, tokenizer = load_policy(model_path)
+    rows = Chat(tokenizer).encode_replies([(r.prompt.messages, r.completion, r.finished) for r in records])
+    c = context(tmp_path, "dpo", model_path, max_length=len(rows[-1].ids))
+    assert [one is None for one in matched(rows, config, c)] == [False] * 6 + [True]
+    summary = train_unpaired(config, records, model_path, c)
+    assert summary["steps"] == 6
+    assert "long" in read_json(c.stage.path / "judgements.json")["trained"]
+    assert all("kl" in figures for figures in c.stage.metrics.rows())
+
+
+def test_held_out_replies_are_nobodys_strangers(model_path: Path, tmp_path: Path) -> None:
+    made = algorithm(tmp_path, model_path, thumbs(12), heldout=4, batch_size=1)
+    held = {example.encoded.ids[len(example.encoded.prompt_ids) :] for example in made.examples[made.trained :]}
+    trained = {example.encoded.ids[len(example.encoded.prompt_ids) :] for example in made.examples[: made.trained]}
+    met = {one.row.ids[len(one.row.prompt_ids) :] for one in made.strangers}
+    assert met <= trained
+    assert not met & (held - trained)
+    assert all(example.stranger is None for example in made.examples[made.trained :])
 
 
 @pytest.mark.parametrize("loss", ["kto", *(pytest.param(name, marks=pytest.mark.wide) for name in ("bco", "apo_zero"))])
@@ -310,6 +340,8 @@ def test_a_stopped_run_ends_with_the_same_bits(
         ({"thumbs": None, "rating_bound": 3}, "rating_bound makes thumbs of ratings"),
         ({"thumbs": None, "desirable_weight": 2}, "weigh single replies; name them in thumbs"),
         ({"rating_bound": [4, 2]}, "the first of two bounds is the lower one"),
+        ({"rating_bound": True}, "true or false is none"),
+        ({"rating_bound": [1, True]}, "true or false is none"),
         ({"votes": "majority"}, "votes: majority makes one record of several votes on a pair"),
         ({"voters": "people"}, "voters is about votes on pairs"),
     ],
@@ -325,3 +357,23 @@ def test_settings_of_thumbs_leave_other_stages_as_they_were() -> None:
     assert "thumbs" not in plain.files()
     assert stage(rating_bound=3).rating_bounds() == (3, 3)
     assert stage().settings()["thumbs"] == "x.jsonl"
+
+
+def test_lineage_of_pairs_beside_thumbs(model_path: Path, tmp_path: Path) -> None:
+    """A vote counts once for both halves, what a reviewer settled stands by itself with all its votes, and a thumb that
+    has a vote's id is one more."""
+    records = thumbs(20)
+    settled = [replace(one, id="s1", votes=("s1", "s2"), settled=True) for one in records[:2]]
+    halves = [replace(one, id="t9", votes=("t9",)) for one in records[2:4]]
+    settled, halves = ([replace(one, prompt=two[0].prompt) for one in two] for two in (settled, halves))
+    c = context(tmp_path, "dpo", model_path)
+    _, tokenizer = load_policy(model_path)
+    split_examples([*settled, *halves, *records[4:]], Chat(tokenizer), 0.2, c)
+    known = read_json(c.stage.path / "judgements.json")
+    everything = [*known["trained"], *known["settled"], *known["heldout"]]
+    assert sorted(everything) == sorted(["s1", "s2", "t9", *(one.id for one in records[4:])])
+    assert everything.count("t9") == 2
+    if known["settled"]:
+        assert known["settled"] == ["s1", "s2"]
+    else:
+        assert {"s1", "s2"} <= set(known["heldout"])

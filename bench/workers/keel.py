@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.work import GRPO_FAMILY, OPTIM, SAMPLING, Job, Work, conversations, pairs, prompts, stop_ids, text
+from bench.work import GRPO_FAMILY, OPTIM, SAMPLING, Job, Work, conversations, pairs, prompts, stop_ids, text, thumbs
 from bench.worker import Outcome, Repetition, clock, serve
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy, load_scalar
@@ -38,7 +38,8 @@ from keel.train.ppo import Ppo
 from keel.train.reward import RewardTraining
 from keel.train.rollouts import RolloutCollector
 from keel.train.sft import Sft
-from keel.types import Encoded, Message, Preference, Prompt, Reporter, Scorer
+from keel.train.unpaired import Example, Unpaired, compared
+from keel.types import Encoded, LabelledCompletion, Message, Preference, Prompt, Reporter, Scorer
 
 ADAMW = OptimConfig(**OPTIM, warmup=0, schedule="constant")  # type: ignore[arg-type]
 
@@ -47,7 +48,15 @@ def prepare(job: Job) -> Repetition:
     torch.set_num_threads(job.threads)
     if job.work.task in SAMPLING:
         return sampling(job)
-    own = {"sft": sft, "dpo": dpo, "reward": reward, "ppo": ppo, **dict.fromkeys(GRPO_FAMILY, grpo)}
+    own = {
+        "sft": sft,
+        "dpo": dpo,
+        "simpo": simpo,
+        "kto": kto,
+        "reward": reward,
+        "ppo": ppo,
+        **dict.fromkeys(GRPO_FAMILY, grpo),
+    }
     return own[job.work.task](job)
 
 
@@ -167,6 +176,45 @@ def dpo(job: Job) -> Repetition:
         algorithm = Dpo(trained, [[pair] for pair in known], [], config, context)
         seconds = timed(job, algorithm, config)
         return Outcome(len(flat), before + seconds, precision(job), {"reference": before, "training": seconds})
+
+    return run
+
+
+def simpo(job: Job) -> Repetition:
+    def run(work: Work) -> Outcome:
+        groups = encoded_pairs(job, work)
+        config = DpoStage(**stage_settings(job, work), loss="simpo", epochs=1, batch_size=work.batch)
+        algorithm = Dpo(policy(job), groups, [], config, own_context(job, work))
+        return Outcome(len(groups), timed(job, algorithm, config), precision(job))
+
+    return run
+
+
+def kto(job: Job) -> Repetition:
+    def run(work: Work) -> Outcome:
+        rows = thumbs(work, job.shape.vocab)
+        asked = [Prompt(f"p{n}", (Message("user", text(ids)),)) for n, (ids, _, _) in enumerate(rows)]
+        examples = [
+            Example(LabelledCompletion(f"r{n}", prompt, "", good), Encoded.of(ids, reply))
+            for n, (prompt, (ids, reply, good)) in enumerate(zip(asked, rows, strict=True))
+        ]
+        settings = stage_settings(job, work) | {"thumbs": "none.jsonl", "loss": "kto"}
+        config = DpoStage(**settings, epochs=1, batch_size=work.batch)
+        reference = frozen(load_policy(job.model_path, device=job.device, products=precision(job))[0])
+        trained = policy(job)
+        compile_as_asked(trained, config)
+        compute_alike(reference, trained)
+        with tempfile.TemporaryDirectory() as folder:
+            stage = StageDir(Path(folder) / "kto")
+            stage.begin("bench")
+            context = context_of(job.device, precision(job), work.seed, stage)
+            began = clock(job.device)
+            known = compared(examples, [], config, context, lambda: reference)
+            before = clock(job.device) - began
+            stage.metrics.close()
+        algorithm = Unpaired(trained, [[example] for example in known], [], config, own_context(job, work))
+        seconds = timed(job, algorithm, config)
+        return Outcome(len(rows), before + seconds, precision(job), {"reference": before, "training": seconds})
 
     return run
 

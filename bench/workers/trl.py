@@ -13,9 +13,20 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
-from bench.work import EOS, GRPO_FAMILY, OPTIM, Job, Pair, Work, conversations, pairs, prompts, text
+from bench.work import EOS, GRPO_FAMILY, OPTIM, Job, Pair, Work, conversations, pairs, prompts, text, thumbs
 from bench.worker import Outcome, Repetition, Unsupported, clock, serve
 from bench.workers.trl_models import MICRO, Clock, causal, scalar
 
@@ -23,7 +34,8 @@ from bench.workers.trl_models import MICRO, Clock, causal, scalar
 def prepare(job: Job) -> Repetition:
     torch.set_num_threads(job.threads)
     disable_progress_bars()
-    run = {"sft": sft, "dpo": dpo, "reward": reward, **dict.fromkeys(GRPO_FAMILY, grpo)}.get(job.work.task)
+    own = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "reward": reward}
+    run = {**own, **dict.fromkeys(GRPO_FAMILY, grpo)}.get(job.work.task)
     if run is None:
         raise Unsupported(f"TRL 1.16 has no {job.work.task}")
     return lambda work: run(job, work)
@@ -120,6 +132,63 @@ def dpo(job: Job, work: Work) -> Outcome:
         args = DPOConfig(**given, max_length=4096)
         timer = Clock(job.device)
         trainer = TimedDpo(
+            model=causal(job),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job.model_path),
+            callbacks=[timer],
+        )
+        trainer.train()
+    parts = {"reference": trainer.reference_seconds, "training": timer.seconds}
+    return Outcome(len(rows), sum(parts.values()), precision(args), parts)
+
+
+def simpo(job: Job, work: Work) -> Outcome:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer  # it warns that it may change
+
+    rows = [
+        {"prompt": text(p.prompt), "chosen": " " + text(p.chosen), "rejected": " " + text(p.rejected)}
+        for p in pairs(work, job.shape.vocab)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        args = CPOConfig(**arguments(job, work, folder), loss_type="simpo", cpo_alpha=0.0, max_length=4096)
+        timer = Clock(job.device)
+        trainer = CPOTrainer(
+            model=causal(job),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job.model_path),
+            callbacks=[timer],
+        )
+        trainer.train()
+    return Outcome(len(rows), timer.seconds, precision(args))
+
+
+class TimedKto(KTOTrainer):  # type: ignore[misc]
+    """As `TimedDpo`."""
+
+    reference_seconds = 0.0
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        device = "cpu" if self.args.use_cpu else "cuda"
+        began = clock(device)
+        result = super()._precompute_ref_logps(*args, **kwargs)
+        self.reference_seconds += clock(device) - began
+        return result
+
+
+def kto(job: Job, work: Work) -> Outcome:
+    rows = [
+        {"prompt": text(asked), "completion": " " + text(reply), "label": good}
+        for asked, reply, good in thumbs(work, job.shape.vocab)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        given = arguments(job, work, folder)
+        if "precompute" in job.settings:
+            given["precompute_ref_log_probs"] = job.settings["precompute"]
+        args = KTOConfig(**given, max_length=4096)
+        timer = Clock(job.device)
+        trainer = TimedKto(
             model=causal(job),
             args=args,
             train_dataset=Dataset.from_list(rows),

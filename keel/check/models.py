@@ -180,6 +180,12 @@ def _evaluated(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     """Each model that is evaluated may have a tokenizer and positions of its own: prompts and facts must fit all."""
     if not stage.compares_models:
         return
+    for path, templated in dict.fromkeys(root(recipe, name) for name in stage.asked_alike()):
+        if _chat_of(path, templated, recipe).plain:
+            sentence = "the frontier measures KLs, and this model has no chat template"
+            yield Finding(
+                "error", f"{stage.name}.frontier ({path})", sentence, "name models after SFT, or leave it out"
+            )
     data, how = recipe.data, Reading(recipe.data.on_bad_row)
     named = stage.files().get("prompts")
     asked = str(named) if named else data.heldout_prompts or data.prompts

@@ -33,7 +33,7 @@ def side_findings(recipe: Recipe, rows: Rows) -> Iterator[Finding]:
             yield broken(error, place)
             continue
         tied = [isinstance(row, Preference) and row.tie for row in training]
-        if tied and "reward model" in stage.makes and all(tied):
+        if tied and all(tied):
             yield Finding("error", place, "every pair to train on is a tie", "add decided pairs")
     pool = rows.prompts.get("data.prompts", [])
     heldout = {messages_hash(prompt.messages) for prompt in rows.prompts.get(HELDOUT, [])}

@@ -19,7 +19,8 @@ from keel.run import RunDir
 from keel.store import Judgement, Store, exchange, foreign, thumbs
 from keel.store.engine import exists
 from keel.store.foreign import ForeignError, Names
-from keel.store.records import Thumb
+from keel.store.imports import tells_apart
+from keel.store.records import Ranking, Thumb
 from keel.store.unjudged import BATCH, add_unjudged
 from keel.types import Preference, UserError
 
@@ -94,8 +95,10 @@ def import_votes(where: str, files: Sequence[str], names: Names, annotator: str,
     with Store(store_location(where, new=True)) as store, store.session() as session:
         new = sum(session.import_preferences(part, annotator, batch) for part in votes)
     read = sum(len(part) for part in votes)
-    known = f" ({read - new} were there already)" if new < read else ""
-    return f"{new} votes imported{known}"
+    erased = sum(not tells_apart(one.replies) for part in votes for one in part if isinstance(one, Judgement | Ranking))
+    known = [f"{read - new - erased} were there already"] if new + erased < read else []
+    known += [f"{erased} of erased responses left out"] if erased else []
+    return f"{new} votes imported" + (f" ({'; '.join(known)})" if known else "")
 
 
 def import_unjudged(

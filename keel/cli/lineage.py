@@ -109,7 +109,7 @@ def describe(run: str, stage: str | None, ids: bool) -> str:
         raise UserError(f"{Path(run)}: {what} what it learned from; look with keel check, or run it first")
     if ids:
         return "\n".join(line for one in found for line in _listed(one))
-    location = store_location(run)
+    location = store_location(run, new=True)
     return "\n".join(line for one in found for line in (*_told(one), *_by_principle(one.own, location)))
 
 

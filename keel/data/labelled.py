@@ -36,6 +36,9 @@ def labelled(row: Fields, bounds: Bounds | None) -> LabelledCompletion:
     if row.get("gold", "") != "" or flag(row, "out", default=False):
         raise LeftOut
     label = _thumb(row, judged) if judged[0] in THUMBS else _rated(row, judged, bounds)
+    rated = [field for field in judged if field in RATINGS]
+    if judged[0] in THUMBS and rated and bounds is not None and _rated(row, rated, bounds) != label:
+        raise RowError(f"fields '{judged[0]}' and '{rated[0]}' disagree by the stage's rating_bound; keep one")
     annotator, finished = name(row, "annotator"), flag(row, "finished", default=True)
     by, cut = f" by {annotator}" if annotator else "", "" if finished else " cut"
     content = messages_hash((*messages, Message("assistant", reply)), salt=f"label {label}{by}{cut}")

@@ -56,8 +56,9 @@ class Curve:
 @dataclass(frozen=True)
 class Cell:
     """What a method is worth at ``nats``: [point, low, high], low and high None where most resamples fall short of the
-    KL; None: not reached. ``gain``: gold beyond the baseline's. ``length``: tokens of a reply there. ``reached`` of the
-    method's ``curves`` get so far, and the mean is over these."""
+    KL; None: not reached, or ``ungraded`` curves get so far and the judge graded nothing there. ``gain``: gold beyond
+    the baseline's. ``length``: tokens of a reply there. ``reached`` of the method's ``curves`` get so far with a grade,
+    and the mean is over these."""
 
     method: str
     nats: float
@@ -66,6 +67,7 @@ class Cell:
     length: float | None
     reached: int
     curves: int
+    ungraded: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Frontier:
 
     def at(self, method: str, nats: float) -> Cell:
         mean_RF, reached = self._of(method, nats)
-        curves = sum(curve.method == method for curve in self.curves)
+        own = [curve for curve in self.curves if curve.method == method]
+        there = [first_reach(*(part[:1] for part in self._along[id(curve)]), nats)[0, LENGTH] for curve in own]
         length = float(mean_RF[0, LENGTH])
         return Cell(
             method,
@@ -116,7 +119,8 @@ class Frontier:
             self._interval(mean_RF[:, GAIN]),
             None if math.isnan(length) else length,
             reached,
-            curves,
+            len(own),
+            sum(map(math.isfinite, there)) - reached,
         )
 
     def gap(self, a: str, b: str, nats: float) -> Gap:
@@ -295,10 +299,13 @@ def statements(cells: Sequence[Cell], gaps: Sequence[Gap]) -> list[str]:
     said = []
     for nats in dict.fromkeys(cell.nats for cell in cells):
         here = [cell for cell in cells if cell.nats == nats]
-        short = [cell.method for cell in here if cell.gold is None]
+        short = [cell.method for cell in here if cell.gold is None and not cell.ungraded]
+        ungraded = [cell.method for cell in here if cell.gold is None and cell.ungraded]
         if short:
             said.append(f"{nats:g} nats: not reached by {', '.join(short)}.")
-        if len(here) - len(short) < 2:
+        if ungraded:
+            said.append(f"{nats:g} nats: without a grade are {', '.join(ungraded)}.")
+        if len(here) - len(short) - len(ungraded) < 2:
             continue
         above = [_turned(gap) for gap in gaps if gap.nats == nats and gap.parted]
         for cell in here:

@@ -61,7 +61,7 @@ def training_thumbs(
         write_json(kept, {who: [asdict(thumb) for thumb in given] for who, given in found.items()})
         return found
     rows = read_json(kept)
-    return {who: [LabelledCompletion(**{**row, "prompt": _prompt(row)}) for row in rows[who]] for who in VOTERS}
+    return {who: [_labelled(row) for row in rows[who]] for who in VOTERS}
 
 
 def _thumbs_of(connection: Connection, who: Voter, batches: Sequence[str]) -> list[LabelledCompletion]:
@@ -83,6 +83,10 @@ def training_demonstrations(folder: Path, location: str) -> list[Demonstration]:
 
 def _vote(row: dict[str, Any]) -> Preference:
     return Preference(**{**row, "prompt": _prompt(row)})
+
+
+def _labelled(row: dict[str, Any]) -> LabelledCompletion:
+    return LabelledCompletion(**{**row, "prompt": _prompt(row), "votes": tuple(row.get("votes", ()))})
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:

@@ -31,6 +31,9 @@ class FrontierConfig(Strict):
     def _names_some(self) -> FrontierConfig:
         if not self.methods or not all(self.methods.values()):
             raise ValueError("models is empty, or a method of it is; name stages or checkpoints")
+        twice = next((nats for nats in self.at if self.at.count(nats) > 1), None)
+        if twice is not None:
+            raise ValueError(f"at names {twice:g} nats twice; leave one out")
         return self
 
     @property
@@ -168,4 +171,16 @@ class EvalStage(StageBase):
                 f"frontier.models names {self.against}, from which the KL is measured: it is where every curve begins; "
                 "leave it out"
             )
+        stage, percent = stage_of(self.against)
+        if self.frontier is not None and stage in {stage_of(name)[0] for _, name in self.frontier.named()}:
+            way = f"a checkpoint on the way of {stage}" if percent else "the end of a run whose way is drawn"
+            raise ValueError(
+                f"frontier.against is {self.against}, {way}, where no curve of it begins; name the model that "
+                "training started from, or leave it out"
+            )
         return self
+
+    def asked_alike(self) -> Iterator[str]:
+        if self.frontier is not None:
+            yield self.against
+            yield from (name for _, name in self.frontier.named())

@@ -130,6 +130,10 @@ class StageBase(Strict):
         """The policy and the reference whose log-probabilities it compares, by the names of their checkpoints."""
         return None
 
+    def asked_alike(self) -> Iterator[str]:
+        """The checkpoints whose KL from one another it measures, so that all need a chat template."""
+        yield from ()
+
     def training(self) -> TrainBase | None:
         """Itself, where it trains a model."""
         return None

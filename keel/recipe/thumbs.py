@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from keel.recipe.declared import PEOPLE, Reference, StoreRead, Voter, listed, source_references
 from keel.recipe.stage import PreferenceBase
@@ -37,6 +37,13 @@ class ThumbsBase(PreferenceBase):
     def thumb_sources(self) -> tuple[str, ...]:
         """``thumbs`` as a list."""
         return listed(self.thumbs)
+
+    @field_validator("rating_bound", mode="before")
+    @classmethod
+    def _a_number(cls, bound: object) -> object:
+        if any(isinstance(one, bool) for one in (bound if isinstance(bound, list | tuple) else [bound])):
+            raise ValueError("a bound is a number of the ratings' scale, and true or false is none")
+        return bound
 
     def rating_bounds(self) -> tuple[float, float] | None:
         bound = self.rating_bound

@@ -82,7 +82,7 @@ def _of(table: Sequence[Mapping[str, Any]], method: str) -> list[Mapping[str, An
 def _cell(cell: Mapping[str, Any]) -> FrontierCell:
     gold, gain = cell.get("gold"), cell.get("gain")
     if not gold:
-        return FrontierCell("not reached")
+        return FrontierCell("not graded" if cell.get("ungraded") else "not reached")
     runs = "" if cell["reached"] == cell["curves"] else f"{cell['reached']} of {cell['curves']} runs"
     said = ""
     if gain:

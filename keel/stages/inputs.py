@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -216,7 +216,12 @@ def unpaired(stage: ThumbsBase, context: StageContext) -> Thumbs:
     if stage.sources:
         pairs = preferences(stage, context)
         records = aggregate(pairs.pairs, "raw")
-        halves = [half for record in records if not record.tie for half in in_two(record)]
+        settled: dict[Hashable, tuple[str, ...]] = {vote.item: () for vote in pairs.pairs if vote.settled}
+        for vote in pairs.pairs:
+            if vote.item in settled:
+                settled[vote.item] += (vote.id,)
+        decided = [record for record in records if not record.tie]
+        halves = [half for record in decided for half in in_two(record, settled.get(record.item, ()))]
         found += halves
         ties = sum(record.tie for record in records)
         counts |= {**pairs.counts, "halves_of_pairs": len(halves), "ties_left_out": ties}
@@ -227,17 +232,21 @@ def unpaired(stage: ThumbsBase, context: StageContext) -> Thumbs:
     return Thumbs(found, counts)
 
 
-def in_two(pair: Preference) -> list[LabelledCompletion]:
+def in_two(pair: Preference, settled: tuple[str, ...] = ()) -> list[LabelledCompletion]:
     """The better reply of a pair as one with thumbs up, the worse one as one with thumbs down. Both have the pair's id:
-    it is that judgement which is learned from. UserError for a soft label, of which a thumb is no part."""
+    it is that judgement which is learned from. ``settled``: the ids of the votes that a reviewer's word replaced here.
+    UserError for a soft label, of which a thumb is no part."""
     if pair.probability not in (None, 1.0):
         raise UserError(
             f"{place_of(pair)}: this pair's label is a probability ({pair.probability:g}), and a thumb is up or down; "
             "learn from such pairs alone (leave thumbs out), or take the probabilities out"
         )
     replies = ((pair.chosen, True, pair.chosen_finished), (pair.rejected, False, pair.rejected_finished))
+    votes, by_reviewer = settled or (pair.id,), bool(settled)
     return [
-        LabelledCompletion(pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight, pair.place)
+        LabelledCompletion(
+            pair.id, pair.prompt, text, up, pair.annotator, finished, pair.weight, pair.place, votes, by_reviewer
+        )
         for text, up, finished in replies
     ]
 

@@ -39,6 +39,7 @@ from typing import Any, Literal
 
 from keel.store import hub
 from keel.store.records import AnnotatorKind, Edit, Judgement, Ranking, Response
+from keel.store.row_checks import PAIR, check_row, check_source, check_vote, reply_text
 from keel.store.rows import messages_json
 from keel.store.settled import settle
 from keel.store.sides import Side, chosen_side, in_record, of_record, side_of, turned
@@ -114,11 +115,12 @@ def read(path: str | Path) -> list[Given]:
     for number, row in enumerate(rows, start=1):
         try:
             plain = _plain(_from_openai(row) if "input" in row else row)
+            check_row(plain, PAIR)
             if plain["ranking"] is not None:
                 ranked.setdefault(plain["ranking"]["token"], []).append(plain)
             else:
                 votes.append(_edit(plain) if plain["edit"] else _vote(plain))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{path}, row {number}: {type(error).__name__} {error}: no row of a Keel export; read other preference "
                 "pairs with keel.data.sources.read_preferences"
@@ -126,7 +128,7 @@ def read(path: str | Path) -> list[Given]:
     for token, pairs in ranked.items():
         try:
             votes.append(_ranking(token, pairs))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{path}: the ranking {token!r} is not whole; export it again") from error
     return votes
 
@@ -289,12 +291,13 @@ def _edit(row: dict[str, Any]) -> Edit:
     prompt = prompt_of(row)
     return Edit(
         row["id"], row["batch"], row["annotator"], row["annotator_kind"], prompt,
-        _response(prompt.id, row, "rejected"), row["chosen"][0]["content"],
+        _response(prompt.id, row, "rejected"), reply_text(row["chosen"]),
         row["seconds"], row["guideline"], datetime.fromisoformat(row["created"]), bool(row["out"]),
     )  # fmt: skip
 
 
 def _vote(row: dict[str, Any]) -> Judgement:
+    check_vote(row)
     prompt = prompt_of(row)
     chosen, rejected = (_response(prompt.id, row, side) for side in ("chosen", "rejected"))
     side: Side = row["chosen_side"]
@@ -331,11 +334,12 @@ def _share(value: Any) -> float | None:
 
 
 def _response(prompt_id: str, row: dict[str, Any], side: str) -> Response:
-    return source_of(row[f"{side}_source"], prompt_id, row[side][0]["content"], row[f"{side}_finished"])
+    return source_of(row[f"{side}_source"], prompt_id, reply_text(row[side]), row[f"{side}_finished"])
 
 
 def source_of(source: dict[str, Any], prompt_id: str, text: str, finished: bool) -> Response:
     """The response of which ``source_columns`` wrote this."""
+    check_source(source)
     return Response(
         id=0,
         prompt_id=prompt_id,

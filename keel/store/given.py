@@ -4,12 +4,13 @@ its caller's transaction."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, Table, insert, select
 
-from keel.store.imports import Entry, as_new, assign, guideline_here, take_slot
+from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot, tells_apart
 from keel.store.ingest import add_prompts, add_responses, rows_of
 from keel.store.people_tables import rankings, writings
 from keel.store.records import Edit, Judgement, Ranking, Response
@@ -113,6 +114,10 @@ def texts_of(
 
 def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: str | None, now: datetime) -> int:
     """Add rankings and edits of another store; how many were new. One is known by its token."""
+    for into, entity, kind in ((rankings, "ranking", Ranking), (writings, "writing", Edit)):
+        ids = ids_here(connection, into, entity, [one.token for one in given if isinstance(one, kind)])
+        given = [replace(one, token=ids[one.token]) if isinstance(one, kind) else one for one in given]
+    given = [one for one in given if isinstance(one, Edit) or tells_apart(one.shown)]
     known: dict[str, Any] = {}
     for table in (rankings, writings):
         tokens = [one.token for one in given]

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, case, insert, select, update
+from sqlalchemy import Connection, Table, case, insert, select, update
 
 from keel.store.gold import set_gold
 from keel.store.ingest import (
@@ -24,7 +24,7 @@ from keel.store.ingest import (
     log_overlap,
     rows_of,
 )
-from keel.store.people_tables import accounts, adjudications, aspect_ratings
+from keel.store.people_tables import accounts, adjudications, aspect_ratings, rankings, thumbs, writings
 from keel.store.records import AnnotatorKind, Judgement, Response
 from keel.store.removals import take_out
 from keel.store.rows import MARK, storable
@@ -52,6 +52,25 @@ class Entry:
     kind: AnnotatorKind
     shown: list[int]
     created: datetime
+
+
+def ids_here(connection: Connection, into: Table, entity: str, ids: Sequence[str]) -> dict[str, str]:
+    """Under which id each imported piece of work is kept: its own, or ID#ENTITY where another kind of work in the store
+    has that one. By its id a judgement is found from the model that learned from it."""
+    taken = {
+        row.token
+        for table in (judgements, rankings, thumbs, writings)
+        if table is not into
+        for row in rows_of(connection, table, table.c.token, list(ids))
+    }
+    here = {row.token for row in rows_of(connection, into, into.c.token, list(taken))}  # of stores before this rule
+    return {id: f"{id}#{entity}" if id in taken - here else id for id in ids}
+
+
+def tells_apart(replies: Sequence[Response]) -> bool:
+    """Whether at most one of the replies of a pair or a ranking was erased elsewhere: of two that were, nothing tells
+    which is which, and nobody learns from them."""
+    return sum(reply.text == MARK for reply in replies) < 2
 
 
 class NamesHere:
@@ -119,7 +138,9 @@ def assign(connection: Connection, entries: Sequence[Entry], now: datetime) -> t
 
 def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: str | None, now: datetime) -> int:
     """Add judgements of another database, or of files; how many were new (Store.import_preferences)."""
-    votes = _new_votes(connection, votes)
+    ids = ids_here(connection, judgements, "judgement", [vote.token for vote in votes])
+    whole = [vote for vote in votes if tells_apart(vote.replies)]
+    votes = _new_votes(connection, [replace(vote, token=ids[vote.token]) for vote in whole])
     if not votes:
         return 0
     add_prompts(connection, [vote.prompt for vote in votes], now)

@@ -182,6 +182,10 @@ class Judgement:
     probability: float | None = None
 
     @property
+    def replies(self) -> tuple[Response, ...]:
+        return self.left, self.right
+
+    @property
     def preferred(self) -> Response | None:
         """The response that was preferred; None for a tie and for both bad."""
         return preferred(self.choice, (self.left, self.right))
@@ -230,6 +234,10 @@ class Ranking:
     reason: str | None
     created: datetime
     out: bool = False
+
+    @property
+    def replies(self) -> tuple[Response, ...]:
+        return self.shown
 
     @property
     def pairs(self) -> list[tuple[int, int, int, int]]:

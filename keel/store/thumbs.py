@@ -8,8 +8,8 @@ connection run inside their caller's transaction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from keel.store.exchange import (
 )
 from keel.store.given import texts_of, with_context
 from keel.store.gold import set_gold
-from keel.store.imports import Entry, as_new, assign, guideline_here, take_slot
+from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
 from keel.store.ingest import add_prompts, add_responses, rows_of
 from keel.store.people_tables import thumbs
 from keel.store.records import AnnotatorKind, Response, Thumb
 from keel.store.removals import take_out
+from keel.store.row_checks import SINGLE, check_row, reply_text
 from keel.store.rows import MARK, messages_json, storable
 from keel.store.store import Store
 from keel.store.tables import event, events, items
@@ -44,13 +45,6 @@ COLUMNS = (
     *("seconds", "guideline", "reason", "created", "batch", "gold", "out", "completion_source"),
 )
 _JSON_COLUMNS = ("meta", "completion_source")
-# What a row's plain values are.
-_PLAIN: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("id", "annotator", "annotator_kind", "prompt_id", "kind", "batch", "created"), str),
-    **dict.fromkeys(("label", "finished", "out"), bool),
-    "reason": (str, type(None)),
-    "seconds": (int, float, type(None)),
-}
 _ANSWERS = {True: "up", False: "down"}
 
 
@@ -71,6 +65,8 @@ def given(connection: Connection, batch: str | None, kinds: Collection[Annotator
 
 def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: datetime) -> int:
     """Add thumbs of another store, or of files; how many were new. One is known by its token."""
+    ids = ids_here(connection, thumbs, "thumb", [one.token for one in new])
+    new = [replace(one, token=ids[one.token]) for one in new]
     tokens = [one.token for one in new]
     there = {row.token for row in rows_of(connection, thumbs, thumbs.c.token, tokens)}
     known = {one.token: one for one in given(connection, None) if one.token in there} if there else {}
@@ -156,7 +152,7 @@ def read(path: str | Path) -> list[Thumb]:
     for number, row in enumerate(rows_of_file(Path(path)), start=1):
         try:
             found.append(_thumb(row | from_json(row, _JSON_COLUMNS)))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{path}, row {number}: {type(error).__name__} {error}: no row of a Keel export of thumbs"
             ) from error
@@ -193,23 +189,13 @@ def _row(one: Thumb) -> dict[str, Any]:
 
 
 def _thumb(row: dict[str, Any]) -> Thumb:
-    for name, kind in _PLAIN.items():
-        if not isinstance(row[name], kind):
-            raise ValueError(f"{name} {row[name]!r}")
-    created = datetime.fromisoformat(row["created"])
-    if created.tzinfo is None:
-        raise ValueError("created has no time zone")
-    if row["seconds"] is not None and not 0 <= row["seconds"] < math.inf:
-        raise ValueError(f"seconds {row['seconds']}")
-    (said,) = row["completion"]
-    if said["role"] != "assistant" or not isinstance(said["content"], str):
-        raise ValueError(f"completion {said}")
+    check_row(row, SINGLE)
     prompt = prompt_of(row)
     gold = {"up": True, "down": False, None: None}[row["gold"]]
-    reply = source_of(row["completion_source"], prompt.id, said["content"], row["finished"])
+    reply = source_of(row["completion_source"], prompt.id, reply_text(row["completion"]), row["finished"])
     return Thumb(
         row["id"], row["batch"], row["annotator"], row["annotator_kind"], prompt, reply, row["label"],
-        row["seconds"], row["guideline"], row["reason"], created, gold, row["out"],
+        row["seconds"], row["guideline"], row["reason"], datetime.fromisoformat(row["created"]), gold, row["out"],
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from keel.pipeline.fingerprint import Contents
 from keel.recipe.recipe import Recipe
 from keel.report.wording import number
@@ -15,6 +17,7 @@ from keel.run import RunDir, hash_config, read_json, write_json
 from keel.study.plan import Curves, Figure, Study
 from keel.types import UserError
 
+DRAWS = 1000
 RUN, METRICS = "run", "metrics"  # in a place: the run's own summary; a stage's metrics
 
 
@@ -47,6 +50,12 @@ def check_places(study: Study, recipe: Recipe) -> None:
                 )
         if figure.measure is not None:
             load_python(figure.measure)
+    for curves in study.curves:
+        stage, _, rest = curves.place.partition(".")
+        if stage not in (*stages, RUN) or not rest:
+            raise UserError(
+                f"curves: {curves.place!r} is no place; write STAGE.KEY, where the stages are {', '.join(stages)}"
+            )
 
 
 def read_figures(study: Study, recipe: Recipe, run: RunDir) -> dict[str, Value]:
@@ -75,11 +84,24 @@ def _mean(values: Sequence[Value]) -> Value:
         return MISSING
     if len(values) == 1:
         return values[0]
-    groups = values[0].rows.keys()
+    groups, middle = values[0].rows.keys(), sum(known) / len(known)
     if any(value.rows.keys() != groups for value in values):
-        return Value(sum(known) / len(known))
+        return Value(middle)
+    if any(value.rows[g][1] != values[0].rows[g][1] for value in values for g in groups):
+        return Value(middle, draws=_drawn(values, sorted(groups)))  # no ratio of sums is their mean
     rows = {g: (sum(v.rows[g][0] for v in values), sum(v.rows[g][1] for v in values)) for g in groups}
     return Value(sum(known) / len(known), rows)
+
+
+def _drawn(values: Sequence[Value], groups: Sequence[str]) -> tuple[float, ...]:
+    """The mean of the values on resamples of their groups, which are the same wherever the groups are."""
+    times_RG = np.random.default_rng(0).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=DRAWS)
+    means = []
+    for value in values:
+        sums_R2 = times_RG @ np.array([value.rows[group] for group in groups])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means.append(sums_R2[:, 0] / sums_R2[:, 1])
+    return tuple(float(mean) for mean in np.mean(means, axis=0))
 
 
 def _at(place: str, run: RunDir, made: Mapping[str, Any] | None) -> Value:

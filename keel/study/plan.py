@@ -158,6 +158,8 @@ class Study(Strict):
             if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
                 raise ValueError("seeds are different whole numbers from 0")
         arms = self.arms()
+        if "data" in {*arms, *self.arms(quick=True)}:
+            raise ValueError("grid: an arm called data would lie where the study's data do; rename it")
         for comparison in self.comparisons:
             for named, every in ((comparison.arm, "each"), (comparison.against, None)):
                 if isinstance(named, str) and named != every and named not in arms:

@@ -20,7 +20,7 @@ Method = Literal["seeds", "prompts", "none"]
 METHODS: Mapping[Method, str] = {
     "seeds": "Student's t over the seeds",
     "prompts": "bootstrap over seeds and, within each, its prompts",
-    "none": "no interval, where there is one value",
+    "none": "no interval, where there is one value, or most resamples have none",
 }
 BySeed = Mapping[int, Value]
 Values = Mapping[str, Mapping[int, Mapping[str, Value]]]  # arm -> seed -> figure
@@ -206,7 +206,10 @@ def _sentence(
     gap = amount(abs(found.mean), figure)
     without = f" (without seed {', '.join(map(str, missing))}, where there is no value)" if missing else ""
     if found.low is None or found.high is None:
-        return f"{head} {arm} differs from {other} by {amount(found.mean, figure)} on one seed, which tells nothing."
+        gap = amount(found.mean, figure)
+        if found.seeds > 1:  # its resamples fall short
+            return f"{head} {arm} differs from {other} by {gap}, and most resamples have no value{without}: not told."
+        return f"{head} {arm} differs from {other} by {gap} on one seed, which tells nothing."
     low, high = sorted((found.low, found.high), key=abs)
     if verdict == "unclear":
         low, high = found.low, found.high

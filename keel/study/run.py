@@ -113,12 +113,13 @@ class Finished:
                 folder, own = source.stage(name), unit.run.stage(step.stage.name)
                 if own.is_done(step.fingerprint) or not folder.is_done(step.fingerprint):
                     continue
-                with atomic_dir(own.path) as temporary:
-                    _linked(folder.path, temporary)
                 entry = source.manifest.read().get("stages", {}).get(name, {})
                 kept = entry | {"kind": step.stage.kind, "fingerprint": step.fingerprint, "status": "done"}
                 kept["taken_from"] = os.path.relpath(folder.path, unit.run.path)
+                # The folder last: it says that the stage is done, and a run killed before it takes it over again.
                 unit.run.manifest.update_stage(step.stage.name, {"seconds": 0.0, **kept})
+                with atomic_dir(own.path) as temporary:
+                    _linked(folder.path, temporary)
                 taken.append(step.stage.name)
         return taken
 

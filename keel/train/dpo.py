@@ -32,7 +32,7 @@ from keel.run import atomic_write
 from keel.train.context import TrainContext
 from keel.train.kept import Kept
 from keel.train.loop import Algorithm, Micro, Stats, train
-from keel.train.mismatched import mismatched, mismatched_ratios, reply_logps
+from keel.train.mismatched import Stranger, matched, mismatched_ratios, of_step, reply_logps
 from keel.train.pairs import (
     Aggregate,
     PackedPairs,
@@ -79,25 +79,25 @@ class Dpo(Algorithm):
         self.schedule = EpochSchedule(len(groups), batch_size, config.epochs, context.seed)
         self.iterations = self.schedule.steps
         self.anchor = 0.0
+        self.strangers = [pair.stranger for group in groups for pair in group if pair.stranger is not None]
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         pairs = [pair for i in self.schedule.batch(iteration) for pair in self.groups[i]]
-        step = self._step(pairs)
+        step = self._step(pairs, iteration)
         self.anchor = step.anchor
         yield pair_update(pairs, partial(self._loss, step=step), self.config.batch_tokens)
         self.mean.add(*step.seen)
 
-    def _step(self, pairs: Sequence[Pair]) -> Step:
+    def _step(self, pairs: Sequence[Pair], iteration: int) -> Step:
         """What is known of a step before it is cut into micro-batches."""
         step = Step(tokens=_better_tokens(self.form, pairs))
         if self.form.anchor == "mean":
             step.anchor = self.mean.value
             step.figures = {"delta": (step.anchor, 1.0)}
         if self.form.anchor == "kl":
-            strangers = [pair.stranger for pair in pairs if pair.stranger is not None]
-            rows, references = [row for row, _ in strangers], [logp for _, logp in strangers]
+            strangers = of_step([pair.stranger for pair in pairs], self.strangers, iteration)
             model, config = self.modules["policy"], self.config
-            ratios = mismatched_ratios(self.form, model, rows, references, config.batch_tokens, self.context)
+            ratios = mismatched_ratios(self.form, model, strangers, config.batch_tokens, self.context)
             step.anchor = kl_anchor(ratios)
             step.figures = {"kl": (step.anchor, 1.0), "kl_at_zero": (float(step.anchor == 0), 1.0)}
         return step
@@ -215,15 +215,8 @@ def _compared(
     """All pairs with their reference's log-probabilities, which are computed once: a resumed stage reads them."""
     everything, strangers = [*pairs, *heldout], list[Encoded | None]()
     if config.preference_loss().anchor == "kl":
-        longest = min(context.data.max_length, context.positions or context.data.max_length)
-        rows = [pair.rejected if i % 2 else pair.chosen for i, pair in enumerate(pairs)]
-        strangers = mismatched(rows, longest, context.seed)
+        strangers = matched([pair.rejected if i % 2 else pair.chosen for i, pair in enumerate(pairs)], config, context)
     there = [row for row in strangers if row is not None]
-    if strangers and not there:
-        raise UserError(
-            f"{config.name}: {config.loss} estimates a KL from replies behind other prompts, and none fits within "
-            f"data.max_length; add prompts, raise data.max_length, or use loss: apo_zero or bco"
-        )
     cache = context.stage.path / "reference_logps.safetensors"
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
         logps = load_file(str(cache))
@@ -238,7 +231,7 @@ def _compared(
     known = iter(logps["strangers"].tolist() if there else [])
     for i, row in enumerate(strangers):
         if row is not None:
-            everything[i] = replace(everything[i], stranger=(row, next(known)))
+            everything[i] = replace(everything[i], stranger=Stranger(row, next(known)))
     return everything
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,19 @@ from keel.data.collate import micro_batches, pack
 from keel.model.logprobs import sequence_sums, token_logprobs
 from keel.objective.preference import Logps, log_ratio
 from keel.precision import autocast
+from keel.recipe.dpo import DpoStage
 from keel.train.context import TrainContext
-from keel.types import Encoded, PreferenceLoss
+from keel.types import Encoded, PreferenceLoss, UserError
 
-TRIES = 32
+TRIES = 32  # other prompts' replies that are looked at for each row
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """``row``: a prompt with another prompt's reply; ``reference``: that reply's log-probability (nats) under it."""
+
+    row: Encoded
+    reference: float = 0.0
 
 
 def mismatched(rows: Sequence[Encoded], longest: int, seed: int) -> list[Encoded | None]:
@@ -24,16 +34,54 @@ def mismatched(rows: Sequence[Encoded], longest: int, seed: int) -> list[Encoded
     how it is cut, and the reference's log-probabilities are computed once."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    prompts = [rows[i].prompt_ids for i in order]
     found: list[Encoded | None] = [None] * len(rows)
+    if len(set(prompts)) < 2:
+        return found
+    ahead = _next_of_another(prompts)
     for place, i in enumerate(order):
-        prompt = rows[i].prompt_ids
-        for step in range(1, min(TRIES, len(order) - 1) + 1):
-            other = rows[order[(place + step) % len(order)]]
-            shared = len(other.prompt_ids)
-            if other.prompt_ids != prompt and len(prompt) + len(other.ids) - shared <= longest:
+        there = place
+        for _ in range(TRIES):
+            there = (there + 1) % len(order)
+            if prompts[there] == prompts[place]:
+                there = ahead[there]
+            other = rows[order[there]]
+            if len(prompts[place]) + len(other.ids) - len(prompts[there]) <= longest:
                 found[i] = behind(rows[i], other)
                 break
     return found
+
+
+def _next_of_another(prompts: Sequence[tuple[int, ...]]) -> list[int]:
+    """For each place the next one, round again at the end, that has another prompt. There are two at least."""
+    count = len(prompts)
+    ahead = [0] * count
+    for place in reversed(range(2 * count)):
+        here, after = place % count, (place + 1) % count
+        ahead[here] = ahead[after] if prompts[here] == prompts[after] else after
+    return ahead
+
+
+def matched(rows: Sequence[Encoded], stage: DpoStage, context: TrainContext) -> list[Encoded | None]:
+    """:func:`mismatched` for a stage's training rows. UserError where not one has a match."""
+    longest = min(context.data.max_length, context.positions or context.data.max_length)
+    found = mismatched(rows, longest, context.seed)
+    if any(row is not None for row in found):
+        return found
+    why = f"{stage.name}: {stage.loss} estimates a KL from replies to other prompts, and"
+    if len({row.prompt_ids for row in rows}) == 1:
+        raise UserError(f"{why} all {len(rows)} replies are to one; add prompts, or use loss: apo_zero or bco")
+    raise UserError(
+        f"{why} no prompt has room for one within {longest} tokens; raise data.max_length, or use loss: apo_zero or bco"
+    )
+
+
+def of_step(own: Sequence[Stranger | None], everyone: Sequence[Stranger], iteration: int) -> list[Stranger]:
+    """What the KL of a step is estimated from: the strangers of its own records, and where none of them has one, as
+    many of the run's, others for each step."""
+    there = [stranger for stranger in own if stranger is not None]
+    count = min(len(own), len(everyone))
+    return there or [everyone[(iteration * count + i) % len(everyone)] for i in range(count)]
 
 
 def behind(prompt: Encoded, reply: Encoded) -> Encoded:
@@ -55,13 +103,12 @@ def reply_logps(model: nn.Module, rows: Sequence[Encoded], batch_tokens: int, co
 def mismatched_ratios(
     form: PreferenceLoss,
     model: nn.Module,
-    rows: Sequence[Encoded],
-    references: Sequence[float],
+    strangers: Sequence[Stranger],
     batch_tokens: int,
     context: TrainContext,
 ) -> Tensor:
-    """The log-ratios [N] of mismatched rows, for ``kl_anchor``. ``references``: what :func:`reply_logps` had of them
-    under the reference."""
+    """The log-ratios [N] of mismatched rows, for ``kl_anchor``."""
+    rows, references = [one.row for one in strangers], [one.reference for one in strangers]
     policy_N = reply_logps(model, rows, batch_tokens, context)
     tokens_N = torch.tensor([row.predicted for row in rows])
     return log_ratio(form, Logps(policy_N, tokens_N, torch.tensor(references, dtype=policy_N.dtype)))

@@ -20,6 +20,7 @@ from keel.data.collate import (
 from keel.precision import autocast
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Micro, Stats, Totals
+from keel.train.mismatched import Stranger
 from keel.types import Encoded, PackedBatch, Preference, place_of
 
 EVALUATIONS = 4  # times that the held-out pairs are scored on the way
@@ -28,13 +29,13 @@ EVALUATIONS = 4  # times that the held-out pairs are scored on the way
 @dataclass(frozen=True)
 class Pair:
     """``reference``: the log-probabilities (nats) of the chosen and of the rejected completion under a reference.
-    ``stranger``: the prompt with another prompt's reply, and that reply's log-probability under the reference."""
+    ``stranger``: of what KTO's KL is estimated; None where none fits."""
 
     record: Preference
     chosen: Encoded
     rejected: Encoded
     reference: tuple[float, float] | None = None
-    stranger: tuple[Encoded, float] | None = None
+    stranger: Stranger | None = None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,25 @@ from keel.run import atomic_write
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.kept import Kept
 from keel.train.loop import Algorithm, Micro, Stats, Totals, train
-from keel.train.mismatched import behind, mismatched_ratios, reply_logps
+from keel.train.mismatched import Stranger, matched, mismatched_ratios, of_step, reply_logps
 from keel.train.pairs import due
 from keel.train.ptx import Ptx
 from keel.train.roles import roles_of
 from keel.train.schedule import EpochSchedule
-from keel.types import Encoded, LabelledCompletion, UserError, place_of
+from keel.types import Encoded, LabelledCompletion, place_of
 
-CHUNK = 2048  # mismatched replies that are put together at a time
 MOST_UP = 4 / 3  # up replies by their weight over down ones by theirs: from 1 to this (KTO, section 4.1)
 
 
 @dataclass(frozen=True)
 class Example:
-    """``reference``: the log-probability (nats) of the reply under the reference."""
+    """``reference``: the log-probability (nats) of the reply under the reference. ``stranger``: of what KTO's KL is
+    estimated; None where none fits, and of what is held out."""
 
     record: LabelledCompletion
     encoded: Encoded
     reference: float = 0.0
+    stranger: Stranger | None = None
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,6 @@ def class_weights(up: float, down: float, desirable: float | None, undesirable: 
     return Weights(desirable, undesirable or 1.0)
 
 
-def shifted(places: Sequence[int], rows: Sequence[Encoded]) -> list[tuple[int, int]]:
-    """(place, place of a reply to another prompt) for each of ``places`` in ``rows``: the j-th reply to a prompt goes
-    with the j-th reply to the prompt before it, round again where that has fewer, and the first prompt's with the last
-    one's. So where prompts differ, replies are shifted by one. Where all are of one prompt they go with the row that
-    comes next in ``rows`` and has another; nothing is left where there is none."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for place in places:
-        groups.setdefault(rows[place].prompt_ids, []).append(place)
-    if len(groups) == 1:
-        prompt = rows[places[0]].prompt_ids
-        order = chain(range(places[-1] + 1, len(rows)), range(places[-1]))
-        other = next((i for i in order if rows[i].prompt_ids != prompt), None)
-        return [] if other is None else [(place, other) for place in places]
-    asked = list(groups.values())
-    return [
-        (place, before[j % len(before)])
-        for before, group in zip([asked[-1], *asked], asked, strict=False)
-        for j, place in enumerate(group)
-    ]
-
-
 @dataclass
 class Step:
     """What is known of an optimizer step before it is cut into micro-batches. ``anchor``: a log-ratio (nats);
@@ -100,8 +80,8 @@ class Step:
 
 class Unpaired(Algorithm):
     """For the training loop. ``examples``: those to train on, in ``groups`` of places of one prompt each, then those
-    held out. Each brings the reference's log-probability; ``strangers`` has those of replies behind prompts that are
-    not theirs, by their two places (`shifted`)."""
+    held out. Each brings the reference's log-probability, and those to train on a stranger where the loss estimates a
+    KL (`keel.train.mismatched`)."""
 
     def __init__(
         self,
@@ -115,9 +95,9 @@ class Unpaired(Algorithm):
         self.config, self.context = config, context
         self.examples = [example for group in (*groups, heldout) for example in group]
         ends = list(accumulate((len(group) for group in groups), initial=0))
-        self.rows = [example.encoded for example in self.examples]
         self.groups, self.trained = [range(*both) for both in pairwise(ends)], ends[-1]
-        self.form, self.mean, self.strangers = config.preference_loss(), RunningMean(), dict[tuple[int, int], float]()
+        self.form, self.mean, self.anchor = config.preference_loss(), RunningMean(), 0.0
+        self.strangers = [one.stranger for one in self.examples if one.stranger is not None]
         records = [example.record for example in self.examples[: self.trained]]
         up = sum(record.weight for record in records if record.label)
         down = sum(record.weight for record in records if not record.label)
@@ -134,44 +114,20 @@ class Unpaired(Algorithm):
         """Of the examples of one step."""
         return [place for i in self.schedule.batch(iteration) for place in self.groups[i]]
 
-    def heldout(self) -> list[int]:
-        return list(range(self.trained, len(self.examples)))
-
-    def mismatched(self, places: Sequence[int]) -> list[tuple[int, int]]:
-        """What a step's KL is estimated from, as far as it fits. UserError where nothing does."""
-        longest = min(self.context.data.max_length, self.context.positions or self.context.data.max_length)
-        found = shifted(places, self.rows)
-        if not found:
-            raise UserError(
-                f"{self.config.name}: {self.config.loss} estimates a KL from replies to other prompts, and all "
-                f"{len(self.rows)} replies are to one; add prompts, or use loss: apo_zero or bco"
-            )
-        fit = [(i, j) for i, j in found if len(behind(self.rows[i], self.rows[j]).ids) <= longest]
-        if not fit:
-            raise UserError(
-                f"{self.config.name}: {self.config.loss} estimates a KL from replies to other prompts, and no prompt "
-                f"of a step has room for one within {longest} tokens; raise data.max_length or batch_size"
-            )
-        return fit
-
-    def strange_rows(self, pairs: Sequence[tuple[int, int]]) -> list[Encoded]:
-        return [behind(self.rows[i], self.rows[j]) for i, j in pairs]
-
-    def _anchor(self, places: Sequence[int]) -> float:
-        """From which the log-ratios of these examples are measured, by the policy as it is now."""
+    def _anchor(self, places: Sequence[int], iteration: int) -> float:
+        """From which the log-ratios of a step's examples are measured, by the policy as it is now."""
         if self.form.anchor == "mean":
             return self.mean.value
         if self.form.anchor == "none":
             return 0.0
-        pairs = self.mismatched(places)
-        references = [self.strangers[pair] for pair in pairs]
+        strangers = of_step([self.examples[place].stranger for place in places], self.strangers, iteration)
         model, tokens = self.modules["policy"], self.config.batch_tokens
-        rows = self.strange_rows(pairs)
-        return kl_anchor(mismatched_ratios(self.form, model, rows, references, tokens, self.context))
+        return kl_anchor(mismatched_ratios(self.form, model, strangers, tokens, self.context))
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         places = self.places(iteration)
-        step = Step(self._anchor(places), sum(self.examples[place].record.weight for place in places) or 1.0)
+        self.anchor = self._anchor(places, iteration)
+        step = Step(self.anchor, sum(self.examples[place].record.weight for place in places) or 1.0)
         self.at_zero = [self.at_zero[0] + (step.anchor == 0), self.at_zero[1] + 1]
         self.totals = Totals()
         yield [self._micro(part, step) for part in self._parts(places)]
@@ -218,10 +174,10 @@ class Unpaired(Algorithm):
         return {"delta": (anchor, 1.0)} if self.form.anchor == "mean" else {}
 
     def after(self, iteration: int) -> tuple[dict[str, float], bool]:
-        places, figures = self.heldout(), _margin(self.totals.means())
+        places, figures = range(self.trained, len(self.examples)), _margin(self.totals.means())
         if not places or not due(iteration, self.iterations):
             return figures, False
-        totals, anchor = Totals(), self._anchor(places)
+        totals, anchor = Totals(), self.mean.value if self.form.anchor == "mean" else self.anchor  # as in training
         with torch.no_grad(), autocast(self.context.device, self.context.precision):
             for part in self._parts(places):
                 loss_N, _, stats = self._loss(part, anchor)
@@ -262,13 +218,25 @@ def split_examples(
     records: Sequence[LabelledCompletion], chat: Chat, fraction: float, context: TrainContext
 ) -> tuple[list[list[Example]], list[Example]]:
     """(training examples in groups of one prompt each, held-out examples). A prompt is on one side whole. The ids of
-    the judgements behind either side are recorded in the stage's folder."""
+    the judgements behind either side are recorded in the stage's folder: a vote on a pair once for both of its halves,
+    and beside a thumb that has its id."""
     training, heldout = (
         _encoded(side, chat, context) if side else [] for side in split_by_prompt(records, fraction, context.seed)
     )
-    trained, kept_out = (list(dict.fromkeys(one.record.id for one in side)) for side in (training, heldout))
-    record_lineage(context.stage, trained, kept_out)
+    learned = [one.record for one in training]
+    record_lineage(
+        context.stage,
+        trained=_behind([record for record in learned if not record.settled]),
+        heldout=_behind([example.record for example in heldout]),
+        settled=_behind([record for record in learned if record.settled]),
+    )
     return group_by_prompt(training, lambda example: example.record.prompt), heldout
+
+
+def _behind(records: Sequence[LabelledCompletion]) -> list[str]:
+    """The ids of the thumbs, and of the votes on pairs, that records are made of."""
+    known = dict.fromkeys((bool(one.votes), id) for one in records for id in one.votes or (one.id,))
+    return [id for _, id in known]
 
 
 def _encoded(records: Sequence[LabelledCompletion], chat: Chat, context: TrainContext) -> list[Example]:
@@ -278,29 +246,39 @@ def _encoded(records: Sequence[LabelledCompletion], chat: Chat, context: TrainCo
     return [Example(record, row) for record, (row,) in zip(kept, encoded, strict=True)]
 
 
-def _with_reference(algorithm: Unpaired, load: Callable[[], nn.Module]) -> None:
-    """Gives the algorithm what the reference says of its examples and of the mismatched replies of all its steps. It is
-    computed once: a resumed stage reads it."""
-    wanted = list[tuple[int, int]]()
-    if algorithm.form.anchor == "kl":
-        steps = [algorithm.places(iteration) for iteration in range(algorithm.iterations)]
-        measured = [*steps, *filter(None, [algorithm.heldout()])]
-        wanted = list(dict.fromkeys(pair for places in measured for pair in algorithm.mismatched(places)))
-    context, tokens = algorithm.context, algorithm.config.batch_tokens
+def compared(
+    training: Sequence[Example],
+    heldout: Sequence[Example],
+    config: DpoStage,
+    context: TrainContext,
+    load: Callable[[], nn.Module],
+) -> list[Example]:
+    """All examples with their reference's log-probabilities, which are computed once: a resumed stage reads them."""
+    rows = [example.encoded for example in (*training, *heldout)]
+    strangers = list[Encoded | None]()
+    if config.preference_loss().anchor == "kl":
+        strangers = matched(rows[: len(training)], config, context)
+    there, tokens = [row for row in strangers if row is not None], config.batch_tokens
     cache = context.stage.path / "reference_logps.safetensors"
     if cache.exists():  # a resumed stage: its data and reference are the same, or the stage would have begun anew
         logps = load_file(str(cache))
     else:
         reference = load()
-        logps = {"logps": reference_logps(reference, algorithm.rows, tokens, context)}
-        parts = [wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)]
-        strangers = [reply_logps(reference, algorithm.strange_rows(part), tokens, context) for part in parts]
-        logps["strangers"] = torch.cat([torch.zeros(0), *strangers])
+        logps = {
+            "logps": reference_logps(reference, rows, tokens, context),
+            "strangers": reply_logps(reference, there, tokens, context),
+        }
         del reference
         atomic_write(cache, lambda file: file.write(to_bytes(logps)))
-    known = logps["logps"].tolist()
-    algorithm.examples = [replace(e, reference=logp) for e, logp in zip(algorithm.examples, known, strict=True)]
-    algorithm.strangers = dict(zip(wanted, logps["strangers"].tolist(), strict=True))
+    found = [
+        replace(example, reference=logp)
+        for example, logp in zip((*training, *heldout), logps["logps"].tolist(), strict=True)
+    ]
+    known = iter(logps["strangers"].tolist())
+    for i, row in enumerate(strangers):
+        if row is not None:
+            found[i] = replace(found[i], stranger=Stranger(row, next(known)))
+    return found
 
 
 def train_unpaired(
@@ -311,8 +289,9 @@ def train_unpaired(
     model, tokenizer = policy = roles.policy()
     groups, heldout = split_examples(records, Chat(tokenizer), config.heldout_fraction, context)
     examples = [example for group in groups for example in group]
-    algorithm = Unpaired(model, groups, heldout, config, context)
-    _with_reference(algorithm, lambda: roles.reference(reference_path, policy))
+    known = iter(compared(examples, heldout, config, context, lambda: roles.reference(reference_path, policy)))
+    groups = [[next(known) for _ in group] for group in groups]
+    algorithm = Unpaired(model, groups, list(known), config, context)
     up = sum(example.record.label for example in examples)
     if up in (0, len(examples)):
         said = "up" if up else "down"

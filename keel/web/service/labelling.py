@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
 from keel.store import Assignment, Store, blind, guidelines, leases, people, work
 from keel.store.guidelines import Guideline
@@ -94,16 +94,19 @@ class Labelling:
         vote = replace(vote, guideline=rules.version if rules else None, ratings=ratings)
         with self._store.session() as session, session.transaction(writes=True) as connection:
             found = blind.find(connection, handle, person.annotator_id)
+            new = _is_new(connection, "compare", vote.token)
             id = session.submit(found, vote, annotator_id=person.annotator_id)
-        self._count("compare", 1)
+        self._count("compare", int(new))
         return id
 
     def rank(self, person: Account, handle: str, ranking: NewRanking) -> int:
         return self._hand_in(person, handle, ranking, work.rank)
 
     def thumb(self, person: Account, handle: str, given: NewThumb) -> int:
+        with self._store.transaction(writes=False) as connection:
+            new = _is_new(connection, "thumb", given.token)
         id = self._hand_in(person, handle, given, work.thumb)
-        self._count("thumb", 1)
+        self._count("thumb", int(new))
         return id
 
     def write(self, person: Account, handle: str, writing: NewWriting) -> int:
@@ -242,6 +245,12 @@ class Labelling:
     def _version(self) -> str | None:
         guideline = self.guideline()
         return guideline.version if guideline else None
+
+
+def _is_new(connection: Connection, kind: WorkKind, token: str) -> bool:
+    """Whether work with this token was not handed in before: a page sends it again when no answer came."""
+    table = WORK_TABLES[kind].table
+    return connection.execute(select(table.c.id).where(table.c.token == token)).first() is None
 
 
 def screen(assignment: Assignment) -> Screen:
