@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from databases import Clock
-from labelling_world import World, fill, person, token
+from labelling_world import fill, person, token
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -28,7 +28,10 @@ def store(new_url: Callable[[], str]) -> Iterator[Store]:
 
 def two() -> Constitution:
     asks = {"critique": "What is wrong?", "revision": "Mend it.", "choose": "Which is better?"}
-    rules = [{"id": "kind", "text": "Be kind.", **asks}, {"id": "true", "text": "Say what is true.", "weight": 0.1, **asks}]
+    rules = [
+        {"id": "kind", "text": "Be kind.", **asks},
+        {"id": "true", "text": "Say what is true.", "weight": 0.1, **asks},
+    ]
     return Constitution.model_validate({"name": "house", "principles": rules})
 
 

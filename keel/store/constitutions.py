@@ -87,7 +87,13 @@ def make_draft(connection: Connection, name: str, author_id: int, now: datetime)
 
 
 def change(
-    connection: Connection, name: str, id: str, values: Mapping[str, Any] | None, seen: str, author_id: int, now: datetime
+    connection: Connection,
+    name: str,
+    id: str,
+    values: Mapping[str, Any] | None,
+    seen: str,
+    author_id: int,
+    now: datetime,
 ) -> Version:
     """Sets, adds or (None) takes out one principle of the draft. ``seen``: the draft's hash as its editor saw it;
     UserError where somebody changed it since, or the principle can't be so."""
