@@ -1,4 +1,4 @@
-"""Constitutions in the store and in the app: versions, drafts, questions about one principle, and why a model said so."""
+"""Constitutions in the store and in the app: versions, drafts, questions about one principle."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def test_a_draft_is_edited_published_and_then_unchangeable(store: Store, tmp_pat
         with pytest.raises(UserError, match="in the meantime"):
             constitutions.change(c, "house", "kind", None, begun.constitution.hash, ann, store.now)
         with pytest.raises(UserError, match="weight"):
-            bad = kind | {"weight": 0}
-            constitutions.change(c, "house", "kind", bad, edited.constitution.hash, ann, store.now)
+            constitutions.change(c, "house", "kind", kind | {"weight": 0}, edited.constitution.hash, ann, store.now)
         gone = constitutions.change(c, "house", "true", None, edited.constitution.hash, ann, store.now)
         assert constitutions.publish(c, "house", gone.constitution.hash, ann, store.now) == 2
     with store.transaction(writes=False) as c:
@@ -155,6 +154,24 @@ def test_agreement_and_flips_by_principle(store: Store) -> None:
     with store.transaction(writes=False) as c:
         found = principles.figures(c, [kind, true])
     agreement, flips = found[kind.hash].agreement, found[kind.hash].flips
-    assert agreement is not None and flips is not None
+    assert agreement is not None
+    assert flips is not None
     assert (agreement.point, flips.point) == (1.0, 1.0)
     assert (found[true.hash].agreement, found[true.hash].flips) == (None, None)
+
+
+def test_why_is_refused_to_annotators_and_before_ones_own_vote(tmp_path: Path) -> None:
+    with Store(tmp_path / "feedback.db") as store:
+        world = World(store, items=1, overlap=2)
+        published(store, person(store, "author", "admin").annotator_id)
+        mark = labelled(store)
+        ann, eve = world.client("ann"), world.client("eve", "reviewer")
+        assert ann.get(f"/manage/why?vote={mark}").status_code == 403
+        told = eve.get(f"/manage/why?vote={mark}").text
+        assert all(one in told for one in ("as it was sent", "what it thought", "90%", "30%", "version 1"))
+        item = eve.api("next", {"kind": "compare", "holding": []}).json()["item"]
+        assert "waits for your own vote" in eve.get(f"/manage/why?vote={mark}").text
+        eve.api("judge", {"assignment": item["id"], "token": token(), "choice": "left"})
+        assert eve.get(f"/manage/why?vote={mark}").status_code == 200
+        asked = ann.api("principles/next", {}).json()["question"]
+        assert set(asked) == {"id", "messages", "reply", "principle"}
