@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from databases import Clock
-from labelling_world import fill, person, token
+from labelling_world import World, fill, person, token
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
