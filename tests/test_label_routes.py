@@ -65,7 +65,13 @@ LEAST: dict[str, str | None] = {
     "POST /manage/people/invite": "admin", "POST /manage/people/link": "admin",
     "POST /manage/people/withdraw": "admin", "POST /manage/people/change": "admin", "GET /manage/guideline": "admin",
     "POST /manage/guideline": "admin", "GET /manage/export": "admin", "GET /manage/export/{what}": "admin",
-    "GET /manage/events": "admin",
+    "GET /manage/events": "admin", "GET /constitution": "annotator", "GET /principles": "annotator",
+    "POST /api/principles/next": "annotator", "POST /api/principles/answer": "annotator",
+    "POST /api/principles/undo": "annotator", "GET /manage/constitution": "reviewer",
+    "GET /manage/constitution/{name}/{number}": "reviewer", "POST /manage/constitution/import": "admin",
+    "POST /manage/constitution/draft": "admin", "POST /manage/constitution/drop": "admin",
+    "POST /manage/constitution/principle": "admin", "POST /manage/constitution/publish": "admin",
+    "GET /manage/why": "reviewer",
 }  # fmt: skip
 
 API_BODIES: dict[str, dict] = {
@@ -78,6 +84,9 @@ API_BODIES: dict[str, dict] = {
     "/api/skip": {"assignment": "h" * 22, "token": "t" * 8, "kind": "compare"},
     "/api/flag": {"assignment": "h" * 22, "token": "t" * 8},
     "/api/undo": {"kind": "compare"},
+    "/api/principles/next": {},
+    "/api/principles/answer": {"question": "h" * 22, "token": "t" * 8, "answer": "kept"},
+    "/api/principles/undo": {},
     "/api/arena": {},
     f"/api/arena/{'h' * 22}/say": {"message": "x"},
     f"/api/arena/{'h' * 22}/vote": {"token": "t" * 8, "choice": "left"},
@@ -101,6 +110,10 @@ FORMS: dict[str, dict[str, str]] = {
     "/manage/people/withdraw": {"id": "1"},
     "/manage/people/change": {"name": "nobody", "role": "annotator"},
     "/manage/guideline": {"text": "words"},
+    "/manage/constitution/draft": {"name": "nothing"},
+    "/manage/constitution/drop": {"name": "nothing"},
+    "/manage/constitution/principle": {"name": "nothing", "seen": "x", "id": "x"},
+    "/manage/constitution/publish": {"name": "nothing", "seen": "x"},
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
@@ -50,6 +51,7 @@ def label(arguments: argparse.Namespace) -> int:
         ensemble=RunEnsemble(arguments.run) if arguments.run else None,
         training=Retraining(arguments.run) if arguments.run else None,
         trained=lambda: trained_stages(runs),
+        critiques=lambda: _critiques(runs),
     )
 
     def say(line: str) -> None:
@@ -63,6 +65,18 @@ def label(arguments: argparse.Namespace) -> int:
             say(ordering.state().message)
         serve(store, arguments.host, arguments.port, sources, say)
     return 0
+
+
+def _critiques(runs: Sequence[str]) -> list[dict[str, Any]]:
+    """The summaries of the runs' stages that criticise and revise by a constitution."""
+    found = []
+    for path in runs:
+        for name in RunDir(path).manifest.read().get("stages", {}):
+            file = Path(path) / name / "summary.json"
+            summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if "drawn" in summary and "constitution" in summary:
+                found.append(summary)
+    return found
 
 
 def store_of(run: str | None, db: str | None) -> str:

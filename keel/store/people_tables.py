@@ -252,3 +252,47 @@ sampling_requests = Table(
     Column("created", UtcDateTime, nullable=False),
     Column("ended_at", UtcDateTime),
 )
+
+# ------------------------------------------------------------------------------------------------- constitutions
+
+# Versions 1, 2, ... of each; the newest may be a draft. The database refuses to change one that is published.
+constitutions = Table(
+    "constitutions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("hash", Text, nullable=False),
+    Column("content", json_column(), nullable=False),
+    Column("draft", Boolean, nullable=False),
+    Column("author_id", ForeignKey("annotators.id")),
+    Column("created", UtcDateTime, nullable=False),
+    Column("published", UtcDateTime),
+    UniqueConstraint("name", "version"),
+)
+
+# Whether one reply keeps to one principle, by one person. A row is made when the question is shown.
+principle_answers = Table(
+    "principle_answers",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("handle", Text, nullable=False, unique=True),  # what the browser knows the question by
+    Column("principle_id", Text, nullable=False),
+    Column("principle_hash", Text, nullable=False),
+    Column("response_id", ForeignKey("responses.id"), nullable=False),
+    Column("annotator_id", ForeignKey("annotators.id"), nullable=False),
+    Column("answer", Text),  # kept | broken | na (it does not apply) | unsure; NULL: not answered yet
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+    Column("token", Text, unique=True),
+    CheckConstraint("answer IN ('kept', 'broken', 'na', 'unsure')", name="answer"),
+)
+Index(
+    "ix_principle_answers_standing",
+    principle_answers.c.annotator_id,
+    principle_answers.c.response_id,
+    principle_answers.c.principle_hash,
+    unique=True,
+    sqlite_where=_STANDS,
+    postgresql_where=_STANDS,
+)

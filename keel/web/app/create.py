@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
-from keel.web.app import api, manage, models, pages, training
+from keel.web.app import api, constitutions, manage, models, pages, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
 from keel.web.app.services import Services
@@ -39,7 +39,15 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     app.state.services = Services.of(store, sources or Sources())
     app.state.guard = Guard(app.state.services.people.session)
     app.state.door = pages.Door()
-    for router in (pages.router, api.router, manage.router, models.router, training.router):
+    for router in (
+        pages.router,
+        api.router,
+        constitutions.router,
+        constitutions.api,
+        manage.router,
+        models.router,
+        training.router,
+    ):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Shield)

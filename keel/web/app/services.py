@@ -8,6 +8,7 @@ from fastapi import Request
 
 from keel.store import Store
 from keel.web.service.arena import Arena
+from keel.web.service.constitutions import Constitutions
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.models import Models
@@ -27,6 +28,7 @@ class Services:
     labelling: Labelling
     manage: Manage
     models: Models
+    constitutions: Constitutions
     arena: Arena
     sampling: Sampling
     ordering: Ordering
@@ -41,6 +43,7 @@ class Services:
             labelling=Labelling(store),
             manage=Manage(store),
             models=Models(store, sources.trained),
+            constitutions=Constitutions(store, sources.critiques),
             arena=Arena(store, sources.arena),
             sampling=Sampling(store, sources),
             ordering=Ordering(store, sources.ensemble),

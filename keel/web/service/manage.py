@@ -23,6 +23,7 @@ from keel.store import (
     guidelines,
     overview,
     people,
+    principles,
     removals,
     review,
     thumbs,
@@ -48,7 +49,7 @@ from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 
 Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "demonstrations.jsonl", "rankings.jsonl",
-    "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "events.jsonl",
+    "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "principles.jsonl", "events.jsonl",
 ]  # fmt: skip
 
 Whose = Literal["people", "models", "all"]
@@ -338,7 +339,10 @@ class Manage:
                 yield {name: getattr(event, name) for name in event.__slots__} | {"at": event.at.isoformat()}
         else:
             with store.transaction(writes=False) as connection:
-                rows = arena.votes(connection) if what == "arena.jsonl" else _plain(connection, what)
+                if what == "principles.jsonl":
+                    rows = principles.given(connection)
+                else:
+                    rows = arena.votes(connection) if what == "arena.jsonl" else _plain(connection, what)
             yield from rows
 
 

@@ -123,3 +123,4 @@ class Sources:
     ensemble: Ensemble | None = None
     training: Training | None = None
     read_unjudged: Callable[[Path, bool], list[Unjudged]] | None = None  # True: without the answers in its rows
+    critiques: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # summaries of the run's critique stages

@@ -1,0 +1,195 @@
+"""What people say of one reply under one principle, and how models' labels under a principle fare against people's
+votes. Each function runs inside its caller's transaction."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from keel.recipe.constitution import Principle
+from keel.stats import Proportion, proportion
+from keel.store.constitutions import current
+from keel.store.people_tables import principle_answers as answers
+from keel.store.removals import in_use
+from keel.store.standing import standing
+from keel.store.tables import ai_labels, annotators, assignments, event, events, items, judgements, prompts, responses
+from keel.types import Message, UserError
+
+Answer = Literal["kept", "broken", "na", "unsure"]
+DRAW = random.SystemRandom()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that a page is told. ``handle`` is drawn at random, so it tells nothing of the reply."""
+
+    handle: str
+    messages: tuple[Message, ...]
+    reply: str
+    principle: str
+
+
+def next_question(
+    connection: Connection, annotator_id: int, holding: Collection[str], now: datetime
+) -> Question | None:
+    """A reply and a principle of a published constitution, which this person has not answered; None when nothing is
+    left. One that was shown and not answered comes again, unless ``holding`` has its handle."""
+    texts = {p.hash: p for version in current(connection) for p in version.constitution.principles}
+    mine = select(answers, prompts.c.id.label("prompt")).join(responses, responses.c.id == answers.c.response_id)
+    mine = mine.join(prompts, prompts.c.id == responses.c.prompt_id)
+    mine = mine.where(answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None))
+    used = in_use(responses.c.prompt_id, responses.c.id)
+    had: dict[int, set[str]] = defaultdict(set)
+    for row in connection.execute(mine.add_columns(used.label("used")).order_by(answers.c.id)):
+        if row.answer is None and row.used and row.principle_hash in texts and row.handle not in holding:
+            return _question(connection, row, texts[row.principle_hash])
+        had[row.response_id].add(row.principle_hash)
+    ids = list(connection.execute(select(responses.c.id).where(used)).scalars())
+    DRAW.shuffle(ids)
+    for id in ids:
+        left = [principle for hash, principle in texts.items() if hash not in had[id]]
+        if left:
+            return _ask(connection, annotator_id, id, DRAW.choice(left), now)
+    return None
+
+
+def answer(connection: Connection, annotator_id: int, handle: str, said: Answer, token: str, now: datetime) -> int:
+    """Keeps the answer and returns its number. One that is sent again with its token counts once."""
+    row = _find(connection, annotator_id, handle)
+    if row.token == token:
+        return int(row.id)
+    if row.answer is not None or row.undone_at is not None:
+        raise UserError("this question is answered already; undo that answer to change it")
+    open_ = answers.c.id == row.id, answers.c.answer.is_(None)
+    try:
+        done = connection.execute(update(answers).where(*open_).values(answer=said, token=token, created=now))
+    except IntegrityError as error:
+        raise UserError(f"client token {token!r} was used for another answer; make a new one each time") from error
+    if done.rowcount != 1:
+        raise UserError("this question is answered already; undo that answer to change it")
+    _log(connection, "answered", row, None, {"answer": said}, now)
+    return int(row.id)
+
+
+def undo(connection: Connection, annotator_id: int, handle: str | None, now: datetime) -> Question | None:
+    """Takes an answer back (by default this person's last) and asks again; None when there is nothing."""
+    mine = answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None), answers.c.answer.is_not(None)
+    query = select(answers).where(*mine).order_by(answers.c.created.desc(), answers.c.id.desc()).limit(1)
+    row = connection.execute(query if handle is None else query.where(answers.c.handle == handle)).first()
+    if row is None:
+        return None
+    taken = update(answers).where(answers.c.id == row.id, answers.c.undone_at.is_(None)).values(undone_at=now)
+    if connection.execute(taken).rowcount != 1:
+        return None
+    _log(connection, "undone", row, {"answer": row.answer}, None, now)
+    texts = {p.hash: p for version in current(connection) for p in version.constitution.principles}
+    if row.principle_hash not in texts:
+        return None  # a newer version is asked about now
+    return _ask(connection, annotator_id, row.response_id, texts[row.principle_hash], now)
+
+
+def given(connection: Connection) -> list[dict[str, Any]]:
+    """Every answer that stands, as rows of a file."""
+    query = select(answers, annotators.c.name, responses.c.text, responses.c.model, prompts.c.messages)
+    query = query.join(annotators, annotators.c.id == answers.c.annotator_id)
+    query = query.join(responses, responses.c.id == answers.c.response_id).join(prompts)
+    query = query.where(answers.c.answer.is_not(None), answers.c.undone_at.is_(None)).order_by(answers.c.id)
+    return [
+        {
+            "id": row.token,
+            "principle": row.principle_id,
+            "principle_hash": row.principle_hash,
+            "answer": row.answer,
+            "prompt": row.messages,
+            "completion": [{"role": "assistant", "content": row.text}],
+            "model": row.model,
+            "annotator": row.name,
+            "created": row.created.isoformat(),
+        }
+        for row in connection.execute(query)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of the labels under one version of one principle: how often people who voted on the same pair agree, and how
+    often the label turns with the order. None where there is nothing to count. ``answers``: people's, by answer."""
+
+    agreement: Proportion | None
+    flips: Proportion | None
+    answers: dict[str, int]
+
+
+def figures(connection: Connection, principles: Sequence[Principle]) -> dict[str, Figures]:
+    """By principle's hash. A label without a preference and a vote without one are left out of the agreement, whose
+    interval counts the votes on one pair together."""
+    hashes = [p.hash for p in principles]
+    votes: dict[str, list[int]] = defaultdict(list)
+    query = standing(judgements, judgements.c.choice, assignments.c.shown, items.c.key)
+    people = query.where(annotators.c.kind == "person", items.c.kind == "compare", items.c.gold.is_(None))
+    for row in connection.execute(people.where(items.c.out.is_(False))):
+        if row.choice in ("left", "right"):
+            votes[row.key].append(row.shown[row.choice == "right"])
+    agree: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+    flips: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+    labels = standing(judgements, ai_labels, assignments.c.shown, items.c.key)
+    labels = labels.join(ai_labels, ai_labels.c.judgement_id == judgements.c.id)
+    for row in connection.execute(labels.where(ai_labels.c.principle_hash.in_(hashes), items.c.out.is_(False))):
+        said = [p for p in (row.p_left_first, row.p_left_second) if p is not None]
+        if len(said) == 2:
+            flips[row.principle_hash].append(((said[0] - 0.5) * (said[1] - 0.5) < 0, row.key))
+        mean = sum(said) / len(said) if said else 0.5
+        if mean != 0.5:
+            agree[row.principle_hash] += [(vote == row.shown[mean < 0.5], row.key) for vote in votes[row.key]]
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    stands = answers.c.answer.is_not(None), answers.c.undone_at.is_(None), answers.c.principle_hash.in_(hashes)
+    for row in connection.execute(select(answers).where(*stands)):
+        counts[row.principle_hash][row.answer] += 1
+    return {hash: Figures(_share(agree[hash]), _share(flips[hash]), dict(counts[hash])) for hash in hashes}
+
+
+def _share(found: Sequence[tuple[bool, str]]) -> Proportion | None:
+    return proportion([hit for hit, _ in found], [group for _, group in found]) if found else None
+
+
+def _ask(connection: Connection, annotator_id: int, response_id: int, principle: Principle, now: datetime) -> Question:
+    row = {"handle": secrets.token_urlsafe(16), "principle_id": principle.id, "principle_hash": principle.hash}
+    row |= {"response_id": response_id, "annotator_id": annotator_id, "created": now}
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(answers), row)
+    except IntegrityError:  # another window of this person got it at this very moment
+        pass
+    mine = answers.c.annotator_id == annotator_id, answers.c.response_id == response_id
+    query = select(answers).where(*mine, answers.c.principle_hash == principle.hash, answers.c.undone_at.is_(None))
+    return _question(connection, connection.execute(query).one(), principle)
+
+
+def _question(connection: Connection, row: Row[Any], principle: Principle) -> Question:
+    query = select(responses.c.text, prompts.c.messages).join(prompts).where(responses.c.id == row.response_id)
+    shown = connection.execute(query).one()
+    messages = tuple(Message(one["role"], one["content"]) for one in shown.messages)
+    return Question(row.handle, messages, shown.text, principle.text)
+
+
+def _find(connection: Connection, annotator_id: int, handle: str) -> Row[Any]:
+    query = select(answers).where(answers.c.handle == handle, answers.c.annotator_id == annotator_id)
+    row = connection.execute(query).first()
+    if row is None:
+        raise UserError("this question is not yours; load the page again")
+    return row
+
+
+def _log(connection: Connection, what: str, row: Row[Any], old: Any, new: Any, now: datetime) -> None:
+    actor = connection.execute(select(annotators.c.name).where(annotators.c.id == row.annotator_id)).scalar_one()
+    about = {"principle": row.principle_id, "principle_hash": row.principle_hash, "response": row.response_id}
+    told = None if new is None else new | about
+    connection.execute(insert(events), event(now, actor, what, "principle answer", row.id, old, told))

@@ -1,0 +1,86 @@
+// Questions about one principle: one at a time, each answer kept in the outbox until the server has taken it.
+
+import { Outbox, token } from "./outbox.js";
+import { showRefused } from "./refused.js";
+import { post } from "./wire.js";
+
+const byId = (id) => document.getElementById(id);
+const SETTLED = 250; // milliseconds: what comes sooner is the last key again
+const outbox = new Outbox(() => {});
+const past = []; // what was answered here, newest last
+let current = null;
+let since = 0;
+let timer;
+
+function bubble({ role, html }) {
+  const message = Object.assign(document.createElement("div"), { className: `message ${role}` });
+  message.append(Object.assign(document.createElement("div"), { className: "text", innerHTML: html }));
+  return message;
+}
+
+function show(question) {
+  current = question;
+  since = performance.now();
+  byId("waiting").hidden = true;
+  byId("empty").hidden = Boolean(question);
+  byId("item").hidden = !question;
+  byId("vote").hidden = !question && !past.length;
+  for (const button of document.querySelectorAll("[data-answer]")) button.disabled = !question;
+  if (!question) return;
+  byId("messages").replaceChildren(...question.messages.map(bubble));
+  byId("reply").innerHTML = question.reply;
+  byId("principle").textContent = question.principle;
+  scrollTo(0, 0);
+  byId("prompt-h").focus({ preventScroll: true });
+}
+
+async function next() {
+  clearTimeout(timer);
+  try {
+    const waiting = outbox.letters.map(({ body }) => body.question).filter(Boolean);
+    const { question } = await post("/api/principles/next", { holding: waiting.slice(0, 64) });
+    if (!current) show(question);
+    if (!outbox.count) outbox.tell(null);
+  } catch (error) {
+    outbox.tell(error);
+    byId("waiting").hidden = false;
+    byId("waiting").textContent = "Nothing more is here to do until the server answers. This page goes on by itself.";
+    timer = setTimeout(next, Math.max(3000, error.wait ?? 0));
+  }
+}
+
+function give(button) {
+  if (!current || performance.now() - since < SETTLED) return;
+  const body = { question: current.id, token: token(), answer: button.dataset.answer };
+  past.push({ question: current, token: body.token });
+  const about = { kind: "principle", what: button.textContent.trim(), text: current.principle };
+  current = null;
+  byId("item").hidden = true;
+  outbox.add("/api/principles/answer", body, about).finally(next);
+}
+
+async function undo() {
+  const last = past.pop();
+  if (last && outbox.recall(last.token)) return show(last.question);
+  try {
+    await outbox.send();
+    const { question } = await post("/api/principles/undo", last ? { question: last.question.id } : {});
+    if (question) show(question);
+  } catch (error) {
+    if (last) past.push(last);
+    outbox.tell(error);
+  }
+}
+
+showRefused();
+for (const button of document.querySelectorAll("[data-answer]")) button.addEventListener("click", () => give(button));
+byId("undo").addEventListener("click", undo);
+byId("again").addEventListener("click", next);
+addEventListener("online", () => current || next());
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.closest("input, textarea, select")) return;
+  const button = document.querySelector(`[data-answer][aria-keyshortcuts="${event.key}"]`);
+  if (button) give(button);
+  else if (event.key.toLowerCase() === "u") undo();
+});
+next();

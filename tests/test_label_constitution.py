@@ -1,0 +1,177 @@
+"""Constitutions in the store and in the app: versions, drafts, questions about one principle."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from databases import Clock
+from labelling_world import World, fill, person, token
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from keel.recipe.constitution import Constitution, read_constitution
+from keel.store import Store, Unavailable, ai_labels, constitutions, principles
+from keel.store.ai_labels import AiLabel
+from keel.store.people_tables import constitutions as table
+from keel.store.records import NewVote
+from keel.types import UserError
+
+
+@pytest.fixture
+def store(new_url: Callable[[], str]) -> Iterator[Store]:
+    with Store(new_url(), clock=Clock()) as store:
+        yield store
+
+
+def two() -> Constitution:
+    asks = {"critique": "What is wrong?", "revision": "Mend it.", "choose": "Which is better?"}
+    rules = [
+        {"id": "kind", "text": "Be kind.", **asks},
+        {"id": "true", "text": "Say what is true.", "weight": 0.1, **asks},
+    ]
+    return Constitution.model_validate({"name": "house", "principles": rules})
+
+
+def published(store: Store, author: int) -> None:
+    with store.transaction(writes=True) as c:
+        assert constitutions.publish_file(c, two(), author, store.now) == 1
+
+
+def test_a_draft_is_edited_published_and_then_unchangeable(store: Store, tmp_path: Path) -> None:
+    ann = person(store, "ann", "admin").annotator_id
+    published(store, ann)
+    with store.transaction(writes=True) as c:
+        assert constitutions.publish_file(c, two(), ann, store.now) == 1  # the same again
+        begun = constitutions.make_draft(c, "house", ann, store.now)
+        with pytest.raises(UserError, match="says what version 1 says"):
+            constitutions.publish(c, "house", begun.constitution.hash, ann, store.now)
+        kind = begun.constitution.principles[0].model_dump() | {"text": "Be very kind: äöü."}
+        edited = constitutions.change(c, "house", "kind", kind, begun.constitution.hash, ann, store.now)
+        with pytest.raises(UserError, match="in the meantime"):
+            constitutions.change(c, "house", "kind", None, begun.constitution.hash, ann, store.now)
+        with pytest.raises(UserError, match="weight"):
+            constitutions.change(c, "house", "kind", kind | {"weight": 0}, edited.constitution.hash, ann, store.now)
+        gone = constitutions.change(c, "house", "true", None, edited.constitution.hash, ann, store.now)
+        assert constitutions.publish(c, "house", gone.constitution.hash, ann, store.now) == 2
+    with store.transaction(writes=False) as c:
+        assert [one.number for one in constitutions.versions(c, "house")] == [2, 1]
+        assert constitutions.published(c, "house", 1).constitution == two()
+        new = constitutions.published(c, "house").constitution
+    assert [(one.id, one.what) for one in constitutions.changes(two(), new)] == [("true", "gone"), ("kind", "changed")]
+    for one in (two(), new):
+        (tmp_path / "house.yaml").write_text(constitutions.as_file(one), encoding="utf-8")
+        back = read_constitution(str(tmp_path / "house.yaml"))
+        assert (back.hash, back.principles[0].hash) == (one.hash, one.principles[0].hash)
+    for change in ("UPDATE constitutions SET hash = 'x'", "DELETE FROM constitutions"):
+        with pytest.raises((DBAPIError, Unavailable), match="do not change"), store.transaction(writes=True) as c:
+            c.execute(text(change))
+
+
+def test_two_who_publish_at_once_make_one_version(store: Store) -> None:
+    who = [person(store, name, "admin").annotator_id for name in ("ann", "bo")]
+    published(store, who[0])
+    with store.transaction(writes=True) as c:
+        begun = constitutions.make_draft(c, "house", who[0], store.now)
+        seen = constitutions.change(c, "house", "true", None, begun.constitution.hash, who[0], store.now)
+    gate, said = threading.Barrier(2), []
+
+    def go(author: int) -> None:
+        gate.wait()
+        try:
+            with store.transaction(writes=True) as c:
+                said.append(constitutions.publish(c, "house", seen.constitution.hash, author, store.now))
+        except UserError as error:
+            said.append(str(error))
+
+    both = [threading.Thread(target=go, args=(author,)) for author in who]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert sum(one == 2 for one in said) == 1, said
+    assert any("meantime" in str(one) or "no draft" in str(one) for one in said), said
+    with store.transaction(writes=False) as c:
+        assert len(c.execute(table.select()).all()) == 2
+
+
+def test_questions_are_answered_once_taken_back_and_exported(store: Store) -> None:
+    fill(store, 1)
+    ann, bo = person(store, "ann").annotator_id, person(store, "bo").annotator_id
+    published(store, ann)
+    with store.transaction(writes=True) as c:
+        one = principles.next_question(c, ann, (), store.now)
+        assert one is not None
+        assert principles.next_question(c, ann, (), store.now) == one  # shown, not answered
+        mark = token()
+        first = principles.answer(c, ann, one.handle, "broken", mark, store.now)
+        assert principles.answer(c, ann, one.handle, "broken", mark, store.now) == first
+        with pytest.raises(UserError, match="answered already"):
+            principles.answer(c, ann, one.handle, "kept", token(), store.now)
+        with pytest.raises(UserError, match="not yours"):
+            principles.answer(c, bo, one.handle, "kept", token(), store.now)
+        again = principles.undo(c, ann, None, store.now)
+        assert again is not None
+        assert (again.reply, again.principle, principles.given(c)) == (one.reply, one.principle, [])
+        seen = set()
+        while (asked := principles.next_question(c, ann, (), store.now)) is not None:
+            seen.add((asked.reply, asked.principle))
+            principles.answer(c, ann, asked.handle, "kept", token(), store.now)
+        assert len(seen) == 4  # two replies, two principles
+        rows = principles.given(c)
+    hashes = {p.id: p.hash for p in two().principles}
+    assert len(rows) == 4
+    assert all(row["principle_hash"] == hashes[row["principle"]] and row["answer"] == "kept" for row in rows)
+
+
+def labelled(store: Store) -> str:
+    """A person and a model on one pair: the model's label under `kind` says the left reply, whichever it is."""
+    model = store.add_annotator("judge", "model")
+    theirs = store.next_assignment(model, seeded=True)
+    assert theirs is not None
+    mark = token()
+    vote = store.submit(theirs.id, NewVote("left", token=mark, probability=0.8))
+    hash = two().principles[0].hash
+    with store.transaction(writes=True) as c:
+        label = AiLabel("kind", hash, "house", two().hash, 0.9, 0.3, "as it was sent", "what it thought")
+        ai_labels.add(c, vote, [label], store.now)
+    return mark
+
+
+def test_agreement_and_flips_by_principle(store: Store) -> None:
+    fill(store, 1, overlap=2)
+    ann = person(store, "ann")
+    labelled(store)
+    assignment = store.next_assignment(ann.annotator_id)
+    assert assignment is not None
+    with store.transaction(writes=False) as c:
+        shown = c.execute(text("SELECT shown FROM assignments ORDER BY id")).scalars().all()
+    same = shown[0] == shown[1]
+    store.submit(assignment.id, NewVote("left" if same else "right", token=token()))
+    kind, true = two().principles
+    with store.transaction(writes=False) as c:
+        found = principles.figures(c, [kind, true])
+    agreement, flips = found[kind.hash].agreement, found[kind.hash].flips
+    assert agreement is not None
+    assert flips is not None
+    assert (agreement.point, flips.point) == (1.0, 1.0)
+    assert (found[true.hash].agreement, found[true.hash].flips) == (None, None)
+
+
+def test_why_is_refused_to_annotators_and_before_ones_own_vote(tmp_path: Path) -> None:
+    with Store(tmp_path / "feedback.db") as store:
+        world = World(store, items=1, overlap=2)
+        published(store, person(store, "author", "admin").annotator_id)
+        mark = labelled(store)
+        ann, eve = world.client("ann"), world.client("eve", "reviewer")
+        assert ann.get(f"/manage/why?vote={mark}").status_code == 403
+        told = eve.get(f"/manage/why?vote={mark}").text
+        assert all(one in told for one in ("as it was sent", "what it thought", "90%", "30%", "version 1"))
+        item = eve.api("next", {"kind": "compare", "holding": []}).json()["item"]
+        assert "waits for your own vote" in eve.get(f"/manage/why?vote={mark}").text
+        eve.api("judge", {"assignment": item["id"], "token": token(), "choice": "left"})
+        assert eve.get(f"/manage/why?vote={mark}").status_code == 200
+        asked = ann.api("principles/next", {}).json()["question"]
+        assert set(asked) == {"id", "messages", "reply", "principle"}
