@@ -110,7 +110,9 @@ class Frontier:
     def at(self, method: str, nats: float) -> Cell:
         mean_RF, reached = self._of(method, nats)
         own = [curve for curve in self.curves if curve.method == method]
-        there = [first_reach(*(part[:1] for part in self._along[id(curve)]), nats)[0, LENGTH] for curve in own]
+        there = []
+        for root_RP, value_RPF in (self._along[id(curve)] for curve in own):
+            there.append(first_reach(root_RP[:1], value_RPF[:1], nats)[0, LENGTH])
         length = float(mean_RF[0, LENGTH])
         return Cell(
             method,

@@ -90,18 +90,20 @@ def of(connection: Connection, tokens: Collection[str]) -> dict[str, list[AiLabe
 def trace(connection: Connection, tokens: Collection[str]) -> list[Traced]:
     """What the votes with these tokens (a model's training records) rest on: whose they are, on which kinds of prompts,
     and under which version of which principle."""
-    counts: dict[tuple[str, ...], int] = {}
+    counts: dict[tuple[AnnotatorKind, str, str, str, str], int] = {}
     for some in _parts(list(tokens)):
         for key, votes in _counts(connection, judgements.c.token.in_(some)):
             counts[key] = counts.get(key, 0) + votes
-    return [Traced(*key, votes) for key, votes in sorted(counts.items())]  # type: ignore[arg-type]
+    return [Traced(*key, votes) for key, votes in sorted(counts.items())]
 
 
 def _parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
     return (values[i : i + AT_ONCE] for i in range(0, len(values), AT_ONCE))
 
 
-def _counts(connection: Connection, which: ColumnElement[bool]) -> Iterator[tuple[tuple[str, ...], int]]:
+def _counts(
+    connection: Connection, which: ColumnElement[bool]
+) -> Iterator[tuple[tuple[AnnotatorKind, str, str, str, str], int]]:
     said = (ai_labels.c.principle_id, ai_labels.c.principle_hash, ai_labels.c.constitution)
     groups = (annotators.c.kind, prompts.c.kind.label("prompt"), *said)
     query = (
@@ -116,4 +118,4 @@ def _counts(connection: Connection, which: ColumnElement[bool]) -> Iterator[tupl
         .group_by(*groups)
     )
     for row in connection.execute(query):
-        yield tuple(value or "" for value in row[:-1]), row[-1]
+        yield (row[0], row[1] or "", row[2] or "", row[3] or "", row[4] or ""), row[5]

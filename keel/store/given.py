@@ -115,8 +115,8 @@ def texts_of(
 def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: str | None, now: datetime) -> int:
     """Add rankings and edits of another store; how many were new. One is known by its token."""
     for into, entity, kind in ((rankings, "ranking", Ranking), (writings, "writing", Edit)):
-        ids = ids_here(connection, into, entity, [one.token for one in given if isinstance(one, kind)])
-        given = [replace(one, token=ids[one.token]) if isinstance(one, kind) else one for one in given]
+        called = ids_here(connection, into, entity, [one.token for one in given if isinstance(one, kind)])
+        given = [replace(one, token=called[one.token]) if isinstance(one, kind) else one for one in given]
     given = [one for one in given if isinstance(one, Edit) or tells_apart(one.shown)]
     known: dict[str, Any] = {}
     for table in (rankings, writings):

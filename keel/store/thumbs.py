@@ -65,8 +65,8 @@ def given(connection: Connection, batch: str | None, kinds: Collection[Annotator
 
 def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: datetime) -> int:
     """Add thumbs of another store, or of files; how many were new. One is known by its token."""
-    ids = ids_here(connection, thumbs, "thumb", [one.token for one in new])
-    new = [replace(one, token=ids[one.token]) for one in new]
+    called = ids_here(connection, thumbs, "thumb", [one.token for one in new])
+    new = [replace(one, token=called[one.token]) for one in new]
     tokens = [one.token for one in new]
     there = {row.token for row in rows_of(connection, thumbs, thumbs.c.token, tokens)}
     known = {one.token: one for one in given(connection, None) if one.token in there} if there else {}
