@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 from pydantic import ValidationError
@@ -36,7 +37,7 @@ principles:
 
 
 def gold(prompt: Prompt, text: str) -> float:
-    return float(sum(text.encode()) % 97)
+    return float(crc32(text.encode()))
 
 
 def good(prompt: Prompt, first: str, second: str, principle: Principle) -> float:
@@ -82,9 +83,7 @@ def test_a_good_judge_labels_and_its_card_is_in_the_summary(tmp_path: Path) -> N
 
 
 def test_a_judge_of_order_is_refused_before_it_labels_and_forced_without_being_asked_again(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"stage annotate: its judge is beyond its bounds: its choice turned .* 100%"
-    ):
+    with pytest.raises(UserError, match=r"stage annotate: its judge is beyond its bounds: its choice turned .* 100%"):
         run(recipe(tmp_path, "first_one"), tmp_path / "run")
     folder = tmp_path / "run" / "annotate"
     assert json.loads((folder / "judge_card.json").read_text())["alarms"][0]["name"] == "order_flips"

@@ -200,6 +200,13 @@ def _share(values: Sequence[tuple[str, float]], resamples: int, seed: int) -> Es
     return point, share.low, share.high
 
 
+def scored_pair(prompt: str, scores: tuple[float, float], length: tuple[int, int]) -> JudgedPair:
+    """As a judge that scores one reply at a time sees two (left, right): the better score is its choice."""
+    lead = scores[0] - scores[1]
+    said = 0.5 if abs(lead) <= TIE_WIDTH else float(lead > 0)
+    return JudgedPair(prompt, said, None, None, length)
+
+
 # ------------------------------------------------------------------------------------------- what should not matter
 
 
