@@ -18,7 +18,8 @@ from keel.eval.alarms import Alarm, find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.displacement import displacement_row
 from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
-from keel.eval.judge_card import JudgedPair, scored_pair
+from keel.eval.judge_card import scored_pair
+from keel.eval.judge_effects import JudgedPair
 from keel.eval.overoptimisation import curve, guardrail
 from keel.eval.reply_alarms import reply_alarms
 from keel.model.checkpoint import Place, frozen, load_policy

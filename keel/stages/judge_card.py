@@ -11,7 +11,8 @@ from random import Random
 from typing import Any, Literal
 
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
-from keel.eval.judge_card import Card, JudgedPair, judge_card, scored_pair
+from keel.eval.judge_card import Card, judge_card, scored_pair
+from keel.eval.judge_effects import JudgedPair
 from keel.eval.reply_alarms import judge_alarms
 from keel.feedback.model_comparer import TOKENS, LanguageModelComparer
 from keel.feedback.opinion import Comparer
@@ -86,7 +87,7 @@ def card_of_annotator(stage: AnnotateStage, context: StageContext, store: Store,
 
 
 def card_of_judge(stage: EvalStage, context: StageContext, judge: Judge, pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """The card of an evaluation's judge, which scores one reply at a time: on ``pairs``, which a gold score knows, or on
+    """The card of an evaluation's judge, which scores single replies: on ``pairs``, which a gold score knows, or on
     those that people judged."""
     bounds, seed = stage.card, context.recipe.seed
     assert bounds is not None, "the stage asks for a card"
