@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 
-from keel.eval.judge_card import JudgedPair
+from keel.eval.judge_effects import JudgedPair
 
 
 def planted(

@@ -545,7 +545,7 @@ def test_a_stage_lists_all_that_it_left_out(tmp_path: Path, write: Write) -> Non
 def test_a_stage_notes_what_it_does_not_use(tmp_path: Path, write: Write) -> None:
     path = write({**DEMO, "source": "x"})
     stage, context, notes = _context(tmp_path, {"kind": "sft"}, demonstrations=str(path))
-    [demonstration] = demonstrations(stage, context)[0]
+    [(_, [demonstration])] = demonstrations(stage, context)[0]
     assert notes.said == [f"{path}: column source is not used"]
     assert demonstration.place == f"{path}, line 1"
 

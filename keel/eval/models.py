@@ -18,6 +18,8 @@ from keel.eval.alarms import Alarm, find_alarms
 from keel.eval.capability import choice_accuracy, text_loss
 from keel.eval.displacement import displacement_row
 from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_reference, side_by_side
+from keel.eval.judge_card import scored_pair
+from keel.eval.judge_effects import JudgedPair
 from keel.eval.overoptimisation import curve, guardrail
 from keel.eval.reply_alarms import reply_alarms
 from keel.model.checkpoint import Place, frozen, load_policy
@@ -52,7 +54,9 @@ class OfflineRun:
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """``online_runs``: the PPO and GRPO stages among the models; ``offline_runs``: the others that measured theirs."""
+    """``online_runs``: the PPO and GRPO stages among the models; ``offline_runs``: the others that measured theirs.
+    ``gold``: what the judge is held against on ``card_pairs`` pairs of a model's reply and the baseline's; None: it is
+    not."""
 
     models: Mapping[str, Place]
     baseline: str
@@ -69,6 +73,8 @@ class EvaluationInputs:
     precision: Precision
     online_runs: Mapping[str, OnlineRun]
     offline_runs: Mapping[str, OfflineRun] = field(default_factory=dict)
+    gold: Judge | None = None
+    card_pairs: int = 0
 
 
 def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, Any]:
@@ -104,11 +110,36 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
             )
         ],
     }
+    if inputs.gold is not None:
+        summary["judged"] = _judged_pairs(inputs, evaluations, inputs.gold)
     pair = _guardrail_pair(inputs)
     if pair is not None:
         kept, free = pair
         summary["guardrail"] = guardrail(kept, inputs.online_runs[kept].rows, free, inputs.online_runs[free].rows)
     return summary
+
+
+def _judged_pairs(inputs: EvaluationInputs, evaluations: Sequence[ModelEvaluation], gold: Judge) -> list[JudgedPair]:
+    """Each model's reply beside the baseline's, the models taking turns, as the judge and ``gold`` see the two."""
+    baseline = next(one for one in evaluations if one.name == inputs.baseline)
+    others = [one for one in evaluations if one is not baseline]
+    rows = [
+        (one.replies[number][0], replied[0])
+        for number, replied in enumerate(baseline.replies)
+        for one in others
+        if one.replies[number][0].completion.text != replied[0].completion.text
+    ]
+    rows = [(a, b) for a, b in rows if a.grade is not None and b.grade is not None][: inputs.card_pairs]
+    prompts = [a.prompt for a, _ in rows]
+    left, right = (gold.grade(prompts, [row[side].completion for row in rows]) for side in (0, 1))
+    found = []
+    for (a, b), one, other in zip(rows, left, right, strict=True):
+        assert a.grade is not None
+        assert b.grade is not None
+        lengths = len(a.completion.text), len(b.completion.text)
+        pair = scored_pair(a.prompt.id, (a.grade.score, b.grade.score), lengths)
+        found.append(pair if one is None or other is None else pair.led(one.score - other.score))
+    return found
 
 
 def _replies_alarms(inputs: EvaluationInputs, evaluations: Sequence[ModelEvaluation]) -> Iterator[Alarm]:

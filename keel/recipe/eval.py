@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import kept_name, stage_of
-from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, prompt_pool, terms
+from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, prompt_pool, terms
+from keel.recipe.judge_card import JudgeCard
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase, Surroundings
@@ -74,7 +75,7 @@ def _along(stage: StageBase, names: Collection[str]) -> list[str]:
 class EvalStage(StageBase):
     help: ClassVar[str] = "compare models on held-out prompts"
     compares_models: ClassVar[bool] = True
-    later: ClassVar[frozenset[str]] = frozenset({"frontier", "revisions"})
+    later: ClassVar[frozenset[str]] = frozenset({"frontier", "revisions", "card"})
 
     kind: Literal["eval"] = "eval"
     models: list[str] = Field(min_length=1)
@@ -92,6 +93,11 @@ class EvalStage(StageBase):
     revisions: str | None = Field(
         None, description="a critique stage: what the judge finds in its replies is counted by revision; default: none"
     )
+    card: JudgeCard | None = Field(
+        None,
+        description="the judge is held against people's votes in the store or a gold score: the bounds that it must "
+        "keep; default: it is not",
+    )
 
     @property
     def against(self) -> str:
@@ -100,6 +106,8 @@ class EvalStage(StageBase):
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         yield from terms("rewards", self.rewards)
+        if self.card is not None and isinstance(self.card.against, PythonRef):
+            yield "card.against", self.card.against
         if isinstance(self.judge, MixedRef):
             yield from terms("judge.rewards", self.judge.rewards)
         elif self.judge is not None:
@@ -118,6 +126,10 @@ class EvalStage(StageBase):
         if self.reward is not None:
             yield Reference("reward", self.reward, ("reward model",))
         yield from super().references()
+
+    def from_store(self, voted: Collection[str]) -> StoreRead:
+        people = self.card is not None and self.card.against == "people"
+        return StoreRead(frozenset({"people"}) if people else frozenset())
 
     def also_uses(self, before: Sequence[StageBase]) -> Iterator[str]:
         rewards = [stage.name for stage in before if "reward model" in stage.makes]

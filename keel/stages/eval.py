@@ -21,6 +21,7 @@ from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
 from keel.recipe.offline import OfflineBase
 from keel.recipe.online import OnlineBase
 from keel.recipe.reward import RewardStage
+from keel.reward.judge import JudgeFromPython
 from keel.rollout.episodes import encode_prompts
 from keel.stages.context import StageContext
 from keel.stages.critique import RECORDS
@@ -30,10 +31,11 @@ from keel.stages.inputs import (
     reading,
     training_prompts,
 )
+from keel.stages.judge_card import card_of_judge
 from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
 from keel.types import Judge, Preference, Scorer
 
-SUMMARY = ("stages", "order", "baseline", "judge", "alarms")
+SUMMARY = ("stages", "order", "baseline", "judge", "judge_card", "alarms")
 
 
 def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
@@ -50,6 +52,9 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         prompts, _ = encode_prompts(Chat(tokenizer), prompts, recipe.data, context.reporter)
         if recipe.data.facts:
             encode_facts(tokenizer, facts, positions(source))  # what is wrong with them is said before anything is paid
+    gold = None
+    if stage.card is not None and isinstance(stage.card.against, PythonRef):
+        gold = JudgeFromPython(context.python(stage.card.against))
     inputs = EvaluationInputs(
         models=models,
         baseline=stage.baseline,
@@ -74,8 +79,16 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
             for s in recipe.stages
             if isinstance(s, OfflineBase) and s.measure is not None and s.name in stage.models
         },
+        gold=gold,
+        card_pairs=stage.card.pairs if stage.card is not None else 0,
     )
+    of_people = stage.card is not None and gold is None
+    cards = card_of_judge(stage, context, inputs.judge, []) if of_people else None  # before anything is sampled
     summary = evaluate_models(inputs, context.reporter)
+    judged = summary.pop("judged", [])
+    if stage.card is not None:
+        summary["judge_card"] = cards or card_of_judge(stage, context, inputs.judge, judged)
+        summary["alarms"] += summary["judge_card"]["alarms"]
     if stage.frontier is not None:
         summary["frontier"] = measure_frontier(
             FrontierInputs(

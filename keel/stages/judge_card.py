@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
-from keel.eval.judge_card import Card, JudgedPair, judge_card
+from keel.eval.judge_card import Card, judge_card, scored_pair
+from keel.eval.judge_effects import JudgedPair
 from keel.eval.reply_alarms import judge_alarms
 from keel.feedback.model_comparer import TOKENS, LanguageModelComparer
 from keel.feedback.opinion import Comparer
@@ -22,6 +23,7 @@ from keel.model.measure import measure
 from keel.model.modules import context_length
 from keel.precision import autocast
 from keel.recipe.annotate import AnnotateStage
+from keel.recipe.eval import EvalStage
 from keel.recipe.judge_card import JudgeCard
 from keel.recipe.judges import EndpointRef, LanguageModelRef, PythonRef
 from keel.reward.grades import key
@@ -30,7 +32,7 @@ from keel.run import write_json
 from keel.stages.context import StageContext
 from keel.store import Response, Store
 from keel.store.records import VOTER_KINDS, Judgement
-from keel.types import Prompt, UserError
+from keel.types import Judge, Prompt, UserError
 
 FILE = "judge_card.json"
 ANSWERS = "card_answers.jsonl"  # what the judge said of the card's pairs: a run that goes on asks for the rest
@@ -82,6 +84,39 @@ def card_of_annotator(stage: AnnotateStage, context: StageContext, store: Store,
         ]
     card = judge_card(known, "gold" if isinstance(bounds.against, PythonRef) else "people", seed=seed)
     return kept_card(stage.name, card, bounds, folder)
+
+
+def card_of_judge(stage: EvalStage, context: StageContext, judge: Judge, pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """The card of an evaluation's judge, which scores single replies: on ``pairs``, which a gold score knows, or on
+    those that people judged."""
+    bounds, seed = stage.card, context.recipe.seed
+    assert bounds is not None, "the stage asks for a card"
+    against: Literal["people", "gold"] = "gold" if isinstance(bounds.against, PythonRef) else "people"
+    if against == "people":
+        with Store(context.store_url) as store:
+            pairs = _graded(voted_pairs(store.judgements(), bounds.pairs, seed), judge)
+    if not pairs:
+        raise UserError(
+            f"stage {stage.name}: its card has no pair that both the judge and {against} know; have people judge some "
+            "(keel label), name a Python function in card.against, or leave card out"
+        )
+    card = judge_card(pairs, against, probabilities=False, seed=seed)
+    return kept_card(stage.name, card, bounds, context.stage_dir.path)
+
+
+def _graded(pairs: Sequence[Pair], judge: Judge) -> list[JudgedPair]:
+    prompts = [pair.prompt for pair in pairs]
+    left = judge.grade(prompts, [pair.left.completion() for pair in pairs])
+    right = judge.grade(prompts, [pair.right.completion() for pair in pairs])
+    return [
+        replace(
+            scored_pair(pair.prompt.id, (a.score, b.score), (len(pair.left.text), len(pair.right.text))),
+            truth=math.fsum(pair.votes) / len(pair.votes),
+            votes=pair.votes,
+        )
+        for pair, a, b in zip(pairs, left, right, strict=True)
+        if a is not None and b is not None
+    ]
 
 
 def kept_card(stage: str, card: Card, bounds: JudgeCard, folder: Path) -> dict[str, Any]:

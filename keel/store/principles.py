@@ -161,7 +161,11 @@ def _share(found: Sequence[tuple[bool, str]]) -> Proportion | None:
 
 
 def _ask(connection: Connection, annotator_id: int, response_id: int, principle: Principle, now: datetime) -> Question:
-    row = {"handle": secrets.token_urlsafe(16), "principle_id": principle.id, "principle_hash": principle.hash}
+    row: dict[str, Any] = {
+        "handle": secrets.token_urlsafe(16),
+        "principle_id": principle.id,
+        "principle_hash": principle.hash,
+    }
     row |= {"response_id": response_id, "annotator_id": annotator_id, "created": now}
     try:
         with connection.begin_nested():
