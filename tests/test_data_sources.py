@@ -217,7 +217,7 @@ def test_labelled_steps_and_facts(write: Callable[..., Path]) -> None:
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "kto_tag": True},
         {"instruction": "hi", "output": "yo", "kto_tag": "1.0"},
         {"prompt": "hi", "completion": "yo", "label": "Thumbs up"},
-        {"prompt": "hi", "completion": "yo", "label": "desirable", "rating": 1},
+        {"prompt": "hi", "completion": "yo", "label": "desirable", "rating": 5},
         {"prompt": "hi", "completion": "yo", "label": None, "rating": 4.5},
         {"prompt": "hi", "completion": "yo", "label": "", "score": "5"},
     ],

@@ -147,7 +147,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Sight]:
 def test_it_is_an_honest_test(seen: list[Sight]) -> None:
     """There is enough to find, and what could be found is found: were one of the figures to tell, or the order."""
     gold = np.array([sight.gold for sight in seen], dtype=float)
-    assert gold.sum() == GOLD
+    assert 40 <= gold.sum() <= GOLD  # one in four of 280 is drawn as gold: fewer than 40 by a chance of 1e-5
     assert 100 <= sum(sight.first_left for sight in seen) <= 180  # 280 fair coins, out of it by a chance of 1e-6
     table = features(seen)
     for leak in (gold, np.where(gold, -1.0, 1.0) + np.random.default_rng(0).normal(0, 0.5, len(gold))):

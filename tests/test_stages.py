@@ -4,6 +4,7 @@ with a database, PostgreSQL included, and checkpoints that transformers loads as
 from __future__ import annotations
 
 import json
+import string
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,6 +267,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, st
     return run(tuned, folder / "run"), tuned["data"] | {"prompts": write_jsonl(folder / "prompts.jsonl", prompts)}
 
 
+ENDS = [*string.ascii_letters, *string.digits]  # tokens that end a reply
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
 def test_every_shipped_recipe_runs(name: str, made: tuple[RunDir, dict[str, str]], tmp_path: Path) -> None:
     """As it stands, with only the names of files filled in and everything made small."""
@@ -277,18 +281,24 @@ def test_every_shipped_recipe_runs(name: str, made: tuple[RunDir, dict[str, str]
     recipe["data"] = recipe.get("data", {}) | {"max_length": 120, "max_prompt_length": 60}
     text = json.dumps(recipe).replace("my_reward.py", __file__).replace("my_annotators.py", __file__)
     text = text.replace("./my-reward", str(tuned.stage("reward").path)).replace("./my-tuned", recipe["model"]["path"])
-    recipe = json.loads(
-        text.replace("helpful.jsonl", data["preferences"]).replace("harmless.jsonl", data["preferences"])
-    )
+    names = {"red_team.jsonl": "prompts", "all.jsonl": "prompts", "demos.jsonl": "demonstrations"}
+    if "critique" in name or name == "constitutional":
+        names |= {"helpful.jsonl": "demonstrations" if name == "critique" else "prompts"}
+    for file, field in ({"helpful.jsonl": "preferences", "harmless.jsonl": "preferences"} | names).items():
+        text = text.replace(f'"{file}"', f'"{data[field]}"')
+    recipe = json.loads(text)
     for stage in recipe["stages"]:
         for sampled in (stage, stage.get("measure", {})):
             if "sampling" in sampled:
                 sampled["sampling"] |= {"max_new_tokens": 12, "batch_size": 16}
+                if stage["kind"] == "critique":  # a tiny model hardly ends by itself
+                    sampled["sampling"]["stop"] = ENDS
         stage |= {
             "ppo": {"episodes": 16, "rollout_batch": 8, "minibatches": 1},
             "grpo": {"episodes": 16, "rollout_batch": 16, "minibatches": 1},
             "eval": {"bootstrap": 100},
             "sample": {"min_reward": -9.0} if stage.get("rewards") else {},
+            "critique": {"revisions": 1, "replies": 4},
         }.get(stage["kind"], {})
     done = run(recipe, tmp_path / "run")
     assert all(done.stage(stage["name"]).done for stage in recipe["stages"])

@@ -4,6 +4,9 @@ replies are worth:
 
     logit P(left is picked) = a lead + b length + c own + d logprob + e side
 
+Of a gold score the lead is the signed rank of its difference, and a column of its sign stands beside it: a score's own
+unit may have heavy tails, and what a line in it misses would be taken for length.
+
 Each column is left minus right, so there is no constant, and it does not matter which reply is called left. A pair is a
 row for each order in which it was asked. ``lead`` is how much better the left reply is by those who know; ``own`` is 1
 where the judge's own model wrote the left reply alone, -1 for the right one; ``logprob`` the mean log-probability of a
@@ -65,10 +68,13 @@ class JudgedPair:
     logprob: tuple[float, float] | None = None
     lead: float | None = None
     votes: tuple[float, ...] = ()
+    used: float | None = None  # the probability that a label has, where bounds hold it; default: the mean of the orders
 
     @property
     def probability(self) -> float:
-        """The mean of the orders."""
+        """That the left one is better, as a label says it."""
+        if self.used is not None:
+            return self.used
         return self.p_left_first if self.p_left_second is None else (self.p_left_first + self.p_left_second) / 2
 
     def led(self, lead: float) -> JudgedPair:
@@ -78,6 +84,8 @@ class JudgedPair:
 
     def gap(self, column: str) -> float | None:
         """Left minus right; None where unknown."""
+        if column == "better":
+            return float(np.sign(self.lead or 0.0))
         if column == "lead":
             return self.lead if self.lead is not None or self.truth is None else self.truth - 0.5
         both: tuple[float, float] | None = {"length": self.length, "own": self.own, "logprob": self.logprob}[column]
@@ -101,6 +109,9 @@ def effects_of(
         known = list(pairs)
     else:
         columns = ["lead"]
+        if not any(pair.votes for pair in known):  # gold's own unit may have heavy tails, and pickers may see its sign
+            known = _ranked(known)
+            columns = ["lead", "better"]
         for name in ("length", "own", "logprob"):
             gaps = [pair.gap(name) for pair in known]
             differ = sum(gap not in (None, 0) for gap in gaps)
@@ -124,6 +135,14 @@ def effects_of(
     effects = {name: intervals[name] for name in EFFECTS if name in intervals and name not in untold}
     steps = {name: design.steps[name] for name in effects if name in ("length", "logprob")}
     return effects, untold, steps
+
+
+def _ranked(pairs: Sequence[JudgedPair]) -> list[JudgedPair]:
+    """The pairs with the ranks of their leads' sizes, signed, in the leads' place: whatever the gold score's unit."""
+    lead_P = np.array([pair.gap("lead") for pair in pairs], dtype=np.float64)
+    sizes, place_P = np.unique(np.abs(lead_P), return_inverse=True)
+    rank_P = np.sign(lead_P) * (place_P + 1) / len(sizes)
+    return [replace(pair, lead=float(rank)) for pair, rank in zip(pairs, rank_P, strict=True)]
 
 
 def _few(pairs: Sequence[JudgedPair], what: str) -> str | None:
@@ -184,7 +203,7 @@ class _Design:
             fit = np.linalg.lstsq(rest_NF, x_N, rcond=None)[0]
             if np.sum((x_N - rest_NF @ fit) ** 2) < (1 - ALIKE) * np.sum(x_N**2):
                 most = max(others, key=lambda j: abs(self.x_NF[:, j] @ x_N) / size_F[j])
-                found[name] = {"lead": "the truth"}.get(self.columns[most], self.columns[most])
+                found[name] = {"lead": "the truth", "better": "the truth"}.get(self.columns[most], self.columns[most])
         return found
 
     def intervals(self, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -223,7 +242,7 @@ class _Design:
         guessed by r t + (1 - r) d x: d from the regression of t on x, r the share of the rest's variance that is no
         noise. With this guess in t's place the fit is the same, and the coefficients of x are less by (1 - r) / r d
         times that of t."""
-        others = [i for i, name in enumerate(self.columns) if name not in ("lead", "side")]
+        others = [i for i, name in enumerate(self.columns) if name not in ("lead", "better", "side")]
         if self.noise_N2 is None or not others:
             return beta_RF
         x_NF, t_N = self.x_NF[:, others], self.x_NF[:, 0]

@@ -127,7 +127,7 @@ def draw(principles: Sequence[Principle], k: int, *place: object) -> tuple[Princ
 def constitution_file(named: str) -> Path:
     """The file that a recipe calls ``named``: a path, or one that comes with Keel by its name (``assistant``)."""
     shipped = Path(keel.__file__).parent / "constitutions" / f"{named}.yaml"
-    return shipped if shipped.exists() and not Path(named).exists() else Path(named)
+    return shipped if shipped.exists() and not Path(named).is_file() else Path(named)
 
 
 def principles_of(use: PrincipleUse, stage: str) -> tuple[Constitution, tuple[Principle, ...]]:

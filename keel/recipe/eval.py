@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -98,6 +98,21 @@ class EvalStage(StageBase):
         description="the judge is held against people's votes in the store or a gold score: the bounds that it must "
         "keep; default: it is not",
     )
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings()
+        if "card" in found:  # to force computes nothing again
+            found["card"] = {name: value for name, value in found["card"].items() if name != "force"}
+        return found
+
+    @model_validator(mode="after")
+    def _card_can_be(self) -> EvalStage:
+        if self.card is not None and self.card.max_ece is not None:
+            raise ValueError("card.max_ece: an evaluation's judge gives scores, no probabilities; leave it out")
+        gold = self.card is not None and isinstance(self.card.against, PythonRef)
+        if gold and set(self.models) <= {self.baseline}:
+            raise ValueError("card: its pairs are a model's reply and the baseline's, and models has no other; add one")
+        return self
 
     @property
     def against(self) -> str:

@@ -83,8 +83,10 @@ def read_draft(path: Path, what: str = "a recipe is a mapping with model:, data:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UserError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid YAML: it is nested too deeply") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {what}; see recipes/ for examples")
     try:

@@ -217,11 +217,16 @@ def word_changes(before: str, after: str) -> tuple[Piece, ...]:
 
 def _judged_by_principles(stage: StageFiles) -> bool:
     asked = stage.config.get("constitution") and not kind_of(stage.kind).revises
-    return bool(stage.summary and (stage.summary.get("card") or asked))
+    return bool(stage.summary and (_card(stage.summary) or asked))
+
+
+def _card(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of an annotate stage's judge, or an evaluation's."""
+    return summary.get("card") or summary.get("judge_card") or {}
 
 
 def _labels(stage: StageFiles) -> LabelSection:
-    summary, card = stage.summary, stage.summary.get("card") or {}
+    summary, card = stage.summary, _card(stage.summary)
     facts = []
     if (votes := number(summary.get("judgements"))) is not None:
         facts.append(Fact("Votes of the judge", f"{votes:,.0f}"))

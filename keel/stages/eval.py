@@ -31,7 +31,7 @@ from keel.stages.inputs import (
     reading,
     training_prompts,
 )
-from keel.stages.judge_card import card_of_judge
+from keel.stages.judge_card import card_of_judge, refuse_beyond
 from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
 from keel.types import Judge, Preference, Scorer
 
@@ -87,7 +87,8 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     summary = evaluate_models(inputs, context.reporter)
     judged = summary.pop("judged", [])
     if stage.card is not None:
-        summary["judge_card"] = cards or card_of_judge(stage, context, inputs.judge, judged)
+        # A judge beyond its bounds is refused below, when the rest is kept.
+        summary["judge_card"] = cards or card_of_judge(stage, context, inputs.judge, judged, refuse=False)
         summary["alarms"] += summary["judge_card"]["alarms"]
     if stage.frontier is not None:
         summary["frontier"] = measure_frontier(
@@ -117,6 +118,8 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     if isinstance(stage.judge, PythonRef):
         summary["reward_models"] = _gold_accuracy(stage, inputs.judge, context, precision)
     context.run.write_summary(summary)
+    if stage.card is not None:
+        refuse_beyond(stage.name, stage.card, summary["judge_card"], context.stage_dir.path)
     return {name: summary[name] for name in (*SUMMARY, "frontier", "revisions") if name in summary}
 
 

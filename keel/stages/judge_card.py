@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -86,9 +86,11 @@ def card_of_annotator(stage: AnnotateStage, context: StageContext, store: Store,
     return kept_card(stage.name, card, bounds, folder)
 
 
-def card_of_judge(stage: EvalStage, context: StageContext, judge: Judge, pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+def card_of_judge(
+    stage: EvalStage, context: StageContext, judge: Judge, pairs: Sequence[JudgedPair], refuse: bool = True
+) -> dict[str, Any]:
     """The card of an evaluation's judge, which scores single replies: on ``pairs``, which a gold score knows, or on
-    those that people judged."""
+    those that people judged. ``refuse``: UserError for a judge beyond its bounds."""
     bounds, seed = stage.card, context.recipe.seed
     assert bounds is not None, "the stage asks for a card"
     against: Literal["people", "gold"] = "gold" if isinstance(bounds.against, PythonRef) else "people"
@@ -101,7 +103,7 @@ def card_of_judge(stage: EvalStage, context: StageContext, judge: Judge, pairs: 
             "(keel label), name a Python function in card.against, or leave card out"
         )
     card = judge_card(pairs, against, probabilities=False, seed=seed)
-    return kept_card(stage.name, card, bounds, context.stage_dir.path)
+    return kept_card(stage.name, card, bounds, context.stage_dir.path, refuse)
 
 
 def _graded(pairs: Sequence[Pair], judge: Judge) -> list[JudgedPair]:
@@ -119,11 +121,18 @@ def _graded(pairs: Sequence[Pair], judge: Judge) -> list[JudgedPair]:
     ]
 
 
-def kept_card(stage: str, card: Card, bounds: JudgeCard, folder: Path) -> dict[str, Any]:
-    """The card's summary, written into the folder. UserError for a judge beyond its bounds."""
+def kept_card(stage: str, card: Card, bounds: JudgeCard, folder: Path, refuse: bool = True) -> dict[str, Any]:
+    """The card's summary, written into the folder. ``refuse``: UserError for a judge beyond its bounds."""
     alarms = judge_alarms(stage, card, bounds.max_effect)
     summary = card.summary(bounds) | {"alarms": [alarm.as_dict() for alarm in alarms]}
     write_json(folder / FILE, summary)
+    if refuse:
+        refuse_beyond(stage, bounds, summary, folder)
+    return summary
+
+
+def refuse_beyond(stage: str, bounds: JudgeCard, summary: Mapping[str, Any], folder: Path) -> None:
+    """UserError for a judge beyond its bounds, but where ``force`` is set."""
     broken: list[str] = summary["broken"]
     if broken and not bounds.force:
         more = f" ({len(broken) - 1} more in {folder / FILE})" if len(broken) > 1 else ""
@@ -131,7 +140,6 @@ def kept_card(stage: str, card: Card, bounds: JudgeCard, folder: Path) -> dict[s
             f"stage {stage}: its judge is beyond its bounds: {broken[0]}{more}; name another judge or change its "
             f"instructions, or set {stage}.card.force: true"
         )
-    return summary
 
 
 def voted_pairs(judgements: Iterable[Judgement], count: int, seed: int) -> list[Pair]:
@@ -202,7 +210,7 @@ def _judged(pair: Pair, said: dict[str, Any]) -> JudgedPair:
     first, second = said["orders"] or (said["p"], None)
     lengths = len(pair.left.text), len(pair.right.text)
     logprob = tuple(said["logprob"]) if said["logprob"] else None
-    return JudgedPair(pair.prompt.id, first, second, None, lengths, logprob=logprob)
+    return JudgedPair(pair.prompt.id, first, second, None, lengths, logprob=logprob, used=said["p"])
 
 
 def _with_truth(asked: Sequence[tuple[Pair, JudgedPair]], bounds: JudgeCard, context: StageContext) -> list[JudgedPair]:

@@ -97,6 +97,13 @@ def trace(connection: Connection, tokens: Collection[str]) -> list[Traced]:
     return [Traced(*key, votes) for key, votes in sorted(counts.items())]
 
 
+def judged_prompts(connection: Connection) -> set[str]:
+    """The prompts on which a model judged pairs by principles."""
+    query = select(items.c.prompt_id.distinct()).join(assignments, assignments.c.item_id == items.c.id)
+    query = query.join(judgements, judgements.c.assignment_id == assignments.c.id)
+    return set(connection.execute(query.join(ai_labels, ai_labels.c.judgement_id == judgements.c.id)).scalars())
+
+
 def _parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
     return (values[i : i + AT_ONCE] for i in range(0, len(values), AT_ONCE))
 

@@ -94,13 +94,16 @@ def change(
     seen: str,
     author_id: int,
     now: datetime,
+    added: bool = False,
 ) -> Version:
-    """Sets, adds or (None) takes out one principle of the draft. ``seen``: the draft's hash as its editor saw it;
-    UserError where somebody changed it since, or the principle can't be so."""
+    """Sets, adds (``added``: it must be new) or, for None, takes out one principle of the draft. ``seen``: the draft's
+    hash as its editor saw it; UserError where somebody changed it since, or the principle can't be so."""
     there = _seen(connection, name, seen)
     old = there.constitution
     try:
         new = [] if values is None else [Principle.model_validate({**values, "id": id})]
+        if added and any(one.id == id for one in old.principles):
+            raise UserError(f"the draft of {name} has a principle {id!r} already; edit that one, or take another id")
         rest = [new or [] if one.id == id else [one] for one in old.principles]
         principles = [one for some in rest for one in some]
         if new and new[0] not in principles:

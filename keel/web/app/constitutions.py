@@ -134,11 +134,12 @@ def principle(
     weight: Annotated[float, Form()] = 1.0,
     tags: FormLine = "",
     out: Annotated[bool, Form()] = False,
+    added: Annotated[bool, Form()] = False,
 ) -> Response:
     words = {"text": text, "critique": critique, "revision": revision, "choose": choose}
     plain = {key: said.replace("\r\n", "\n") for key, said in words.items()}
     values = plain | {"weight": weight, "tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
-    services(request).constitutions.change(name, id, None if out else values, seen, session.account)
+    services(request).constitutions.change(name, id, None if out else values, seen, session.account, added)
     return done("/constitution", f"{id} is out of the draft." if out else f"{id} is kept in the draft.")
 
 

@@ -77,9 +77,11 @@ class Constitutions:
         with self._store.transaction(writes=True) as c:
             constitutions.make_draft(c, name, person.annotator_id, self._store.now)
 
-    def change(self, name: str, id: str, values: Mapping[str, Any] | None, seen: str, person: Account) -> None:
+    def change(
+        self, name: str, id: str, values: Mapping[str, Any] | None, seen: str, person: Account, added: bool = False
+    ) -> None:
         with self._store.transaction(writes=True) as c:
-            constitutions.change(c, name, id, values, seen, person.annotator_id, self._store.now)
+            constitutions.change(c, name, id, values, seen, person.annotator_id, self._store.now, added)
 
     def drop_draft(self, name: str, person: Account) -> None:
         with self._store.transaction(writes=True) as c:

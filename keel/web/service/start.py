@@ -9,6 +9,7 @@ from itertools import combinations
 from sqlalchemy import Connection, select
 
 from keel.store import Store, guidelines, people
+from keel.store.ai_labels import judged_prompts
 from keel.store.ingest import insert_missing
 from keel.store.people_tables import settings
 from keel.store.removals import in_use
@@ -44,7 +45,8 @@ def prepare(store: Store) -> None:
     """Makes a store ready for people. One that is ready is left as it is.
 
     A store that was filled by the pipeline alone has no item with a free slot (simulated annotators took them): its
-    prompts with two responses or more become up to ``FIRST_ITEMS`` comparisons in a queue of their own.
+    prompts with two responses or more become up to ``FIRST_ITEMS`` comparisons in a queue of their own. Those that a
+    model judges by principles are left to it: nobody need read what a constitution stands for.
     """
     now = store.now
     with store.transaction(writes=False) as connection:
@@ -55,7 +57,10 @@ def prepare(store: Store) -> None:
         ).first()
         used = connection.execute(select(items.c.id).where(items.c.batch == FIRST_BATCH).limit(1)).first()
         wanted = anything is None and used is None
-        pairs = first_pairs(connection, open_groups(connection), FIRST_ITEMS) if wanted else []
+        groups = open_groups(connection) if wanted else {}
+        by_models = judged_prompts(connection) if wanted else set()
+        left = {id: some for id, some in groups.items() if id not in by_models}
+        pairs = first_pairs(connection, left, FIRST_ITEMS) if wanted else []
     if not ready:
         with store.session() as session, session.transaction(writes=True) as connection:
             session.add_guideline(version, GUIDELINE, ASPECTS)
