@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from keel.recipe.constitution import Constitution, read_constitution
-from keel.store import Store, Unavailable, ai_labels, constitutions, principles
+from keel.store import Store, Unavailable, ai_labels, constitutions, principles, removals
 from keel.store.ai_labels import AiLabel
 from keel.store.people_tables import constitutions as table
 from keel.store.records import NewVote
@@ -121,8 +121,11 @@ def test_questions_are_answered_once_taken_back_and_exported(store: Store) -> No
             principles.answer(c, ann, asked.handle, "kept", token(), store.now)
         assert len(seen) == 4  # two replies, two principles
         rows = principles.given(c)
+        removals.take_out(c, "prompt", c.execute(text("SELECT id FROM prompts")).scalar_one(), "", None, store.now)
+        assert [row | {"out": True} for row in rows] == principles.given(c)
     hashes = {p.id: p.hash for p in two().principles}
     assert len(rows) == 4
+    assert not any(row["out"] for row in rows)
     assert all(row["principle_hash"] == hashes[row["principle"]] and row["answer"] == "kept" for row in rows)
 
 
@@ -157,6 +160,7 @@ def test_agreement_and_flips_by_principle(store: Store) -> None:
     assert agreement is not None
     assert flips is not None
     assert (agreement.point, flips.point) == (1.0, 1.0)
+    assert (found[kind.hash].labels, found[true.hash].labels) == (1, 0)
     assert (found[true.hash].agreement, found[true.hash].flips) == (None, None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from loopback import Reply, Server, chat_reply
+from sqlalchemy import select
 from test_stages import run, write_jsonl
 from tiny import Counting, prompt, save_tiny
 
@@ -27,7 +28,9 @@ from keel.stats import sigmoid
 from keel.store import Store, ai_labels
 from keel.store.engine import exists
 from keel.store.erase import erase_response
+from keel.store.tables import items
 from keel.types import Completion, Prompt, UserError
+from keel.web.service.start import FIRST_BATCH, prepare
 
 WORDS = {"text": "t", "critique": "c", "revision": "r"}
 CONSTITUTION = Constitution.model_validate(
@@ -300,3 +303,15 @@ def test_a_preference_model_learns_from_people_and_from_principles(tmp_path: Pat
     recipe["stages"][-1]["voters"] = "simulated"
     with pytest.raises(ValueError, match="voters: simulated leaves out the votes of ai"):
         Recipe.model_validate(recipe)
+
+
+def test_people_are_not_asked_about_what_a_model_judges_by_principles(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    write_jsonl(tmp_path / "q.jsonl", [{"id": f"q{n}", "prompt": f"tell {n}", "kind": "howto"} for n in range(8)])
+    sample, ai, _ = recipe["stages"]
+    recipe["stages"] = [sample, {**sample, "name": "helpful", "prompts": str(tmp_path / "q.jsonl")}, ai]
+    folder = run(recipe, tmp_path / "run")
+    with Store(folder.store_url) as store:
+        prepare(store)
+        with store.transaction(writes=False) as connection:
+            asked = connection.execute(select(items.c.prompt_id).where(items.c.batch == FIRST_BATCH)).scalars().all()
+    assert {prompt_id[0] for prompt_id in asked} == {"q"}

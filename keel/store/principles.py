@@ -97,8 +97,9 @@ def undo(connection: Connection, annotator_id: int, handle: str | None, now: dat
 
 
 def given(connection: Connection) -> list[dict[str, Any]]:
-    """Every answer that stands, as rows of a file."""
-    query = select(answers, annotators.c.name, responses.c.text, responses.c.model, prompts.c.messages)
+    """Every answer that stands, as rows of a file; with ``out`` where its reply or prompt was taken out of use."""
+    used = in_use(responses.c.prompt_id, responses.c.id).label("used")
+    query = select(answers, annotators.c.name, responses.c.text, responses.c.model, prompts.c.messages, used)
     query = query.join(annotators, annotators.c.id == answers.c.annotator_id)
     query = query.join(responses, responses.c.id == answers.c.response_id).join(prompts)
     query = query.where(answers.c.answer.is_not(None), answers.c.undone_at.is_(None)).order_by(answers.c.id)
@@ -112,6 +113,7 @@ def given(connection: Connection) -> list[dict[str, Any]]:
             "completion": [{"role": "assistant", "content": row.text}],
             "model": row.model,
             "annotator": row.name,
+            "out": not row.used,
             "created": row.created.isoformat(),
         }
         for row in connection.execute(query)
@@ -121,8 +123,10 @@ def given(connection: Connection) -> list[dict[str, Any]]:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Of the labels under one version of one principle: how often people who voted on the same pair agree, and how
-    often the label turns with the order. None where there is nothing to count. ``answers``: people's, by answer."""
+    often the label turns with the order. None where there is nothing to count. ``labels``: how many there are;
+    ``answers``: people's, by answer."""
 
+    labels: int
     agreement: Proportion | None
     flips: Proportion | None
     answers: dict[str, int]
@@ -140,9 +144,11 @@ def figures(connection: Connection, principles: Sequence[Principle]) -> dict[str
             votes[row.key].append(row.shown[row.choice == "right"])
     agree: dict[str, list[tuple[bool, str]]] = defaultdict(list)
     flips: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+    made: dict[str, int] = defaultdict(int)
     labels = standing(judgements, ai_labels, assignments.c.shown, items.c.key)
     labels = labels.join(ai_labels, ai_labels.c.judgement_id == judgements.c.id)
     for row in connection.execute(labels.where(ai_labels.c.principle_hash.in_(hashes), items.c.out.is_(False))):
+        made[row.principle_hash] += 1
         said = [p for p in (row.p_left_first, row.p_left_second) if p is not None]
         if len(said) == 2:
             flips[row.principle_hash].append(((said[0] - 0.5) * (said[1] - 0.5) < 0, row.key))
@@ -153,7 +159,7 @@ def figures(connection: Connection, principles: Sequence[Principle]) -> dict[str
     stands = answers.c.answer.is_not(None), answers.c.undone_at.is_(None), answers.c.principle_hash.in_(hashes)
     for row in connection.execute(select(answers).where(*stands)):
         counts[row.principle_hash][row.answer] += 1
-    return {hash: Figures(_share(agree[hash]), _share(flips[hash]), dict(counts[hash])) for hash in hashes}
+    return {hash: Figures(made[hash], _share(agree[hash]), _share(flips[hash]), dict(counts[hash])) for hash in hashes}
 
 
 def _share(found: Sequence[tuple[bool, str]]) -> Proportion | None:
