@@ -127,6 +127,25 @@ def swapped(one: JudgedPair) -> JudgedPair:
     )
 
 
+@pytest.mark.parametrize("shape", ["lognormal", "penalty"])
+def test_a_gold_score_with_heavy_tails_accuses_nobody(shape: str) -> None:
+    """A judge that sees which reply is better in nine pairs of ten, and nothing of its length. Better replies are
+    longer; gold's unit is its own: a few differences are ten times the others, or they are log-normal."""
+    accused = 0
+    for seed in range(8):
+        rng, pairs = random.Random(seed), []
+        for n in range(200):
+            side = rng.choice([-1, 1])
+            heavy = 10.0 if rng.random() < 0.1 else rng.choice([0.25, 0.5, 0.75, 1])
+            size = heavy if shape == "penalty" else math.exp(rng.gauss(0, 1.5))
+            p = float((side > 0) == (rng.random() < 0.9))
+            length = (400 + round(20 * side + 35 * rng.gauss(0, 1)), 400)
+            pairs.append(JudgedPair(f"p{n}", p, p, float(side > 0), length, lead=side * size))
+        card = judge_card(pairs, "gold", resamples=200)
+        accused += any("longer" in sentence for sentence in broken(card, JudgeCard()))
+    assert accused == 0
+
+
 def test_copies_within_a_prompt_make_the_interval_wider() -> None:
     """Four copies of each pair under one prompt: as wide as without them, and wider than if they were independent."""
     once = planted(3, {}, pairs=120, per_prompt=1, sampled=True)
