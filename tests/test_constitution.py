@@ -33,6 +33,7 @@ def written(tmp_path: Path, text: str) -> str:
         ("weight: 3", "weight: 0", "constitution.yaml:4: principles.1.weight"),
         ("weight: 3", "wieght: 3", "constitution.yaml:4: principles.1.wieght: there is no such key"),
         ("principle: harm", "principle: hram", "an example is of the principle 'hram'"),
+        ("critique: It harms.", "critique: ' '", "constitution.yaml:6: examples.0.critique: is blank"),
         ("principles:", "principles: []\nrules:", "constitution.yaml"),
     ],
 )
@@ -74,6 +75,13 @@ def test_draws_follow_the_weights_and_depend_on_their_place_alone() -> None:
     assert drawn == [draw(some, 1, 0, prompt, 2)[0].id for prompt in range(4000)]
     assert drawn != [draw(some, 1, 0, prompt, 3)[0].id for prompt in range(4000)]
     assert {p.id for p in draw(some, 2, 5)} == {p.id for p in draw(some, 9, 5)} == {"a", "b"}
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e16])
+def test_only_the_weights_ratio_counts(scale: float) -> None:
+    some = principles(a=scale, b=3 * scale)
+    drawn = [draw(some, 1, "seed", n)[0].id for n in range(2000)]
+    assert drawn.count("b") / 2000 == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 2000) ** 0.5)
 
 
 def test_names_of_shipped_ones_are_found() -> None:

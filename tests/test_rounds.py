@@ -101,6 +101,7 @@ def test_a_models_votes_have_its_probability(tmp_path: Path) -> None:
 
 def test_a_killed_judge_goes_on_to_the_same_votes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "AT_ONCE", 6)
+    monkeypatch.setattr(judging, "FEW", 0)
     words = ["left", "right", "tie"] * 3
     votes = []
     for name, calls in (("whole", 99), ("killed", 1)):

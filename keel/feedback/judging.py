@@ -14,6 +14,7 @@ from keel.store import NewVote, Response, Store, ai_labels, work
 from keel.store.records import Assignment
 from keel.types import Reporter, UserError
 
+FEW = 20
 AT_ONCE = 64  # pairs that are asked together: what a killed run may have to ask again
 ORDERS = "orders.jsonl"  # in the stage's folder: what a comparer said with the left reply shown first, and second
 
@@ -64,15 +65,16 @@ def judge_responses(
 
 
 def _take(store: Store, who: int, batch: str) -> list[Assignment]:
-    """Up to ``AT_ONCE`` pairs of the queue, those that are held already first."""
+    """``AT_ONCE`` pairs of the queue, those that are held already first; as many more as are left, where these are few:
+    of a few, one that cannot be judged would be too many."""
     held: dict[str, Assignment] = {}
     with store.session() as session:
-        while len(held) < AT_ONCE:
+        while len(held) < AT_ONCE + FEW:
             found = session.next_assignment(who, batch, holding=held.keys(), seeded=True)
             if found is None:
-                break
+                return list(held.values())
             held[found.handle] = found
-    return list(held.values())
+    return list(held.values())[:AT_ONCE]
 
 
 def _as_shown(assignment: Assignment, pair: tuple[Response, Response]) -> tuple[Response, Response]:

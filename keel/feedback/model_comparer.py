@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -66,6 +67,11 @@ class LanguageModelComparer:
                 "model with a longer context, or shorter instructions"
             )
         said = self._logprobs([row for i, row in enumerate(rows) if fits[i // 2]])
+        if not all(map(math.isfinite, said)):
+            raise UserError(
+                "the judge's log-probabilities of A and B are not all numbers; look for NaN in its weights, or "
+                "load it in another precision"
+            )
         found = iter(zip(said[0::2], said[1::2], strict=True))
         return [next(found) if fit else None for fit in fits]
 

@@ -17,6 +17,7 @@ from keel.endpoint import Answer, Endpoint, Question
 from keel.feedback.compare import TOP, read_letter
 from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Opinion
+from keel.model.modules import context_length
 from keel.recipe.constitution import Constitution, Principle, draw
 from keel.recipe.judges import EndpointRef
 from keel.recipe.sections import SamplingConfig
@@ -111,8 +112,12 @@ class ModelFeedback:
             return self._measured([(Message("user", one.question()),) for one in asked], asked, [None] * len(asked))
         opened = [(Message("user", f"{one.question()}\n\n{REASONS}"),) for one in asked]
         assert self.writer is not None, "reasons are sampled by a writer"
-        prompts = [Prompt(one.prompt.id, messages) for one, messages in zip(asked, opened, strict=True)]
-        reasons = self.writer.write(prompts, self.thought, self._seed(asked))
+        fits = [i for i, messages in enumerate(opened) if self._fits(messages, self.thought)]
+        prompts = [Prompt(asked[i].prompt.id, opened[i]) for i in fits]
+        reasons: list[Completion | None] = [None] * len(asked)
+        written = self.writer.write(prompts, self.thought, self._seed(asked)) if prompts else []
+        for i, reason in zip(fits, written, strict=True):
+            reasons[i] = reason
         whole = [i for i, reason in enumerate(reasons) if reason and reason.finished and reason.text.strip()]
         texts = [reasons[i].text for i in whole]  # type: ignore[union-attr]
         turns = [
@@ -122,6 +127,11 @@ class ModelFeedback:
         found = iter(self._measured(turns, [asked[i] for i in whole], texts))
         here = set(whole)
         return [next(found) if i in here else None for i in range(len(asked))]
+
+    def _fits(self, messages: Sequence[Message], thought: SamplingConfig) -> bool:
+        """Whether there is room for the question and its reasons; whether for the verdict too is seen behind them."""
+        limit = context_length(self.comparer.model)
+        return limit is None or len(self.comparer.chat.encode_prompt(messages)) + thought.max_new_tokens <= limit
 
     def _seed(self, asked: Sequence[Asked]) -> int:
         """By what is asked, so that a run that was stopped asks the rest with seeds of its own."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -58,6 +59,13 @@ class Example(Strict):
     reply: str = Field(min_length=1)
     critique: str = Field(min_length=1)
     revision: str = Field(min_length=1)
+
+    @field_validator("prompt", "reply", "critique", "revision")
+    @classmethod
+    def _says_something(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("is blank; write what stands there")
+        return text
 
 
 class Constitution(Strict):
@@ -117,11 +125,11 @@ def draw(principles: Sequence[Principle], k: int, *place: object) -> tuple[Princ
     """``k`` different principles by weight, decided by ``place`` (a seed, a prompt, a round) alone: what is drawn in
     one place depends on no other, and is the same after a restart. All of them, where k is as many.
 
-    The keys of Efraimidis and Spirakis (2006): the k largest of u^(1/weight).
+    The keys of Efraimidis and Spirakis (2006): the k largest of u^(1/weight), by its logarithm, which has no bounds.
     """
     rng = Random(_digest([*map(str, place)]))
-    keys = {p.id: rng.random() ** (1 / p.weight) for p in principles}
-    return tuple(sorted(principles, key=lambda p: -keys[p.id])[:k])
+    keys = {p.id: -math.log(1 - rng.random()) / p.weight for p in principles}
+    return tuple(sorted(principles, key=lambda p: keys[p.id])[:k])
 
 
 def constitution_file(named: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.writer import Writer
 from keel.run.files import refusals_as_user_errors
-from keel.types import Completion, Prompt
+from keel.types import Completion, Prompt, UserError
 
 
 class Said:
@@ -61,6 +61,11 @@ class Journal:
         if not said.over:
             said.among = among
             writer.write(prompts, sampling, seed, said)
+            if len(prompts) > 1 and not said.replies:  # a fault of the writer's, to be asked again, and no answer
+                raise UserError(
+                    f"the writer answered none of {len(prompts)} requests; look at what it says to one, then run "
+                    "the same command again"
+                )
             said.over = True
             self.append([{"step": step, "over": True}])
         return [said.get(i) for i in range(len(prompts))]

@@ -16,11 +16,12 @@ from keel.eval.reward_quality import gold_accuracy
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
 from keel.recipe.critique import CritiqueStage
-from keel.recipe.eval import EvalStage
+from keel.recipe.eval import EvalStage, FrontierConfig
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
 from keel.recipe.offline import OfflineBase
 from keel.recipe.online import OnlineBase
 from keel.recipe.reward import RewardStage
+from keel.recipe.sections import Source
 from keel.reward.judge import JudgeFromPython
 from keel.rollout.episodes import encode_prompts
 from keel.stages.context import StageContext
@@ -91,24 +92,7 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         summary["judge_card"] = cards or card_of_judge(stage, context, inputs.judge, judged, refuse=False)
         summary["alarms"] += summary["judge_card"]["alarms"]
     if stage.frontier is not None:
-        summary["frontier"] = measure_frontier(
-            FrontierInputs(
-                methods=drawn,
-                places=places,
-                against=stage.against,
-                at=stage.frontier.at,
-                prompts=prompts,
-                judge=inputs.judge,
-                sampling=stage.sampling,
-                per_prompt=stage.frontier.per_prompt,
-                seed=recipe.seed,
-                bootstrap=stage.bootstrap,
-                device=context.device,
-                precision=precision,
-                folder=context.stage_dir.path,
-            ),
-            context.reporter,
-        )
+        summary["frontier"] = _frontier(stage, stage.frontier, context, inputs, drawn, places)
     if stage.revisions is not None:
         summary["revisions"] = {stage.revisions: by_revision(stage.revisions, inputs.judge, context)}
     summary["judge"] = _judge_name(stage.judge)
@@ -121,6 +105,32 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     if stage.card is not None:
         refuse_beyond(stage.name, stage.card, summary["judge_card"], context.stage_dir.path)
     return {name: summary[name] for name in (*SUMMARY, "frontier", "revisions") if name in summary}
+
+
+def _frontier(
+    stage: EvalStage,
+    asked: FrontierConfig,
+    context: StageContext,
+    inputs: EvaluationInputs,
+    drawn: dict[str, dict[str, list[str]]],
+    places: dict[str, Source],
+) -> dict[str, Any]:
+    measured = FrontierInputs(
+        methods=drawn,
+        places=places,
+        against=stage.against,
+        at=asked.at,
+        prompts=inputs.prompts,
+        judge=inputs.judge,
+        sampling=stage.sampling,
+        per_prompt=asked.per_prompt,
+        seed=inputs.seed,
+        bootstrap=stage.bootstrap,
+        device=context.device,
+        precision=inputs.precision,
+        folder=context.stage_dir.path,
+    )
+    return measure_frontier(measured, context.reporter)
 
 
 def _drawn(stage: EvalStage, context: StageContext) -> dict[str, dict[str, list[str]]]:
