@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from labelling_world import PASSWORD, fake_sources, fill
+from labelling_world import PASSWORD, fake_sources, fill, person
+from test_label_constitution import labelled, two
 from test_label_models import Judged
 from waiting import eventually
 
-from keel.store import Store, thumbs
+from keel.store import Store, constitutions, thumbs
 from keel.web.app.create import create_app
 from keel.web.service.manage import Manage
 from keel.web.service.people import People
@@ -32,8 +33,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 expect.set_options(timeout=30_000)  # a slow machine is none of the things that are tested
 MANAGED = (
-    "quality", "models", "disagreements", "flags", "prompts", "queue", "gold", "training", "people", "guideline",
-    "export", "events",
+    "quality", "models", "disagreements", "flags", "constitution", "prompts", "queue", "gold", "training", "people",
+    "guideline", "export", "events",
 )  # fmt: skip
 SETTLED = 300  # milliseconds, after which an item on the screen takes a vote
 SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
@@ -321,6 +322,7 @@ def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> No
         "/models",
         "/disagreements",
         "/flags",
+        "/constitution",
         "/queue",
         "/gold",
         "/export",
@@ -329,6 +331,8 @@ def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> No
     ):
         page.goto(f"{served.url}/manage{name}")
         expect(page.locator("h1")).to_be_visible()
+        cut = "found => found.filter((e) => e.scrollWidth > e.clientWidth).length"
+        assert page.locator(".tabs, .bar nav ul").evaluate_all(cut) == 0, name
         page.screenshot(path=SHOTS / f"manage{name.replace('/', '-')}.png", full_page=True)
     page.goto(f"{served.url}/manage/gold")
     page.get_by_role("button", name="Left is better").first.click()
@@ -411,13 +415,17 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Ser
         Manage(served.store).ask_for_writing(3, 1, "test") if kind == "write" else Manage(served.store).ask_for(
             kind, 3, 1, "test"
         )
-    pages = ("compare", "rank", "thumbs", "write", "edit", "arena", "mine", "guideline", "account", "manage")
+    mark = labelled(served.store)
+    with served.store.transaction(writes=True) as c:
+        constitutions.publish_file(c, two(), person(served.store, "author", "admin").annotator_id, served.store.now)
+    working = ("compare", "rank", "thumbs", "principles", "write", "edit", "arena", "mine")
+    pages = (*working, "guideline", "constitution", "account", "manage", f"manage/why?vote={mark}")
     for path in (*pages, *(f"manage/{name}" for name in MANAGED)):
         page.goto(f"{served.url}/{path}")
         page.wait_for_timeout(300)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, path
-        if path in ("rank", "thumbs", "write", "edit"):
+        if path in ("rank", "thumbs", "principles", "write", "edit"):
             expect(page.locator("#item")).to_be_visible()
             for button in page.locator("#vote button").all():
                 box = button.bounding_box()
@@ -428,15 +436,15 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Ser
             tab = page.locator(".tabs [aria-current]").bounding_box()
             assert tab is not None
             assert tab["x"] + tab["width"] <= 390, path
-        for here in page.locator(".bar nav [aria-current]").all():
+        for here in page.locator(".bar nav a").all():  # each place of the menu, not the page's own alone
             box = here.bounding_box()
             assert box is not None
             assert box["x"] + box["width"] <= 391, path
-        page.screenshot(path=SHOTS / f"phone-{path.replace('/', '-')}.png")
+        page.screenshot(path=SHOTS / f"phone-{path.split('?')[0].replace('/', '-')}.png")
     page.goto(f"{served.url}/compare")
     expect(page.locator("#left")).to_contain_text("Answer")
     page.get_by_role("button", name="A is better").tap()
-    wait_for_votes(served.store, 1)
+    wait_for_votes(served.store, 2)  # and the model's
 
 
 def test_what_a_screen_reader_finds(browser: Browser, served: Served) -> None:

@@ -39,6 +39,11 @@ class Answered(Strict):
     answer: Answer
 
 
+class Skipped(Strict):
+    question: Handle
+    token: Token
+
+
 class TakenBack(Strict):
     question: Handle | None = None
 
@@ -64,7 +69,8 @@ def principles(request: Request, session: Annotator) -> Response:
 
 @api.post("/next")
 def next_question(request: Request, session: Annotator, asked: Asked) -> dict[str, Any]:
-    return {"question": question_json(services(request).constitutions.next(session.account, asked.holding))}
+    question, answered = services(request).constitutions.next(session.account, asked.holding)
+    return {"question": question_json(question), "answered": answered}
 
 
 @api.post("/answer")
@@ -73,9 +79,16 @@ def answer(request: Request, session: Annotator, given: Answered) -> dict[str, A
     return {}
 
 
+@api.post("/skip")
+def skip(request: Request, session: Annotator, skipped: Skipped) -> dict[str, Any]:
+    services(request).constitutions.skip(session.account, skipped.question, skipped.token)
+    return {}
+
+
 @api.post("/undo")
 def undo(request: Request, session: Annotator, asked: TakenBack) -> dict[str, Any]:
-    return {"question": question_json(services(request).constitutions.undo(session.account, asked.question))}
+    question, answered = services(request).constitutions.undo(session.account, asked.question)
+    return {"question": question_json(question), "answered": answered}
 
 
 # ---------------------------------------------------------------------------------------------- reviewers and admins

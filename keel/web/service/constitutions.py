@@ -111,17 +111,25 @@ class Constitutions:
 
     # ------------------------------------------------------------------------------------------------ questions
 
-    def next(self, person: Account, holding: Collection[str]) -> Question | None:
+    def next(self, person: Account, holding: Collection[str]) -> tuple[Question | None, int]:
+        """Also how many this person has answered."""
         with self._store.transaction(writes=True) as c:
-            return principles.next_question(c, person.annotator_id, holding, self._store.now)
+            question = principles.next_question(c, person.annotator_id, holding, self._store.now)
+            return question, principles.answered(c, person.annotator_id)
 
     def answer(self, person: Account, handle: str, said: Answer, token: str) -> None:
         with self._store.transaction(writes=True) as c:
             principles.answer(c, person.annotator_id, handle, said, token, self._store.now)
 
-    def undo(self, person: Account, handle: str | None) -> Question | None:
+    def skip(self, person: Account, handle: str, token: str) -> None:
         with self._store.transaction(writes=True) as c:
-            return principles.undo(c, person.annotator_id, handle, self._store.now)
+            principles.skip(c, person.annotator_id, handle, token, self._store.now)
+
+    def undo(self, person: Account, handle: str | None) -> tuple[Question | None, int]:
+        """Also how many this person has answered."""
+        with self._store.transaction(writes=True) as c:
+            question = principles.undo(c, person.annotator_id, handle, self._store.now)
+            return question, principles.answered(c, person.annotator_id)
 
     # ------------------------------------------------------------------------------------------------------ why
 

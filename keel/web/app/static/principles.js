@@ -9,6 +9,7 @@ const SETTLED = 250; // milliseconds: what comes sooner is the last key again
 const outbox = new Outbox(() => {});
 const past = []; // what was answered here, newest last
 let current = null;
+let answered = 0;
 let since = 0;
 let timer;
 
@@ -25,7 +26,7 @@ function show(question) {
   byId("empty").hidden = Boolean(question);
   byId("item").hidden = !question;
   byId("vote").hidden = !question && !past.length;
-  for (const button of document.querySelectorAll("[data-answer]")) button.disabled = !question;
+  for (const button of document.querySelectorAll("[data-answer], #skip")) button.disabled = !question;
   if (!question) return;
   byId("messages").replaceChildren(...question.messages.map(bubble));
   byId("reply").innerHTML = question.reply;
@@ -34,12 +35,20 @@ function show(question) {
   byId("prompt-h").focus({ preventScroll: true });
 }
 
+function tell(count) {
+  answered = count;
+  byId("progress").hidden = false;
+  byId("today").textContent = count;
+}
+
 async function next() {
   clearTimeout(timer);
   try {
-    const waiting = outbox.letters.map(({ body }) => body.question).filter(Boolean);
-    const { question } = await post("/api/principles/next", { holding: waiting.slice(0, 64) });
-    if (!current) show(question);
+    const waiting = outbox.letters.map(({ body }) => body).filter(({ question }) => question);
+    const holding = waiting.map(({ question }) => question).slice(0, 64);
+    const found = await post("/api/principles/next", { holding });
+    tell(found.answered + waiting.filter(({ answer }) => answer).length);
+    if (!current) show(found.question);
     if (!outbox.count) outbox.tell(null);
   } catch (error) {
     outbox.tell(error);
@@ -49,23 +58,32 @@ async function next() {
   }
 }
 
-function give(button) {
+/** `answer`: none for a question that is skipped. */
+function done(button, answer) {
   if (!current || performance.now() - since < SETTLED) return;
-  const body = { question: current.id, token: token(), answer: button.dataset.answer };
-  past.push({ question: current, token: body.token });
+  const body = { question: current.id, token: token(), ...(answer && { answer }) };
+  past.push({ question: current, token: body.token, counts: Boolean(answer) });
   const about = { kind: "principle", what: button.textContent.trim(), text: current.principle };
   current = null;
   byId("item").hidden = true;
-  outbox.add("/api/principles/answer", body, about).finally(next);
+  if (answer) tell(answered + 1);
+  outbox.add(answer ? "/api/principles/answer" : "/api/principles/skip", body, about).finally(next);
 }
+
+const give = (button) => done(button, button.dataset.answer);
+const skip = () => done(byId("skip"));
 
 async function undo() {
   const last = past.pop();
-  if (last && outbox.recall(last.token)) return show(last.question);
+  if (last && outbox.recall(last.token)) {
+    if (last.counts) tell(answered - 1);
+    return show(last.question);
+  }
   try {
     await outbox.send();
-    const { question } = await post("/api/principles/undo", last ? { question: last.question.id } : {});
-    if (question) show(question);
+    const found = await post("/api/principles/undo", last ? { question: last.question.id } : {});
+    tell(found.answered);
+    if (found.question) show(found.question);
   } catch (error) {
     if (last) past.push(last);
     outbox.tell(error);
@@ -74,6 +92,7 @@ async function undo() {
 
 showRefused();
 for (const button of document.querySelectorAll("[data-answer]")) button.addEventListener("click", () => give(button));
+byId("skip").addEventListener("click", skip);
 byId("undo").addEventListener("click", undo);
 byId("again").addEventListener("click", next);
 addEventListener("online", () => current || next());
@@ -81,6 +100,7 @@ addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.closest("input, textarea, select")) return;
   const button = document.querySelector(`[data-answer][aria-keyshortcuts="${event.key}"]`);
   if (button) give(button);
+  else if (event.key.toLowerCase() === "s") skip();
   else if (event.key.toLowerCase() === "u") undo();
 });
 next();
