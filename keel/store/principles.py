@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from keel.recipe.constitution import Principle
@@ -45,11 +45,13 @@ def next_question(
     texts = {p.hash: p for version in current(connection) for p in version.constitution.principles}
     mine = select(answers, prompts.c.id.label("prompt")).join(responses, responses.c.id == answers.c.response_id)
     mine = mine.join(prompts, prompts.c.id == responses.c.prompt_id)
-    mine = mine.where(answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None))
+    skipped = answers.c.answer.is_(None)  # and taken back: it does not come again
+    mine = mine.where(answers.c.annotator_id == annotator_id, or_(answers.c.undone_at.is_(None), skipped))
     used = in_use(responses.c.prompt_id, responses.c.id)
     had: dict[int, set[str]] = defaultdict(set)
     for row in connection.execute(mine.add_columns(used.label("used")).order_by(answers.c.id)):
-        if row.answer is None and row.used and row.principle_hash in texts and row.handle not in holding:
+        waits = row.answer is None and row.undone_at is None and row.handle not in holding
+        if waits and row.used and row.principle_hash in texts:
             return _question(connection, row, texts[row.principle_hash])
         had[row.response_id].add(row.principle_hash)
     ids = list(connection.execute(select(responses.c.id).where(used)).scalars())
@@ -77,6 +79,22 @@ def answer(connection: Connection, annotator_id: int, handle: str, said: Answer,
         raise UserError("this question is answered already; undo that answer to change it")
     _log(connection, "answered", row, None, {"answer": said}, now)
     return int(row.id)
+
+
+def skip(connection: Connection, annotator_id: int, handle: str, token: str, now: datetime) -> None:
+    """Leaves a question unanswered: this person is not asked it again. One that is sent again changes nothing."""
+    row = _find(connection, annotator_id, handle)
+    if row.answer is not None:
+        raise UserError("this question is answered already; undo that answer to change it")
+    open_ = answers.c.id == row.id, answers.c.answer.is_(None), answers.c.undone_at.is_(None)
+    if connection.execute(update(answers).where(*open_).values(undone_at=now, token=token)).rowcount == 1:
+        _log(connection, "skipped", row, None, None, now)
+
+
+def answered(connection: Connection, annotator_id: int) -> int:
+    """How many of this person's answers stand."""
+    mine = answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None), answers.c.answer.is_not(None)
+    return int(connection.execute(select(func.count()).select_from(answers).where(*mine)).scalar_one())
 
 
 def undo(connection: Connection, annotator_id: int, handle: str | None, now: datetime) -> Question | None:
