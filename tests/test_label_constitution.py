@@ -143,6 +143,21 @@ def labelled(store: Store) -> str:
     return mark
 
 
+def test_what_is_skipped_does_not_come_again(store: Store) -> None:
+    fill(store, 1)
+    ann = person(store, "ann").annotator_id
+    published(store, ann)
+    seen = []
+    with store.transaction(writes=True) as c:
+        while (asked := principles.next_question(c, ann, (), store.now)) is not None:
+            seen.append((asked.reply, asked.principle))
+            mark = token()
+            for _ in range(2):  # sent again, it changes nothing
+                principles.skip(c, ann, asked.handle, mark, store.now)
+        assert len(seen) == len(set(seen)) == 4
+        assert (principles.answered(c, ann), principles.given(c)) == (0, [])
+
+
 def test_agreement_and_flips_by_principle(store: Store) -> None:
     fill(store, 1, overlap=2)
     ann = person(store, "ann")
