@@ -46,6 +46,16 @@ def test_a_draft_is_published_and_its_principles_are_asked_about(browser: Browse
     page.keyboard.press("2")
     eventually(lambda: answers(served) == ["broken"], lambda s: page.wait_for_timeout(1000 * s))
     expect(page.locator("#item")).to_be_visible()
+    expect(page.locator("#today")).to_have_text("1")
+    page.wait_for_timeout(SETTLED)
+    with page.expect_response("**/api/principles/skip"):
+        page.keyboard.press("s")
+    expect(page.locator("#item")).to_be_visible()
+    expect(page.locator("#today")).to_have_text("1")
+    with page.expect_response("**/api/principles/undo"):
+        page.keyboard.press("u")
+    expect(page.locator("#item")).to_be_visible()
+    page.wait_for_timeout(SETTLED)
     page.keyboard.press("u")
     eventually(lambda: answers(served) == [], lambda s: page.wait_for_timeout(1000 * s))
     expect(page.locator("#item")).to_be_visible()
