@@ -128,6 +128,15 @@ def press(page: Page, key: str) -> None:
     expect(page.locator("#messages")).not_to_have_text(before)
 
 
+def nameless(page: Page) -> list[str]:
+    """The controls of which a screen reader could not say what they are."""
+    found: list[str] = page.evaluate(
+        "[...document.querySelectorAll('button, input, textarea, select')].filter((e) => e.type !== 'hidden' &&"
+        " !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label'))).map((e) => e.outerHTML)"
+    )
+    return found
+
+
 def fetched(page: Page) -> None:
     """Once a page that was opened shows an item and has fetched the next ones. (Later on nothing is waited for.)"""
     expect(page.locator("#item")).to_be_visible()
@@ -456,11 +465,7 @@ def test_what_a_screen_reader_finds(browser: Browser, served: Served) -> None:
         expect(page.get_by_role("heading", name=name)).to_have_count(1)
     expect(page.get_by_role("region", name="Your judgement").get_by_role("button")).to_have_count(11)
     assert page.evaluate("document.activeElement.id") == "prompt-h"  # reading starts at the conversation
-    nameless = page.evaluate(
-        "[...document.querySelectorAll('button, input, textarea, select')].filter((e) => e.type !== 'hidden' &&"
-        " !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label'))).map((e) => e.outerHTML)"
-    )
-    assert nameless == []
+    assert nameless(page) == []
     page.keyboard.press("2")
     expect(page.locator("#toast")).to_have_text("A is better")
     assert page.locator("#toast").get_attribute("aria-live") == "polite"

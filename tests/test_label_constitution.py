@@ -129,6 +129,47 @@ def test_questions_are_answered_once_taken_back_and_exported(store: Store) -> No
     assert all(row["principle_hash"] == hashes[row["principle"]] and row["answer"] == "kept" for row in rows)
 
 
+def test_a_second_answer_comes_before_new_questions(store: Store) -> None:
+    fill(store, 6)
+    ann, bo, cy = (person(store, name).annotator_id for name in ("ann", "bo", "cy"))
+    published(store, ann)
+
+    def ask(who: int) -> tuple[str, str]:
+        with store.transaction(writes=True) as c:
+            asked = principles.next_question(c, who, (), store.now)
+            assert asked is not None
+            principles.answer(c, who, asked.handle, "kept", token(), store.now)
+            return asked.reply, asked.principle
+
+    once = {ask(ann) for _ in range(3)}
+    assert {ask(bo) for _ in range(3)} == once
+    new = ask(bo)
+    assert new not in once
+    assert ask(cy) == new  # the three have two answers
+
+
+def test_a_skipped_question_comes_again_only_once_that_is_taken_back(store: Store) -> None:
+    fill(store, 1)
+    ann = person(store, "ann").annotator_id
+    published(store, ann)
+    with store.transaction(writes=True) as c:
+        one = principles.next_question(c, ann, (), store.now)
+        assert one is not None
+        mark = token()
+        for _ in range(2):
+            principles.skip(c, ann, one.handle, mark, store.now)
+        seen = []
+        while (asked := principles.next_question(c, ann, (), store.now)) is not None:
+            principles.answer(c, ann, asked.handle, "unsure", token(), store.now)
+            principles.skip(c, ann, asked.handle, token(), store.now)  # too late
+            seen.append((asked.reply, asked.principle))
+        assert len(set(seen)) == len(seen) == principles.answered(c, ann) == 3
+        assert (one.reply, one.principle) not in seen
+        assert principles.undo(c, ann, one.handle, store.now) == one
+        assert principles.next_question(c, ann, (), store.now) == one
+        assert principles.answered(c, ann) == 3
+
+
 def labelled(store: Store) -> str:
     """A person and a model on one pair: the model's label under `kind` says the left reply, whichever it is."""
     model = store.add_annotator("judge", "model")
@@ -141,21 +182,6 @@ def labelled(store: Store) -> str:
         label = AiLabel("kind", hash, "house", two().hash, 0.9, 0.3, "as it was sent", "what it thought")
         ai_labels.add(c, vote, [label], store.now)
     return mark
-
-
-def test_what_is_skipped_does_not_come_again(store: Store) -> None:
-    fill(store, 1)
-    ann = person(store, "ann").annotator_id
-    published(store, ann)
-    seen = []
-    with store.transaction(writes=True) as c:
-        while (asked := principles.next_question(c, ann, (), store.now)) is not None:
-            seen.append((asked.reply, asked.principle))
-            mark = token()
-            for _ in range(2):  # sent again, it changes nothing
-                principles.skip(c, ann, asked.handle, mark, store.now)
-        assert len(seen) == len(set(seen)) == 4
-        assert (principles.answered(c, ann), principles.given(c)) == (0, [])
 
 
 def test_agreement_and_flips_by_principle(store: Store) -> None:

@@ -8,7 +8,7 @@ pytest.importorskip("playwright")
 
 from labelling_world import person
 from playwright.sync_api import Browser, expect
-from test_label_browser import SETTLED, SHOTS, Served, browser, chromium, owner, served  # noqa: F401
+from test_label_browser import SETTLED, SHOTS, Served, browser, chromium, nameless, owner, served  # noqa: F401
 from test_label_constitution import labelled, two
 from waiting import eventually
 
@@ -28,6 +28,7 @@ def test_a_draft_is_published_and_its_principles_are_asked_about(browser: Browse
     context, page = owner(browser, served)
     page.goto(f"{served.url}/manage/constitution")
     page.get_by_role("button", name="Begin a draft").click()
+    assert nameless(page) == []
     page.get_by_text("Edit kind").click()
     page.get_by_label("Text").first.fill("Be kind to everybody.")
     page.get_by_role("button", name="Keep in the draft").first.click()
@@ -41,11 +42,23 @@ def test_a_draft_is_published_and_its_principles_are_asked_about(browser: Browse
     page.screenshot(path=SHOTS / "why.png", full_page=True)
     page.goto(f"{served.url}/principles")
     expect(page.locator("#item")).to_be_visible()
+    assert nameless(page) == []
+    assert page.evaluate("document.activeElement.id") == "prompt-h"  # reading starts at the conversation
     page.screenshot(path=SHOTS / "principles.png", full_page=True)
     page.wait_for_timeout(SETTLED)
     page.keyboard.press("2")
     eventually(lambda: answers(served) == ["broken"], lambda s: page.wait_for_timeout(1000 * s))
     expect(page.locator("#item")).to_be_visible()
+    expect(page.locator("#today")).to_have_text("1")
+    page.wait_for_timeout(SETTLED)
+    with page.expect_response("**/api/principles/skip"):
+        page.keyboard.press("s")
+    expect(page.locator("#item")).to_be_visible()
+    expect(page.locator("#today")).to_have_text("1")
+    with page.expect_response("**/api/principles/undo"):
+        page.keyboard.press("u")
+    expect(page.locator("#item")).to_be_visible()
+    page.wait_for_timeout(SETTLED)
     page.keyboard.press("u")
     eventually(lambda: answers(served) == [], lambda s: page.wait_for_timeout(1000 * s))
     expect(page.locator("#item")).to_be_visible()

@@ -281,11 +281,18 @@ principle_answers = Table(
     Column("principle_hash", Text, nullable=False),
     Column("response_id", ForeignKey("responses.id"), nullable=False),
     Column("annotator_id", ForeignKey("annotators.id"), nullable=False),
-    Column("answer", Text),  # kept | broken | na (it does not apply) | unsure; NULL: not answered yet
+    Column("answer", Text),  # kept | broken | na (it does not apply) | unsure; NULL: not answered yet, or skipped
     Column("created", UtcDateTime, nullable=False),
     Column("undone_at", UtcDateTime),
-    Column("token", Text, unique=True),
+    Column("token", Text, unique=True),  # of what was sent: the answer, or that it is skipped
     CheckConstraint("answer IN ('kept', 'broken', 'na', 'unsure')", name="answer"),
+)
+Index(
+    "ix_principle_answers_response",
+    principle_answers.c.response_id,
+    principle_answers.c.principle_hash,
+    sqlite_where=_STANDS,
+    postgresql_where=_STANDS,
 )
 Index(
     "ix_principle_answers_standing",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, exists, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from keel.recipe.constitution import Principle
@@ -25,6 +25,7 @@ from keel.types import Message, UserError
 
 Answer = Literal["kept", "broken", "na", "unsure"]
 DRAW = random.SystemRandom()
+WINDOW = 200  # answers that are looked through for one that waits for a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +41,101 @@ class Question:
 def next_question(
     connection: Connection, annotator_id: int, holding: Collection[str], now: datetime
 ) -> Question | None:
-    """A reply and a principle of a published constitution, which this person has not answered; None when nothing is
-    left. One that was shown and not answered comes again, unless ``holding`` has its handle."""
-    texts = {p.hash: p for version in current(connection) for p in version.constitution.principles}
-    mine = select(answers, prompts.c.id.label("prompt")).join(responses, responses.c.id == answers.c.response_id)
-    mine = mine.join(prompts, prompts.c.id == responses.c.prompt_id)
-    skipped = answers.c.answer.is_(None)  # and taken back: it does not come again
-    mine = mine.where(answers.c.annotator_id == annotator_id, or_(answers.c.undone_at.is_(None), skipped))
-    used = in_use(responses.c.prompt_id, responses.c.id)
-    had: dict[int, set[str]] = defaultdict(set)
-    for row in connection.execute(mine.add_columns(used.label("used")).order_by(answers.c.id)):
-        waits = row.answer is None and row.undone_at is None and row.handle not in holding
-        if waits and row.used and row.principle_hash in texts:
-            return _question(connection, row, texts[row.principle_hash])
-        had[row.response_id].add(row.principle_hash)
-    ids = list(connection.execute(select(responses.c.id).where(used)).scalars())
-    DRAW.shuffle(ids)
-    for id in ids:
-        left = [principle for hash, principle in texts.items() if hash not in had[id]]
-        if left:
-            return _ask(connection, annotator_id, id, DRAW.choice(left), now)
+    """A reply and a principle of a published constitution, which this person has not answered or skipped; None when
+    nothing is left. One that was shown and not answered comes again, unless ``holding`` has its handle. One that a
+    single other person has answered comes before new ones."""
+    texts = _asked_by(connection)
+    waiting = (
+        select(answers)
+        .join(responses, responses.c.id == answers.c.response_id)
+        .where(
+            answers.c.annotator_id == annotator_id,
+            answers.c.undone_at.is_(None),
+            answers.c.answer.is_(None),
+            answers.c.token.is_(None),
+            answers.c.principle_hash.in_(list(texts)),
+            answers.c.handle.not_in(list(holding)),
+            in_use(responses.c.prompt_id, responses.c.id),
+        )
+    )
+    row = connection.execute(waiting.order_by(answers.c.id).limit(1)).first()
+    if row is not None:
+        return _question(connection, row, texts[row.principle_hash])
+    found = _begun(connection, annotator_id, texts) or _fresh(connection, annotator_id, texts)
+    return None if found is None else _ask(connection, annotator_id, found[0], texts[found[1]], now)
+
+
+def _asked_by(connection: Connection) -> dict[str, Principle]:
+    """The principles that people are asked about, by their hashes."""
+    return {p.hash: p for version in current(connection) for p in version.constitution.principles}
+
+
+def _begun(connection: Connection, annotator_id: int, hashes: Collection[str]) -> tuple[int, str] | None:
+    """A reply and a principle's hash that one other person alone has answered, so that a second answer can agree. It
+    looks at ``WINDOW`` answers from the newest on, then at as many in a row from a random place."""
+    last = connection.execute(select(func.max(answers.c.id))).scalar()
+    if last is None:
+        return None
+    place = DRAW.randint(1, max(1, last - WINDOW + 1))
+    newest = select(answers).order_by(answers.c.id.desc()).limit(WINDOW)
+    anywhere = select(answers).where(answers.c.id >= place).order_by(answers.c.id).limit(WINDOW)
+    for rows in (newest.subquery(), anywhere.subquery()):
+        other = answers.alias()
+        more = exists().where(
+            other.c.response_id == rows.c.response_id,
+            other.c.principle_hash == rows.c.principle_hash,
+            other.c.undone_at.is_(None),
+            other.c.id != rows.c.id,
+            or_(other.c.answer.is_not(None), other.c.annotator_id == annotator_id),
+        )
+        query = select(rows.c.response_id, rows.c.principle_hash).join(responses, responses.c.id == rows.c.response_id)
+        stands = rows.c.answer.is_not(None), rows.c.undone_at.is_(None), rows.c.annotator_id != annotator_id
+        query = query.where(*stands, rows.c.principle_hash.in_(list(hashes)), ~more)
+        found = connection.execute(query.where(in_use(responses.c.prompt_id, responses.c.id))).all()
+        if found:
+            chosen = DRAW.choice(found)
+            return chosen.response_id, chosen.principle_hash
     return None
+
+
+def _fresh(connection: Connection, annotator_id: int, hashes: Collection[str]) -> tuple[int, str] | None:
+    """A reply and a principle's hash that this person had not: the first such reply from a random place on, and round
+    to it. It passes over those alone which they had, or which are out of use."""
+    last = connection.execute(select(func.max(responses.c.id))).scalar()
+    if last is None:
+        return None
+    place = DRAW.randint(1, last)
+    for hash in DRAW.sample(list(hashes), len(hashes)):
+        had = exists().where(
+            answers.c.annotator_id == annotator_id,
+            answers.c.response_id == responses.c.id,
+            answers.c.principle_hash == hash,
+            answers.c.undone_at.is_(None),
+        )
+        query = select(responses.c.id).where(in_use(responses.c.prompt_id, responses.c.id), ~had)
+        for part in (responses.c.id >= place, responses.c.id < place):
+            id = connection.execute(query.where(part).order_by(responses.c.id).limit(1)).scalar()
+            if id is not None:
+                return id, hash
+    return None
+
+
+def answered(connection: Connection, annotator_id: int) -> int:
+    """How many answers of this person stand."""
+    mine = answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None), answers.c.answer.is_not(None)
+    return connection.execute(select(func.count()).select_from(answers).where(*mine)).scalar_one()
+
+
+def skip(connection: Connection, annotator_id: int, handle: str, token: str, now: datetime) -> None:
+    """This person is not asked it again, unless they take that back. One that is answered, or skipped, stays so."""
+    row = _find(connection, annotator_id, handle)
+    stands = answers.c.undone_at.is_(None), answers.c.answer.is_(None), answers.c.token.is_(None)
+    try:
+        done = connection.execute(update(answers).where(answers.c.id == row.id, *stands).values(token=token))
+    except IntegrityError as error:
+        raise UserError(f"client token {token!r} was used for another answer; make a new one each time") from error
+    if done.rowcount == 1:
+        _log(connection, "skipped", row, None, {}, now)
 
 
 def answer(connection: Connection, annotator_id: int, handle: str, said: Answer, token: str, now: datetime) -> int:
@@ -81,34 +156,21 @@ def answer(connection: Connection, annotator_id: int, handle: str, said: Answer,
     return int(row.id)
 
 
-def skip(connection: Connection, annotator_id: int, handle: str, token: str, now: datetime) -> None:
-    """Leaves a question unanswered: this person is not asked it again. One that is sent again changes nothing."""
-    row = _find(connection, annotator_id, handle)
-    if row.answer is not None:
-        raise UserError("this question is answered already; undo that answer to change it")
-    open_ = answers.c.id == row.id, answers.c.answer.is_(None), answers.c.undone_at.is_(None)
-    if connection.execute(update(answers).where(*open_).values(undone_at=now, token=token)).rowcount == 1:
-        _log(connection, "skipped", row, None, None, now)
-
-
-def answered(connection: Connection, annotator_id: int) -> int:
-    """How many of this person's answers stand."""
-    mine = answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None), answers.c.answer.is_not(None)
-    return int(connection.execute(select(func.count()).select_from(answers).where(*mine)).scalar_one())
-
-
 def undo(connection: Connection, annotator_id: int, handle: str | None, now: datetime) -> Question | None:
-    """Takes an answer back (by default this person's last) and asks again; None when there is nothing."""
-    mine = answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None), answers.c.answer.is_not(None)
-    query = select(answers).where(*mine).order_by(answers.c.created.desc(), answers.c.id.desc()).limit(1)
-    row = connection.execute(query if handle is None else query.where(answers.c.handle == handle)).first()
+    """Takes an answer back (by default this person's last), or the skip of ``handle``, and asks again; None when there
+    is nothing."""
+    mine = select(answers).where(answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None))
+    last = mine.where(answers.c.answer.is_not(None)).order_by(answers.c.created.desc(), answers.c.id.desc()).limit(1)
+    done = mine.where(answers.c.handle == handle, answers.c.token.is_not(None))
+    row = connection.execute(last if handle is None else done).first()
     if row is None:
         return None
-    taken = update(answers).where(answers.c.id == row.id, answers.c.undone_at.is_(None)).values(undone_at=now)
-    if connection.execute(taken).rowcount != 1:
+    back: dict[str, Any] = {"token": None} if row.answer is None else {"undone_at": now}
+    stands = answers.c.undone_at.is_(None), answers.c.token == row.token
+    if connection.execute(update(answers).where(answers.c.id == row.id, *stands).values(back)).rowcount != 1:
         return None
     _log(connection, "undone", row, {"answer": row.answer}, None, now)
-    texts = {p.hash: p for version in current(connection) for p in version.constitution.principles}
+    texts = _asked_by(connection)
     if row.principle_hash not in texts:
         return None  # a newer version is asked about now
     return _ask(connection, annotator_id, row.response_id, texts[row.principle_hash], now)
