@@ -424,9 +424,9 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Ser
         Manage(served.store).ask_for_writing(3, 1, "test") if kind == "write" else Manage(served.store).ask_for(
             kind, 3, 1, "test"
         )
-    mark = labelled(served.store)
+    mark, author = labelled(served.store), person(served.store, "author", "admin").annotator_id
     with served.store.transaction(writes=True) as c:
-        constitutions.publish_file(c, two(), person(served.store, "author", "admin").annotator_id, served.store.now)
+        constitutions.publish_file(c, two(), author, served.store.now)
     working = ("compare", "rank", "thumbs", "principles", "write", "edit", "arena", "mine")
     pages = (*working, "guideline", "constitution", "account", "manage", f"manage/why?vote={mark}")
     for path in (*pages, *(f"manage/{name}" for name in MANAGED)):
