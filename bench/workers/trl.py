@@ -102,17 +102,26 @@ def longest(pair: Pair) -> int:
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
-class TimedDpo(DPOTrainer):  # type: ignore[misc]
-    """Also times the reference's pass over the data, which TRL makes while it is set up."""
+class TimedReference:
+    """Also times the reference's pass over the data, which TRL makes while a trainer is set up. Stands before it."""
 
+    args: Any
     reference_seconds = 0.0
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         device = "cpu" if self.args.use_cpu else "cuda"
         began = clock(device)
-        result = super()._precompute_ref_logps(*args, **kwargs)
+        result = super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
         self.reference_seconds += clock(device) - began
         return result
+
+
+class TimedDpo(TimedReference, DPOTrainer):  # type: ignore[misc]
+    pass
+
+
+class TimedKto(TimedReference, KTOTrainer):  # type: ignore[misc]
+    pass
 
 
 def dpo(job: Job, work: Work) -> Outcome:
@@ -162,19 +171,6 @@ def simpo(job: Job, work: Work) -> Outcome:
         )
         trainer.train()
     return Outcome(len(rows), timer.seconds, precision(args))
-
-
-class TimedKto(KTOTrainer):  # type: ignore[misc]
-    """As `TimedDpo`."""
-
-    reference_seconds = 0.0
-
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        device = "cpu" if self.args.use_cpu else "cuda"
-        began = clock(device)
-        result = super()._precompute_ref_logps(*args, **kwargs)
-        self.reference_seconds += clock(device) - began
-        return result
 
 
 def kto(job: Job, work: Work) -> Outcome:

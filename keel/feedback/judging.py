@@ -14,7 +14,7 @@ from keel.store import NewVote, Response, Store, ai_labels, work
 from keel.store.records import Assignment
 from keel.types import Reporter, UserError
 
-FEW = 20
+FEW = 20  # where fewer are left, they are asked with the batch before
 AT_ONCE = 64  # pairs that are asked together: what a killed run may have to ask again
 ORDERS = "orders.jsonl"  # in the stage's folder: what a comparer said with the left reply shown first, and second
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from keel.data.chat import Chat
 from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.endpoint import MISSING_BOUND
-from keel.feedback.compare import INSTRUCTIONS
+from keel.feedback.compare import INSTRUCTIONS, material
 from keel.feedback.opinion import Opinion
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import measure
@@ -48,9 +47,7 @@ class LanguageModelComparer:
         return [_opinion(said[i], said[i + 1]) for i in range(0, len(said), 2)]
 
     def _asked(self, prompt: Prompt, a: str, b: str) -> tuple[Message, ...]:
-        conversation = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        material = json.dumps({"conversation": conversation, "A": a, "B": b}, ensure_ascii=False)
-        return (Message("user", f"{self._instructions}\n\n{material}"),)
+        return (Message("user", f"{self._instructions}\n\n{material(prompt, a, b)}"),)
 
     def letters(self, asked: Sequence[tuple[Message, ...]], places: Sequence[str]) -> list[tuple[float, float] | None]:
         """Log-probabilities (nats) of the replies A and B to each conversation; None for one that does not fit into the
@@ -66,7 +63,8 @@ class LanguageModelComparer:
                 f"{fits.count(False)} of {len(fits)} questions are longer than the judge's {limit} tokens; take a "
                 "model with a longer context, or shorter instructions"
             )
-        said = self._logprobs([row for i, row in enumerate(rows) if fits[i // 2]])
+        measured = self.logprobs([row for i, row in enumerate(rows) if fits[i // 2]])
+        said = [float(one.sum()) for one in measured]
         if not all(map(math.isfinite, said)):
             raise UserError(
                 "the judge's log-probabilities of A and B are not all numbers; look for NaN in its weights, or "
@@ -75,8 +73,8 @@ class LanguageModelComparer:
         found = iter(zip(said[0::2], said[1::2], strict=True))
         return [next(found) if fit else None for fit in fits]
 
-    def _logprobs(self, rows: Sequence[Encoded]) -> list[float]:
-        """Of each row's letter, nats."""
+    def logprobs(self, rows: Sequence[Encoded]) -> list[Tensor]:
+        """Of each row's reply, by token, nats."""
         with autocast(self.device, self.precision):
             found = measure(
                 rows,
@@ -85,7 +83,7 @@ class LanguageModelComparer:
                 self.device,
                 pack_by_prompt,
             )
-        return [float(one[0].sum()) for one in found]
+        return [one[0] for one in found]
 
 
 def _opinion(first: tuple[float, float] | None, second: tuple[float, float] | None) -> Opinion | None:

@@ -7,14 +7,13 @@ and orders: a judge's taste for the side that is shown first goes out of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from keel.endpoint import Answer, Endpoint, Question
-from keel.feedback.compare import TOP, read_letter
+from keel.endpoint import Endpoint, Question
+from keel.feedback.compare import TOP, material, read_letter
 from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Opinion
 from keel.model.modules import context_length
@@ -49,9 +48,7 @@ class Asked:
 
     def question(self) -> str:
         """What a model reads."""
-        conversation = [{"role": m.role, "content": m.content} for m in self.prompt.messages]
-        material = {"conversation": conversation, "A": self.first, "B": self.second}
-        return f"{self.principle.choose}\n\n{json.dumps(material, ensure_ascii=False)}"
+        return f"{self.principle.choose}\n\n{material(self.prompt, self.first, self.second)}"
 
     @property
     def place(self) -> str:
@@ -173,13 +170,9 @@ class EndpointFeedback:
             for _ in range(self.votes)
         ]
         self.reporter.start("comparing", len(questions))
-        answers = self.endpoint.ask_many(questions, _letter, self.reporter)
+        answers = self.endpoint.ask_many(questions, lambda _, answer: read_letter(answer), self.reporter)
         groups = [answers[i : i + self.votes] for i in range(0, len(answers), self.votes)]
         return [_share(group, messages) for group, messages in zip(groups, sent, strict=True)]
-
-
-def _letter(_: int, answer: Answer) -> tuple[float, str]:
-    return read_letter(answer)
 
 
 def _share(answers: Sequence[tuple[float, str] | None], sent: Sequence[Message]) -> Said | None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
-from keel.recipe.judge_card import JudgeCard
+from keel.recipe.judge_card import JudgeCard, without_force
 from keel.recipe.judges import (
     ComparerRef,
     EndpointRef,
@@ -78,10 +78,7 @@ class AnnotateStage(PrincipledBase):
     replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
 
     def settings(self) -> dict[str, Any]:
-        found = super().settings()
-        if "card" in found:
-            found["card"] = {name: value for name, value in found["card"].items() if name != "force"}
-        return found
+        return without_force(super().settings())
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, prompt_pool, terms
-from keel.recipe.judge_card import JudgeCard
+from keel.recipe.judge_card import JudgeCard, without_force
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase, Surroundings
@@ -100,10 +100,7 @@ class EvalStage(StageBase):
     )
 
     def settings(self) -> dict[str, Any]:
-        found = super().settings()
-        if "card" in found:  # to force computes nothing again
-            found["card"] = {name: value for name, value in found["card"].items() if name != "force"}
-        return found
+        return without_force(super().settings())
 
     @model_validator(mode="after")
     def _card_can_be(self) -> EvalStage:

@@ -10,18 +10,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.eval.judge_card import Card, judge_card, scored_pair
 from keel.eval.judge_effects import JudgedPair
 from keel.eval.reply_alarms import judge_alarms
-from keel.feedback.model_comparer import TOKENS, LanguageModelComparer
+from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Comparer
 from keel.feedback.pairing import PairChoice, make_comparisons
 from keel.feedback.principled import ModelFeedback, PrincipledComparer
-from keel.model.logprobs import token_logprobs
-from keel.model.measure import measure
 from keel.model.modules import context_length
-from keel.precision import autocast
 from keel.recipe.annotate import AnnotateStage
 from keel.recipe.eval import EvalStage
 from keel.recipe.judge_card import JudgeCard
@@ -249,15 +245,7 @@ def _logprobs(judge: LanguageModelComparer | None, pairs: Sequence[Pair]) -> lis
     limit = context_length(judge.model) or math.inf
     fits = [len(row.ids) <= limit and row.predicted > 0 for row in rows]
     kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
-    with autocast(judge.device, judge.precision):
-        found = measure(
-            kept,
-            micro_batches_by_prompt(kept, TOKENS),
-            [lambda batch: token_logprobs(judge.model, batch).logp_C],
-            judge.device,
-            pack_by_prompt,
-        )
-    means = iter([float(one[0].mean()) for one in found])
+    means = iter([float(one.mean()) for one in judge.logprobs(kept)])
     each = [next(means) if fit else None for fit in fits]
     both = zip(each[0::2], each[1::2], strict=True)
     return [None if a is None or b is None else (a, b) for a, b in both]
