@@ -218,12 +218,23 @@ class PreferenceLoss:
 
 @dataclass(frozen=True, slots=True)
 class StepLabels:
-    """A reply in steps, each labelled in [0, 1] (``prompt`` + ``completions`` + ``labels`` rows)."""
+    """A reply in steps, each labelled in [0, 1] (``prompt`` + ``completions`` + ``labels`` rows).
+
+    ``steps`` joined are the reply's text as it stands. A label is None where nobody judged the step: nothing is learned
+    there. ``finished``: the reply ended by itself (else it was cut at the length limit).
+    """
 
     id: str
     prompt: Prompt
     steps: tuple[str, ...]
-    labels: tuple[float, ...]
+    labels: tuple[float | None, ...]
+    finished: bool = True
+    annotator: str = ""
+    place: str = field(default="", compare=False)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +375,16 @@ class Scorer(Protocol):
     """Scores replies for training: a reward model, a mix of them, or a Python function."""
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores: ...
+
+
+class StepScorer(Protocol):
+    """Says of each step of a reply, in [0, 1], how good it is, having read no further than to its end: a process reward
+    model, or a program that knows the truth. ``steps`` are `keel.recipe.steps.Steps.split` of the reply's text (whole,
+    or as far as it goes: search scores what is not finished). -> one number a step, replies in order."""
+
+    def score_steps(
+        self, prompts: Sequence[Prompt], replies: Sequence[tuple[str, ...]]
+    ) -> Sequence[tuple[float, ...]]: ...
 
 
 class Reporter(Protocol):

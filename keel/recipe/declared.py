@@ -13,8 +13,10 @@ from keel.recipe.judges import EndpointRef, PythonRef, RewardModelRef, RewardTer
 from keel.recipe.sections import DataConfig
 
 # What other stages may take from a stage. "demonstrations", "pairs": files in its folder that SFT, and what learns from
-# preferences, can read. "votes" lie in the store.
-Makes = Literal["policy", "reward model", "responses", "demonstrations", "votes", "pairs"]
+# preferences, can read. "votes" lie in the store. "step labels": a file in its folder (`keel.data.sources.read_steps`).
+Makes = Literal[
+    "policy", "reward model", "responses", "demonstrations", "votes", "pairs", "step labels", "process reward model"
+]
 
 # What a trained model was shaped by.
 LearnsFrom = Literal["demonstrations", "preferences", "rewards"]

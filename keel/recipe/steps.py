@@ -1,0 +1,74 @@
+"""Steps of a reply: where one ends and the next begins, what says how good each is, and where thinking ends."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from keel.recipe.sections import Strict
+
+_BLANK = r"(?:[^\S\n]*\n)"  # a line without a word; the indentation of the next one is the next one's
+_ENDS = {"line": re.compile(f"{_BLANK}+"), "blank_line": re.compile(f"{_BLANK}{{2,}}")}
+
+
+class Steps(Strict):
+    """How a reply is cut into steps. The same everywhere: in data, when people label, in training, search and RL."""
+
+    by: Literal["line", "blank_line", "marker"] = Field(
+        "line", description="a step ends with its line, with a blank line, or with a marker of the model's own"
+    )
+    marker: str | None = Field(None, min_length=1, description="with by: marker, the text that ends a step")
+
+    @model_validator(mode="after")
+    def _marker_fits(self) -> Steps:
+        if (self.by == "marker") != (self.marker is not None):
+            raise ValueError("by: marker and marker: TEXT go together; give both, or neither")
+        return self
+
+    def split(self, text: str) -> tuple[str, ...]:
+        """The steps of ``text``, each with what separates it from the next: joined, they are the text. White space
+        before the first step is that step's. Text of white space alone is one step; no text, none."""
+        end = re.compile(f"{re.escape(self.marker)}{_BLANK}*") if self.marker is not None else _ENDS[self.by]
+        begin = len(text) - len(text.lstrip())
+        cuts = [found.end() for found in end.finditer(text, begin) if text[found.end() :].strip()]
+        return tuple(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if b > a)
+
+
+class ProcessRef(Strict):
+    """A process reward model: a stage's name or a folder. It says of each step how probable it is that it is right."""
+
+    kind: Literal["process"] = "process"
+    model: str
+
+
+class PythonStepsRef(Strict):
+    """A Python callable ``(prompt, steps) -> list of numbers in [0, 1]``, one a step: ``module:name`` or
+    ``path/to/file.py:name``."""
+
+    kind: Literal["python_steps"] = "python_steps"
+    ref: str
+
+
+# What says how good each step of a reply is.
+StepsRef = Annotated[ProcessRef | PythonStepsRef, Field(discriminator="kind")]
+Aggregate = Literal["min", "product", "last", "mean"]
+
+
+class Thinking(Strict):
+    """The marks between which a model thinks before it answers."""
+
+    open: str = Field("<think>", min_length=1)
+    close: str = Field("</think>", min_length=1)
+
+    def split(self, text: str) -> tuple[str | None, str | None]:
+        """(what was thought, the answer). Thought is None where the reply has none; the answer is None where the
+        thinking never ends. A template may have opened it already: what stands before the first closing mark is
+        thought."""
+        before, closed, answer = text.partition(self.close)
+        opened = before.lstrip().startswith(self.open)
+        thought = before.lstrip()[len(self.open) :] if opened else before
+        if closed:
+            return thought, answer
+        return (thought, None) if opened else (None, text)
