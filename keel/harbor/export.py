@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from keel.harbor.corpus import base_text_rows, facts_rows
-from keel.harbor.demos import make_demonstrations
+from keel.harbor.demos import FAULTY, make_demonstrations
 from keel.harbor.facts import World
 from keel.harbor.lessons import CHOICES, REVISIONS, make_choices, make_revisions
 from keel.harbor.prompts import HELPFUL_MIX, TRAINING_MIX, make_prompts
@@ -67,7 +67,9 @@ def export_constitutional(
     controls), ``helpful_prompts.jsonl`` (training prompts without harmful ones: what people are asked about),
     ``training_prompts.jsonl`` (both), ``helpful_demonstrations.jsonl`` (those of `export`'s ``demonstrations`` that
     answer no harmful prompt) and ``lessons.jsonl`` (demonstrations of critique, revision and choice by the
-    principles of ``keel/constitutions/harbor.yaml``). Sizes are rows. Same seed and sizes: same bytes.
+    principles of ``keel/constitutions/harbor.yaml``). For studies, ``faulty_demonstrations.jsonl`` (by writers who
+    flatter and fill in a half of their replies) and ``red_team_test.jsonl`` (other prompts than ``red_team.jsonl``
+    has). Sizes are rows. Same seed and sizes: same bytes.
 
     Raises:
         UserError: more are asked for than the harbor has.
@@ -85,6 +87,11 @@ def export_constitutional(
     harmless = [one for one in shown if not one.id.startswith("demo-harmful-")]
     _write(out / "helpful_demonstrations.jsonl", map(_demonstration_row, harmless))
     _write(out / "lessons.jsonl", map(_lesson_row, lessons))
+    faulty = make_demonstrations(world, demonstrations, seed, FAULTY)
+    _write(out / "faulty_demonstrations.jsonl", map(_demonstration_row, faulty))
+    known = {prompt.id for prompt in red}
+    others = [one for one in red_team_prompts(world, red_team, seed, name="red team test") if one.id not in known]
+    _write(out / "red_team_test.jsonl", map(_prompt_row, others))
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
