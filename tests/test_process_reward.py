@@ -26,7 +26,7 @@ from keel.model.heads import ScalarModel
 from keel.objective.process import step_loss
 from keel.recipe.file import packaged
 from keel.recipe.process_reward import ProcessRewardStage
-from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig
 from keel.recipe.steps import Steps
 from keel.reward.process import ProcessScorer, PythonSteps, aggregated
 from keel.reward.scorer import RewardModelScorer
@@ -204,6 +204,28 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert steps == len((whole / "metrics.jsonl").read_text().splitlines()) + 1, "it went on where it was"
     for file in ("model.safetensors", "config.json", "metrics.jsonl"):
         assert (killed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_adapters_are_trained_and_a_model_goes_on_from_its_checkpoint(
+    trained: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    start, _, heldout = trained
+    c = context(tmp_path, start)
+    c = replace(c, base_model=ModelConfig(path=str(start), lora=LoraConfig(rank=2)))
+    summary, again = train_process(
+        stage(heldout_fraction=0.2), labelled_steps.replies(120, unjudged=0.1), c, lambda _: "mean"
+    )
+    assert summary["steps"] > 0
+    assert [one.record.id for one in again] == [one.record.id for one in heldout]
+    found = scorer(c.stage.path)
+    assert found.aggregate == "mean"
+    asked = [one.record for one in again[:5]]
+    merged = found.score_steps([one.prompt for one in asked], [one.steps for one in asked])
+    assert [x for s in merged for x in s] == pytest.approx([x for one in again[:5] for x in one.scores], abs=1e-4)
+    auc = step_auc([Judged(one.scores, one.record.labels, one.record.prompt.id) for one in again], 0.5)
+    assert auc is not None
+    assert auc[0] is not None
+    assert auc[0] > 0.98, "it began where the first one ended"
 
 
 def test_nothing_is_cut_or_dropped_silently(base: Path, tmp_path: Path) -> None:
