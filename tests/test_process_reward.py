@@ -28,7 +28,7 @@ from keel.recipe.file import packaged
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig
 from keel.recipe.steps import Steps
-from keel.reward.process import ProcessScorer, PythonSteps, aggregated
+from keel.reward.process import ProcessScorer, PythonSteps, aggregated, outcome
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent, read_json
 from keel.train.context import TrainContext
@@ -257,6 +257,17 @@ def test_what_a_reply_comes_to() -> None:
     scores = (0.5, 1.0, 0.25)
     assert [aggregated(scores, how) for how in ("min", "product", "last", "mean")] == [0.25, 0.125, 0.25, 1.75 / 3]
     assert aggregated((), "product") == 0.0
+
+
+def test_what_labels_say_of_an_answer() -> None:
+    def of(*labels: float | None, finished: bool = True) -> float | None:
+        steps = tuple("a\n" for _ in labels)
+        return outcome(StepLabels("a", prompt(0), steps, labels, finished), 0.5)
+
+    assert (of(1.0, 0.0, 0.75), of(1.0, None, 0.0)) == (0.75, 0.0)
+    assert of(1.0, 0.0, None) == 0.0, "judging stopped at the first error"
+    assert of(1.0, None) is None
+    assert of(1.0, 1.0, finished=False) is None
 
 
 def test_what_a_process_scorer_refuses(trained: tuple[Path, Any, Any], base: Path) -> None:
