@@ -66,7 +66,7 @@ def stage(**settings: Any) -> ProcessRewardStage:
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Any]]:
     c = context(tmp_path_factory.mktemp("prm"), base)
     config = stage(epochs=6, heldout_fraction=0.2)
-    summary, heldout = train_process(config, labelled_steps.replies(120, unjudged=0.1), c, lambda _: "product")
+    summary, heldout = train_process(config, labelled_steps.replies(90, unjudged=0.1), c, lambda _: "product")
     return c.stage.path, summary, heldout
 
 
@@ -138,7 +138,7 @@ def test_nothing_of_a_label_is_in_what_the_model_reads(base: Path, tmp_path: Pat
 
 def test_it_learns_which_steps_are_right(trained: tuple[Path, dict[str, Any], list[Any]], base: Path) -> None:
     folder, summary, heldout = trained
-    assert summary["rows"] + summary["heldout_rows"] + summary["unjudged_rows"] == 240
+    assert summary["rows"] + summary["heldout_rows"] + summary["unjudged_rows"] == 180
     assert (summary["too_long"], summary["aggregate"]) == (0, "product")
     judged = [Judged(one.scores, one.record.labels, one.record.prompt.id) for one in heldout]
     auc = step_auc(judged, 0.5)
@@ -146,7 +146,7 @@ def test_it_learns_which_steps_are_right(trained: tuple[Path, dict[str, Any], li
     assert auc[0] is not None
     assert auc[0] > 0.98
     ids = read_json(folder / "judgements.json")
-    by_id = {one.id: one.prompt.id for one in labelled_steps.replies(120, unjudged=0.1)}
+    by_id = {one.id: one.prompt.id for one in labelled_steps.replies(90, unjudged=0.1)}
     assert not {by_id[i] for i in ids["trained"]} & {by_id[i] for i in ids["heldout"]}, "problems lie on one side"
     model = scorer(folder)
     assert (model.steps, model.aggregate, model.level) == (Steps(), "product", "steps")
@@ -180,7 +180,7 @@ def test_a_step_has_transformers_score_whatever_is_beside_or_behind_it(trained: 
 def test_an_interrupted_run_ends_with_the_same_bits(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records, config = labelled_steps.replies(30), stage(epochs=3, save_every_seconds=0)
+    records, config = labelled_steps.replies(24), stage(epochs=2, save_every_seconds=0)
 
     def run(name: str) -> Path:
         c = context(tmp_path / name, base)
@@ -206,6 +206,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         assert (killed / file).read_bytes() == (whole / file).read_bytes()
 
 
+@pytest.mark.wide
 def test_adapters_are_trained_and_a_model_goes_on_from_its_checkpoint(
     trained: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
@@ -213,7 +214,7 @@ def test_adapters_are_trained_and_a_model_goes_on_from_its_checkpoint(
     c = context(tmp_path, start)
     c = replace(c, base_model=ModelConfig(path=str(start), lora=LoraConfig(rank=2)))
     summary, again = train_process(
-        stage(heldout_fraction=0.2), labelled_steps.replies(120, unjudged=0.1), c, lambda _: "mean"
+        stage(heldout_fraction=0.2), labelled_steps.replies(90, unjudged=0.1), c, lambda _: "mean"
     )
     assert summary["steps"] > 0
     assert [one.record.id for one in again] == [one.record.id for one in heldout]
@@ -334,7 +335,7 @@ def run(tmp: Path, base: Path, *settings: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    return labelled_steps.write(tmp_path / "rows.jsonl", labelled_steps.replies(50, each=4))
+    return labelled_steps.write(tmp_path / "rows.jsonl", labelled_steps.replies(32, each=4))
 
 
 def test_the_stage_says_how_good_its_model_is(rows: Path, base: Path, tmp_path: Path) -> None:
@@ -412,15 +413,16 @@ def test_the_check_finds_what_the_stage_would(base: Path, tmp_path: Path, capsys
         return " ".join((captured.out + captured.err).split())
 
     good = [{"prompt": f"p{i}", "completions": ["a\n", "b"], "labels": [1.0, i % 2]} for i in range(4)]
-    assert "other steps" not in said(good)
-    assert "1 of 5 replies without a judged step are left out" in said(
-        [*good, {"prompt": "q", "completions": ["a"], "labels": [None]}]
-    )
-    assert "1 of 5 replies are labelled in other steps than steps.by: line cuts" in said(
-        [*good, {"prompt": "q", "completions": ["a\nb\n", "c"], "labels": [1, 0]}]
-    )
-    assert "every judged step has the label 1" in said([{**row, "labels": [1, 1]} for row in good])
+    odd = [
+        {"prompt": "q", "completions": ["a"], "labels": [None]},
+        {"prompt": "r", "completions": ["a\nb\n", "c"], "labels": [1, 0]},
+        {"prompt": "s", "completions": ["rope " * 80], "labels": [1]},
+    ]
+    found = said([*good, *odd], "data.max_length=60")
+    assert "1 of 7 replies without a judged step are left out" in found
+    assert "1 of 7 replies are labelled in other steps than steps.by: line cuts" in found
+    assert "1 of 7 records are longer than data.max_length = 60 tokens" in found
+    found = said([{**row, "labels": [1, 1]} for row in good])
+    assert "every judged step has the label 1" in found
+    assert "other steps" not in found
     assert "steps.by: blank_line makes one step of each of 4" in said(good, "process_reward.steps={by: blank_line}")
-    assert "1 of 5 records are longer than data.max_length = 60 tokens" in said(
-        [*good, {"prompt": "q", "completions": ["rope " * 80], "labels": [1]}], "data.max_length=60"
-    )
