@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from keel.recipe.declared import Doubt
 from keel.recipe.grpo_presets import PRESETS, PresetName
-from keel.recipe.judges import RewardModelRef
+from keel.recipe.judges import ProcessTerm
 from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
 
@@ -27,6 +27,13 @@ class GroupKl(Strict):
     estimator: Literal["k2", "k3"] = Field("k3", description="of each token, in the loss")
     unbiased: bool = Field(
         False, description="weigh the estimate by the ratio, so that its gradient is the KL's (DeepSeek-V3.2)"
+    )
+
+
+def step_conflict(setting: str) -> str:
+    return (
+        f"the rewards value single steps of a reply, and {setting} knows whole replies alone; leave it out, or take a "
+        "reward without steps"
     )
 
 
@@ -212,8 +219,7 @@ class GrpoStage(OnlineBase):
     def _of_advantages(self) -> Iterator[tuple[bool, str]]:
         own = self.baseline in ("group", "others")
         scale = self.scale_rewards
-        models = any(isinstance(term.source, RewardModelRef) for term in self.rewards)
-        negative = models or any(term.weight < 0 for term in self.rewards)
+        negative = bool(self.reward_models()) or any(term.weight < 0 for term in self.rewards)
         yield self.baseline == "critic", "baseline: critic is PPO, which has GAE with it; use a stage of kind: ppo"
         yield (
             scale == "group" and not own,
@@ -238,6 +244,15 @@ class GrpoStage(OnlineBase):
             "scale_rewards: batch divides by 0 where all scores are equal, and baseline: none leaves them their "
             "advantage; use scale_rewards: none, or baseline: batch",
         )
+        process = self.process_term()
+        if (
+            process is not None
+            and process.weight
+            and isinstance(process.source, ProcessTerm)
+            and process.source.pays_steps
+        ):
+            for setting, given in self.knows_replies_alone().items():
+                yield given, step_conflict(setting)
         if self.combine == "each":
             yield (
                 self.missing_eos_penalty > 0 and any(term.weight < 0 for term in self.rewards),
@@ -251,6 +266,15 @@ class GrpoStage(OnlineBase):
                 "others and scale_rewards: group or batch",
             )
             yield self.reward_clip is not None, "reward_clip holds the rewards' sum, and combine: each makes none"
+
+    def knows_replies_alone(self) -> dict[str, bool]:
+        """The settings with which single steps of a reply have no advantages, and whether they are given."""
+        return {
+            "ratio: sequence": self.ratio == "sequence",
+            "scale_rewards: mean": self.scale_rewards == "mean",
+            f"baseline: {self.baseline}": self.baseline not in ("group", "others"),
+            "combine: each": self.combine == "each",
+        }
 
     def _of_the_loss(self) -> Iterator[tuple[bool, str]]:
         yield (

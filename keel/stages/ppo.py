@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from keel.recipe.judges import RewardModelRef
 from keel.recipe.ppo import PpoStage
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
@@ -18,7 +17,7 @@ from keel.train.roles import roles_of
 
 def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     training = training_context(stage, context)
-    models = [term.source.model for term in stage.rewards if isinstance(term.source, RewardModelRef)]
+    models = stage.reward_models()
     critic = stage.critic or (models[0] if models else None)
     scorer = mixed_scorer(stage.rewards, context, training.precision, roles_of(stage, training))
     reference = context.model_path(stage.reference or stage.model)

@@ -13,7 +13,7 @@ from torch import Tensor
 from keel.objective.group import each_normalised, group_advantages, step_advantages, token_weights, without_spread
 from keel.objective.kl import k1
 from keel.objective.ratio import TokenTerms, grpo_loss, per_completion, sampler_weights
-from keel.recipe.grpo import GrpoStage
+from keel.recipe.grpo import GrpoStage, step_conflict
 from keel.train.context import TrainContext
 from keel.train.drawing import Drawn, Refilled
 from keel.train.figures import policy_stats
@@ -123,18 +123,9 @@ class Grpo(Online[GrpoStage]):
             )
         if shaped.steps is None:
             return
-        wrong = {
-            "ratio: sequence": config.ratio == "sequence",
-            "scale_rewards: mean": config.scale_rewards == "mean",
-            f"baseline: {config.baseline}": config.baseline not in ("group", "others"),
-            "combine: each": config.combine == "each",
-        }
-        for setting, given in wrong.items():
+        for setting, given in config.knows_replies_alone().items():
             if given:
-                raise UserError(
-                    f"{config.name}: the rewards value single steps of a reply, and {setting} knows whole replies "
-                    "alone; leave it out, or take a reward without steps"
-                )
+                raise UserError(f"{config.name}: {step_conflict(setting)}")
 
     # ---------------------------------------------------------------------------------------------------- loss
 
