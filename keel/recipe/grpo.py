@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from keel.recipe.declared import Doubt
 from keel.recipe.grpo_presets import PRESETS, PresetName
-from keel.recipe.judges import ProcessTerm
 from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
 
@@ -244,13 +243,7 @@ class GrpoStage(OnlineBase):
             "scale_rewards: batch divides by 0 where all scores are equal, and baseline: none leaves them their "
             "advantage; use scale_rewards: none, or baseline: batch",
         )
-        process = self.process_term()
-        if (
-            process is not None
-            and process.weight
-            and isinstance(process.source, ProcessTerm)
-            and process.source.pays_steps
-        ):
+        if self.pays_steps():
             for setting, given in self.knows_replies_alone().items():
                 yield given, step_conflict(setting)
         if self.combine == "each":

@@ -84,11 +84,8 @@ class OnlineBase(PolicyBase):
             sentence = "in bfloat16 the sampler's log-probabilities differ from the trainer's, and ratios with them"
             yield Doubt("old_logprobs", sentence, "use old_logprobs: auto")
         for i, term in enumerate(self.rewards):
-            if (
-                isinstance(term.source, ProcessTerm)
-                and isinstance(term.source.scores, ProcessRef)
-                and not term.source.card
-            ):
+            source = term.source
+            if isinstance(source, ProcessTerm) and isinstance(source.scores, ProcessRef) and source.card is None:
                 sentence = "nobody has seen what a wrong number and mere style do to the process reward model's scores"
                 remedy = f"set {self.name}.rewards.{i}.source.card.replies to a step_labels stage or a file"
                 yield Doubt(f"rewards.{i}.source.card", sentence, remedy)
@@ -109,9 +106,11 @@ class OnlineBase(PolicyBase):
         """The names of those that score whole replies."""
         return [one.model for _, one in terms("rewards", self.rewards) if isinstance(one, RewardModelRef)]
 
-    def process_term(self) -> RewardTerm | None:
-        """The reward for the steps of a reply."""
-        return next((term for term in self.rewards if isinstance(term.source, ProcessTerm)), None)
+    def pays_steps(self) -> bool:
+        """Whether a process reward gives values to single steps of a reply."""
+        return any(
+            isinstance(term.source, ProcessTerm) and term.source.pays_steps and term.weight for term in self.rewards
+        )
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
