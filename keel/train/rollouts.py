@@ -21,7 +21,7 @@ from keel.rollout.tokens import MISMATCH_BOUND
 from keel.train.context import TrainContext
 from keel.train.drawing import Drawn, Draws
 from keel.train.figures import Measured, joined, present, rollout_figures
-from keel.types import Encoded, Episode, Judge, PackedBatch, Scorer, Scores, UserError
+from keel.types import Encoded, Episode, Judge, PackedBatch, Scorer, Scores, StepBaseline, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 # Nats a token: up to it, `auto` takes the sampler's log-probabilities. It moves a ratio by 0.2%, where clipping begins
@@ -42,6 +42,7 @@ class Shaped(NamedTuple):
     steps: StepValues | None
     finished_N: Tensor
     offsets: Tensor
+    step_baseline: StepBaseline = "steps"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Episodes:
     terms_NK: Tensor | None = None
     finished_N: Tensor | None = None
     sampled_logp_C: Tensor | None = None
+    step_baseline: StepBaseline = "steps"
 
     @property
     def lengths(self) -> list[int]:
@@ -69,7 +71,7 @@ class Episodes:
     @property
     def shaped(self) -> Shaped:
         ended_N = torch.ones(len(self.rows), dtype=torch.bool) if self.finished_N is None else self.finished_N
-        return Shaped(self.shaped_N, self.terms_NK, self.steps, ended_N, self.offsets)
+        return Shaped(self.shaped_N, self.terms_NK, self.steps, ended_N, self.offsets, self.step_baseline)
 
 
 class RolloutCollector:
@@ -141,6 +143,7 @@ class RolloutCollector:
             shaped.terms_NK,
             shaped.finished_N,
             sampled_logp_C,
+            shaped.step_baseline,
         )
 
     def shape(self, drawn: Drawn) -> Shaped:
@@ -162,6 +165,7 @@ class RolloutCollector:
             placed_steps(scores, drawn.episodes, offsets, config.reward_clip),
             finished_N,
             offsets,
+            scores.step_baseline,
         )
 
     # -------------------------------------------------------------------------------------------- measuring
