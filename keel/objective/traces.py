@@ -42,21 +42,19 @@ def trace_advantages(
 
     ``scale``: the deviation of the ``group``'s tokens' advantages from 0, or of the ``batch``'s, plus EPS; times
     sqrt(S / (S - 1)) for S completions, so that with one step a reply and equal lengths it is the deviation of their
-    returns. ``others`` as baseline multiplies both parts by S / (S - 1).
+    returns. ``others`` as baseline makes it all S / (S - 1) times as much.
     """
     assert scale != "mean", "steps have values of either sign"
     assert baseline in ("group", "others"), "a step is held against its group"
     reward_N = reward_N.detach().double()
     valid_N = torch.ones_like(reward_N, dtype=torch.bool) if valid_N is None else valid_N
     lengths_N = offsets.diff()
-    outcome_N = group_advantages(reward_N, group_size, "none", baseline, valid_N)
+    outcome_N = group_advantages(reward_N, group_size, "none", valid_N=valid_N)
     earned = _Earned(steps, offsets, group_size, valid_N)
     steps_C = earned.held_against_returns() if against == "returns" else earned.held_against_tokens()
     count_G = valid_N.view(-1, group_size).sum(1)
     lone_C = (count_G < 2).repeat_interleave(group_size).repeat_interleave(lengths_N)
     factor_G = count_G / (count_G - 1).clamp(min=1)
-    if baseline == "others":
-        steps_C = steps_C * factor_G.repeat_interleave(group_size).repeat_interleave(lengths_N)
     total_C = outcome_N.repeat_interleave(lengths_N) + steps_C
     out_C = lone_C | ~valid_N.repeat_interleave(lengths_N)
     total_C = torch.where(out_C, 0, total_C)
@@ -78,6 +76,8 @@ def trace_advantages(
         n = int(valid_N.sum())
         spread = (whole_C.square().sum() / (~out_C).sum().clamp(min=1) * (n / max(n - 1, 1))).sqrt()
         whole_C = whole_C / (spread + EPS)
+    if baseline == "others":
+        whole_C = whole_C * factor_G.repeat_interleave(group_size).repeat_interleave(lengths_N)
     return whole_C.float()
 
 
