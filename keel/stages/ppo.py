@@ -10,7 +10,7 @@ from keel.stages.inputs import (
     training_prompts,
 )
 from keel.stages.scoring import mixed_scorer
-from keel.stages.training import require_chat_template, training_context, watching_judge
+from keel.stages.training import decoding, require_chat_template, training_context, watching_judge
 from keel.train.ppo import train_ppo
 from keel.train.roles import roles_of
 
@@ -19,7 +19,8 @@ def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     training = training_context(stage, context)
     models = stage.reward_models()
     critic = stage.critic or (models[0] if models else None)
-    scorer = mixed_scorer(stage.rewards, context, training.precision, roles_of(stage, training))
+    decode = decoding(stage, context)
+    scorer = mixed_scorer(stage.rewards, context, training.precision, roles_of(stage, training), decode)
     reference = context.model_path(stage.reference or stage.model)
     prompts = training_prompts(stage.prompts, context)
     require_chat_template(stage, prompts, context)

@@ -6,12 +6,25 @@ from collections.abc import Sequence
 
 from keel.model.checkpoint import load_scalar
 from keel.precision import Precision
-from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.judges import (
+    EndpointRef,
+    JudgeRef,
+    MixedRef,
+    OutcomeRef,
+    ProcessTerm,
+    PythonRef,
+    RewardModelRef,
+    RewardTerm,
+)
+from keel.recipe.steps import PythonStepsRef, StepsRef
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
+from keel.reward.process import PythonSteps
+from keel.reward.process_term import Decode, ProcessTermScorer
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.stages.context import StageContext
+from keel.stages.process_card import card_of_steps
 from keel.train.roles import Roles
-from keel.types import Judge, Scorer, UserError
+from keel.types import Judge, Scorer, StepScorer, UserError
 
 
 def reward_model_scorer(
@@ -24,22 +37,53 @@ def reward_model_scorer(
 
 
 def mixed_scorer(
-    terms: Sequence[RewardTerm], context: StageContext, precision: Precision, roles: Roles | None = None
+    terms: Sequence[RewardTerm],
+    context: StageContext,
+    precision: Precision,
+    roles: Roles | None = None,
+    decode: Decode | None = None,
 ) -> Scorer:
+    """``decode``: the tokens of the policy that is trained as text, where rewards fall on them."""
     parts = []
     for term in terms:
-        if isinstance(term.source, PythonRef):
-            scorer: Scorer = PythonScorer(context.python(term.source))
+        if isinstance(term.source, ProcessTerm):
+            scorer: Scorer = _process_scorer(term.source, context, precision, roles, decode)
         else:
-            scorer = reward_model_scorer(term.source.model, context, precision, roles)
-        parts.append(RewardPart(scorer, term.weight, source_name(term.source)))
+            scorer = _outcome_scorer(term.source, context, precision, roles)
+        right = not isinstance(term.source, ProcessTerm | RewardModelRef)
+        parts.append(RewardPart(scorer, term.weight, source_name(term.source), right))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
 
 
-def source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
-    return source.ref if isinstance(source, PythonRef) else source.model
+def _outcome_scorer(source: OutcomeRef, context: StageContext, precision: Precision, roles: Roles | None) -> Scorer:
+    """What scores whole replies."""
+    if isinstance(source, PythonRef):
+        return PythonScorer(context.python(source))
+    return reward_model_scorer(source.model, context, precision, roles)
+
+
+def _process_scorer(
+    term: ProcessTerm, context: StageContext, precision: Precision, roles: Roles | None, decode: Decode | None
+) -> ProcessTermScorer:
+    outcome = None if term.outcome is None else _outcome_scorer(term.outcome, context, precision, roles)
+    scorer = ProcessTermScorer(term, step_scorer(term.scores, context, precision), None, outcome, decode)
+    if term.card is not None:
+        card_of_steps(term.card, scorer.scorer, scorer.steps, context)
+    return scorer
+
+
+def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> StepScorer:
+    """What says how good each step of a reply is: a process reward model, or a Python function."""
+    if isinstance(ref, PythonStepsRef):
+        return PythonSteps(context.python(ref), ref.ref)
+    raise UserError(f"{ref.model}: process reward models cannot be read yet")
+
+
+def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm) -> str:
+    named = source.scores if isinstance(source, ProcessTerm) else source
+    return named.ref if isinstance(named, PythonRef | PythonStepsRef) else named.model
 
 
 def default_reward(context: StageContext) -> str | None:
