@@ -25,8 +25,8 @@ def card_of_steps(bounds: ProcessCard, scorer: StepScorer, steps: Steps, context
     right = known_right(labelled, bounds.count, seed)
     if not right:
         raise UserError(
-            f"stage {name}: card.replies is {bounds.replies}, and none of its {len(labelled)} replies is whole with all "
-            "its steps labelled right; name other step labels"
+            f"stage {name}: card.replies is {bounds.replies}, and none of its {len(labelled)} replies is whole with "
+            "all its steps labelled right; name other step labels"
         )
     context.reporter.start("process reward's card", len(right))
     card = process_card(try_scorer(right, scorer, steps, seed), bounds)
@@ -36,7 +36,7 @@ def card_of_steps(bounds: ProcessCard, scorer: StepScorer, steps: Steps, context
     if broken and not bounds.force:
         more = f" ({len(broken) - 1} more in {context.stage_dir.path / FILE})" if len(broken) > 1 else ""
         raise UserError(
-            f"stage {name}: what scores the steps is beyond its bounds: {broken[0]}{more}; train it on such replies, or "
-            "set card.force: true"
+            f"stage {name}: what scores the steps is beyond its bounds: {broken[0]}{more}; train it on such replies, "
+            "or set card.force: true"
         )
     return card
