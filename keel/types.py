@@ -152,7 +152,7 @@ class HeldoutPair(NamedTuple):
     rejected_tokens: int
 
 
-def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion) -> str:
+def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion | StepLabels) -> str:
     """Where a record comes from, for a sentence about it: its file and line, or what names it when it is of no file."""
     return record.place or f"{type(record).__name__.lower()} {record.id}"
 
@@ -349,26 +349,6 @@ class Step:
     value: float
 
 
-# What the values of steps are held against within a group of replies (``keel.objective``): the mean of all its steps,
-# its mean a token, or what its replies come to.
-StepBaseline = Literal["steps", "tokens", "returns"]
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What is known of a reply's steps, for figures: nothing is learned from it. ``scores``: of each step that was
-    judged, in [0, 1]; ``tokens`` of each step, an unfinished one too; ``repeated``: steps that say what an earlier one
-    said; ``unmatched``: steps that lack what each should have; ``thinking``: tokens before the answer; ``outcome``: of
-    the whole reply. None for what nobody asked for."""
-
-    scores: tuple[float, ...]
-    tokens: tuple[int, ...]
-    repeated: int = 0
-    unmatched: int | None = None
-    thinking: int | None = None
-    outcome: float | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What a scorer says of N replies; higher is better.
@@ -376,14 +356,15 @@ class Scores:
     ``reply_N``: float32 on the CPU, the score of each reply as a whole. It is earned with the reply's last token.
     ``steps``: the steps of each reply, in any order; empty where the scorer knows none. Their values are earned where
     the steps end, beside ``reply_N``: a scorer that judges nothing but steps leaves that at 0.
-    ``parts``: the terms of a sum, before weighting, by name [N]. ``traces``: of each reply, where a scorer reads steps.
+    ``step_baseline``: what these are held against in a group (``keel.objective.traces``); all its steps where it says
+    no more. ``parts``: the terms of a sum, before weighting, by name [N]. ``traces``: `keel.reward.trace.Trace` of each.
     """
 
     reply_N: Tensor
     steps: tuple[tuple[Step, ...], ...] = ()
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    step_baseline: StepBaseline = "steps"
-    traces: tuple[Trace, ...] = ()
+    step_baseline: Literal["steps", "tokens", "returns"] = "steps"
+    traces: tuple[Any, ...] = ()
 
     @property
     def total_N(self) -> Tensor:

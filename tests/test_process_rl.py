@@ -19,12 +19,13 @@ from keel.recipe.judges import ProcessTerm
 from keel.recipe.steps import Steps
 from keel.reward.process_term import ProcessTermScorer, reply_ends, split_reply
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardPart
+from keel.reward.trace import Trace
 from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
 from keel.train.online import make_rollouts
 from keel.train.optim import make_optimizer
 from keel.train.trace_figures import trace_figures
-from keel.types import Completion, Prompt, Step, Trace, UserError
+from keel.types import Completion, Prompt, Step, UserError
 
 SCORER = {"kind": "python_steps", "ref": f"{Path(__file__)}:few_signs"}
 

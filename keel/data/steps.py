@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from keel.data.chat import Chat
-from keel.types import Encoded, Message, UserError
+from keel.recipe.steps import Steps
+from keel.types import Encoded, Message, StepLabels, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,24 @@ def ends_in_tokens(
         ends.append(tokens - 1)
         done = until
     return tuple(ends)
+
+
+def cut_otherwise(records: Sequence[StepLabels], steps: Steps) -> list[StepLabels]:
+    """The replies whose steps are labelled otherwise than ``steps`` would cut them. UserError where one of the two has
+    no steps at all: every reply is one, though some hold several lines."""
+    lines = sum("\n" in record.text.strip() for record in records)
+    cut = [steps.split(record.text) for record in records]
+    if lines and all(len(record.steps) == 1 for record in records):
+        raise UserError(
+            f"each of {len(records)} replies is labelled as one step, and {lines} of them hold several lines; give a "
+            "list of steps with a label each, or learn level: outcome"
+        )
+    if lines and all(len(parts) == 1 for parts in cut):
+        raise UserError(
+            f"steps.by: {steps.by} makes one step of each of {len(records)} replies, though {lines} of them hold "
+            "several lines; set steps.by to what ends a step there"
+        )
+    return [record for record, parts in zip(records, cut, strict=True) if parts != record.steps]
 
 
 def _why(step: int, text: str, faithful: bool) -> str:

@@ -23,6 +23,10 @@ from torch import Tensor
 from keel.objective.group import EPS, Baseline, Scale, group_advantages
 from keel.objective.policy import StepValues, gae
 
+# What the values of steps are held against within a group: the mean of all its steps (``step_advantages``), its mean a
+# token, or what its replies come to.
+StepBaseline = Literal["steps", "tokens", "returns"]
+
 _STILL = 1e-6  # of the largest number that went in: below it a difference is a rounding error
 
 
@@ -31,7 +35,7 @@ def trace_advantages(
     steps: StepValues,
     offsets: Tensor,
     group_size: int,
-    against: Literal["returns", "tokens"],
+    against: StepBaseline,
     scale: Scale = "group",
     baseline: Baseline = "group",
     valid_N: Tensor | None = None,
@@ -44,6 +48,7 @@ def trace_advantages(
     sqrt(S / (S - 1)) for S completions, so that with one step a reply and equal lengths it is the deviation of their
     returns. ``others`` as baseline makes it all S / (S - 1) times as much.
     """
+    assert against != "steps", "step_advantages has those"
     assert scale != "mean", "steps have values of either sign"
     assert baseline in ("group", "others"), "a step is held against its group"
     reward_N = reward_N.detach().double()

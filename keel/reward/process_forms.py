@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from keel.objective.traces import StepBaseline
 from keel.recipe.judges import StepForm
-from keel.types import StepBaseline
 
 # What each form's values are held against within a group (``keel.objective.traces``).
 BASELINES: dict[StepForm, StepBaseline] = {

@@ -13,7 +13,8 @@ import torch
 from keel.recipe.judges import ProcessTerm
 from keel.recipe.steps import Steps
 from keel.reward.process_forms import BASELINES, earned
-from keel.types import Completion, Prompt, Scorer, Scores, Step, StepScorer, Trace, UserError
+from keel.reward.trace import Trace
+from keel.types import Completion, Prompt, Scorer, Scores, Step, StepScorer, UserError
 
 Decode = Callable[[Sequence[int]], str]
 

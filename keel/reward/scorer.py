@@ -15,7 +15,8 @@ from keel.model.heads import ScalarModel
 from keel.model.modules import context_length
 from keel.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
-from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, Trace, UserError, place_of
+from keel.reward.trace import Trace
+from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
 
@@ -55,6 +56,11 @@ class RewardModelScorer:
             raise UserError(
                 f"{reward_model.tokenizer.name_or_path}: this reward model was trained elsewhere, and its tokenizer "
                 "has no chat template that would say what it reads; put the one that it was trained with there"
+            )
+        if reward_model.process is not None:
+            raise UserError(
+                f"{reward_model.tokenizer.name_or_path}: this is a process reward model, which scores steps and no "
+                "replies; name it with kind: process, or name a reward model"
             )
         self.reward_model = reward_model
         self.batch_tokens = batch_tokens

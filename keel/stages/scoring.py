@@ -18,13 +18,13 @@ from keel.recipe.judges import (
 )
 from keel.recipe.steps import PythonStepsRef, StepsRef
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
-from keel.reward.process import PythonSteps
+from keel.reward.process import ProcessScorer, PythonSteps, frozen_process
 from keel.reward.process_term import Decode, ProcessTermScorer
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.stages.context import StageContext
 from keel.stages.process_card import card_of_steps
 from keel.train.roles import Roles
-from keel.types import Judge, Scorer, StepScorer, UserError
+from keel.types import Judge, Scorer, UserError
 
 
 def reward_model_scorer(
@@ -68,17 +68,24 @@ def _process_scorer(
     term: ProcessTerm, context: StageContext, precision: Precision, roles: Roles | None, decode: Decode | None
 ) -> ProcessTermScorer:
     outcome = None if term.outcome is None else _outcome_scorer(term.outcome, context, precision, roles)
-    scorer = ProcessTermScorer(term, step_scorer(term.scores, context, precision), None, outcome, decode)
+    scores = step_scorer(term.scores, context, precision)
+    steps = scores.steps if isinstance(scores, ProcessScorer) else None
+    if None not in (term.steps, steps) and term.steps != steps:
+        raise UserError(
+            f"stage {context.stage_dir.name}: its process reward cuts replies otherwise than {source_name(term)} was "
+            "trained to judge them; leave the reward's steps out"
+        )
+    scorer = ProcessTermScorer(term, scores, steps, outcome, decode)
     if term.card is not None:
-        card_of_steps(term.card, scorer.scorer, scorer.steps, context)
+        card_of_steps(term.card, scores, scorer.steps, context)
     return scorer
 
 
-def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> StepScorer:
+def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> ProcessScorer | PythonSteps:
     """What says how good each step of a reply is: a process reward model, or a Python function."""
     if isinstance(ref, PythonStepsRef):
         return PythonSteps(context.python(ref), ref.ref)
-    raise UserError(f"{ref.model}: process reward models cannot be read yet")
+    return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
 
 
 def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm) -> str:

@@ -14,6 +14,7 @@ from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import Pass, measure
 from keel.objective.policy import StepValues, episode_scores, overlong_share
+from keel.objective.traces import StepBaseline
 from keel.precision import autocast
 from keel.recipe.online import OnlineBase
 from keel.rollout.episodes import EpisodeSampler
@@ -21,7 +22,7 @@ from keel.rollout.tokens import MISMATCH_BOUND
 from keel.train.context import TrainContext
 from keel.train.drawing import Drawn, Draws
 from keel.train.figures import Measured, joined, present, rollout_figures
-from keel.types import Encoded, Episode, Judge, PackedBatch, Scorer, Scores, StepBaseline, UserError
+from keel.types import Encoded, Episode, Judge, PackedBatch, Scorer, Scores, UserError
 
 KL_AT_START = 1e-5  # nats a sequence: above it, the reference is not the model that training starts from
 # Nats a token: up to it, `auto` takes the sampler's log-probabilities. It moves a ratio by 0.2%, where clipping begins

@@ -7,8 +7,8 @@ from statistics import fmean
 
 import numpy as np
 
+from keel.reward.trace import Trace
 from keel.stats import clustered_error
-from keel.types import Trace
 
 RIGHT = 0.5  # an outcome above it is right; a reply's lowest step below it is doubted
 
