@@ -159,7 +159,7 @@ def recipe(tmp: Path, scorer: str, kind: str = "grpo", **bounds: Any) -> dict[st
     base = save_tiny(tmp / "base")
     rows = [
         {"prompt": one.prompt.messages[0].content, "completions": list(one.steps), "labels": list(one.labels)}
-        for one in map(labelled, range(30))
+        for one in (*map(labelled, range(30)), labelled(30, labels=(1, 0, None)), labelled(31, labels=(0, None, None)))
     ]
     replies = write_jsonl(tmp / "steps.jsonl", rows)
     source = {
@@ -224,3 +224,21 @@ def test_what_a_card_names_counts_and_to_force_computes_nothing_again(tmp_path: 
     judge = {"kind": "mixed", "rewards": made["rewards"]}
     with pytest.raises(ValidationError, match="a judge's process reward is not tried on changed replies"):
         EvalStage.model_validate({"name": "e", "models": ["base"], "judge": judge})
+
+
+def test_a_process_reward_model_is_trained_tried_and_learned_from(tmp_path: Path) -> None:
+    """The chain of stages on a model that writes at random, whatever its steps look like."""
+    made = recipe(tmp_path, "sums", force=True)
+    (rl,) = made["stages"]
+    labels = rl["rewards"][0]["source"]["card"]["replies"]
+    source = rl["rewards"][0]["source"] | {"model": "prm", "form": "min"}
+    del source["scorer"]
+    rl |= {"rewards": [{"source": source}], "sampling": {"max_new_tokens": 24}, "episodes": 32, "rollout_batch": 32}
+    prm = {"kind": "process_reward", "name": "prm", "model": "base", "labels": labels, "batch_size": 16}
+    made["stages"] = [prm, rl]
+    rows = run(made, tmp_path / "run").stage("it").metrics.rows()
+    assert 0 < rows[0]["process/min"] < 1
+    assert (tmp_path / "run" / "it" / "process_card.json").exists()
+    source |= {"steps": {"by": "blank_line"}}
+    with pytest.raises(UserError, match="cuts replies otherwise than prm was trained to judge them"):
+        run(made, tmp_path / "run")
