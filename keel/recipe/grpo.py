@@ -11,6 +11,7 @@ from keel.recipe.declared import Doubt
 from keel.recipe.grpo_presets import PRESETS, PresetName
 from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
+from keel.recipe.steps import ProcessRef
 
 # Bounds of ``sampler_correction`` where the recipe has none: truncated importance sampling, and IcePop.
 CORRECTION_BOUNDS = {"clip": (0.0, 2.0), "mask": (0.5, 5.0)}
@@ -198,6 +199,12 @@ class GrpoStage(OnlineBase):
 
     def doubts(self, products: str) -> Iterator[Doubt]:
         yield from super().doubts(products)
+        models = any(isinstance(source, ProcessRef) for _, source in self.scored_by())
+        if self.scale_rewards == "group" and models and self.pays_steps():
+            sentence = (
+                "scores of steps are hardly ever all equal, and where all replies are right this makes much of noise"
+            )
+            yield Doubt("scale_rewards", sentence, "set scale_rewards: batch or none")
         if self.clip == "none" and not self.one_step:
             steps = self.epochs * self.minibatches
             sentence = f"without a ratio, the later of a rollout's {steps} steps learn as if their policy had sampled"
