@@ -38,7 +38,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
             f"{stage.name}: {len(cut)} of {len(records)} replies are labelled in other steps than steps.by: "
             f"{stage.steps.by} cuts (first: {place_of(cut[0])}), and the model will be asked about those"
         )
-    accuracies: dict[str, float] = {}
+    accuracies: dict[Aggregate, float] = {}
 
     def choose(heldout: Sequence[ScoredSteps]) -> Aggregate:
         accuracies.update(aggregate_accuracies([_judged(one, stage) for one in heldout]))
@@ -50,8 +50,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
             context.reporter.note(
                 f"{stage.name}: no held-out problem has a right and a wrong reply, so its aggregate is min, unchosen"
             )
-        best: Aggregate = max(accuracies, key=accuracies.__getitem__, default="min")  # type: ignore[assignment]
-        return best
+        return max(accuracies, key=accuracies.__getitem__, default="min")
 
     summary, heldout = train_process(stage, records, training_context(stage, context), choose)
     judged = [_judged(one, stage) for one in heldout]
