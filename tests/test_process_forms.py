@@ -12,7 +12,7 @@ import torch
 from keel.objective.group import group_advantages
 from keel.objective.policy import StepValues
 from keel.objective.traces import trace_advantages
-from keel.reward.process_forms import earned, lowest_weights
+from keel.reward.process_forms import earned
 
 # ------------------------------------------------------------------------------------------------------------ forms
 
@@ -23,9 +23,9 @@ def test_each_form_by_hand() -> None:
     assert reply == 0
     assert steps == pytest.approx((0.65, -0.4, 0.2))
     assert earned("sum", p) == (0.0, (0.9, 0.5, 0.7))
-    # softmax(-p / 0.2): e^-2, e^0, e^-1 over 1.5032147
+    # of two: (0.9 e^-2 + 0.5) / (e^-2 + 1); of three, with the weights 0.0900306, 0.6652410, 0.2447285
     _, lowest = earned("min", p, temperature=0.2)
-    assert lowest == pytest.approx((0.9 * 0.0900306, 0.5 * 0.6652410, 0.7 * 0.2447285), abs=1e-6)
+    assert lowest == pytest.approx((0.9, 0.547681 - 0.9, 0.584958 - 0.547681), abs=1e-6)
     assert earned("gated", p, 2.0, bound=0.5) == (2.0, ())
     assert earned("gated", p, 2.0, bound=0.51) == (0.0, ())
 
@@ -43,7 +43,9 @@ def test_progress_telescopes_and_the_lowest_is_the_limit() -> None:
         assert math.fsum(earned("progress", p, start=0.3).steps) == pytest.approx(p[-1] - 0.3)
         assert math.fsum(earned("min", p, temperature=1e-6).steps) == pytest.approx(min(p), abs=1e-6)
         assert math.fsum(earned("min", p, temperature=1e9).steps) == pytest.approx(math.fsum(p) / len(p))
-        assert math.fsum(lowest_weights(p, 0.1)) == pytest.approx(1)
+        weights = [math.exp(-x / 0.1) for x in p]  # PURE's return
+        pure = math.fsum(w * x for w, x in zip(weights, p, strict=True)) / math.fsum(weights)
+        assert math.fsum(earned("min", p).steps) == pytest.approx(pure)
 
 
 def test_a_true_step_said_again_pays_in_sum_alone() -> None:
@@ -56,6 +58,9 @@ def test_a_true_step_said_again_pays_in_sum_alone() -> None:
     assert total("progress", twice) == pytest.approx(total("progress", once))
     assert total("min", twice) == pytest.approx(total("min", once))
     assert total("sum", twice) - total("sum", once) == pytest.approx(0.95)
+    # nor is it paid where it stands, at the cost of steps before it
+    assert earned("min", [0.9, 0.9, 0.9, 0.9]).steps == pytest.approx((0.9, 0, 0, 0))
+    assert earned("progress", [0.9, 0.9, 0.9, 0.9], start=0).steps == pytest.approx((0.9, 0, 0, 0))
 
 
 # ------------------------------------------------------------------------------------------------------- advantages

@@ -4,10 +4,10 @@ other replies to the prompt. Legend as in ``group``.
 A completion's tokens are cut at the steps' ends; what stands behind the last of them (an unfinished step) is a step
 worth nothing. G_t is the sum of the values of the steps that end at token t or later.
 
-``returns``, for values that telescope (v_k = p_k - p_{k-1}): p_0 is what the group's replies come to on average, which
-makes G of the first step the centred return of group advantages; of a later one it is p_K - p_{k-1}, already held
-against what was reached. The mean over the group's tokens is taken off, so that no group pushes its tokens up or down
-as a whole. Neither baseline depends on the token that it is taken from.
+``returns``, for values that telescope (v_k = p_k - p_{k-1}), whose sum more steps do not raise: p_0 is what the group's
+replies come to on average, which makes G of the first step the centred return of group advantages; of a later one it is
+p_K - p_{k-1}, already held against what was reached. The mean over the group's tokens is taken off, so that no group
+pushes its tokens up or down as a whole. Neither baseline depends on the token that it is taken from.
 ``tokens``, for values of one sign: from each step the group's mean a token times the step's tokens ("PURE", arXiv
 2504.15275, and its issue 2: a baseline a step teaches a policy to avoid what ends steps). A reply of the group's mean
 value a token then comes to 0 however long it is: a step pays as far as it is worth more a token than the others.

@@ -4,8 +4,9 @@ p_1 ... p_K are the scores of the steps in [0, 1], o is the outcome of the whole
 
     progress  step k is worth p_k - p_{k-1}, p_0 a constant (Setlur et al. 2024, "Rewarding Progress", arXiv
               2410.08146). The sum is p_K - p_0 however many steps there are: more of them earn nothing.
-    min       step k is worth w_k p_k, w = softmax(-p / T) ("PURE", arXiv 2504.15275). As T goes to 0, the sum goes
-              to the lowest score.
+    min       the sum is m_K, where m_k is the sum of w p over the first k steps, w = softmax(-p / T) ("PURE", arXiv
+              2504.15275): as T goes to 0, the lowest score. Step k is worth m_k - m_{k-1}, what it changes. (PURE has
+              w_k p_k: a later step then takes weight from earlier ones, whose loss its own tokens do not see.)
     sum       step k is worth p_k (Shao et al. 2024, "DeepSeekMath", section 4.1.3). Each true trifle earns more.
     gated     the reply is worth o where every step reaches ``bound``, else 0 (arXiv 2512.07783).
 """
@@ -23,7 +24,7 @@ from keel.recipe.judges import StepForm
 # What each form's values are held against within a group (``keel.objective.traces``).
 BASELINES: dict[StepForm, StepBaseline] = {
     "progress": "returns",
-    "min": "tokens",
+    "min": "returns",
     "sum": "tokens",
     "gated": "steps",  # it has no steps' values
 }
@@ -56,14 +57,12 @@ def earned(
         return Earned(0.0, tuple(after - before for before, after in pairwise([start, *scores])))
     if form == "sum":
         return Earned(0.0, tuple(scores))
-    return Earned(0.0, tuple(w * p for w, p in zip(lowest_weights(scores, temperature), scores, strict=True)))
+    lowest = [softmin(scores[:k], temperature) for k in range(1, len(scores) + 1)]
+    return Earned(0.0, tuple(after - before for before, after in pairwise([0.0, *lowest])))
 
 
-def lowest_weights(scores: Sequence[float], temperature: float) -> list[float]:
-    """softmax(-p / T): what each score counts for where the lowest is to count most."""
-    if not scores:
-        return []
+def softmin(scores: Sequence[float], temperature: float) -> float:
+    """The mean of the scores with the weights softmax(-p / T): between their mean and the lowest of them."""
     lowest = min(scores)
     parts = [math.exp((lowest - p) / temperature) for p in scores]  # the largest is 1: nothing overflows
-    total = math.fsum(parts)
-    return [part / total for part in parts]
+    return math.fsum(part * p for part, p in zip(parts, scores, strict=True)) / math.fsum(parts)
