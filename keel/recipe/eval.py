@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import kept_name, stage_of
-from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, prompt_pool, terms
-from keel.recipe.judge_card import JudgeCard, without_force
+from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, cards_of, prompt_pool, terms
+from keel.recipe.judge_card import JudgeCard
 from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase, Surroundings
@@ -99,9 +99,6 @@ class EvalStage(StageBase):
         "keep; default: it is not",
     )
 
-    def settings(self) -> dict[str, Any]:
-        return without_force(super().settings())
-
     @model_validator(mode="after")
     def _card_can_be(self) -> EvalStage:
         if self.card is not None and self.card.max_ece is not None:
@@ -124,6 +121,9 @@ class EvalStage(StageBase):
             yield from terms("judge.rewards", self.judge.rewards)
         elif self.judge is not None:
             yield "judge", self.judge
+
+    def cards(self) -> Iterator[tuple[str, str]]:
+        yield from cards_of("rewards", self.rewards)
 
     def references(self) -> Iterator[Reference]:
         for i, model in enumerate(self.models):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.recipe.declared import ROWS, Makes, ModelUse, Reference, Scoring, prompt_pool, terms
+from keel.recipe.declared import ROWS, Makes, ModelUse, Reference, Scoring, cards_of, prompt_pool, terms
 from keel.recipe.judges import RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.recipe.stage import StageBase, Surroundings, start_has_template
@@ -45,6 +45,9 @@ class SampleStage(StageBase):
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         yield from terms("rewards", self.rewards)
+
+    def cards(self) -> Iterator[tuple[str, str]]:
+        yield from cards_of("rewards", self.rewards)
 
     def references(self) -> Iterator[Reference]:
         yield Reference("model", self.model, ("policy",))

@@ -27,8 +27,9 @@ from keel.recipe.declared import (
     source_references,
 )
 from keel.recipe.judges import RewardModelRef
+from keel.recipe.process_card import cards_without_force
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
-from keel.recipe.steps import StepsRead
+from keel.recipe.steps import ProcessRef, StepsRead
 
 
 class Surroundings(Protocol):
@@ -74,13 +75,19 @@ class StageBase(Strict):
         later = frozenset[str]().union(*(kind.__dict__.get("later", ()) for kind in type(self).__mro__))
         fields = type(self).model_fields
         same = {name for name in later if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
-        return self.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds", *same})
+        left = self.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds", *same})
+        settings: dict[str, Any] = cards_without_force(left)
+        return settings
 
     def references(self) -> Iterator[Reference]:
         """Every field that names a stage or a checkpoint folder."""
         for place, source in self.scored_by():
             if isinstance(source, RewardModelRef):
                 yield Reference(f"{place}.model", source.model, ("reward model",))
+            elif isinstance(source, ProcessRef):
+                yield Reference(f"{place}.model", source.model, ("process reward model",))
+        for place, replies in self.cards():
+            yield Reference(place, replies, ("step labels",))
 
     def also_uses(self, before: Sequence[StageBase]) -> Iterator[str]:
         """The names of earlier stages that it uses without naming them."""
@@ -88,6 +95,10 @@ class StageBase(Strict):
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         """(dotted name of the field, source) of everything that scores, judges or annotates for it."""
+        yield from ()
+
+    def cards(self) -> Iterator[tuple[str, str]]:
+        """(dotted name of the field, stage or file) of the replies that its process rewards' cards change."""
         yield from ()
 
     def reads(self, data: DataConfig) -> tuple[str, ...]:

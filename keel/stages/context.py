@@ -23,6 +23,8 @@ from keel.reward.python_ref import load_python
 from keel.run.rundir import RunDir, StageDir
 from keel.types import Reporter, UserError
 
+STEP_LABELS = "step_labels.jsonl"  # in the folder of a stage that makes step labels
+
 
 class UndeclaredRead(Exception):
     """A runner reads what its kind of stage does not declare: a mistake in the program, not in a recipe."""
@@ -138,6 +140,13 @@ class StageContext:
         if not any(name in ((named,) if isinstance(named, str) else named) for named in self.stage.files().values()):
             raise _undeclared(self.stage, f"the file {name}", "files")
         return name
+
+    def labels(self, name: str) -> str:
+        """Where the step labels lie that a recipe calls ``name``: a stage's, or a file."""
+        if name not in {reference.target for reference in self.stage.references()}:
+            raise _undeclared(self.stage, f"the step labels {name}", "references")
+        is_stage = name in {stage.name for stage in self.recipe.stages}
+        return str(self.parent(name).path / STEP_LABELS) if is_stage else name
 
     def python(self, ref: PythonRef | PythonStepsRef) -> Callable[..., Any]:
         """The function that scores, judges or annotates for the stage."""

@@ -12,13 +12,11 @@ from keel.eval.process_quality import Judged, aggregate_accuracies, process_qual
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
 from keel.reward.process import ScoredSteps, outcome
-from keel.stages.context import StageContext
+from keel.stages.context import STEP_LABELS, StageContext
 from keel.stages.inputs import reading
 from keel.stages.training import require_chat_template, training_context
 from keel.train.process import train_process
 from keel.types import StepLabels, UserError, place_of
-
-STEP_LABELS = "step_labels.jsonl"  # in the folder of a stage that makes step labels
 
 
 def step_labels(stage: ProcessRewardStage, context: StageContext) -> list[StepLabels]:
