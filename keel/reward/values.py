@@ -23,6 +23,7 @@ _PLAIN = str.maketrans(_SIGNS | _SPACES | _SLASHES | _SHUT)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 
 _LATEX = [
+    (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[!,;: ]|\\q?quad\b|~"), " "),
     (re.compile(r"\\(?:left|right|displaystyle|limits)\b(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dtc]frac\b|\\frac\b(?=[^a-zA-Z])|\\[dtc]frac(?=\d)"), r"\\frac"),
@@ -71,15 +72,16 @@ _UNSURE_UNITS = {
     "to",
 }
 _SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
 _WORDS = {word: Fraction(i) for i, word in enumerate(_SMALL)}
 _VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_SPOKEN = re.compile(r"(yes|no|true|false)(?:$|[,.;:!][^\d]*$)", re.IGNORECASE)
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:option|choice|answer|letter)\s+)?(?:\(([A-Ja-j])\)|\[([A-Ja-j])\]|([A-Ja-j]))(?:$|[.):](?:\s.*)?$|(?<=[)\]])\s.*$)",
-    re.DOTALL,
+    re.DOTALL | re.IGNORECASE,
 )
 
 Kind = Literal["number", "items", "set", "truth", "choice", "words", "other"]
@@ -131,7 +133,7 @@ def value_of(text: str) -> Value | None:
 def _plain(text: str) -> str:
     text = plain_digits(text)
     for pattern, put in _LATEX:
-        if "\\" in text or "~" in text or "°" in text:
+        if "\\" in text or "~" in text or "°" in text or "{" in text:
             text = pattern.sub(put, text)
     text = text.strip()
     currency = _SYMBOLS.match(text.strip("*_` "))
@@ -150,14 +152,14 @@ def _value(text: str, depth: int) -> Value | None:
     number = _quantity(unnamed)
     if number is not None:
         return number
+    if spoken := _SPOKEN.match(text):
+        return Value("truth", _TRUTH[spoken[1].casefold()])
     items = _items(unnamed, depth)
     if items is not None:
         return items
     said = text.casefold()
     if said in _WORDS:
         return Value("number", said, _WORDS[said])
-    if said in _TRUTH:
-        return Value("truth", _TRUTH[said])
     choice = _CHOICE.fullmatch(text)
     if choice and (choice[1] or choice[2] or choice[3]).isascii():
         letter = (choice[1] or choice[2] or choice[3]).upper()
@@ -264,7 +266,7 @@ _CLOSED = {"(": ")", "[": "]", "{": "}", "⟨": "⟩"}
 
 def _items(text: str, depth: int) -> Value | None:
     """A list, tuple, set or interval; None for what is none."""
-    if depth > 3 or ("," not in text and ";" not in text and not text.startswith("{")):
+    if depth > 3 or not ("," in text or ";" in text or " and " in text or text.startswith("{")):
         return None
     closed, inner = "", text
     if text[0] in "([{" and text[-1] in ")]}" and _whole(text):
@@ -307,7 +309,7 @@ def _parts(text: str) -> list[str]:
     parts, depth, begin = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
-        joined = spaced and re.match(r"(?<=\d),\d{3}(?!\d)", text[i - 1 : i + 5][1:] if i else "") is not None
+        joined = spaced and text[max(i - 1, 0)].isdigit() and re.match(r"\d{3}(?!\d)", text[i + 1 : i + 5]) is not None
         if c == mark and depth == 0 and not joined:
             parts.append(text[begin:i].strip())
             begin = i + 1

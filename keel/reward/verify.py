@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from keel.recipe.verify import ReadAs, VerifyRef
-from keel.reward.values import LONGEST, Value, number_of, plain_digits, value_of
-from keel.types import Completion, Grade, Prompt, UserError, place_of
+from keel.recipe.verify import ReadAs
+from keel.reward.values import LONGEST, Value, plain_digits, value_of
 
 Verdict = Literal["right", "wrong", "unreadable"]
 
@@ -21,8 +19,10 @@ _IS = re.compile(
 )
 _NUMBERS = re.compile(
     r"(?:(?<![\w.,])[+-]\s?)?[$€£¥₹]?\s?(?:(?<=[$€£¥₹])[+-])?"
-    r"(?:(?<![\w.])\d+\s+\d+/\d+|\d+/\d+(?![\d/])|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)%?"
+    r"(?:(?<![\w.])\d+\s+\d+/\d+|\d+/\d+(?![\d/])|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+    r"(?:\^\{?[+-]?\d+\}?)?(?:%|[a-zA-Z]+|\s(?:hundred|thousand|million|billion|trillion|dozen)\b)?"
 )
+_EITHER = re.compile(r"\d\S*(?:\s+\w+)?\s+or\s*$")  # before a number: another that might be meant
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 
 
@@ -93,6 +93,9 @@ def _last_number(text: str) -> str | None:
         pass
     if last is None:
         return None
+    either = _EITHER.search(text, max(0, last.start() - 40), last.start())
+    if either is not None:
+        return text[either.start() : last.end()]
     behind = text[last.end() :]
     return last[0] + behind if behind.strip(".,") == _CUT else last[0]
 
@@ -106,12 +109,20 @@ def _auto(text: str) -> str | None:
     marked = _marked(text)
     if marked is not None:
         return marked
-    whole = text.strip()
-    for line in (whole, whole.rsplit("\n", 1)[-1]):
-        value = value_of(line) if len(line) <= 200 and _CUT not in line else None
-        if value is not None and value.kind != "other" and (value.kind != "words" or line.count(" ") < 5):
-            return line
+    line = text.strip().rsplit("\n", 1)[-1]
+    if len(line) <= 200 and _CUT not in line and _stands_alone(line):
+        return line
     return _last_number(text)
+
+
+def _stands_alone(line: str) -> bool:
+    """Whether a line is an answer and no sentence."""
+    value = value_of(line)
+    if value is None:
+        return False
+    if value.kind == "other":
+        return " " not in line and "=" not in line
+    return value.kind != "words" or line.count(" ") < 4
 
 
 _READERS = {"auto": _auto, "marked": _marked, "boxed": _boxed, "last_number": _last_number}
@@ -184,3 +195,11 @@ def _sets(known: Value, given: Value) -> Verdict:
     if rows and columns and (both_sets or len(known.items) == len(given.items)):
         return "right"
     return "unreadable" if any("unreadable" in row for row in found) else "wrong"
+
+
+def judge_reply(known: str, reply: str, read: ReadAs = "auto", finished: bool = True) -> Verdict:
+    """What a reply's answer is where ``known`` is right."""
+    answer = read_answer(reply, read, finished)
+    if answer is None:
+        return "unreadable"
+    return compare(value_of(known), value_of(answer), known, answer)
