@@ -13,7 +13,17 @@ from keel.recipe.steps import Thinking
 ReadAs = Literal["auto", "last_number", "marked", "boxed"]
 
 
-class VerifyRef(Strict):
+class Named(Strict):
+    """What is told from others of its kind by its settings."""
+
+    @property
+    def named(self) -> str:
+        """The kind, and whatever is not as by default."""
+        given = self.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+        return " ".join([str(getattr(self, "kind", "")), *(f"{name}={value}" for name, value in given.items())])
+
+
+class VerifyRef(Named):
     """Whether a reply's answer is the one in the prompt's ``meta``. A wrong answer and one that cannot be read are kept
     apart."""
 
@@ -33,8 +43,12 @@ class VerifyRef(Strict):
     wrong: float = 0.0
     unreadable: float = 0.0
 
+    @property
+    def lowest(self) -> float:
+        return min(self.right, self.wrong, self.unreadable)
 
-class FormatRef(Strict):
+
+class FormatRef(Named):
     """Whether a reply has a form, whatever it says. The pattern must fit the whole reply; '.' fits line ends too."""
 
     kind: Literal["format"] = "format"
@@ -44,6 +58,10 @@ class FormatRef(Strict):
     )
     good: float = 1.0
     bad: float = 0.0
+
+    @property
+    def lowest(self) -> float:
+        return min(self.good, self.bad)
 
     @field_validator("pattern")
     @classmethod
@@ -55,10 +73,14 @@ class FormatRef(Strict):
         return pattern
 
 
-class RandomRef(Strict):
+class RandomRef(Named):
     """A coin, thrown by seed, prompt and reply: the same reply has the same reward. It teaches nothing, so what a run
     gains by it is gained by something else than its reward."""
 
     kind: Literal["random"] = "random"
     seed: int = 0
     share: float = Field(0.5, ge=0, le=1, description="how probable a reward of 1 is (else 0)")
+
+    @property
+    def lowest(self) -> float:
+        return 0.0

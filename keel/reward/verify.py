@@ -18,6 +18,7 @@ _IS = re.compile(
     re.IGNORECASE,
 )
 _NUMBERS = re.compile(
+    r"(?:\d*\\(?:[dtc]?frac|sqrt(?:\[\d+\])?|binom|log|ln|sin|cos|tan)\s*(?:\{[^{}]{0,40}\}|\d){1,2})|"
     r"(?:(?<![\w.,])[+-]\s?)?[$€£¥₹]?\s?(?:(?<=[$€£¥₹])[+-])?"
     r"(?:(?<![\w.])\d+\s+\d+/\d+|\d+/\d+(?![\d/])|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
     r"(?:\^\{?[+-]?\d+\}?)?(?:%|[a-zA-Z]+|\s(?:hundred|thousand|million|billion|trillion|dozen)\b)?"
