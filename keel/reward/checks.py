@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from keel.data.answers import final_answer
 from keel.recipe.judges import CheckRef
 from keel.recipe.steps import Thinking
 from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
@@ -52,7 +53,8 @@ def answer_part(text: str, thinking: Thinking | None) -> str | None:
 
 
 def known_answer(prompt: Prompt, field: str) -> str:
-    """The right answer that a prompt carries. Raises UserError where it has none."""
+    """The right answer that a prompt carries: where that is a worked solution, its answer. Raises UserError where it
+    has none."""
     value: Any = prompt.meta.get(field)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -64,7 +66,16 @@ def known_answer(prompt: Prompt, field: str) -> str:
             f"{place_of(prompt)}: its meta has no answer in {field!r} that replies could be held against; give each "
             "prompt one, or name another field"
         )
-    return text
+    return final_answer(text) or text
+
+
+def has_answer(prompt: Prompt, field: str) -> bool:
+    """Whether a prompt carries an answer that replies can be held against."""
+    try:
+        known_answer(prompt, field)
+    except UserError:
+        return False
+    return True
 
 
 class Verify:

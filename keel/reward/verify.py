@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from keel.data.answers import BOX, MARK, OPEN, boxed
 from keel.recipe.verify import ReadAs
 from keel.reward.values import LONGEST, Value, plain_digits, value_of
 
 Verdict = Literal["right", "wrong", "unreadable"]
 
 _TAIL = 20_000  # characters at a reply's end in which its answer is looked for
-_CUT = "\x00"  # stands where a reply was cut at the length limit: a number there may have gone on
+_CUT = OPEN  # stands where a reply was cut at the length limit: a number there may have gone on
 _IS = re.compile(
     r"(?:\banswer(?:\s+to\s+[^.\n]{1,80}?)?\s*(?:\*\*)?\s*(?:is|are|was|:|=)|\banswer\s*:)\s*(?:\*\*)?\s*:?"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|then))?",
@@ -24,7 +25,6 @@ _NUMBERS = re.compile(
     r"(?:\^\{?[+-]?\d+\}?)?(?:%|[a-zA-Z]+|\s(?:hundred|thousand|million|billion|trillion|dozen)\b)?"
 )
 _EITHER = re.compile(r"\d\S*(?:\s+\w+)?\s+or\s*$")  # before a number: another that might be meant
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 
 
 # ---------------------------------------------------------------------------------------------------- from a reply
@@ -41,11 +41,11 @@ def read_answer(text: str, read: ReadAs = "auto", finished: bool = True) -> str 
 
 
 def _marked(text: str) -> str | None:
-    hashes = text.rfind("####")
-    said = list(_IS.finditer(text, hashes + 4 if hashes >= 0 else 0))
+    hashes = text.rfind(MARK)
+    said = list(_IS.finditer(text, hashes + len(MARK) if hashes >= 0 else 0))
     if said:
         return _phrase(text[said[-1].end() :])
-    return None if hashes < 0 else _line(text[hashes + 4 :])
+    return None if hashes < 0 else _line(text[hashes + len(MARK) :])
 
 
 def _line(text: str) -> str:
@@ -57,7 +57,7 @@ def _line(text: str) -> str:
 def _phrase(text: str) -> str | None:
     """What follows 'the answer is', up to the end of its sentence: all of it where it has a value, else its number."""
     line = _line(text)
-    box = _boxed(line)
+    box = boxed(line)
     if box is not None:
         return box
     sentence = re.split(r"(?<=[^\s.])[.!?](?=\s+[A-Z(\\]|\s*$)|;\s|\s+(?:because|since|as)\s", line, maxsplit=1)[0]
@@ -67,25 +67,6 @@ def _phrase(text: str) -> str | None:
     equal = sentence.rsplit("=", 1)[-1] if "=" in sentence else sentence
     numbers = [found[0] for found in _NUMBERS.finditer(equal)]
     return numbers[0] if len(numbers) == 1 and _CUT not in sentence else sentence
-
-
-def _boxed(text: str) -> str | None:
-    found = None
-    for found in _BOX.finditer(text):  # noqa: B007
-        pass
-    if found is None:
-        return None
-    inner = text[found.end() :].lstrip(" ")
-    if not inner.startswith("{"):
-        token = re.match(r"[^\s$.,;]+", inner)
-        return None if token is None else token[0]
-    depth = 0
-    for i, c in enumerate(inner):
-        if c in "{}" and (i == 0 or inner[i - 1] != "\\"):
-            depth += 1 if c == "{" else -1
-            if depth == 0:
-                return inner[1:i]
-    return _CUT  # never closed
 
 
 def _last_number(text: str) -> str | None:
@@ -102,11 +83,11 @@ def _last_number(text: str) -> str | None:
 
 
 def _auto(text: str) -> str | None:
-    box = max((found.start() for found in _BOX.finditer(text)), default=-1)
-    hashes = text.rfind("####")
+    box = max((found.start() for found in BOX.finditer(text)), default=-1)
+    hashes = text.rfind(MARK)
     if box > hashes:
         said = [found.start() for found in _IS.finditer(text, box)]
-        return _boxed(text) if not said else _marked(text[said[-1] :])
+        return boxed(text) if not said else _marked(text[said[-1] :])
     marked = _marked(text)
     if marked is not None:
         return marked
@@ -126,7 +107,7 @@ def _stands_alone(line: str) -> bool:
     return value.kind != "words" or line.count(" ") < 4
 
 
-_READERS = {"auto": _auto, "marked": _marked, "boxed": _boxed, "last_number": _last_number}
+_READERS = {"auto": _auto, "marked": _marked, "boxed": boxed, "last_number": _last_number}
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
