@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,8 +15,8 @@ from keel.recipe.steps import Thinking
 from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 from keel.reward import math_verify
 from keel.reward.killable import Killable
-from keel.reward.values import value_of
-from keel.reward.verify import Verdict, compare, read_answer
+from keel.reward.values import Verdict, value_of
+from keel.reward.verify import compare, read_answer
 from keel.types import Completion, Grade, Prompt, Scores, UserError, place_of
 
 
@@ -115,18 +114,13 @@ def _exactly(known: str, given: str | None) -> Verdict:
 # -------------------------------------------------------------------------------------------------- form, and a coin
 
 
-def fits(job: tuple[str, str]) -> bool:
-    """Whether a pattern fits a whole text. Called in a process of its own: some patterns take for ever."""
-    return re.fullmatch(job[0], job[1], re.DOTALL) is not None
-
-
 class Format:
     """Whether replies have a form, with the flag ``formatted``. A reply at which the pattern does not come to an end
     has not."""
 
     def __init__(self, ref: FormatRef) -> None:
         self.ref = ref
-        self._fits = Killable("keel.reward.checks:fits")
+        self._fits = Killable("keel.reward.pattern:fits")
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]:
         parts = [answer_part(reply.text, self.ref.thinking) for reply in completions]

@@ -88,7 +88,8 @@ class _Process:
             raise
         if said != '"ready"\n':
             self.kill()
-            raise UserError(f"{function}: its process did not start: {said.strip() or 'it said nothing'}")
+            why = json.loads(said) if said else "it said nothing"
+            raise UserError(f"{function}: its process did not start: {why}")
 
     def fileno(self) -> int:
         return self._out.fileno()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 from keel.reward.killable import Killable
-from keel.reward.verify import Verdict
+from keel.reward.values import Verdict
 from keel.types import UserError
 
 SECONDS = 4.0  # for one answer

@@ -84,6 +84,7 @@ _CHOICE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 
+Verdict = Literal["right", "wrong", "unreadable"]
 Kind = Literal["number", "items", "set", "truth", "choice", "words", "other"]
 
 

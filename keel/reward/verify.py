@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 from keel.data.answers import BOX, MARK, OPEN, boxed
 from keel.recipe.verify import ReadAs
-from keel.reward.values import LONGEST, Value, plain_digits, value_of
-
-Verdict = Literal["right", "wrong", "unreadable"]
+from keel.reward.values import LONGEST, Value, Verdict, plain_digits, value_of
 
 _TAIL = 20_000  # characters at a reply's end in which its answer is looked for
 _CUT = OPEN  # stands where a reply was cut at the length limit: a number there may have gone on
