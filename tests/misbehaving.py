@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
+
+
+def make() -> Callable[[Any], Any]:
+    return behave
 
 
 def behave(job: Any) -> Any:

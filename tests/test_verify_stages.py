@@ -156,7 +156,7 @@ def alive(pid: int) -> bool:
 
 
 def test_what_hangs_or_crashes_costs_its_own_answer() -> None:
-    workers = Killable("misbehaving:behave", seconds=0.5, processes=2)
+    workers = Killable("misbehaving:make", seconds=0.5, processes=2)
     (before,) = workers.map(["pid"])
     jobs = ["a", "hang", "b", "crash", "c", "fail", "print", "\ud800\x00\n"]
     assert workers.map(jobs) == [["a"], None, ["b"], None, ["c"], None, ["print"], ["\ud800\x00\n"]]
@@ -177,7 +177,7 @@ def test_no_process_is_left_behind(tmp_path: Path, how: str) -> None:
         "import sys\n"
         "from keel.reward.killable import Killable\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
-        f"workers = Killable('misbehaving:behave', seconds=1 if {how!r} == 'kill' else 30)\n"
+        f"workers = Killable('misbehaving:make', seconds=1 if {how!r} == 'kill' else 30)\n"
         "print(workers.map(['pid'])[0], flush=True)\n"
         f"{how!r} == 'end' or workers.map(['hang'])\n"
     )
@@ -219,6 +219,7 @@ def test_a_power_tower_is_given_back_within_six_seconds() -> None:
     tower = "\\boxed{9^{9^{9^{9}}}}"
     check = Verify(VerifyRef(how="math"))
     prompts, others = [ask("x+1")] * 3, [Completion("\\boxed{1+x}"), Completion("\\boxed{x}")]
+    check.grade(prompts[:2], others)  # sympy is imported once
     begin = time.monotonic()
     grades = check.grade(prompts, [others[0], Completion(tower), others[1]])
     assert time.monotonic() - begin < 6
@@ -265,8 +266,9 @@ def test_gsm8k_goes_through_every_stage(tmp_path: Path) -> None:
     ]
     directory = run(recipe(tmp_path, rewards), tmp_path / "run")
     summary = json.loads((directory.path / "summary.json").read_text())
-    grpo = summary["models"]["grpo"]
-    assert {"correct", "unreadable"} <= grpo["flags"].keys(), grpo
+    grpo = summary["stages"]["grpo"]
+    assert grpo["counts"] == {"correct_rate": 4, "unreadable_rate": 4}, grpo
+    assert grpo["gold_reward"] == grpo["correct_rate"]
     rows = directory.stage("grpo").metrics.rows()
     names = {name for name in rows[-1] if name.startswith("objective/scores/")}
     assert names == {f"objective/scores/{RewardTerm.model_validate(term).source.named}" for term in rewards}  # type: ignore[union-attr]

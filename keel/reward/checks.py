@@ -120,7 +120,7 @@ class Format:
 
     def __init__(self, ref: FormatRef) -> None:
         self.ref = ref
-        self._fits = Killable("keel.reward.pattern:fits")
+        self._fits = Killable("keel.reward.pattern:make")
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]:
         parts = [answer_part(reply.text, self.ref.thinking) for reply in completions]

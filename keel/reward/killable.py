@@ -28,10 +28,11 @@ _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from keel.rewa
 
 
 class Killable:
-    """``function``: ``module:name`` of a function from one JSON value to another. ``seconds``: for one job."""
+    """``factory``: ``module:name`` of what makes, once in each process, a function from one JSON value to another.
+    ``seconds``: for one job."""
 
-    def __init__(self, function: str, seconds: float = 4.0, processes: int = 2) -> None:
-        self.function, self.seconds, self.processes = function, seconds, processes
+    def __init__(self, factory: str, seconds: float = 4.0, processes: int = 2) -> None:
+        self.factory, self.seconds, self.processes = factory, seconds, processes
         self._idle: list[_Process] = []
         self._close = weakref.finalize(self, _kill, self._idle)
 
@@ -43,7 +44,7 @@ class Killable:
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.processes:
-                    process = self._idle.pop() if self._idle else _Process(self.function, self.seconds)
+                    process = self._idle.pop() if self._idle else _Process(self.factory, self.seconds)
                     place = waiting.popleft()
                     busy[process] = (place, time.monotonic() + self.seconds)
                     process.send(jobs[place])
@@ -69,8 +70,8 @@ class Killable:
 class _Process:
     """One process that has said that it is ready."""
 
-    def __init__(self, function: str, seconds: float) -> None:
-        arguments = [sys.executable, "-c", _BOOT, json.dumps(sys.path), function, str(seconds)]
+    def __init__(self, factory: str, seconds: float) -> None:
+        arguments = [sys.executable, "-c", _BOOT, json.dumps(sys.path), factory, str(seconds)]
         self._process = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE,
@@ -89,7 +90,7 @@ class _Process:
         if said != '"ready"\n':
             self.kill()
             why = json.loads(said) if said else "it said nothing"
-            raise UserError(f"{function}: its process did not start: {why}")
+            raise UserError(f"{factory}: its process did not start: {why}")
 
     def fileno(self) -> int:
         return self._out.fileno()
@@ -130,7 +131,7 @@ def serve() -> None:
     _limit_memory()
     module, _, name = sys.argv[2].partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)()
     except Exception as error:  # said to the parent, in whatever way it failed
         print(json.dumps(f"{type(error).__name__}: {error}"), file=out, flush=True)
         return

@@ -6,6 +6,7 @@ It works with sympy, which may compute for ever on what a model writes: so it ru
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 from keel.reward.killable import Killable
 from keel.reward.values import Verdict
@@ -24,17 +25,20 @@ def require() -> None:
 
 def checker() -> Killable:
     require()
-    return Killable("keel.reward.math_verify:verdict", SECONDS)
+    return Killable("keel.reward.math_verify:make", SECONDS)
 
 
-def verdict(pair: tuple[str, str]) -> Verdict:
-    """What the second answer is where the first is right. Called in a process of its own."""
+def make() -> Callable[[tuple[str, str]], Verdict]:
+    """(the right answer, another) -> what the other is. Called in a process of its own."""
     from math_verify import parse, verify
 
-    read = []
-    for text in pair:  # their own timeouts are off: they do not end what hangs, and use this process's alarm
-        found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
-        if not found:
-            return "unreadable"
-        read.append(found)
-    return "right" if verify(*read, timeout_seconds=None) else "wrong"
+    def verdict(pair: tuple[str, str]) -> Verdict:
+        read = []
+        for text in pair:  # their own timeouts are off: they do not end what hangs, and use this process's alarm
+            found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+            if not found:
+                return "unreadable"
+            read.append(found)
+        return "right" if verify(*read, timeout_seconds=None) else "wrong"
+
+    return verdict

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 
-def fits(job: tuple[str, str]) -> bool:
+def make() -> Callable[[tuple[str, str]], bool]:
     """(pattern, text) -> whether it fits the whole text."""
-    return re.fullmatch(job[0], job[1], re.DOTALL) is not None
+    return lambda job: re.fullmatch(job[0], job[1], re.DOTALL) is not None
