@@ -143,6 +143,8 @@ TABLE = [
     ("Paris", "The answer is the paris", RIGHT),
     ("Paris", "The answer is London.", WRONG),
     ("2", "two", RIGHT),
+    ("12", "There were 9. 9 + 3 = 12\nAnswer: 12.", RIGHT),
+    ("yes", "9 + 3 = 12\n12 is not 13.\nAnswer: no.", WRONG),
     ("yes", "Maybe 3", UNREADABLE),
     # where the answer stands
     ("18", "#### 5\nNo.\n#### 18", RIGHT),

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from test_stages import run, write_jsonl
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 from keel.check import check_recipe
 from keel.cli import main
+from keel.data.chat import Chat
 from keel.data.sources import read_demonstrations, read_prompts
 from keel.recipe.judges import RewardTerm
 from keel.recipe.recipe import Recipe
@@ -116,6 +117,33 @@ def test_the_answer_is_read_behind_the_thinking() -> None:
     ]  # fmt: skip
     own = VerifyRef(thinking=Thinking(open="[THINK]", close="[/THINK]"))
     assert verdicts(own, "5", "[THINK]6[/THINK] 5", "[THINK]6 or 5") == ["right", "unreadable"]
+
+
+def test_thinking_has_a_limit() -> None:
+    ref = VerifyRef(thinking=Thinking(), thinking_limit=5)
+    assert verdicts(ref, "5", "<think>12345</think>5", "<think>123456</think>5", "5") == [
+        "right",
+        "unreadable",
+        "right",
+    ]
+    (grade,) = Format(FormatRef(pattern="5", thinking=Thinking(), thinking_limit=1)).grade(
+        [ask("5")], [Completion("<think>12</think>5")]
+    )
+    assert grade.flags == {"formatted": False}
+    with pytest.raises(ValidationError, match="thinking_limit is for replies with thinking"):
+        VerifyRef(thinking_limit=5)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_that_are_special_tokens_stay_in_the_text(special: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    chat = Chat(tokenizer)
+    ids = tokenizer("<think>6 or 5</think>\n5", add_special_tokens=False)["input_ids"]
+    assert len(tokenizer("<think></think>", add_special_tokens=False)["input_ids"]) == 2
+    text = chat.decode([*ids, chat.stop_ids[0]])
+    assert verdicts(VerifyRef(thinking=Thinking()), "5", text) == ["right"]
+    assert Thinking().split(text) == ("6 or 5", "\n5")
 
 
 def test_a_cut_reply_has_no_answer_at_its_end() -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from keel.recipe.sections import Strict
 from keel.recipe.steps import Thinking
 
 ReadAs = Literal["auto", "last_number", "marked", "boxed"]
+
+
+def _limits_thinking(thinking: Thinking | None, limit: int | None) -> None:
+    if limit is not None and thinking is None:
+        raise ValueError("thinking_limit is for replies with thinking; set thinking: {}, or its marks")
 
 
 class Named(Strict):
@@ -39,6 +44,9 @@ class VerifyRef(Named):
         r"\boxed{}; last_number; auto: a mark or a box, the later one; else the last line; else the last number",
     )
     thinking: Thinking | None = Field(None, description="the answer is read behind the thinking alone")
+    thinking_limit: int | None = Field(
+        None, ge=1, description="characters of thinking; the answer of a reply that thinks longer is unreadable"
+    )
     right: float = 1.0
     wrong: float = 0.0
     unreadable: float = 0.0
@@ -46,6 +54,11 @@ class VerifyRef(Named):
     @property
     def lowest(self) -> float:
         return min(self.right, self.wrong, self.unreadable)
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> VerifyRef:
+        _limits_thinking(self.thinking, self.thinking_limit)
+        return self
 
 
 class FormatRef(Named):
@@ -56,12 +69,20 @@ class FormatRef(Named):
     thinking: Thinking | None = Field(
         None, description="the pattern is for what follows the thinking, which must have ended"
     )
+    thinking_limit: int | None = Field(
+        None, ge=1, description="characters of thinking; a reply that thinks longer is bad"
+    )
     good: float = 1.0
     bad: float = 0.0
 
     @property
     def lowest(self) -> float:
         return min(self.good, self.bad)
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> FormatRef:
+        _limits_thinking(self.thinking, self.thinking_limit)
+        return self
 
     @field_validator("pattern")
     @classmethod

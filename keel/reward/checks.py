@@ -11,7 +11,6 @@ import torch
 
 from keel.data.answers import final_answer
 from keel.recipe.judges import CheckRef
-from keel.recipe.steps import Thinking
 from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 from keel.reward import math_verify
 from keel.reward.killable import Killable
@@ -43,9 +42,14 @@ def make_check(ref: CheckRef) -> Check:
     return Format(ref) if isinstance(ref, FormatRef) else Coin(ref)
 
 
-def answer_part(text: str, thinking: Thinking | None) -> str | None:
-    """What of a reply answers: all of it, or what follows the thinking; None where that never ends."""
-    return text if thinking is None else thinking.split(text)[1]
+def answer_part(text: str, ref: VerifyRef | FormatRef) -> str | None:
+    """What of a reply answers: all of it, or what follows the thinking; None where that never ends, or is longer than
+    allowed."""
+    if ref.thinking is None:
+        return text
+    thought, answer = ref.thinking.split(text)
+    long = ref.thinking_limit is not None and len(thought or "") > ref.thinking_limit
+    return None if long else answer
 
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -103,7 +107,7 @@ class Verify:
         return found
 
     def _read(self, reply: Completion) -> str | None:
-        text = answer_part(reply.text, self.ref.thinking)
+        text = answer_part(reply.text, self.ref)
         return None if text is None else read_answer(text, self.ref.read, reply.finished)
 
 
@@ -123,7 +127,7 @@ class Format:
         self._fits = Killable("keel.reward.pattern:make")
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade]:
-        parts = [answer_part(reply.text, self.ref.thinking) for reply in completions]
+        parts = [answer_part(reply.text, self.ref) for reply in completions]
         known = list(dict.fromkeys(part for part in parts if part is not None))
         fit = dict(zip(known, self._fits.map([(self.ref.pattern, part) for part in known]), strict=True))
         found = [part is not None and fit[part] is True for part in parts]
