@@ -125,6 +125,8 @@ def value_of(text: str) -> Value | None:
     """The value of an answer; None where it is empty, too long, or more than anybody could hold."""
     if len(text) > LONGEST:
         return None
+    if text.isascii() and text.isdigit():
+        return Value("number", text, Fraction(int(text)))
     written = _plain(text)
     if not written or not any(c.isalnum() for c in written):
         return None
@@ -199,9 +201,13 @@ def _mixed(sign: str, whole: str | None, above: str, below: str) -> Fraction | N
 
 
 def _scaled(sign: str, digits: str, exponent: str) -> Fraction | None:
-    if abs(int(exponent)) > _EXPONENT:
+    places = int(exponent)
+    if abs(places) > _EXPONENT:
         return None
-    return (-1 if sign == "-" else 1) * Fraction(digits.rstrip(".") or "0") * Fraction(10) ** int(exponent)
+    number = Fraction(int(digits)) if digits.isdigit() else Fraction(digits.rstrip("."))
+    if places:
+        number *= Fraction(10) ** places
+    return -number if sign == "-" else number
 
 
 def _quantity(text: str) -> Value | None:
