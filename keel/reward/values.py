@@ -185,12 +185,12 @@ def _value(text: str, depth: int) -> Value | None:
 def number_of(text: str) -> Fraction | None:
     """A number without a unit: an integer, a decimal, a fraction, mixed, with an exponent."""
     text = _THOUSANDS.sub(lambda found: found[1] + re.sub(r"[,\s]", "", found[2]), text.strip())
-    text = _GROUPED.sub(lambda found: re.sub("[ _']", "", found[0]), text)
     if found := _FRAC.fullmatch(text):
         above, below = found[3] or found[4], found[5] or found[6]
         return _mixed(found[1], found[2], above, below)
     if found := _FRACTION.fullmatch(text):
         return _mixed(found[1], found[2], found[3], found[4])
+    text = _GROUPED.sub(lambda found: re.sub("[ _']", "", found[0]), text)
     if found := _POWER.fullmatch(text):
         return _scaled(found[1], "1", found[2])
     if found := _NUMBER.fullmatch(text):
