@@ -329,3 +329,24 @@ def test_steps_fall_on_their_tokens_in_ppo(chat: Chat) -> None:
     found = ProcessTermScorer(term(start=0.0), ByWord(), decode=chat.decode).score([prompt(0)], [one])
     first = len(chat.tokenizer.encode("good day", add_special_tokens=False)) - 1
     assert found.steps[0] == (Step(first, 0.9), Step(len(one.ids) - 1, pytest.approx(-0.8)))
+
+
+@pytest.mark.wide
+def test_more_steps_pay_with_sum_and_not_with_the_others(model: Path, tmp_path: Path, chat: Chat) -> None:
+    """Every step is scored alike. That there is one at all pays with each form, so the count rises with all."""
+
+    class Likes:
+        def score_steps(self, prompts: Any, replies: Sequence[tuple[str, ...]]) -> list[tuple[float, ...]]:
+            return [(0.9,) * len(steps) for steps in replies]
+
+    ends = {}
+    for form in ("sum", "min", "progress"):
+        config = stage(
+            episodes=32 * 14, beta=0, scale_rewards="none", missing_eos_penalty=0.0, optim={"lr": 2e-2},
+            sampling={"max_new_tokens": 12},
+        )  # fmt: skip
+        c = context(tmp_path / form, "grpo", model)
+        how = term(form=form, steps={"by": "marker", "marker": "o"})
+        train_grpo(config, PROMPTS, ProcessTermScorer(how, Likes(), decode=chat.decode), None, c)
+        ends[form] = sum(row["process/steps"] for row in c.stage.metrics.rows()[-3:]) / 3
+    assert ends["sum"] > 1.5 * max(ends["min"], ends["progress"])
