@@ -207,7 +207,7 @@ def test_no_process_is_left_behind(tmp_path: Path, how: str) -> None:
         "import sys\n"
         "from keel.reward.killable import Killable\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
-        f"workers = Killable('misbehaving:make', seconds=1 if {how!r} == 'kill' else 30)\n"
+        f"workers = Killable('misbehaving:make', seconds=0.4 if {how!r} == 'kill' else 30)\n"
         "print(workers.map(['pid'])[0], flush=True)\n"
         f"{how!r} == 'end' or workers.map(['hang'])\n"
     )
@@ -217,7 +217,7 @@ def test_no_process_is_left_behind(tmp_path: Path, how: str) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     if how != "end":
-        time.sleep(0.2)
+        time.sleep(0.1)
         parent.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
     parent.wait(20)
     begin = time.monotonic()
