@@ -76,11 +76,16 @@ def cut_replies(chat: Chat, replies: Sequence[Reply], steps: Steps) -> tuple[lis
     if not found:
         raise first or UserError(f"each of {len(replies)} replies is empty, so there is no step to label")
     if all(len(one.steps) == 1 for one in found):
-        raise UserError(
-            f"steps.by: {steps.by} makes one step of each of {len(found)} replies, so there is no prefix to complete; "
-            "set steps.by to what ends a step there"
-        )
+        raise UserError(one_step_each(steps, len(found)))
     return found, dict(left_out)
+
+
+def one_step_each(steps: Steps, replies: int) -> str:
+    """What is wrong with a splitter that finds no step within any reply; and the remedy."""
+    return (
+        f"steps.by: {steps.by} makes one step of each of {replies} replies, so there is no prefix to complete; set "
+        "steps.by to what ends a step there"
+    )
 
 
 @dataclass(slots=True)

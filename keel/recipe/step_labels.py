@@ -67,6 +67,9 @@ class StepLabelsStage(StageBase):
         if self.scorer is not None:
             yield "scorer", self.scorer
 
+    def cuts(self) -> tuple[str, Steps] | None:
+        return None if self.responses is None else (self.responses, self.steps)
+
     def reads(self, data: DataConfig) -> tuple[str, ...]:
         return ROWS if self.responses is not None else (*prompt_pool(data), *ROWS)
 

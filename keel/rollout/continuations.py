@@ -90,7 +90,7 @@ class Continuations:
         }
         requests = [(*prefix.prompt_ids, *prefix.ids) for prefix in room.values() for _ in range(self.k)]
         streams = [stream_key(stream_key(self.seed, int(key, 16)), number) for key in room for number in range(self.k)]
-        drawn = self.sampler.generate(requests, self.sampling, self.seed, streams)
+        drawn = self.sampler.generate(requests, self.sampling, self.seed, streams) if requests else []
         right = iter(self._right([prefix for prefix in room.values() for _ in range(self.k)], drawn))
         ends = iter(drawn)
         for key in room:
