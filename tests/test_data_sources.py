@@ -508,7 +508,7 @@ def test_the_documented_examples_are_read(tmp_path: Path) -> None:
         "Prompts": read_prompts,
         "Preferences": read_preferences,
         "Thumbs up and down": read_labelled,
-        "Steps": read_steps,
+        "Labelled steps": read_steps,
         "Plain text": read_texts,
         "Facts": read_facts,
     }

@@ -48,6 +48,7 @@ OPTIONAL = {
     "datasets": {"data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
     "bitsandbytes": {"train/adamw8bit.py"},
+    "math_verify": {"reward/math_verify.py"},
     "ray": set(),
     "psycopg": set(),  # SQLAlchemy finds it by the database's address
     "fastapi": None,  # the web room, whichever file

@@ -14,6 +14,8 @@ from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.stage import TrainBase
 from keel.recipe.steps import PythonStepsRef
+from keel.recipe.verify import VerifyRef
+from keel.reward import math_verify
 from keel.reward.python_ref import load_python
 from keel.rollout import vllm
 from keel.run import RunDir
@@ -39,6 +41,8 @@ def extras(stage: Stage) -> Iterator[Finding]:
         needed.append(adamw8bit.require)
     if sampling is not None and sampling.backend == "vllm":
         needed.append(vllm.require)
+    if any(isinstance(source, VerifyRef) and source.how == "math" for _, source in stage.scored_by()):
+        needed.append(math_verify.require)
     for require in needed:
         try:
             require()

@@ -9,8 +9,10 @@ from keel.check.finding import Finding
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash
 from keel.data.steps import cut_otherwise, encode_steps
-from keel.recipe.recipe import Recipe
+from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.steps import StepsRead
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import has_answer
 from keel.reward.process import outcome
 from keel.types import Encoded, LabelledCompletion, Preference, Prompt, StepLabels, place_of
 
@@ -50,7 +52,28 @@ def prompt_findings(
     ids = chat.encode_prompts([prompt.messages for prompt in prompts], [place_of(prompt) for prompt in prompts])
     encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
     yield from long_rows(encoded, place, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
+    yield from _answers(recipe, prompts, place)
     yield from _room(recipe, place, max((len(row) for row in ids), default=0), context)
+
+
+def _answers(recipe: Recipe, prompts: Sequence[Prompt], place: str) -> Iterator[Finding]:
+    """Prompts without the answer that a stage holds replies to them against."""
+    for stage in recipe.stages:
+        fields = {source.field for _, source in stage.scored_by() if isinstance(source, VerifyRef)}
+        for field in sorted(fields if place in _asked_from(recipe, stage) else ()):
+            without = [prompt for prompt in prompts if not has_answer(prompt, field)]
+            if without:
+                some = f"{len(without)} of {len(prompts)} prompts have no answer in meta.{field}"
+                sentence = f"{some}, which {stage.name} holds replies against; the first is {place_of(without[0])}"
+                yield Finding("error", place, sentence, "give each one, or name another field")
+
+
+def _asked_from(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """The settings that name the prompts of a stage."""
+    if "prompts" in stage.files():
+        return (f"{stage.name}.prompts",)
+    held = stage.compares_models and recipe.data.heldout_prompts is not None
+    return ("data.heldout_prompts",) if held else ("data.prompts",)
 
 
 def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from keel.data.columns import (
     OWN,
     PAIRED,
     PROBABILITY,
+    QUESTION,
     SHOWN,
     SYSTEM,
     TAUGHT,
@@ -44,12 +45,15 @@ from keel.data.fields import (
 from keel.data.labelled import FORMS, Bounds, labelled
 from keel.data.parts import (
     after_prompt,
+    answer_in,
     ask,
     ask_instruction,
+    ask_question,
     conversation,
     implicit_prompt,
     named,
     prompt_of,
+    solution_of,
     system_of,
     the_reply,
     waits,
@@ -101,15 +105,17 @@ R = TypeVar("R", bound=_Identified)
 
 def read_demonstrations(source: str | Path, reading: Reading = PLAIN_READING) -> list[Demonstration]:
     """Rows ``messages``, ``conversations``, ``prompt``+``completion``, ``instruction``+``output``, or ``text``.
-    Beside an instruction ``context`` is ``input``, and ``response`` is ``output``."""
-    forms = "messages | conversations | prompt+completion | instruction[+input]+output | text"
+    Beside an instruction ``context`` is ``input``, and ``response`` is ``output``. Of a ``question`` (``problem``) the
+    ``solution`` is learned, or the ``answer``, which in GSM8K's files is one."""
+    forms = "messages | conversations | prompt+completion | instruction[+input]+output | question+answer | text"
     return _read(source, _demonstration, forms, reading, TAUGHT)
 
 
 def read_prompts(source: str | Path, reading: Reading = PLAIN_READING) -> list[Prompt]:
-    """Rows ``prompt``, ``messages`` (that wait for the assistant), or ``instruction``; optional ``id``, ``kind``,
+    """Rows ``prompt``, ``messages`` (that wait for the assistant), ``instruction``, or ``question``/``problem`` (whose
+    ``answer`` may stand at the end of a worked solution, as in GSM8K's and MATH's files); optional ``id``, ``kind``,
     ``meta``. Any other column is kept in the prompt's ``meta`` too, where a reward function finds it."""
-    return _read(source, _prompt_row, "prompt | messages | instruction[+input]", reading)
+    return _read(source, _prompt_row, "prompt | messages | instruction[+input] | question[+answer]", reading)
 
 
 def read_preferences(source: str | Path, reading: Reading = PLAIN_READING) -> list[Preference]:
@@ -252,6 +258,10 @@ def _demonstration(row: Fields) -> Demonstration:
         messages = asked + after_prompt(row, "completion", asked, taught=True)
     elif "instruction" in row and (answer := named(row, ANSWER, "replies")):
         messages = (*ask_instruction(row, taught=True), Message("assistant", utterance(row, answer)))
+    elif "text" not in row and (question := next((field for field in QUESTION if field in row), "")):
+        if not (solution := solution_of(row)):
+            raise UnknownForm
+        messages = (*ask_question(row, question), Message("assistant", solution))
     else:
         return _plain_text(row)
     if messages[-1].role != "assistant":
@@ -277,16 +287,19 @@ def _plain_text(row: Fields) -> Demonstration:
 
 
 def _prompt_row(row: Fields) -> Prompt:
+    answered: dict[str, Any] = {}
     if "prompt" in row:
         messages = ask(row)
     elif "messages" in row:
         messages = waits(conversation(row, "messages"), "messages")
     elif "instruction" in row:
         messages = ask_instruction(row)
+    elif question := next((field for field in QUESTION if field in row), ""):
+        messages, answered = ask_question(row, question), answer_in(row)
     else:
         raise UnknownForm
     prompt = prompt_of(row, messages, name(row, "id"))
-    extra = {plain(name, name): row[name] for name in row.untaken}
+    extra = answered | {plain(name, name): row[name] for name in row.untaken}
     twice = sorted(extra.keys() & prompt.meta.keys())
     if twice:
         raise RowError(f"field '{twice[0]}' is both in meta and a column; keep one")

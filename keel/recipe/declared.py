@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from keel.recipe.judges import EndpointRef, ProcessTerm, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.judges import CheckRef, EndpointRef, ProcessTerm, PythonRef, RewardModelRef, RewardTerm
 from keel.recipe.sections import DataConfig
 from keel.recipe.steps import ProcessRef, PythonStepsRef
 
@@ -22,7 +22,7 @@ Makes = Literal[
 # What a trained model was shaped by.
 LearnsFrom = Literal["demonstrations", "preferences", "rewards"]
 
-Scoring = PythonRef | RewardModelRef | EndpointRef | ProcessRef | PythonStepsRef
+Scoring = PythonRef | RewardModelRef | EndpointRef | ProcessRef | PythonStepsRef | CheckRef
 
 MODELS: tuple[Makes, ...] = ("policy", "reward model")  # what can be trained further
 

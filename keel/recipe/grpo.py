@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from keel.recipe.declared import Doubt
 from keel.recipe.grpo_presets import PRESETS, PresetName
+from keel.recipe.judges import CheckRef
 from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
 from keel.recipe.steps import ProcessRef
@@ -225,7 +226,9 @@ class GrpoStage(OnlineBase):
     def _of_advantages(self) -> Iterator[tuple[bool, str]]:
         own = self.baseline in ("group", "others")
         scale = self.scale_rewards
-        negative = bool(self.reward_models()) or any(term.weight < 0 for term in self.rewards)
+        checks = [source for _, source in self.scored_by() if isinstance(source, CheckRef)]
+        below = any(check.lowest < 0 for check in checks) or any(term.weight < 0 for term in self.rewards)
+        negative = bool(self.reward_models()) or below
         yield self.baseline == "critic", "baseline: critic is PPO, which has GAE with it; use a stage of kind: ppo"
         yield (
             scale == "group" and not own,

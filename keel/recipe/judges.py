@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from keel.recipe.process_card import ProcessCard
 from keel.recipe.sections import Strict
 from keel.recipe.steps import ProcessRef, Steps, StepsRef, Thinking
+from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 
 
 class PythonRef(Strict):
@@ -53,8 +54,10 @@ class PythonFeedbackRef(Strict):
     ref: str
 
 
+# What checks a reply without a model.
+CheckRef = VerifyRef | FormatRef | RandomRef
 # What scores a whole reply.
-OutcomeRef = Annotated[PythonRef | RewardModelRef, Field(discriminator="kind")]
+OutcomeRef = Annotated[PythonRef | RewardModelRef | VerifyRef | FormatRef | RandomRef, Field(discriminator="kind")]
 StepForm = Literal["progress", "min", "sum", "gated"]
 
 
@@ -125,7 +128,9 @@ class ProcessTerm(Strict):
 class RewardTerm(Strict):
     """One source of reward, with its weight in the sum. A process reward of weight 0 is only watched."""
 
-    source: Annotated[PythonRef | RewardModelRef | ProcessTerm, Field(discriminator="kind")]
+    source: Annotated[
+        PythonRef | RewardModelRef | ProcessTerm | VerifyRef | FormatRef | RandomRef, Field(discriminator="kind")
+    ]
     weight: float = 1.0
 
 
@@ -144,7 +149,10 @@ class MixedRef(Strict):
         return self
 
 
-JudgeRef = Annotated[PythonRef | RewardModelRef | MixedRef | EndpointRef, Field(discriminator="kind")]
+JudgeRef = Annotated[
+    PythonRef | RewardModelRef | MixedRef | EndpointRef | VerifyRef | FormatRef | RandomRef,
+    Field(discriminator="kind"),
+]
 # What can say which of two replies is better: by its score of each, or by comparing them.
 ComparerRef = Annotated[
     PythonRef | RewardModelRef | MixedRef | EndpointRef | LanguageModelRef | PythonFeedbackRef,

@@ -16,8 +16,10 @@ from keel.feedback.stored import training_demonstrations, training_thumbs, train
 from keel.recipe.declared import PEOPLE
 from keel.recipe.sections import DataConfig
 from keel.recipe.sft import SftStage
-from keel.recipe.stage import PreferenceBase
+from keel.recipe.stage import PreferenceBase, StageBase
 from keel.recipe.thumbs import ThumbsBase
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import known_answer
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
@@ -291,6 +293,19 @@ def _pool(context: StageContext) -> list[Prompt]:
 
 def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
+    return answered(_training_prompts(source, context), context.stage)
+
+
+def answered(prompts: list[Prompt], stage: StageBase) -> list[Prompt]:
+    """The prompts. Raises UserError for one without the answer that the stage holds replies against: before compute."""
+    fields = {source.field for _, source in stage.scored_by() if isinstance(source, VerifyRef)}
+    for name in sorted(fields):
+        for prompt in prompts:
+            known_answer(prompt, name)
+    return prompts
+
+
+def _training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     if source is not None:
         return read_prompts(context.file(source), reading(context))
     data = context.recipe.data
@@ -314,6 +329,11 @@ def training_side(pool: Sequence[Prompt], heldout: set[str] | None, data: DataCo
 
 
 def heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
+    """What the evaluation asks."""
+    return answered(_heldout_prompts(source, context), context.stage)
+
+
+def _heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     data = context.recipe.data
     if source:
         return read_prompts(context.file(source), reading(context))

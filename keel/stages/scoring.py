@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from keel.model.checkpoint import load_scalar
 from keel.precision import Precision
 from keel.recipe.judges import (
+    CheckRef,
     EndpointRef,
     JudgeRef,
     MixedRef,
@@ -17,6 +18,8 @@ from keel.recipe.judges import (
     RewardTerm,
 )
 from keel.recipe.steps import PythonStepsRef, StepsRef
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import CheckScorer, make_check
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
 from keel.reward.process import ProcessScorer, PythonSteps, frozen_process
 from keel.reward.process_term import Decode, ProcessTermScorer
@@ -50,7 +53,7 @@ def mixed_scorer(
             scorer: Scorer = _process_scorer(term.source, context, precision, roles, decode)
         else:
             scorer = _outcome_scorer(term.source, context, precision, roles)
-        right = not isinstance(term.source, ProcessTerm | RewardModelRef)
+        right = isinstance(term.source, PythonRef | VerifyRef)
         parts.append(RewardPart(scorer, term.weight, source_name(term.source), right))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
@@ -61,6 +64,8 @@ def _outcome_scorer(source: OutcomeRef, context: StageContext, precision: Precis
     """What scores whole replies."""
     if isinstance(source, PythonRef):
         return PythonScorer(context.python(source))
+    if isinstance(source, CheckRef):
+        return CheckScorer(make_check(source))
     return reward_model_scorer(source.model, context, precision, roles)
 
 
@@ -88,7 +93,9 @@ def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> P
     return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
 
 
-def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm) -> str:
+def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm | CheckRef) -> str:
+    if isinstance(source, CheckRef):
+        return source.named
     named = source.scores if isinstance(source, ProcessTerm) else source
     return named.ref if isinstance(named, PythonRef | PythonStepsRef) else named.model
 
@@ -103,6 +110,8 @@ def make_judge(ref: JudgeRef | None, context: StageContext, precision: Precision
         return JudgeFromPython(context.python(ref))
     if isinstance(ref, EndpointRef):
         return EndpointJudge(ref, reporter=context.reporter, kept=context.stage_dir.path / "grades.jsonl")
+    if isinstance(ref, CheckRef):
+        return make_check(ref)
     if isinstance(ref, MixedRef):
         return JudgeFromScorer(mixed_scorer(ref.rewards, context, precision))
     name = ref.model if isinstance(ref, RewardModelRef) else default_reward(context)
