@@ -44,8 +44,8 @@ class Path:
 class Found:
     """What a search found for one prompt. ``answer``: the reply that it gives, with the reward by which it was chosen;
     None where nothing that finished says anything. ``paths``: the finished replies that it was chosen from, each once.
-    ``unfinished``: how many others a limit stopped. Tokens: ``generated``, those that were drawn for the prompt, kept or
-    not, the prompt's own left out; ``scored``, those of the replies that a scorer was handed, each time."""
+    ``unfinished``: how many others a limit stopped. Tokens: ``generated``, those drawn for it, kept or not, the prompt's own
+    left out; ``scored``, those of the replies that a scorer was handed, each time."""
 
     answer: Completion | None
     paths: tuple[Path, ...]

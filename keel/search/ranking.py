@@ -14,7 +14,7 @@ from keel.types import Prompt, Scorer, StepScorer, UserError
 
 
 def aggregated(scores: Sequence[float], how: Aggregate) -> float:
-    """What the scores of a reply's steps come to; 0 for a reply without a step."""
+    """What the scores of a reply's steps come to; 0 for a reply that says nothing, which has none."""
     if not scores:
         return 0.0
     if how == "min":
@@ -43,7 +43,7 @@ class StepRanker:
 
     def score(self, prompts: Sequence[Prompt], paths: Sequence[Path], costs: Costs) -> list[Path]:
         """Raises UserError where the scorer gives another number of scores than steps, or one outside [0, 1]."""
-        asked = [path for path in paths if path.steps]
+        asked = [path for path in paths if path.text.strip()]
         replies = [path.steps for path in asked]
         found = self.scorer.score_steps([prompts[path.place] for path in asked], replies) if asked else []
         if len(found) != len(asked):
@@ -52,8 +52,8 @@ class StepRanker:
         answers = iter(found)
         scored = []
         for path in paths:
-            scores, prompt = next(answers) if path.steps else (), prompts[path.place]
-            if len(scores) != len(path.steps):
+            scores, prompt = next(answers) if path.text.strip() else (), prompts[path.place]
+            if path.text.strip() and len(scores) != len(path.steps):
                 raise UserError(
                     f"prompt {prompt.id!r}: the scorer gave {len(scores)} scores for {len(path.steps)} steps; it must "
                     "give one a step"
