@@ -123,11 +123,9 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
 
 def _converses(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     """A chain of requests is a conversation, of which a model without a template would see the last message alone."""
-    if not stage.converses:
-        return
-    for use in stage.loads():
-        path, templated = root(recipe, use.name)
-        if use.policy and _chat_of(path, templated, recipe).plain:
+    for name in stage.converses():
+        path, templated = root(recipe, name)
+        if _chat_of(path, templated, recipe).plain:
             sentence = "it has no chat template, and would see the last request alone"
             remedy = "name an SFT stage, which gives it a template"
             yield Finding("error", f"{stage.name}.model ({path})", sentence, remedy)

@@ -153,7 +153,7 @@ class SearchConfig(Strict):
         if stop is not None:
             raise ValueError(f"{place}.stop ends a reply at {stop!r}, where a step ends; leave it out")
 
-    def reference(self, place: str) -> Iterator[Reference]:
+    def references(self, place: str) -> Iterator[Reference]:
         """The stage or folder that its scorer names. ``place``: the search's dotted name."""
         if isinstance(self.scorer, ProcessRef):
             yield Reference(f"{place}.scorer.model", self.scorer.model, ("process reward model",))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from keel.recipe.steps import Steps
 from keel.types import Completion
 
 State = Literal["open", "finished", "cut"]
@@ -36,6 +37,10 @@ class Path:
         """The same path, which goes on by random numbers of its own."""
         return replace(self, stream=stream, begun=len(self.ids))
 
+    def in_steps(self, steps: Steps) -> Path:
+        """A finished path, cut into steps as ``steps`` says."""
+        return replace(self, steps=steps.split(self.text)) if self.state == "finished" else self
+
     def reply(self, reward: float | None) -> Completion:
         return Completion(self.text, self.ids, self.logprobs, self.state == "finished", reward)
 
@@ -44,8 +49,8 @@ class Path:
 class Found:
     """What a search found for one prompt. ``answer``: the reply that it gives, with the reward by which it was chosen;
     None where nothing that finished says anything. ``paths``: the finished replies that it was chosen from, each once.
-    ``unfinished``: how many others a limit stopped. Tokens: ``generated``, those drawn for it, kept or not, the prompt's own
-    left out; ``scored``, those of the replies that a scorer was handed, each time."""
+    ``unfinished``: how many others a limit stopped. Tokens: ``generated``, those drawn for it, kept or not, without the
+    prompt's own; ``scored``, those of the replies that a scorer was handed, each time."""
 
     answer: Completion | None
     paths: tuple[Path, ...]
