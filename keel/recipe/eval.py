@@ -187,6 +187,9 @@ class EvalStage(StageBase):
         for name in (*self.models, self.baseline, *drawn, self.against, *searched):
             yield ModelUse(name)
 
+    def searches(self) -> Mapping[str, SearchConfig]:
+        return self.search
+
     def converses(self) -> Iterator[str]:
         yield from (search.model or self.baseline for search in self.search.values() if search.how == "revise")
 

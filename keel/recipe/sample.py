@@ -70,6 +70,9 @@ class SampleStage(StageBase):
     def seed_of(self, recipe_seed: int) -> int:
         return recipe_seed if self.seed is None else self.seed
 
+    def searches(self) -> Mapping[str, SearchConfig]:
+        return {} if self.search is None else {self.name: self.search}
+
     def converses(self) -> Iterator[str]:
         if self.search is not None and self.search.how == "revise":
             yield self.model

@@ -27,6 +27,7 @@ from keel.recipe.declared import (
     source_references,
 )
 from keel.recipe.judges import RewardModelRef
+from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
 
 
@@ -132,6 +133,10 @@ class StageBase(Strict):
     def converses(self) -> Iterator[str]:
         """The models that it asks in several turns, so that they need a chat template."""
         yield from ()
+
+    def searches(self) -> Mapping[str, SearchConfig]:
+        """The searches at test time that it has, by name."""
+        return {}
 
     def asked_alike(self) -> Iterator[str]:
         """The checkpoints whose KL from one another it measures, so that all need a chat template."""

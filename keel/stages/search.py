@@ -57,8 +57,8 @@ def make_ranker(config: SearchConfig, context: StageContext, precision: Precisio
     if ref is None:
         return None, Steps()
     scorer = _step_scorer(ref, context, precision)
-    aggregate: Aggregate = config.aggregate or getattr(scorer, "aggregate", "min")
-    steps: Steps = config.steps or getattr(scorer, "steps", Steps())
+    aggregate: Aggregate = getattr(scorer, "aggregate", "min") if config.aggregate is None else config.aggregate
+    steps: Steps = getattr(scorer, "steps", Steps()) if config.steps is None else config.steps
     return StepRanker(scorer, aggregate), steps
 
 
@@ -131,13 +131,12 @@ class _OfModel:
     chat: Chat
 
     def searched(self, configs: dict[str, EvalSearch]) -> dict[str, Searched]:
-        pools: dict[tuple[SamplingConfig, int], list[list[Path]]] = {}
+        pools: dict[str, list[list[Path]]] = {}
         sampled = {name: config for name, config in configs.items() if config.sampled}
         for config in sorted(sampled.values(), key=lambda config: -config.paths):  # the largest serves the others
-            key = self._drawn(config)
-            pools[key] = pools.get(key) or self.pool(config, *key)
+            pools[self._key(config)] = pools.get(self._key(config)) or self.pool(config, *self._drawn(config))
         return {
-            name: self._of_pool(name, config, pools[self._drawn(config)]) if config.sampled else self._of(name, config)
+            name: self._of_pool(name, config, pools[self._key(config)]) if config.sampled else self._of(name, config)
             for name, config in configs.items()
         }
 
@@ -148,6 +147,11 @@ class _OfModel:
     def _drawn(self, config: SearchConfig) -> tuple[SamplingConfig, int]:
         seed = self.of.context.recipe.seed if config.seed is None else config.seed
         return config.sampling or self.of.stage.sampling, seed
+
+    def _key(self, config: SearchConfig) -> str:
+        """The same for searches that choose from the same samples."""
+        sampling, seed = self._drawn(config)
+        return f"{seed} {sampling.model_dump_json()}"
 
     def _of_pool(self, name: str, config: EvalSearch, groups: list[list[Path]]) -> Searched:
         ranker, steps = make_ranker(config, self.of.context, self.of.precision)
