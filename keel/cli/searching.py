@@ -76,6 +76,6 @@ def shown(found: Found) -> Iterator[str]:
         yield f"{mark} {number}" + ("" if path.score is None else f"  {path.score:.3f}")
         scores = path.scores or (None,) * len(path.steps)
         for step, score in zip(path.steps, scores, strict=True):
-            yield f"    {'     ' if score is None else f'{score:.3f}'}  {step.rstrip()}"
+            yield f"    {'     ' if score is None else f'{score:.3f}'}  {step.strip()}"
     more = f", {found.unfinished} unfinished" if found.unfinished else ""
     yield f"{len(found.paths)} finished{more}; {found.generated} tokens generated, {found.scored} scored"
