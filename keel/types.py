@@ -152,7 +152,7 @@ class HeldoutPair(NamedTuple):
     rejected_tokens: int
 
 
-def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion) -> str:
+def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion | StepLabels) -> str:
     """Where a record comes from, for a sentence about it: its file and line, or what names it when it is of no file."""
     return record.place or f"{type(record).__name__.lower()} {record.id}"
 

@@ -8,8 +8,10 @@ from typing import Literal
 from keel.check.finding import Finding
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash
+from keel.data.steps import cut_otherwise, encode_steps
 from keel.recipe.recipe import Recipe
-from keel.types import Encoded, LabelledCompletion, Preference, Prompt, place_of
+from keel.recipe.steps import StepsRead
+from keel.types import Encoded, LabelledCompletion, Preference, Prompt, StepLabels, place_of
 
 FEW = 100  # records below which a stage can hardly learn
 
@@ -76,6 +78,30 @@ def reply_findings(
     if rows and len({row.label for row in rows}) == 1:
         way = "up" if rows[0].label else "down"
         yield Finding("warning", place, f"all {len(rows)} replies have thumbs {way}", "add some that have not")
+
+
+def step_findings(
+    rows: Sequence[StepLabels], how: StepsRead, place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
+    """Raises UserError for steps that are none (`keel.data.steps.cut_otherwise`) or end within a token."""
+    data = recipe.data
+    cut = [] if how.outcome else cut_otherwise(rows, how.steps)
+    if cut:
+        sentence = f"{len(cut)} of {len(rows)} replies are labelled in other steps than steps.by: {how.steps.by} cuts"
+        yield Finding("warning", place, f"{sentence} (first: {place_of(cut[0])})", "set steps.by to what ends a step")
+    encoded = encode_steps(chat, [(row.prompt.messages, row.steps) for row in rows], [place_of(row) for row in rows])
+    long = [one.row for one in encoded]
+    yield from long_rows(long, place, "data.max_length", data.max_length, data.over_length, context)
+    learned = [row.labels[-1:] if how.outcome else row.labels for row in rows]
+    if missing := sum(all(label is None for label in labels) for labels in learned):
+        what = "whose last step is not judged" if how.outcome else "without a judged step"
+        level: Literal["error", "warning"] = "error" if missing == len(rows) else "warning"
+        sentence = f"{missing} of {len(rows)} replies {what} are left out"
+        yield Finding(level, place, sentence, "give labels, or take them out")
+    known = {label for labels in learned for label in labels if label is not None}
+    if len(known) == 1:
+        sentence = f"every judged step has the label {known.pop():g}"
+        yield Finding("error", place, sentence, "add replies with steps of both kinds")
 
 
 def pair_findings(

@@ -29,6 +29,7 @@ from keel.recipe.dpo import DpoStage
 from keel.recipe.eval import EvalStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.ppo import PpoStage
+from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.report import ReportStage
 from keel.recipe.reward import RewardStage
 from keel.recipe.sample import SampleStage
@@ -42,6 +43,7 @@ Stage = Annotated[
     | CritiqueStage
     | AnnotateStage
     | RewardStage
+    | ProcessRewardStage
     | DpoStage
     | PpoStage
     | GrpoStage

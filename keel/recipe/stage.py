@@ -29,6 +29,7 @@ from keel.recipe.declared import (
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
+from keel.recipe.steps import StepsRead
 
 
 class Surroundings(Protocol):
@@ -108,6 +109,10 @@ class StageBase(Strict):
 
     def rating_bounds(self) -> tuple[float, float] | None:
         """Between which bounds a rating in its files is neither up nor down."""
+        return None
+
+    def steps_read(self) -> StepsRead | None:
+        """How it reads the files of labelled steps that it names in ``labels``; None: it names none."""
         return None
 
     def from_store(self, voted: Collection[str]) -> StoreRead:

@@ -56,6 +56,11 @@ class RewardModelScorer:
                 f"{reward_model.tokenizer.name_or_path}: this reward model was trained elsewhere, and its tokenizer "
                 "has no chat template that would say what it reads; put the one that it was trained with there"
             )
+        if reward_model.process is not None:
+            raise UserError(
+                f"{reward_model.tokenizer.name_or_path}: this is a process reward model, which scores steps and no "
+                "replies; name it with kind: process, or name a reward model"
+            )
         self.reward_model = reward_model
         self.batch_tokens = batch_tokens
         self.reporter = reporter

@@ -18,6 +18,7 @@ from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import DataConfig, Source
+from keel.recipe.steps import PythonStepsRef
 from keel.reward.python_ref import load_python
 from keel.run.rundir import RunDir, StageDir
 from keel.types import Reporter, UserError
@@ -138,7 +139,7 @@ class StageContext:
             raise _undeclared(self.stage, f"the file {name}", "files")
         return name
 
-    def python(self, ref: PythonRef) -> Callable[..., Any]:
+    def python(self, ref: PythonRef | PythonStepsRef) -> Callable[..., Any]:
         """The function that scores, judges or annotates for the stage."""
         if all(source != ref for _, source in self.stage.scored_by()):
             raise _undeclared(self.stage, f"the function {ref.ref}", "scored_by")

@@ -12,6 +12,7 @@ from keel.stages.dpo import run_dpo
 from keel.stages.eval import run_eval
 from keel.stages.grpo import run_grpo
 from keel.stages.ppo import run_ppo
+from keel.stages.process_reward import run_process_reward
 from keel.stages.report import run_report
 from keel.stages.reward import run_reward
 from keel.stages.sample import run_sample
@@ -23,6 +24,7 @@ RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
     "critique": run_critique,
     "annotate": run_annotate,
     "reward": run_reward,
+    "process_reward": run_process_reward,
     "dpo": run_dpo,
     "ppo": run_ppo,
     "grpo": run_grpo,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from keel.model.checkpoint import load_scalar
 from keel.precision import Precision
 from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.steps import PythonStepsRef, StepsRef
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
+from keel.reward.process import ProcessScorer, PythonSteps, frozen_process
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.stages.context import StageContext
 from keel.train.roles import Roles
@@ -36,6 +38,13 @@ def mixed_scorer(
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
+
+
+def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> ProcessScorer | PythonSteps:
+    """What says how good each step of a reply is: a process reward model, or a Python function."""
+    if isinstance(ref, PythonStepsRef):
+        return PythonSteps(context.python(ref), ref.ref)
+    return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
 
 
 def source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
