@@ -13,6 +13,7 @@ from keel.precision import pick_precision
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.stage import TrainBase
+from keel.recipe.steps import PythonStepsRef
 from keel.reward.python_ref import load_python
 from keel.rollout import vllm
 from keel.run import RunDir
@@ -61,7 +62,7 @@ def disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:
 
 def python_refs(stage: Stage) -> Iterator[Finding]:
     for place, source in stage.scored_by():
-        if isinstance(source, PythonRef):
+        if isinstance(source, PythonRef | PythonStepsRef):
             try:
                 load_python(source.ref)
             except UserError as error:

@@ -32,9 +32,7 @@ def find_search(run: str, name: str) -> tuple[Recipe, Stage, SearchConfig]:
         raise UserError(f"{run}: not a run directory (no manifest.json), so it has no search {name!r}")
     known = named_searches(recipe)
     if name not in known:
-        there = (
-            f"there are {', '.join(known)}" if known else "its recipe has none (search, of eval and sample)"
-        )
+        there = f"there are {', '.join(known)}" if known else "its recipe has none (search, of eval and sample)"
         raise UserError(f"{run}: no search is called {name!r}; {there}")
     return recipe, *known[name]
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from keel.recipe.judges import EndpointRef, PythonRef, RewardModelRef, RewardTerm
 from keel.recipe.sections import DataConfig
+from keel.recipe.steps import ProcessRef, PythonStepsRef
 
 # What other stages may take from a stage. "demonstrations", "pairs": files in its folder that SFT, and what learns from
 # preferences, can read. "votes" lie in the store. "step labels": a file in its folder (`keel.data.sources.read_steps`).
@@ -21,7 +22,7 @@ Makes = Literal[
 # What a trained model was shaped by.
 LearnsFrom = Literal["demonstrations", "preferences", "rewards"]
 
-Scoring = PythonRef | RewardModelRef | EndpointRef
+Scoring = PythonRef | RewardModelRef | EndpointRef | ProcessRef | PythonStepsRef
 
 MODELS: tuple[Makes, ...] = ("policy", "reward model")  # what can be trained further
 

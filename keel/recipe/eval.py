@@ -157,7 +157,6 @@ class EvalStage(StageBase):
         if self.reward is not None:
             yield Reference("reward", self.reward, ("reward model",))
         for name, search in self.search.items():
-            yield from search.references(f"search.{name}")
             if search.model is not None:
                 yield Reference(f"search.{name}.model", search.model, ("policy",))
         yield from super().references()

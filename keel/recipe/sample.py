@@ -54,8 +54,6 @@ class SampleStage(StageBase):
 
     def references(self) -> Iterator[Reference]:
         yield Reference("model", self.model, ("policy",))
-        if self.search is not None:
-            yield from self.search.references("search")
         yield from super().references()
 
     def reads(self, data: DataConfig) -> tuple[str, ...]:

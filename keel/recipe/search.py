@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from keel.recipe.declared import Reference, Scoring
-from keel.recipe.judges import PythonRef, RewardModelRef
+from keel.recipe.declared import Scoring
+from keel.recipe.judges import RewardModelRef
 from keel.recipe.sections import SamplingConfig, Strict
 from keel.recipe.steps import Aggregate, ProcessRef, PythonStepsRef, Steps
 
@@ -153,14 +153,7 @@ class SearchConfig(Strict):
         if stop is not None:
             raise ValueError(f"{place}.stop ends a reply at {stop!r}, where a step ends; leave it out")
 
-    def references(self, place: str) -> Iterator[Reference]:
-        """The stage or folder that its scorer names. ``place``: the search's dotted name."""
-        if isinstance(self.scorer, ProcessRef):
-            yield Reference(f"{place}.scorer.model", self.scorer.model, ("process reward model",))
-
     def scored_by(self, place: str) -> Iterator[tuple[str, Scoring]]:
-        """Its scorer, where it is no process reward model. A function of steps is declared as any function is."""
-        if isinstance(self.scorer, PythonStepsRef):
-            yield f"{place}.scorer", PythonRef(ref=self.scorer.ref)
-        elif isinstance(self.scorer, RewardModelRef):
+        """Its scorer. ``place``: the search's dotted name."""
+        if self.scorer is not None:
             yield f"{place}.scorer", self.scorer

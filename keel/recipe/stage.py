@@ -29,7 +29,7 @@ from keel.recipe.declared import (
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
-from keel.recipe.steps import StepsRead
+from keel.recipe.steps import ProcessRef, StepsRead
 
 
 class Surroundings(Protocol):
@@ -81,6 +81,8 @@ class StageBase(Strict):
         for place, source in self.scored_by():
             if isinstance(source, RewardModelRef):
                 yield Reference(f"{place}.model", source.model, ("reward model",))
+            elif isinstance(source, ProcessRef):
+                yield Reference(f"{place}.model", source.model, ("process reward model",))
 
     def also_uses(self, before: Sequence[StageBase]) -> Iterator[str]:
         """The names of earlier stages that it uses without naming them."""

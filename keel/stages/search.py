@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ from keel.eval.search import Marks, Searched, figures, pass_rates, powers_below
 from keel.model.checkpoint import frozen, load_policy
 from keel.precision import Precision
 from keel.recipe.eval import EvalSearch, EvalStage
-from keel.recipe.judges import PythonRef, RewardModelRef
+from keel.recipe.judges import RewardModelRef
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import SamplingConfig
-from keel.recipe.steps import Aggregate, ProcessRef, PythonStepsRef, Steps
+from keel.recipe.steps import Aggregate, Steps
 from keel.rollout.tokens import stream_key
 from keel.search.paths import Path
 from keel.search.picking import Ballot
@@ -24,29 +24,10 @@ from keel.search.ranking import Ranker, ReplyRanker, StepRanker
 from keel.search.run import Tools, pool, search
 from keel.search.sampled import Pool
 from keel.stages.context import StageContext
-from keel.stages.scoring import reward_model_scorer
-from keel.types import Prompt, Reporter, StepScorer, UserError
+from keel.stages.scoring import reward_model_scorer, step_scorer
+from keel.types import Prompt, Reporter
 
 APART = -(1 << 32)  # of a seed: the baseline's samples that say how hard prompts are, which no search draws
-
-
-@dataclass(frozen=True)
-class PythonSteps:
-    """A Python function ``(prompt, steps) -> numbers`` as a scorer of steps."""
-
-    function: Callable[..., Any]
-
-    def score_steps(self, prompts: Sequence[Prompt], replies: Sequence[tuple[str, ...]]) -> list[tuple[float, ...]]:
-        """Raises UserError, naming the prompt, when the function fails or returns no numbers."""
-        found = []
-        for prompt, steps in zip(prompts, replies, strict=True):
-            try:
-                found.append(tuple(float(score) for score in self.function(prompt, steps)))
-            except Exception as error:  # anything may go wrong in a user's function
-                raise UserError(
-                    f"the scorer of steps failed on prompt {prompt.id!r}: {type(error).__name__}: {error}"
-                ) from error
-        return found
 
 
 def make_ranker(config: SearchConfig, context: StageContext, precision: Precision) -> tuple[Ranker | None, Steps]:
@@ -56,18 +37,10 @@ def make_ranker(config: SearchConfig, context: StageContext, precision: Precisio
         return ReplyRanker(reward_model_scorer(ref.model, context, precision)), Steps()
     if ref is None:
         return None, Steps()
-    scorer = _step_scorer(ref, context, precision)
+    scorer = step_scorer(ref, context, precision)
     aggregate: Aggregate = getattr(scorer, "aggregate", "min") if config.aggregate is None else config.aggregate
     steps: Steps = getattr(scorer, "steps", Steps()) if config.steps is None else config.steps
     return StepRanker(scorer, aggregate), steps
-
-
-def _step_scorer(ref: ProcessRef | PythonStepsRef, context: StageContext, precision: Precision) -> StepScorer:
-    if isinstance(ref, PythonStepsRef):
-        return PythonSteps(context.python(PythonRef(ref=ref.ref)))
-    from keel.stages.scoring import step_scorer  # type: ignore[attr-defined]
-
-    return step_scorer(ref, context, precision)  # type: ignore[no-any-return]
 
 
 def make_ballot(config: SearchConfig) -> Ballot | None:
