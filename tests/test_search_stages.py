@@ -22,6 +22,7 @@ from keel.cli import main
 from keel.data.chat import Chat, install_template
 from keel.data.sources import read_demonstrations
 from keel.eval.search import Marks, Searched, figures, powers_below, thirds
+from keel.model.checkpoint import load_scalar, save
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
@@ -196,7 +197,15 @@ def _verify(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "keel.reward.verify", stub)  # type: ignore[arg-type]
 
 
-def recipe(tmp: Path, **stages: Any) -> dict[str, Any]:
+def untrained_scorer(tmp: Path) -> str:
+    """A process reward model that knows nothing."""
+    scalar = load_scalar(save_tiny(tmp / "for_scores"), new_head_seed=0)
+    scalar.set_process({"steps": {"by": "line"}, "aggregate": "mean", "level": "steps"})
+    save(scalar.model, scalar.tokenizer, tmp / "scores")
+    return str(tmp / "scores")
+
+
+def recipe(tmp: Path) -> dict[str, Any]:
     rows = [
         {"messages": [{"role": "user", "content": prompt(n).messages[0].content},
                       {"role": "assistant", "content": f"one\ntwo\n{n % 2}"}]}
@@ -205,6 +214,7 @@ def recipe(tmp: Path, **stages: Any) -> dict[str, Any]:
     heldout = [{"prompt": prompt(n).messages[0].content, "kind": "even"} for n in range(40, 46)]
     save_tiny(tmp / "base")
     scorer = {"kind": "python_steps", "ref": f"{HERE}:lines"}
+    process = {"kind": "process", "model": untrained_scorer(tmp)}
     short = {"max_new_tokens": 14, "batch_size": 32}
     searches = {
         "plain": {"how": "best_of_n", "n": 1, "scorer": scorer},
@@ -213,7 +223,7 @@ def recipe(tmp: Path, **stages: Any) -> dict[str, Any]:
         "weighed": {"how": "weighted", "n": 2, "scorer": scorer},
         "beam": {"how": "beam", "width": 2, "expand": 2, "scorer": scorer, "aggregate": "mean"},
         "trees": {"how": "dvts", "n": 4, "width": 2, "scorer": scorer, "pick": "weighted"},
-        "ahead": {"how": "lookahead", "width": 1, "expand": 2, "depth": 1, "scorer": scorer},
+        "ahead": {"how": "lookahead", "width": 1, "expand": 2, "depth": 1, "scorer": process},
         "again": {"how": "revise", "scorer": scorer},
     }
     return {
@@ -228,6 +238,10 @@ def recipe(tmp: Path, **stages: Any) -> dict[str, Any]:
             {"kind": "sft", "name": "sft", "epochs": 10, "batch_size": 8, "optim": {"lr": 1e-2}},
             {"kind": "sample", "name": "found", "per_prompt": 1, "sampling": short,
              "prompts": str(tmp / "prompts.jsonl"), "search": searches["beam"]},
+            {"kind": "sample", "name": "one", "per_prompt": 1, "sampling": short,
+             "prompts": str(tmp / "prompts.jsonl"), "search": searches["plain"]},
+            {"kind": "sample", "name": "drawn", "per_prompt": 1, "sampling": short,
+             "prompts": str(tmp / "prompts.jsonl")},
             {"kind": "eval", "name": "eval", "models": ["sft"], "sampling": short, "bootstrap": 100,
              "judge": {"kind": "python", "ref": f"{HERE}:right"}, "search": searches, "pass_rate_samples": 2},
         ],
@@ -243,7 +257,7 @@ def test_a_recipe_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     directory = run(made, tmp_path / "run")
     summary = directory.stage("eval").summary()
     found, curve = summary["search"], summary["search_curve"]
-    assert list(found) == list(made["stages"][2]["search"])
+    assert list(found) == list(made["stages"][-1]["search"])
     assert [(row["name"], row["n"]) for row in curve if row["name"] in ("best", "vote", "beam")] == [
         ("best", 1), ("best", 2), ("best", 4), ("vote", 1), ("vote", 2), ("vote", 4), ("beam", 4)
     ]  # fmt: skip
@@ -262,13 +276,17 @@ def test_a_recipe_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert len(kept) == 6 - costs["unanswered"] > 0
     assert all(0 < row["reward"] <= 0.9 for row in kept)
     assert len(read_demonstrations(directory.stage("found").path / KEPT)) == len(kept)
-    # The same prompts at the same places by the same seed and search: one in the evaluation, one in the sample stage.
-    assert costs["generated_tokens"] == found["beam"]["generated_tokens"]
-    assert costs["scored_tokens"] == found["beam"]["scored_tokens"]
+    one, drawn = (texts(directory, name) for name in ("one", "drawn"))
+    assert one == drawn, "of one sample a search is plain sampling"
     shutil.rmtree(directory.stage("eval").path)
     again = run(made, tmp_path / "run").stage("eval").summary()
     assert (again["search"], again["search_curve"]) == (found, curve), "the same seed, the same bits"
     chats(tmp_path / "run", capsys, monkeypatch)
+
+
+def texts(directory: RunDir, name: str) -> list[str]:
+    lines = (directory.stage(name).path / KEPT).read_text().splitlines()
+    return [json.loads(line)["messages"][-1]["content"] for line in lines]
 
 
 def chats(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,15 +301,15 @@ def chats(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert re.search(r"^\* \d  0\.\d{3}\n    0\.\d{3}  \w+", said, re.MULTILINE), said
     assert re.search(r"\d finished.*; \d+ tokens generated, \d+ scored\n", said)
     assert main(["chat", str(folder), "--search", "deep"]) == 2
-    assert "there are found, plain, best" in " ".join(capsys.readouterr().err.split())
+    assert "there are found, one, plain, best" in " ".join(capsys.readouterr().err.split())
     assert main(["chat", str(folder), "--search", "vote", "--temperature", "0"]) == 2
     assert "all 4 samples" in " ".join(capsys.readouterr().err.split())
 
 
 def test_recipes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     for stage, changed, wrong in [
-        (2, {"judge": None}, "search counts right answers"),
-        (2, {"sampling": {"temperature": 0}}, "all 4 samples"),
+        (-1, {"judge": None}, "search counts right answers"),
+        (-1, {"sampling": {"temperature": 0}}, "all 4 samples"),
         (1, {"per_prompt": 2}, "one response a prompt"),
         (1, {"candidates": 4}, "leave rewards and candidates out"),
     ]:

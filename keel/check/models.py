@@ -133,12 +133,10 @@ def _converses(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
 
 def _stop_tokens(stage: Stage, recipe: Recipe) -> None:
     """`UserError` for a stop that is no single token of a model that the stage samples from."""
-    sampling = stage.samples()
-    if sampling is None or not sampling.stop:
-        return
     for use in stage.loads():
-        if use.policy:
-            stop_token_ids(_chat_of(*root(recipe, use.name), recipe), sampling)
+        for sampling in stage.samplings():
+            if use.policy and sampling.stop:
+                stop_token_ids(_chat_of(*root(recipe, use.name), recipe), sampling)
 
 
 def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:

@@ -133,6 +133,11 @@ class StageBase(Strict):
         """How it samples from each language model that it loads; None: not at all."""
         return None
 
+    def samplings(self) -> tuple[SamplingConfig, ...]:
+        """All the ways in which it samples, those of its searches too."""
+        own = (self.samples(), *(search.sampling for search in self.searches().values()))
+        return tuple(sampling for sampling in own if sampling is not None)
+
     def compares(self) -> tuple[str, str] | None:
         """The policy and the reference whose log-probabilities it compares, by the names of their checkpoints."""
         return None

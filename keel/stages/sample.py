@@ -13,9 +13,10 @@ from keel.model.checkpoint import frozen, load_policy
 from keel.precision import Precision, pick_precision
 from keel.recipe.sample import SampleStage
 from keel.recipe.search import SearchConfig
-from keel.rollout.collect import Choice, sample_replies, stop_token_ids
+from keel.rollout.collect import CHUNK, Choice, sample_replies, stop_token_ids
 from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import make_sampler
+from keel.rollout.tokens import stream_key
 from keel.search.run import search
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
@@ -91,7 +92,10 @@ def _searched(
     sampling = config.sampling or stage.sampling
     tools = make_tools(config, model, chat, sampling, context, precision)
     seed = stage.seed_of(context.recipe.seed) if config.seed is None else config.seed
-    found = search(config, tools, prompts, sampling, seed, context.reporter)
+    found = []
+    for start in range(0, len(prompts), CHUNK):  # as replies are sampled: a search of one sample is that sample
+        part = prompts[start : start + CHUNK]
+        found += search(config, tools, part, sampling, stream_key(seed, start), context.reporter)
     costs = {
         "how": config.how,
         "n": config.paths,
