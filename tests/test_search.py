@@ -18,6 +18,7 @@ from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
 from keel.rollout.collect import Choice, sample_replies, stop_token_ids
 from keel.rollout.sampler import make_sampler
+from keel.rollout.tokens import further, stream_key
 from keel.search.growing import Grower, ended, step_ends
 from keel.search.paths import Costs, Found, Path
 from keel.search.picking import Ballot, pick
@@ -262,9 +263,24 @@ def test_of_one_sample_it_is_plain_sampling_bit_for_bit() -> None:
 
 
 def streams(seed: int, count: int) -> list[int]:
-    from keel.rollout.tokens import stream_key
-
     return [stream_key(seed, i) for i in range(count)]
+
+
+@pytest.mark.parametrize("backend", ["embedded", "transformers"])
+def test_a_stream_is_a_prompts_own_and_goes_on_where_it_was_left(backend: Any) -> None:
+    model, sampling = tiny_llama(3), SamplingConfig(max_new_tokens=8)
+    sampler = make_sampler(model, backend, (END,))
+    prompts = [[7, 8, 9], [10, 11], [12]]
+    whole = sampler.generate(prompts, sampling, 5)
+    assert [c.ids for c in sampler.generate(prompts, sampling, 9, streams(5, 3))] == [c.ids for c in whole]
+    assert sampler.generate(prompts[1:2], sampling, 9, streams(5, 2)[1:])[0].ids == whole[1].ids, (
+        "whatever is beside it"
+    )
+    later = [[*prompt, *c.ids[:3]] for prompt, c in zip(prompts, whole, strict=True)]
+    rest = sampler.generate(later, sampling.model_copy(update={"max_new_tokens": 5}), 9, [
+        further(key, 3) for key in streams(5, 3)
+    ])  # fmt: skip
+    assert [c.ids[:3] + more.ids for c, more in zip(whole, rest, strict=True)] == [c.ids for c in whole]
 
 
 @pytest.mark.parametrize("settings", [{"how": "best_of_n", "n": 5}, {"how": "beam", "width": 2, "expand": 2},
