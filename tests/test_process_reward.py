@@ -26,9 +26,9 @@ from keel.model.heads import ScalarModel
 from keel.objective.process import step_loss
 from keel.recipe.file import packaged
 from keel.recipe.process_reward import ProcessRewardStage
-from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig
+from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig
 from keel.recipe.steps import Steps
-from keel.reward.process import ProcessScorer, PythonSteps, aggregated
+from keel.reward.process import ProcessScorer, PythonSteps, aggregated, outcome
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent, read_json
 from keel.train.context import TrainContext
@@ -206,6 +206,28 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         assert (killed / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_adapters_are_trained_and_a_model_goes_on_from_its_checkpoint(
+    trained: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    start, _, heldout = trained
+    c = context(tmp_path, start)
+    c = replace(c, base_model=ModelConfig(path=str(start), lora=LoraConfig(rank=2)))
+    summary, again = train_process(
+        stage(heldout_fraction=0.2), labelled_steps.replies(120, unjudged=0.1), c, lambda _: "mean"
+    )
+    assert summary["steps"] > 0
+    assert [one.record.id for one in again] == [one.record.id for one in heldout]
+    found = scorer(c.stage.path)
+    assert found.aggregate == "mean"
+    asked = [one.record for one in again[:5]]
+    merged = found.score_steps([one.prompt for one in asked], [one.steps for one in asked])
+    assert [x for s in merged for x in s] == pytest.approx([x for one in again[:5] for x in one.scores], abs=1e-4)
+    auc = step_auc([Judged(one.scores, one.record.labels, one.record.prompt.id) for one in again], 0.5)
+    assert auc is not None
+    assert auc[0] is not None
+    assert auc[0] > 0.98, "it began where the first one ended"
+
+
 def test_nothing_is_cut_or_dropped_silently(base: Path, tmp_path: Path) -> None:
     records = labelled_steps.replies(12)
     long = StepLabels("long", prompt(40), ("the ship\n", "rope " * 80), (1.0, 0.0), place="rows.jsonl, line 7")
@@ -235,6 +257,17 @@ def test_what_a_reply_comes_to() -> None:
     scores = (0.5, 1.0, 0.25)
     assert [aggregated(scores, how) for how in ("min", "product", "last", "mean")] == [0.25, 0.125, 0.25, 1.75 / 3]
     assert aggregated((), "product") == 0.0
+
+
+def test_what_labels_say_of_an_answer() -> None:
+    def of(*labels: float | None, finished: bool = True) -> float | None:
+        steps = tuple("a\n" for _ in labels)
+        return outcome(StepLabels("a", prompt(0), steps, labels, finished), 0.5)
+
+    assert (of(1.0, 0.0, 0.75), of(1.0, None, 0.0)) == (0.75, 0.0)
+    assert of(1.0, 0.0, None) == 0.0, "judging stopped at the first error"
+    assert of(1.0, None) is None
+    assert of(1.0, 1.0, finished=False) is None
 
 
 def test_what_a_process_scorer_refuses(trained: tuple[Path, Any, Any], base: Path) -> None:

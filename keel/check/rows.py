@@ -11,6 +11,7 @@ from keel.data.collate import messages_hash
 from keel.data.steps import cut_otherwise, encode_steps
 from keel.recipe.recipe import Recipe
 from keel.recipe.steps import StepsRead
+from keel.reward.process import outcome
 from keel.types import Encoded, LabelledCompletion, Preference, Prompt, StepLabels, place_of
 
 FEW = 100  # records below which a stage can hardly learn
@@ -91,9 +92,9 @@ def step_findings(
     encoded = encode_steps(chat, [(row.prompt.messages, row.steps) for row in rows], [place_of(row) for row in rows])
     long = [one.row for one in encoded]
     yield from long_rows(long, place, "data.max_length", data.max_length, data.over_length, context)
-    learned = [row.labels[-1:] if how.outcome else row.labels for row in rows]
+    learned = [(outcome(row, how.bound),) if how.outcome else row.labels for row in rows]
     if missing := sum(all(label is None for label in labels) for labels in learned):
-        what = "whose last step is not judged" if how.outcome else "without a judged step"
+        what = "without an end or a judged answer" if how.outcome else "without a judged step"
         level: Literal["error", "warning"] = "error" if missing == len(rows) else "warning"
         sentence = f"{missing} of {len(rows)} replies {what} are left out"
         yield Finding(level, place, sentence, "give labels, or take them out")

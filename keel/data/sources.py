@@ -203,8 +203,8 @@ def _read_all(
     if undecided:
         reading.undecided(undecided)
         reading.note(f"{source}: {undecided} rows whose rating is neither up nor down are left out")
-    for why, count in left_out.items():
-        reading.note(f"{source}: {count} {'row is' if count == 1 else 'rows are'} left out: {why}")
+    for what, count in left_out.items():
+        reading.note(f"{source}: {count} {'row is' if count == 1 else 'rows are'} left out: {what}")
     for file, columns in unused.items():
         _note_unused(file, [column for column in columns if column not in OWN], reading)
     return records

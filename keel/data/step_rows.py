@@ -22,10 +22,7 @@ FORMS = "prompt+completions+labels | question+label (PRM800K) | input+label (Mat
 MARK = "ки"  # Math-Shepherd's, at the end of a step
 
 _SEPARATORS = {"line": "\n", "blank_line": "\n\n"}
-_RATINGS: dict[Neutral, dict[Any, float | None]] = {
-    neutral: {None: None, -1: 0.0, 0: counts, 1: 1.0}
-    for neutral, counts in (("good", 1.0), ("bad", 0.0), ("out", None))
-}
+_NEUTRAL: dict[Neutral, float | None] = {"good": 1.0, "bad": 0.0, "out": None}
 _FIRST = re.compile(r"[Ss]tep 1:")
 
 
@@ -34,7 +31,7 @@ def step_labels(row: Fields, steps: Steps, neutral: Neutral) -> list[StepLabels]
     if {"prompt", "completions", "labels"} <= row.keys():
         return [_listed(row, steps)]
     if "question" in row and isinstance(row.get("label"), dict):
-        return _prm800k(row, steps, _RATINGS[neutral])
+        return _prm800k(row, steps, {None: None, -1: 0.0, 0: _NEUTRAL[neutral], 1: 1.0})
     if "input" in row and isinstance(row.get("label"), str):
         return [_math_shepherd(row, steps)]
     raise UnknownForm

@@ -209,7 +209,7 @@ def pair_accuracy(problems: Sequence[Sequence[tuple[float, bool]]]) -> float | N
 AGGREGATES: tuple[Aggregate, ...] = ("min", "product", "last", "mean")  # of equally good ones the first is taken
 
 
-def aggregate_accuracies(replies: Sequence[Judged]) -> dict[str, float]:
+def aggregate_accuracies(replies: Sequence[Judged]) -> dict[Aggregate, float]:
     """``pair_accuracy`` of each aggregate; nothing where no problem has a right and a wrong reply."""
     problems = _by_problem([one for one in replies if one.right is not None])
     found = {

@@ -27,7 +27,7 @@ class ProcessRewardStage(TrainBase):
     level: Literal["steps", "outcome"] = Field(
         "steps",
         description="steps: each judged step is learned; outcome: the last one alone, whose label says whether the "
-        "reply's answer is right (an outcome reward model)",
+        "reply's answer is right (an outcome reward model); of whole replies",
     )
     steps: Steps = Field(
         Steps(), description="where a step ends, in training and whenever the model scores; kept in its checkpoint"
@@ -63,7 +63,7 @@ class ProcessRewardStage(TrainBase):
         return {"labels": self.sources}
 
     def steps_read(self) -> StepsRead:
-        return StepsRead(self.steps, self.neutral, self.level == "outcome")
+        return StepsRead(self.steps, self.neutral, self.level == "outcome", self.label_bound)
 
     def held_out(self, data: DataConfig) -> float:
         return self.heldout_fraction

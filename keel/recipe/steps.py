@@ -59,11 +59,13 @@ Aggregate = Literal["min", "product", "last", "mean"]
 
 @dataclass(frozen=True)
 class StepsRead:
-    """How a stage reads labelled steps. ``outcome``: the last one's label alone is learned."""
+    """How a stage reads labelled steps. ``outcome``: the last one's label alone is learned. ``bound``: a step is right
+    where its label is above it."""
 
     steps: Steps
     neutral: Literal["good", "bad", "out"] = "good"
     outcome: bool = False
+    bound: float = 0.5
 
 
 class Thinking(Strict):

@@ -40,6 +40,15 @@ def aggregated(scores: Sequence[float], how: Aggregate) -> float:
     return scores[-1] if how == "last" else math.fsum(scores) / len(scores)
 
 
+def outcome(record: StepLabels, bound: float) -> float | None:
+    """The label of a whole reply's answer: its last step's, which gives it; 0 where that was not judged because a step
+    before is wrong (its label is not above ``bound``). None for a reply that is not whole, or where that is open."""
+    if not record.finished:
+        return None
+    wrong = any(label is not None and label <= bound for label in record.labels)
+    return record.labels[-1] if record.labels[-1] is not None else 0.0 if wrong else None
+
+
 def packed_steps(rows: Sequence[EncodedSteps], device: str | torch.device) -> tuple[PackedBatch, Tensor]:
     """(replies behind one copy of their prompt, the place in T of every step's end [W]), in the order of the rows."""
     batch = pack_by_prompt([one.row for one in rows], device)

@@ -8,10 +8,10 @@ from typing import Any
 from keel.data.collate import messages_hash
 from keel.data.sources import read_steps
 from keel.data.steps import cut_otherwise
-from keel.eval.process_quality import NO_ERROR, Judged, aggregate_accuracies, first_error, process_quality
+from keel.eval.process_quality import Judged, aggregate_accuracies, process_quality
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
-from keel.reward.process import ScoredSteps
+from keel.reward.process import ScoredSteps, outcome
 from keel.stages.context import StageContext
 from keel.stages.inputs import reading
 from keel.stages.training import require_chat_template, training_context
@@ -40,7 +40,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
             f"{stage.name}: {len(cut)} of {len(records)} replies are labelled in other steps than steps.by: "
             f"{stage.steps.by} cuts (first: {place_of(cut[0])}), and the model will be asked about those"
         )
-    accuracies: dict[str, float] = {}
+    accuracies: dict[Aggregate, float] = {}
 
     def choose(heldout: Sequence[ScoredSteps]) -> Aggregate:
         accuracies.update(aggregate_accuracies([_judged(one, stage) for one in heldout]))
@@ -52,8 +52,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
             context.reporter.note(
                 f"{stage.name}: no held-out problem has a right and a wrong reply, so its aggregate is min, unchosen"
             )
-        best: Aggregate = max(accuracies, key=accuracies.__getitem__, default="min")  # type: ignore[assignment]
-        return best
+        return max(accuracies, key=accuracies.__getitem__, default="min")
 
     summary, heldout = train_process(stage, records, training_context(stage, context), choose)
     judged = [_judged(one, stage) for one in heldout]
@@ -62,16 +61,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
 
 
 def _judged(one: ScoredSteps, stage: ProcessRewardStage) -> Judged:
-    record = one.record
-    return Judged(one.scores, record.labels, messages_hash(record.prompt.messages), is_right(record, stage.label_bound))
-
-
-def is_right(record: StepLabels, bound: float) -> bool | None:
-    """Whether a whole reply's answer is right, as its labels say: its last step, which gives it, is; or a step before
-    is wrong and nothing behind was judged. None for what is not whole, or open."""
-    if not record.finished:
-        return None
-    last = record.labels[-1]
-    if last is not None:
-        return last > bound
-    return False if first_error(record.labels, bound) not in (None, NO_ERROR) else None
+    """With what is known of the reply's answer: what its labels say."""
+    record, label = one.record, outcome(one.record, stage.label_bound)
+    right = None if label is None else label > stage.label_bound
+    return Judged(one.scores, record.labels, messages_hash(record.prompt.messages), right)

@@ -18,13 +18,13 @@ from keel.objective.process import step_loss
 from keel.precision import autocast
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
-from keel.reward.process import ScoredSteps, packed_steps, step_scores
+from keel.reward.process import ScoredSteps, outcome, packed_steps, step_scores
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Algorithm, Micro, Stats, Totals, train
 from keel.train.pairs import due
 from keel.train.roles import roles_of
 from keel.train.schedule import EpochSchedule
-from keel.types import Encoded, StepLabels, UserError, place_of
+from keel.types import Encoded, Prompt, StepLabels, UserError, place_of
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,11 @@ def train_process(
     replies with the scores of all their steps, judged or not.
     """
     known = [one for one in (_at_level(record, config) for record in records) if any(x is not None for x in one.labels)]
+    without = "a judged step" if config.level == "steps" else "an end or a judged answer"
     if len(known) < len(records):
-        context.reporter.note(f"{config.name}: left out {len(records) - len(known)} replies without a judged step")
+        context.reporter.note(f"{config.name}: left out {len(records) - len(known)} replies without {without}")
     if not known:
-        raise UserError(f"{config.name}: no step of {len(records)} replies is judged; give labels")
+        raise UserError(f"{config.name}: all {len(records)} replies are without {without}; give labels")
     model = roles_of(config, context).new_reward_model(context.seed)
     training, heldout = split_by_prompt(known, config.heldout_fraction, context.seed)
     groups, kept = (
@@ -164,7 +165,7 @@ def train_process(
     }, scored
 
 
-def _prompt(example: Example) -> Any:
+def _prompt(example: Example) -> Prompt:
     return example.record.prompt
 
 
@@ -172,7 +173,7 @@ def _at_level(record: StepLabels, config: ProcessRewardStage) -> StepLabels:
     """The record with the labels that are learned: of an outcome the last step's alone."""
     if config.level == "steps":
         return record
-    return replace(record, labels=(*(None,) * (len(record.labels) - 1), record.labels[-1]))
+    return replace(record, labels=(*(None,) * (len(record.labels) - 1), outcome(record, config.label_bound)))
 
 
 def _encoded(records: Sequence[StepLabels], chat: Chat, context: TrainContext) -> list[Example]:
