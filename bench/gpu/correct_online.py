@@ -48,7 +48,11 @@ class Given:
             self.waiting.setdefault(row.prompt_ids, []).append(Completion("", ids, tuple(logps.tolist()), is_whole(n)))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int, streams: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
     ) -> list[Completion]:
         return [self.waiting[tuple(prompt)].pop(0) for prompt in prompts]
 
