@@ -201,7 +201,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     from keel.cli.chat import talk
 
     set_threads(None)
-    return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens, arguments.device)
+    limit, search = arguments.max_new_tokens, arguments.search
+    return talk(arguments.run, arguments.stage, arguments.temperature, limit, arguments.device, search)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -111,6 +111,10 @@ def _chat(commands: Commands) -> None:
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("run", metavar="RUN", help="a run directory, or a folder with a checkpoint")
     chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
+    chat.add_argument(
+        "--search", default=None, metavar="NAME", help="answer by a search of the recipe: one of an eval stage's, or a "
+        "sample stage's name; its steps are shown with their scores"
+    )  # fmt: skip
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default: the recipe's)")
