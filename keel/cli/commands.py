@@ -189,10 +189,11 @@ def _study(arguments: argparse.Namespace) -> int:
 
 def _harbor(arguments: argparse.Namespace) -> int:
     from keel.harbor.build import build
+    from keel.harbor.ledger_build import build_ledger
 
     set_threads(None)
     with Progress(["base"]) as progress, progress.stage("base"):
-        build(Path(arguments.out), progress, arguments.seed)
+        (build_ledger if arguments.ledger else build)(Path(arguments.out), progress, arguments.seed)
     Console().print(f"base model: {arguments.out}", highlight=False)
     return 0
 

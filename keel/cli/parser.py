@@ -203,6 +203,7 @@ def _harbor(commands: Commands) -> None:
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")
     build.add_argument("--out", required=True, metavar="DIR")
     build.add_argument("--seed", type=natural_number, default=0, help="default: 0")
+    build.add_argument("--ledger", action="store_true", help="the base model that went on with ledgers")
     build.set_defaults(computes=True)
 
 

@@ -1,7 +1,7 @@
 """Ledgers: prompts whose answer takes four to eight lines of working, and what bookkeepers write.
 
 A ledger says what is in a store and what comes and goes; asked is how many are left, or whether as many as a number
-are. A reply works one entry a line, a clause and a sum, and ends with an answer line. Half of the ledgers have a trap
+are. A reply works one entry a line, a clause and a sum, and ends with an answer line. Six ledgers in ten have a trap
 (`keel.harbor.ledger_entries`) that most bookkeepers misread in the same way: voting among samples then agrees on a
 wrong answer, and a question for yes or no has many right answers with wrong working.
 
@@ -12,7 +12,6 @@ entries ([kind, n, k] each), bound (what a yes_no asks for, else None).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -30,18 +29,18 @@ __all__ = [
     "grade",
     "make_demonstrations",
     "make_prompts",
-    "pages",
+    "page",
     "read_lines",
     "write_reply",
 ]
 
 Side = Literal["train", "heldout"]
 
-TRAPPED = 0.5  # share of ledgers with a trap
+TRAPPED = 0.6  # share of ledgers with a trap
 SECOND_TRAP = 0.5  # of the trapped ones with `LONG` entries or more
 LONG = 8
 YES_NO = 0.5
-SAME_SIDE = 0.75  # of the trapped yes_no: both readings give the same answer
+SAME_SIDE = 0.7  # of the trapped yes_no: both readings give the same answer
 GOODS = ("crates", "planks", "candles", "letters", "books", "barrels", "sails", "cheeses")
 _THANKS = ("Thank you.", "Thanks for your trust.", "A good day to you.")
 
@@ -50,13 +49,15 @@ _THANKS = ("Thank you.", "Thanks for your trust.", "A good day to you.")
 class Bookkeeping:
     """Probabilities, each of one thing that a bookkeeper may do where it applies."""
 
-    falls: float = 0.65  # misreads a trap
+    falls: float = 0.6  # misreads a trap
     slips: float = 0.01  # a line's sum is wrong
     repeats: float = 0.01  # writes a line twice
     thanks: float = 0.03
 
 
 BOOKKEEPERS = Bookkeeping()
+PAGES = Bookkeeping(falls=0.5)  # what a base model reads: either way as often
+SHORT, DRILLED = 0.6, 0.8  # share of short pages, and of those with a trap
 
 
 def make_prompts(n: int, seed: int, side: Side = "train", lines: tuple[int, int] = (4, 8)) -> list[Prompt]:
@@ -81,11 +82,14 @@ def make_demonstrations(
     ]
 
 
-def pages(n: int, seed: int, habits: Bookkeeping = BOOKKEEPERS) -> Iterator[str]:
-    """``n`` plain pages of worked ledgers, for pretraining."""
-    rng = Random(f"ledger pages {seed}")
-    for prompt in make_prompts(n, rng.randrange(2**32), "train"):
-        yield f"{prompt.messages[0].content}\n{write_reply(prompt, rng, habits)}"
+def page(rng: Random) -> tuple[str, str]:
+    """A page of a ledger's book, as its question and its working: half of them are short, where most of what is read
+    is a trap. For pretraining; no page is a held-out ledger."""
+    while True:
+        short = rng.random() < SHORT
+        prompt = _draw(rng, rng.randint(1, 3) if short else rng.randint(4, 8), DRILLED if short else TRAPPED)
+        if prompt is not None and not heldout(prompt.messages[0].content):
+            return prompt.messages[0].content, write_reply(prompt, rng, PAGES)
 
 
 def write_reply(prompt: Prompt, rng: Random, habits: Bookkeeping = BOOKKEEPERS) -> str:
@@ -114,25 +118,27 @@ def _work(prompt: Prompt, rng: Random, habits: Bookkeeping) -> list[str] | None:
         if rng.random() < habits.repeats:
             lines.append(lines[-1])
         count = result
-    return [*lines, f"Answer: {_answer(count, prompt.meta['bound'])}."]
+    bound = prompt.meta["bound"]
+    compared = [] if bound is None else [f"{count} left, {bound} asked."]
+    return [*lines, *compared, f"Answer: {_answer(count, bound)}."]
 
 
 def _answer(count: int, bound: int | None) -> str:
     return str(count) if bound is None else "yes" if count >= bound else "no"
 
 
-def _draw(rng: Random, lines: int) -> Prompt | None:
+def _draw(rng: Random, lines: int, trapped: float = TRAPPED) -> Prompt | None:
     """One ledger, or None where the entries drawn do not fit."""
     start = rng.randint(10, 80)
     traps = 0
-    if rng.random() < TRAPPED:
+    if rng.random() < trapped:
         traps = 2 if lines >= LONG and rng.random() < SECOND_TRAP else 1
-    trapped = set(rng.sample(range(lines), traps))
+    places = set(rng.sample(range(lines), traps))
     counts, entries = frozenset({start}), list[Entry]()
     for i in range(lines):
         drawn = None
         for _ in range(40):
-            drawn = draw_entry(TRAPS if i in trapped else PLAIN, counts, rng)
+            drawn = draw_entry(TRAPS if i in places else PLAIN, counts, rng)
             if drawn is not None:
                 break
         if drawn is None:
