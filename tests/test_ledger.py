@@ -3,14 +3,22 @@ bookkeepers can and cannot do."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from keel.harbor import ledger
+from keel.cli import main
+from keel.data.sources import read_demonstrations, read_prompts
+from keel.harbor import ledger, ledger_build
+from keel.harbor.build import SHIPPED, SHIPPED_LEDGER
+from keel.harbor.export import export_reasoning
 from keel.harbor.judge import judge
 from keel.harbor.ledger import Bookkeeping, first_error, gold_steps, make_demonstrations, make_prompts, write_reply
 from keel.harbor.ledger_entries import KINDS, Entry
@@ -160,27 +168,85 @@ def test_demonstrations_are_the_same_bytes_for_a_seed() -> None:
     assert make_demonstrations(20, 4) == make_demonstrations(20, 4) != make_demonstrations(20, 5)
 
 
-def test_a_majority_of_bookkeepers_is_wrong_where_some_are_right() -> None:
-    """The world can show what a verifier is for: voting is 20 points short of the best of 16, of yes and no a third of
-    the right answers have wrong working, and nine lines in ten are right outside traps."""
-    habits, rng = replace(ledger.BOOKKEEPERS, slips=0.06, repeats=0), Random(0)
+def figures(samples: Iterable[tuple[Prompt, Sequence[str]]]) -> dict[str, float]:
+    """Shares, of several replies to each of several ledgers."""
     majority, some, lucky, right_lines = list[bool](), list[bool](), list[bool](), list[bool]()
-    for prompt in make_prompts(250, 0, "heldout"):
-        replies = [write_reply(prompt, rng, habits) for _ in range(16)]
+    for prompt, replies in samples:
         flags = [judge(prompt, reply).flags for reply in replies]
-        votes = Counter(reply.split("Answer: ")[1].split(".")[0] for reply in replies)
+        votes = Counter(reply.rpartition("Answer: ")[2].split(".")[0] for reply in replies)
         majority.append(votes.most_common(1)[0][0] == prompt.meta["answer"])
         some.append(any(flag["correct"] for flag in flags))
         if prompt.meta["form"] == "yes_no":
             lucky += [bool(flag["lucky"]) for flag in flags if flag["correct"]]
-        for reply in replies[:2]:
+        plain = [kind in ("in", "out", "half") for kind, _, _ in prompt.meta["entries"]]
+        for reply in replies[:4]:
             sums = [line for line in ledger.read_lines(prompt, STEPS.split(reply)) if line.role == "sum"]
-            plain = [kind in ("in", "out", "half") for kind, _, _ in prompt.meta["entries"]]
-            right_lines += [line.right for line, counts in zip(sums, plain, strict=True) if counts]
-    assert sum(some) / len(some) > 0.95
-    assert sum(some) - sum(majority) > 0.2 * len(some)
-    assert 0.3 < sum(lucky) / len(lucky) < 0.5
-    assert 0.9 < sum(right_lines) / len(right_lines) < 0.97
+            right_lines += [line.right for line, counts in zip(sums, plain, strict=False) if counts]
+    shares = {"majority": majority, "some": some, "lucky": lucky, "lines": right_lines}
+    return {name: sum(found) / len(found) for name, found in shares.items()}
+
+
+def test_a_majority_of_bookkeepers_is_wrong_where_some_are_right() -> None:
+    """The world can show what a verifier is for: voting is 20 points short of the best of 16, of yes and no a third of
+    the right answers have wrong working, and nine lines in ten are right outside traps."""
+    habits, rng = replace(ledger.BOOKKEEPERS, slips=0.06), Random(0)
+    prompts = make_prompts(160, 0, "heldout")
+    found = figures((prompt, [write_reply(prompt, rng, habits) for _ in range(16)]) for prompt in prompts)
+    assert found["some"] > 0.95
+    assert found["some"] - found["majority"] > 0.2
+    assert 0.3 < found["lucky"] < 0.5
+    assert 0.9 < found["lines"] < 0.97
+
+
+@pytest.mark.wide
+def test_a_majority_of_a_models_samples_is_wrong_where_some_are_right(tmp_path: Path) -> None:
+    """The same of the shipped model, fine-tuned as the demo does: minutes."""
+    words = ["--reasoning", "--out", str(tmp_path), "sample.per_prompt=16", "sample.max_similarity=1"]
+    held = f"sample.prompts={tmp_path / 'data' / 'heldout_prompts.jsonl'}"
+    assert main(["demo", *words, held, "eval.bootstrap=200"]) == 0
+    replies: dict[str, list[str]] = {}
+    for row in map(json.loads, (tmp_path / "sample" / "responses.jsonl").read_text().splitlines()):
+        replies.setdefault(row["prompt_id"], []).append(row["response"])
+    prompts = read_prompts(tmp_path / "data" / "heldout_prompts.jsonl")
+    found = figures((prompt, replies[prompt.id]) for prompt in prompts)
+    assert found["some"] - found["majority"] >= 0.2
+    assert 0.25 < found["lucky"] < 0.55
+    assert found["lines"] > 0.88
+
+
+def test_the_files_of_ledgers_are_read_as_any_users_and_the_same_for_a_seed(tmp_path: Path) -> None:
+    sizes = {"demonstrations": 6, "prompts": 5, "heldout_prompts": 4, "labelled": 10}
+    for folder in ("a", "b"):
+        export_reasoning(tmp_path / folder, 3, **sizes)
+    files = sorted((tmp_path / "a").iterdir())
+    assert [file.read_bytes() for file in files] == [(tmp_path / "b" / file.name).read_bytes() for file in files]
+    assert len(read_demonstrations(tmp_path / "a" / "demonstrations.jsonl")) == 6
+    assert [p.kind for p in read_prompts(tmp_path / "a" / "heldout_prompts.jsonl")] == ["ledger"] * 4
+    rows = [json.loads(line) for line in (tmp_path / "a" / "labelled_steps.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    assert len({row["id"] for row in rows}) == 10
+    for row in rows:
+        prompt = Prompt(row["prompt_id"], (Message("user", row["prompt"][0]["content"]),), row["kind"], row["meta"])
+        error = first_error(prompt, "".join(row["completions"]))
+        assert row["labels"] == [float(error is None or i < error) for i in range(len(row["completions"]))]
+
+
+def test_a_build_learns_the_working_of_whole_pages() -> None:
+    """Every batch is full, a page is a sequence, and what is learned is what stands behind its question."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_LEDGER)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(SHIPPED).get_vocab()
+    batch = ledger_build._batch(tokenizer, 0, 512, 7)
+    assert batch.num_tokens == 512 == int(batch.lengths().sum())
+    for start, end in zip(batch.cu_seqlens[:-2].tolist(), batch.cu_seqlens[1:-1].tolist(), strict=True):
+        ids, mask = batch.ids_T[start:end], batch.mask_T[start:end]
+        question, working = tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask])
+        assert question.endswith("?\n")
+        assert "Answer: " in working
+        assert working.endswith("<|end|>")
+        assert batch.positions_T[start:end].tolist() == list(range(end - start))
+    again = ledger_build._batch(tokenizer, 0, 512, 7)
+    assert bool((again.ids_T == batch.ids_T).all())
+    assert not bool((ledger_build._batch(tokenizer, 0, 512, 8).ids_T == batch.ids_T).all())
 
 
 def test_a_prompt_that_is_no_ledger_is_refused() -> None:

@@ -14,14 +14,16 @@ from keel.harbor.build import SHIPPED, STATE, Settings, pretrain, save_base
 from keel.harbor.ledger import page
 from keel.types import PackedBatch, Reporter
 
-LEDGER = Settings(tokens=7_000_000)
+LEDGER = Settings(tokens=6_086_656)
 
 
 def build_ledger(out_dir: Path, reporter: Reporter, seed: int = 0, settings: Settings = LEDGER) -> LlamaForCausalLM:
     """Trains the shipped base model on ``settings.tokens`` tokens of ledger pages and writes it, with its tokenizer,
     into ``out_dir``. It learns the working alone: a page's question is drawn at random, so there is nothing to learn.
 
-    A build that was killed goes on from ``out_dir/build_state.pt``, to the same bits for the same thread count.
+    A build that was killed goes on from ``out_dir/build_state.pt``, to the same bits for the same thread count. The
+    shipped model: seed 0, these settings, 16 threads of a processor that multiplies bfloat16 by itself (on one that
+    does not this takes many hours), torch 2.11, five minutes.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
