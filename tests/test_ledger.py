@@ -202,12 +202,11 @@ def test_a_majority_of_bookkeepers_is_wrong_where_some_are_right() -> None:
 def test_a_majority_of_a_models_samples_is_wrong_where_some_are_right(tmp_path: Path) -> None:
     """The same of the shipped model, fine-tuned as the demo does: minutes."""
     words = ["--reasoning", "--out", str(tmp_path), "sample.per_prompt=16", "sample.max_similarity=1"]
-    held = f"sample.prompts={tmp_path / 'data' / 'heldout_prompts.jsonl'}"
-    assert main(["demo", *words, held, "eval.bootstrap=200"]) == 0
+    assert main(["demo", *words, "eval.bootstrap=200"]) == 0
     replies: dict[str, list[str]] = {}
     for row in map(json.loads, (tmp_path / "sample" / "responses.jsonl").read_text().splitlines()):
         replies.setdefault(row["prompt_id"], []).append(row["response"])
-    prompts = read_prompts(tmp_path / "data" / "heldout_prompts.jsonl")
+    prompts = read_prompts(tmp_path / "data" / "prompts.jsonl")
     found = figures((prompt, replies[prompt.id]) for prompt in prompts)
     assert found["some"] - found["majority"] >= 0.2
     assert 0.25 < found["lucky"] < 0.55
