@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from keel.cli import main
+from keel.data.chat import Chat
 from keel.data.sources import read_demonstrations, read_prompts
 from keel.harbor import ledger, ledger_build
 from keel.harbor.build import SHIPPED, SHIPPED_LEDGER
@@ -22,7 +23,11 @@ from keel.harbor.export import export_reasoning
 from keel.harbor.judge import judge
 from keel.harbor.ledger import Bookkeeping, first_error, gold_steps, make_demonstrations, make_prompts, write_reply
 from keel.harbor.ledger_entries import KINDS, Entry
+from keel.model.checkpoint import frozen, load_policy
+from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
+from keel.rollout.collect import stop_token_ids, with_decoded_text
+from keel.rollout.sampler import make_sampler
 from keel.types import Message, Prompt, UserError
 
 STEPS = Steps(by="line", marker=None)
@@ -201,16 +206,17 @@ def test_a_majority_of_bookkeepers_is_wrong_where_some_are_right() -> None:
 @pytest.mark.wide
 def test_a_majority_of_a_models_samples_is_wrong_where_some_are_right(tmp_path: Path) -> None:
     """The same of the shipped model, fine-tuned as the demo does: minutes."""
-    words = ["--reasoning", "--out", str(tmp_path), "sample.per_prompt=16", "sample.max_similarity=1"]
-    assert main(["demo", *words, "eval.bootstrap=200"]) == 0
-    replies: dict[str, list[str]] = {}
-    for row in map(json.loads, (tmp_path / "sample" / "responses.jsonl").read_text().splitlines()):
-        replies.setdefault(row["prompt_id"], []).append(row["response"])
-    prompts = read_prompts(tmp_path / "data" / "prompts.jsonl")
-    found = figures((prompt, replies[prompt.id]) for prompt in prompts)
+    assert main(["demo", "--reasoning", "--out", str(tmp_path), "eval.bootstrap=200"]) == 0
+    model, tokenizer = load_policy(str(tmp_path / "sft"))
+    chat, sampling = Chat(tokenizer), SamplingConfig(temperature=1, max_new_tokens=160, batch_size=256)
+    sampler = make_sampler(frozen(model), "auto", stop_token_ids(chat, sampling))
+    prompts = read_prompts(tmp_path / "data" / "heldout_prompts.jsonl")
+    ids = [chat.encode_prompt(prompt.messages) for prompt in prompts for _ in range(16)]
+    texts = [with_decoded_text(chat, reply).text for reply in sampler.generate(ids, sampling, 0)]
+    found = figures((prompt, texts[16 * i : 16 * i + 16]) for i, prompt in enumerate(prompts))
     assert found["some"] - found["majority"] >= 0.2
-    assert 0.25 < found["lucky"] < 0.55
-    assert found["lines"] > 0.88
+    assert 0.3 < found["lucky"] < 0.5
+    assert found["lines"] > 0.9
 
 
 def test_the_files_of_ledgers_are_read_as_any_users_and_the_same_for_a_seed(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Ledgers: prompts whose answer takes four to eight lines of working, and what bookkeepers write.
 
 A ledger says what is in a store and what comes and goes; asked is how many are left, or whether as many as a number
-are. A reply works one entry a line, a clause and a sum, and ends with an answer line. Six ledgers in ten have a trap
+are. A reply works one entry a line, a clause and a sum, and ends with an answer line. More than half of the ledgers have a trap
 (`keel.harbor.ledger_entries`) that most bookkeepers misread in the same way: voting among samples then agrees on a
 wrong answer, and a question for yes or no has many right answers with wrong working.
 
@@ -36,7 +36,7 @@ __all__ = [
 
 Side = Literal["train", "heldout"]
 
-TRAPPED = 0.6  # share of ledgers with a trap
+TRAPPED = 0.6  # share of ledgers drawn with a trap: of those that fit, a little over half
 SECOND_TRAP = 0.5  # of the trapped ones with `LONG` entries or more
 LONG = 8
 YES_NO = 0.5
