@@ -1,9 +1,9 @@
 """Ledgers: prompts whose answer takes four to eight lines of working, and what bookkeepers write.
 
 A ledger says what is in a store and what comes and goes; asked is how many are left, or whether as many as a number
-are. A reply works one entry a line, a clause and a sum, and ends with an answer line. More than half of the ledgers have a trap
-(`keel.harbor.ledger_entries`) that most bookkeepers misread in the same way: voting among samples then agrees on a
-wrong answer, and a question for yes or no has many right answers with wrong working.
+are. A reply works one entry a line, a clause and a sum, and ends with an answer line. More than half of the
+ledgers have a trap (`keel.harbor.ledger_entries`) that most bookkeepers misread in the same way: voting among samples
+then agrees on a wrong answer, and a question for yes or no has many right answers with wrong working.
 
 ``meta``: answer (text), form (number or yes_no), lines (how many entries), traps (the kinds of its traps), start,
 entries ([kind, n, k] each), bound (what a yes_no asks for, else None).
