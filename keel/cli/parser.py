@@ -75,9 +75,11 @@ def _running(commands: Commands) -> None:
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
     demo.add_argument("--seed", type=natural_number, default=0, help="default: 0")
     demo.add_argument("--quick", action="store_true", help="about a minute: every stage, too small to learn much")
-    demo.add_argument(
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument(
         "--constitutional", action="store_true", help="critique, revision and votes by a constitution's principles"
     )
+    which.add_argument("--reasoning", action="store_true", help="ledgers, worked line by line")
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
 
@@ -207,6 +209,7 @@ def _harbor(commands: Commands) -> None:
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")
     build.add_argument("--out", required=True, metavar="DIR")
     build.add_argument("--seed", type=natural_number, default=0, help="default: 0")
+    build.add_argument("--ledger", action="store_true", help="the base model that went on with ledgers")
     build.set_defaults(computes=True)
 
 
