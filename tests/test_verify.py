@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from fractions import Fraction
 
@@ -146,7 +147,29 @@ TABLE = [
     ("12", "There were 9. 9 + 3 = 12\nAnswer: 12.", RIGHT),
     ("yes", "9 + 3 = 12\n12 is not 13.\nAnswer: no.", WRONG),
     ("yes", "Maybe 3", UNREADABLE),
+    ("A", "(A) or (B)", UNREADABLE),
+    ("A", "A and B", WRONG),
+    ("no", "No, wait, yes", WRONG),
+    ("yes", "Yes, they are.", RIGHT),
+    # what says something else with the same number
+    ("5", "The answer is not 5.", UNREADABLE),
+    ("5", "The answer is less than 5.", UNREADABLE),
+    ("5", "\\boxed{5!}", UNREADABLE),
+    ("5", "The answer is 5!", RIGHT),
+    ("2", "2 of 3", WRONG),
+    ("2", "so $\\sqrt{2}$", UNREADABLE),
+    ("2", "x^2", UNREADABLE),
+    ("-7", "it is 10 - 7", WRONG),
+    ("1000", "1,000,00", UNREADABLE),
+    ("1234.5", "1.234,5", UNREADABLE),
+    ("2024", "2024-01-02", UNREADABLE),
+    ("5", "(5)", RIGHT),
+    ("5", "\\boxed{{5}}", RIGHT),
+    ("100", "100€", RIGHT),
     # where the answer stands
+    ("18", "<answer>18</answer>", RIGHT),
+    ("18", "<answer>\nIt is 18 eggs\n</answer>", RIGHT),
+    ("3, 4", "The answers are 3 and 4.", RIGHT),
     ("18", "#### 5\nNo.\n#### 18", RIGHT),
     ("3", "\\boxed{2} was wrong. \\boxed{3}", RIGHT),
     ("3", "\\boxed{2}. The answer is 3.", RIGHT),
@@ -283,3 +306,36 @@ def test_answers_are_the_same_by_value() -> None:
     assert not same("", "")
     assert value_of("1e-2") is not None
     assert value_of("1e-2").number == Fraction(1, 100)  # type: ignore[union-attr]
+
+
+def test_a_number_is_the_same_however_it_is_written() -> None:
+    """Each of 80 fractions in every way of writing it; next to each, one that is written alike and another."""
+    rng = random.Random(0)
+    for _ in range(80):
+        number = Fraction(rng.randrange(-(10**7), 10**7), 10 ** rng.randrange(4))
+        others = (number + Fraction(1, 1000), -number if number else Fraction(1), number * 10 or Fraction(1))
+        for other in (number, *others):
+            verdict = RIGHT if other == number else WRONG
+            for written in ways(other):
+                for reply in (
+                    f"#### {written}",
+                    f"so \\boxed{{{written}}}",
+                    f"The answer is {written}.",
+                    f"2 + 2. {written}",
+                ):
+                    assert judge_reply(str(number), reply) == verdict, (str(number), reply)
+
+
+def ways(number: Fraction) -> list[str]:
+    sign, size = ("-" if number < 0 else ""), abs(number)
+    decimal = f"{size.numerator * 10**4 // size.denominator / 10**4:.4f}"
+    whole, part = divmod(size, 1)
+    found = [
+        f"{sign}{decimal}",
+        f"−{decimal}" if sign else decimal,
+        f"{sign}{float(decimal):,.4f}",
+        f"{sign}${float(decimal):,.4f}",
+        f"{sign}{size.numerator}/{size.denominator}",
+        f"{sign}\\frac{{{size.numerator}}}{{{size.denominator}}}",
+    ]
+    return [*found, f"{sign}{whole} {part.numerator}/{part.denominator}"] if part and whole else found

@@ -21,11 +21,13 @@ from test_stages import run, write_jsonl
 from tiny import save_tiny, tiny_tokenizer
 
 from keel.check import check_recipe
+from keel.check.machine import extras
 from keel.cli import main
 from keel.data.chat import Chat
 from keel.data.sources import read_demonstrations, read_prompts
 from keel.recipe.judges import RewardTerm
 from keel.recipe.recipe import Recipe
+from keel.recipe.sample import SampleStage
 from keel.recipe.steps import Thinking
 from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 from keel.reward.checks import Coin, Format, Verify, known_answer, make_check
@@ -205,7 +207,7 @@ def test_no_process_is_left_behind(tmp_path: Path, how: str) -> None:
         "import sys\n"
         "from keel.reward.killable import Killable\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
-        f"workers = Killable('misbehaving:make', seconds=1 if {how!r} == 'kill' else 30)\n"
+        f"workers = Killable('misbehaving:make', seconds=0.4 if {how!r} == 'kill' else 30)\n"
         "print(workers.map(['pid'])[0], flush=True)\n"
         f"{how!r} == 'end' or workers.map(['hang'])\n"
     )
@@ -215,7 +217,7 @@ def test_no_process_is_left_behind(tmp_path: Path, how: str) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     if how != "end":
-        time.sleep(0.2)
+        time.sleep(0.1)
         parent.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
     parent.wait(20)
     begin = time.monotonic()
@@ -259,6 +261,8 @@ def test_a_power_tower_is_given_back_within_six_seconds() -> None:
 def test_the_missing_extra_is_said() -> None:
     with pytest.raises(UserError, match=re.escape("pip install 'keel-rlhf[math]'")):
         make_check(VerifyRef(how="math"))
+    stage = SampleStage(name="sample", candidates=8, rewards=[RewardTerm(source=VerifyRef(how="math"))])
+    assert ["keel-rlhf[math]" in str(finding) for finding in extras(stage)] == [True]
 
 
 # ------------------------------------------------------------------------------------------------------- a whole run

@@ -137,7 +137,7 @@ def serve() -> None:
         return
     print('"ready"', file=out, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, float(sys.argv[3]) + 2)  # nobody may be left to kill it
+        signal.setitimer(signal.ITIMER_REAL, float(sys.argv[3]) + 1)  # nobody may be left to kill it
         try:
             answer = json.dumps(function(json.loads(line)))
         except Exception:  # whatever a library makes of hostile text

@@ -42,7 +42,9 @@ _NUMBER = re.compile(
 _POWER = re.compile(r"([+-]?)10\s*\^\s*\{?\s*([+-]?\d{1,9})\s*\}?")
 _FRACTION = re.compile(r"([+-]?)\s*(?:(\d+)\s+)?\(?\s*(-?\d+)\s*\)?\s*/\s*\(?\s*(-?\d+)\s*\)?")
 _FRAC = re.compile(r"([+-]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))")
-_UNIT = re.compile(r"[a-zA-Zµμ%²³°][a-zA-Zµμ²³°.]*(?:[ /*^·-]+(?:[a-zA-Zµμ²³]+|\{?[+-]?[1-3]\}?))*")
+_LETTERS = "a-zA-Zµμ²³°€£¥₹$"
+_UNIT = re.compile(rf"[{_LETTERS}%][{_LETTERS}.]*(?:[ /*·-]+[{_LETTERS}]+|\s*\^\s*\{{?[+-]?[1-3]\}}?)*")
+_END = re.compile(r"(?:\s*(?:(?<![\d)])!|[.?;:,]))+$")  # an exclamation mark behind a number is a factorial
 _MARKUP = re.compile(r"[*_`$]{1,3}")
 
 _CURRENCIES = {
@@ -78,7 +80,8 @@ _SMALL = (
 _WORDS = {word: Fraction(i) for i, word in enumerate(_SMALL)}
 _VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
-_SPOKEN = re.compile(r"(yes|no|true|false)(?:$|[,.;:!][^\d]*$)", re.IGNORECASE)
+_SPOKEN = re.compile(r"(yes|no|true|false)(?:$|[,.;:!](?!.*\b(?:yes|no|not|true|false)\b)[^\d]*$)", re.IGNORECASE)
+_ANOTHER = re.compile(r"\b(?:or|and)\s+\(?[a-j]\b|\([a-j]\)", re.IGNORECASE)
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:option|choice|answer|letter)\s+)?(?:\(([A-Ja-j])\)|\[([A-Ja-j])\]|([A-Ja-j]))(?:$|[.):](?:\s.*)?$|(?<=[)\]])\s.*$)",
     re.DOTALL | re.IGNORECASE,
@@ -147,7 +150,7 @@ def _plain(text: str) -> str:
     else:
         text = re.sub(r"[*_`]{1,3}", "", text)
     text = re.sub(r"\s+", " ", text).strip().strip("\"'“”‘’")
-    return re.sub(r"(?:\s*[.!?;:,])+$", "", text).strip() if not re.fullmatch(r"[+-]?\d+\.", text) else text[:-1]
+    return _END.sub("", text).strip()
 
 
 def _value(text: str, depth: int) -> Value | None:
@@ -157,6 +160,9 @@ def _value(text: str, depth: int) -> Value | None:
         return number
     if spoken := _SPOKEN.match(text):
         return Value("truth", _TRUTH[spoken[1].casefold()])
+    if unnamed[0] + unnamed[-1] in ("()", "{}") and "," not in text and ";" not in text and _whole(unnamed):
+        inner = unnamed[1:-1].strip()
+        return _value(inner, depth + 1) if inner and depth < 3 else None
     items = _items(unnamed, depth)
     if items is not None:
         return items
@@ -165,8 +171,9 @@ def _value(text: str, depth: int) -> Value | None:
         return Value("number", said, _WORDS[said])
     choice = _CHOICE.fullmatch(text)
     if choice and (choice[1] or choice[2] or choice[3]).isascii():
-        letter = (choice[1] or choice[2] or choice[3]).upper()
-        return Value("choice", letter)
+        letter = choice[1] or choice[2] or choice[3]
+        more = _ANOTHER.search(text[choice.end(choice.lastindex or 0) + 1 :])
+        return None if more else Value("choice", letter.upper())
     words = re.sub(r"^(?:the|a|an)\s+", "", said)
     sure = all(c.isalpha() or c in " -'’,.&" for c in words)
     return Value("words" if sure else "other", words)
@@ -178,12 +185,12 @@ def _value(text: str, depth: int) -> Value | None:
 def number_of(text: str) -> Fraction | None:
     """A number without a unit: an integer, a decimal, a fraction, mixed, with an exponent."""
     text = _THOUSANDS.sub(lambda found: found[1] + re.sub(r"[,\s]", "", found[2]), text.strip())
-    text = _GROUPED.sub(lambda found: re.sub("[ _']", "", found[0]), text)
     if found := _FRAC.fullmatch(text):
         above, below = found[3] or found[4], found[5] or found[6]
         return _mixed(found[1], found[2], above, below)
     if found := _FRACTION.fullmatch(text):
         return _mixed(found[1], found[2], found[3], found[4])
+    text = _GROUPED.sub(lambda found: re.sub("[ _']", "", found[0]), text)
     if found := _POWER.fullmatch(text):
         return _scaled(found[1], "1", found[2])
     if found := _NUMBER.fullmatch(text):
@@ -285,7 +292,7 @@ def _items(text: str, depth: int) -> Value | None:
     values = [_value(part, depth + 1) for part in parts]
     if any(value is None for value in values) or (not closed and not _short(values)):
         return None
-    unsure = not closed and re.fullmatch(r"[+-]?\d+,\d+", inner) is not None
+    unsure = not closed and re.fullmatch(r"[+-]?\d[\d.,]*", inner) is not None
     found = tuple(value for value in values if value is not None)
     return Value("set" if closed == "{}" else "items", text, items=found, closed=closed, unsure=unsure)
 

@@ -11,15 +11,19 @@ from keel.reward.values import LONGEST, Value, Verdict, plain_digits, value_of
 _TAIL = 20_000  # characters at a reply's end in which its answer is looked for
 _CUT = OPEN  # stands where a reply was cut at the length limit: a number there may have gone on
 _IS = re.compile(
-    r"(?:\banswer(?:\s+to\s+[^.\n]{1,80}?)?\s*(?:\*\*)?\s*(?:is|are|was|:|=)|\banswer\s*:)\s*(?:\*\*)?\s*:?"
+    r"(?:\banswers?(?:\s+to\s+[^.\n]{1,80}?)?\s*(?:\*\*)?\s*(?:is|are|was|:|=)|\banswer\s*:)\s*(?:\*\*)?\s*:?"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|then))?",
     re.IGNORECASE,
 )
 _NUMBERS = re.compile(
-    r"(?:\d*\\(?:[dtc]?frac|sqrt(?:\[\d+\])?|binom|log|ln|sin|cos|tan)\s*(?:\{[^{}]{0,40}\}|\d){1,2})|"
-    r"(?:(?<![\w.,])[+-]\s?)?[$€£¥₹]?\s?(?:(?<=[$€£¥₹])[+-])?"
+    r"(?:(?:(?<![\w.,])[+-])?\d*\\(?:[dtc]?frac|sqrt(?:\[\d+\])?|binom|log|ln|sin|cos|tan)\s*(?:\{[^{}]{0,40}\}|\d){1,2})|"
+    r"(?:(?<![\w.,])[+-])?(?:[$€£¥₹]\s?)?(?:(?<=[$€£¥₹])[+-])?"
     r"(?:(?<![\w.])\d+\s+\d+/\d+|\d+/\d+(?![\d/])|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
     r"(?:\^\{?[+-]?\d+\}?)?(?:%|[a-zA-Z]+|\s(?:hundred|thousand|million|billion|trillion|dozen)\b)?"
+)
+_TAGS = re.compile(r"</?answer>")
+_OTHERWISE = re.compile(
+    r"\b(?:not|neither|nor|never|less|fewer|more|greater|over|under|between)\b|n't\b", re.IGNORECASE
 )
 _EITHER = re.compile(r"\d\S*(?:\s+\w+)?\s+or\s*$")  # before a number: another that might be meant
 
@@ -30,7 +34,7 @@ _EITHER = re.compile(r"\d\S*(?:\s+\w+)?\s+or\s*$")  # before a number: another t
 def read_answer(text: str, read: ReadAs = "auto", finished: bool = True) -> str | None:
     """The answer that a reply gives, as it is written there; None where it gives none that could be told from the rest.
     Not ``finished``: the reply was cut, and an answer at its very end may have gone on."""
-    text = plain_digits(text[-_TAIL:]) + ("" if finished else _CUT)
+    text = _TAGS.sub("\n", plain_digits(text[-_TAIL:])) + ("" if finished else _CUT)
     answer = _READERS[read](text)
     if answer is None or _CUT in answer or not answer.strip() or len(answer) > LONGEST:
         return None
@@ -60,6 +64,8 @@ def _phrase(text: str) -> str | None:
     sentence = re.split(r"(?<=[^\s.])[.!?](?=\s+[A-Z(\\]|\s*$)|;\s|\s+(?:because|since|as)\s", line, maxsplit=1)[0]
     value = value_of(sentence)
     if value is not None and value.kind != "other" and not (value.kind == "words" and _NUMBERS.search(sentence)):
+        return sentence
+    if _OTHERWISE.search(sentence):
         return sentence
     equal = sentence.rsplit("=", 1)[-1] if "=" in sentence else sentence
     numbers = [found[0] for found in _NUMBERS.finditer(equal)]
