@@ -69,7 +69,10 @@ def _answers(recipe: Recipe, prompts: Sequence[Prompt], place: str) -> Iterator[
 
 
 def _asked_from(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
-    """The settings that name the prompts of a stage."""
+    """The settings that name the prompts of a stage, or of the one whose replies it takes."""
+    for reference in stage.references():
+        if reference.makes == ("responses",) and reference.target in {other.name for other in recipe.stages}:
+            return _asked_from(recipe, recipe.stage(reference.target))
     if "prompts" in stage.files():
         return (f"{stage.name}.prompts",)
     held = stage.compares_models and recipe.data.heldout_prompts is not None

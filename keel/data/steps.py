@@ -88,6 +88,27 @@ def ends_in_tokens(
     return tuple(ends)
 
 
+def prefixes_in_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], steps: Sequence[str], place: str = ""
+) -> tuple[int, ...]:
+    """How many of ``ids`` hold each prefix of the steps, to be gone on from: up to the step's last sign and, as far as
+    whole tokens hold it, what separates it from the next step. Raises what `ends_in_tokens` does."""
+    lengths = []
+    for end, step in zip(ends_in_tokens(tokenizer, ids, steps, place), steps, strict=True):
+        rest = step[len(step.rstrip()) :]
+        held = _decoded(tokenizer, [ids[end]])
+        rest = rest[len(held) - len(held.rstrip()) :]
+        tokens = end + 1
+        # One that holds the next line's indentation too is taken: without the line's end the step could go on.
+        while rest and tokens < len(ids):
+            blank = _decoded(tokenizer, [ids[tokens]])
+            if not blank or blank.strip() or not (rest.startswith(blank) or blank.startswith(rest)):
+                break
+            rest, tokens = rest[len(blank) :], tokens + 1
+        lengths.append(tokens)
+    return tuple(lengths)
+
+
 def cut_otherwise(records: Sequence[StepLabels], steps: Steps) -> list[StepLabels]:
     """The replies whose steps are labelled otherwise than ``steps`` would cut them. UserError where one of the two has
     no steps at all: every reply is one, though some hold several lines."""

@@ -36,6 +36,7 @@ from keel.recipe.sample import SampleStage
 from keel.recipe.sections import DataConfig, LoggingConfig, ModelConfig, Strict
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import StageBase
+from keel.recipe.step_labels import StepLabelsStage
 
 Stage = Annotated[
     SftStage
@@ -43,6 +44,7 @@ Stage = Annotated[
     | CritiqueStage
     | AnnotateStage
     | RewardStage
+    | StepLabelsStage
     | ProcessRewardStage
     | DpoStage
     | PpoStage

@@ -30,7 +30,7 @@ from keel.recipe.judges import RewardModelRef
 from keel.recipe.process_card import cards_without_force
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
-from keel.recipe.steps import ProcessRef, StepsRead
+from keel.recipe.steps import ProcessRef, Steps, StepsRead
 
 
 class Surroundings(Protocol):
@@ -124,6 +124,10 @@ class StageBase(Strict):
 
     def steps_read(self) -> StepsRead | None:
         """How it reads the files of labelled steps that it names in ``labels``; None: it names none."""
+        return None
+
+    def cuts(self) -> tuple[str, Steps] | None:
+        """The stage whose replies it cuts into steps, and how; None: no stage's."""
         return None
 
     def from_store(self, voted: Collection[str]) -> StoreRead:

@@ -111,6 +111,15 @@ KINDS: Mapping[str, Kind] = {
         ),
         judged=True,
     ),
+    "step_labels": Kind(
+        what="steps labelled by where they lead",
+        facts=(
+            Shown("replies", "replies"),
+            Shown("labelled steps", "labelled_steps"),
+            Shown("right answers", "right", percent),
+            Shown("stopped, hopeless", "hopeless"),
+        ),
+    ),
     "process_reward": Kind(
         "Process reward model",
         "labelled steps → a score a step",

@@ -163,6 +163,7 @@ class StageContext:
 
     @property
     def store_url(self) -> str:
-        if self.stage.stored == "nothing" and store_read(self.recipe, self.stage) == StoreRead():
+        replies = any("responses" in reference.makes for reference in self.stage.references())  # they lie there
+        if self.stage.stored == "nothing" and not replies and store_read(self.recipe, self.stage) == StoreRead():
             raise _undeclared(self.stage, "the store", "from_store or stored")
         return self.recipe.store or self.run.store_url

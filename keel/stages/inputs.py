@@ -23,7 +23,17 @@ from keel.reward.checks import known_answer
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
-from keel.types import Completion, Demonstration, LabelledCompletion, Message, Preference, Prompt, UserError, place_of
+from keel.types import (
+    Completion,
+    Demonstration,
+    LabelledCompletion,
+    Message,
+    Preference,
+    Prompt,
+    StepLabels,
+    UserError,
+    place_of,
+)
 
 T = TypeVar("T")
 
@@ -94,6 +104,25 @@ def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
             "annotator": pair.annotator,
         }
         for pair in pairs
+    ]
+    _write_rows(path, rows)
+
+
+def write_step_labels(path: Path, stage: str, records: Sequence[StepLabels]) -> None:
+    """Writes labelled replies as `keel.data.sources.read_steps` reads them, numbered behind the stage's name."""
+    rows = [
+        {
+            "id": f"{stage}:{number}",
+            "prompt_id": one.prompt.id,
+            **({"kind": one.prompt.kind} if one.prompt.kind else {}),
+            **({"meta": dict(one.prompt.meta)} if one.prompt.meta else {}),
+            "prompt": [_plain(message) for message in one.prompt.messages],
+            "completions": [storable(step) for step in one.steps],
+            "labels": list(one.labels),
+            "finished": one.finished,
+            "annotator": one.annotator,
+        }
+        for number, one in enumerate(records)
     ]
     _write_rows(path, rows)
 
