@@ -145,7 +145,8 @@ class StepJudgement:
             reply = self.response
             found.append(StepLabels(self.token, self.prompt, steps, numbers, reply.finished, self.annotator))
         if self.correction and self.correction != MARK and bad is not None:
-            written = (*steps[:bad], self.correction)
-            known = (*(None for _ in steps[:bad]), 1.0)
-            found.append(StepLabels(f"{self.token}{CORRECTED}", self.prompt, written, known, False, self.annotator))
+            written = self.split.split(self.correction)  # one step, or several lines
+            known = (*(None for _ in steps[:bad]), *(1.0 for _ in written))
+            id, whole = f"{self.token}{CORRECTED}", (*steps[:bad], *written)
+            found.append(StepLabels(id, self.prompt, whole, known, False, self.annotator))
         return found
