@@ -175,6 +175,17 @@ def _cut(connection: Connection, item_id: int, reply: str) -> tuple[str, ...]:
     return Steps.model_validate(split).split(reply)
 
 
+def cut_up(connection: Connection, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Item rows with their texts (`keel.store.overview.with_texts`), each with ``cut``, its steps, and ``numbers``, the
+    answers that say which step is the first bad one."""
+    found = []
+    for row in rows:
+        cut = _cut(connection, row["id"], row["responses"][0])
+        numbers = [(str(number), f"Step {number} is bad") for number in range(1, len(cut) + 1)]
+        found.append(row | {"cut": cut, "numbers": numbers})
+    return found
+
+
 def hand_in(
     connection: Connection, assignment_id: int, given: NewSteps, *, annotator_id: int | None, now: datetime
 ) -> int:
