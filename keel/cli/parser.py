@@ -198,6 +198,19 @@ def _label(commands: Commands) -> None:
     label.add_argument(
         "--uncertain-first", action="store_true", help="order the open pairs by how much the run's reward models differ"
     )
+    label.add_argument(
+        "--steps",
+        default=None,
+        metavar="BY",
+        help="ask people about the steps of replies, which end with a line, a blank_line or marker:TEXT (default: as "
+        "the run's recipe has steps, else nobody is asked)",
+    )
+    label.add_argument(
+        "--steps-order",
+        default=None,
+        metavar="FILE",
+        help="replies whose steps teach most come first: rows of prompt, completion and priority (default: at random)",
+    )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
 
 

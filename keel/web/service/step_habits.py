@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import median
 
 from keel.feedback.step_agreement import Judged, StepAgreement, step_agreement
-from keel.stats import Proportion, proportion
 from keel.store.gold import RIGHT
 from keel.store.steps import StepVote
 
@@ -33,12 +32,8 @@ class StepHabits:
 
 @dataclass(frozen=True, slots=True)
 class StepQuality:
-    """``wrong``: the share of replies in which somebody found a bad step, of those drawn at random that were judged to
-    the end: those that were chosen for what they teach are wrong more often than others."""
-
     annotators: list[StepHabits]
     agreement: StepAgreement
-    wrong: Proportion | None
 
 
 def step_quality(found: Sequence[StepVote]) -> StepQuality:
@@ -48,12 +43,9 @@ def step_quality(found: Sequence[StepVote]) -> StepQuality:
     for vote in found:
         mine.setdefault(vote.annotator, []).append(vote)
     habits = [_habits(name, given, plain) for name, given in mine.items()]
-    ended = [vote for vote in plain if vote.drawn == "random" and _ended(vote)]
-    wrong = [vote.outcome == "found_error" for vote in ended]
     return StepQuality(
         annotators=sorted(habits, key=lambda one: (-one.given, one.annotator)),
         agreement=step_agreement([_judged(vote) for vote in plain if vote.outcome != "bad_problem"]),
-        wrong=proportion(wrong, [vote.prompt_id for vote in ended]) if wrong else None,
     )
 
 
@@ -62,7 +54,7 @@ def _ended(vote: StepVote) -> bool:
 
 
 def _judged(vote: StepVote) -> Judged:
-    return Judged(vote.item_id, vote.labels, _ended(vote))
+    return Judged(vote.item_id, vote.prompt_id, vote.labels, _ended(vote), vote.drawn == "random")
 
 
 def _first(vote: StepVote) -> str:

@@ -38,15 +38,15 @@ def begin(store: Store, split: Steps, gains: Gains | None) -> int:
     """Turns the queue on where nobody has asked for steps yet, with up to `FIRST_REPLIES` replies; how many. A reply of
     one step is none to label."""
     now = store.now
+    with store.transaction(writes=False) as connection:
+        asked = connection.execute(select(items.c.id).where(items.c.kind == "step").limit(1)).first() is not None
+        found = [] if asked else steps.open_replies(connection, split)[0]
+    if not found:
+        return 0
+    taught = gains(found) if gains else None
     with store.transaction(writes=True) as connection:
-        if connection.execute(select(items.c.id).where(items.c.kind == "step").limit(1)).first() is not None:
-            return 0
-        found, _ = steps.open_replies(connection, split)
-        if not found:
-            return 0
-        if steps.splitter(connection) is None:
-            steps.set_splitter(connection, split, "keel", now)
-        return steps.queue_replies(connection, split, FIRST_REPLIES, 1, now, gains(found) if gains else None)
+        steps.set_splitter(connection, split, "keel", now)
+        return steps.queue_replies(connection, split, FIRST_REPLIES, 1, now, taught)
 
 
 class StepWork:
