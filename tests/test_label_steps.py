@@ -158,9 +158,8 @@ def test_what_does_not_go_together_is_one_sentence(labels: Any, outcome: Any, mo
 
 def test_what_of_it_is_learned(file_store: Store) -> None:
     """Neutral as the recipe says, unsure and what follows the first bad step never, bad problems not at all."""
-    items = ask(file_store, fill(file_store, 5), overlap=2)
+    ask(file_store, fill(file_store, 4))
     labelling, ann = Labelling(file_store), person(file_store, "ann")
-    Manage(file_store).set_gold(items[4], "2", "boss")
     said = [
         right(),
         bad(),
@@ -449,15 +448,18 @@ def test_keel_label_asks_where_a_run_has_steps(tmp_path: Path, file_store: Store
         with pytest.raises(UserError, match="give line, blank_line or marker:TEXT"):
             splitter(None, wrong)
     fill(file_store, texts=(REPLY, REPLY + " Right.", "no steps"))
-    rows = [{"prompt": "Sum 1?", "completions": [*LINES[:2], LINES[2] + " Right."], "priority": 2}]
-    (tmp_path / "order.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    rows = [
+        {"prompt": "Sum 1?", "completions": [*LINES[:2], LINES[2] + " Right."], "priority": 2},
+        {"prompt": [{"role": "user", "content": "Sum 0?"}], "completion": REPLY, "priority": 1},
+    ]
+    (tmp_path / "order.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     order = order_of(str(tmp_path / "order.jsonl"))
     with file_store.transaction(writes=False) as connection:
         found, single = steps.open_replies(connection, Steps())
     assert ([reply.steps[2] for reply in found], single) == ([LINES[2], LINES[2] + " Right."], 1)
-    assert order(found) == {found[1].id: 2.0}
+    assert order(found) == {found[0].id: 1.0, found[1].id: 2.0}
     with pytest.raises(UserError, match="none of its replies is in the store"):
-        order(found[:1])
+        order([])
     assert begin(file_store, Steps(), order) == 2
     assert begin(file_store, Steps(), order) == 0  # once
     (tmp_path / "order.jsonl").write_text('{"prompt": "Sum 1?", "priority": 2}\n')
