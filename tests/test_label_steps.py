@@ -248,18 +248,19 @@ def test_the_reference_answer_is_shown_where_it_may_be(file_store: Store) -> Non
     assert not work.settings().reference
 
 
-def test_late_labels_count_beside_those_of_somebody_else(store: Store, clock: Clock) -> None:
+def test_late_labels_count_beside_those_of_somebody_else(tmp_path: Path, clock: Clock) -> None:
     """It takes long to label: what comes after its time makes a slot of its own."""
-    ask(store, fill(store, 1))
-    labelling, ann, bo = Labelling(store), person(store, "ann"), person(store, "bo")
-    late = labelling.next(ann, "step")
-    clock.time += timedelta(hours=1)
-    other = labelling.next(bo, "step")
-    assert late is not None
-    assert other is not None
-    labelling.label_steps(bo, other.id, right())
-    labelling.label_steps(ann, late.id, bad())
-    assert sorted(one.annotator for one in given(store)) == ["ann", "bo"]
+    with Store(tmp_path / "late.db", clock=clock) as store:
+        ask(store, fill(store, 1))
+        labelling, ann, bo = Labelling(store), person(store, "ann"), person(store, "bo")
+        late = labelling.next(ann, "step")
+        clock.time += timedelta(hours=1)
+        other = labelling.next(bo, "step")
+        assert late is not None
+        assert other is not None
+        labelling.label_steps(bo, other.id, right())
+        labelling.label_steps(ann, late.id, bad())
+        assert sorted(one.annotator for one in given(store)) == ["ann", "bo"]
 
 
 def test_nobody_has_a_reply_twice_and_gold_items_are_never_learned(store: Store, url: str) -> None:
@@ -426,7 +427,8 @@ def test_what_is_erased_is_learned_no_more(store: Store, url: str, tmp_path: Pat
 # ------------------------------------------------------------------------------------------------- stages, keel label
 
 
-def test_a_stage_keeps_what_it_began_with(tmp_path: Path, store: Store, url: str) -> None:
+def test_a_stage_keeps_what_it_began_with(tmp_path: Path, file_store: Store) -> None:
+    store, url = file_store, f"sqlite:///{tmp_path}/feedback.db"
     ids = fill(store, 2)
     ask(store, ids, ranked={ids[0]})
     labelling, ann = Labelling(store), person(store, "ann")
