@@ -215,13 +215,15 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import export_thumbs, export_votes
+    from keel.cli.exchange import export_steps, export_thumbs, export_votes
     from keel.types import UserError
 
     store, file, batch, plain = arguments.store, arguments.file, arguments.batch, arguments.plain
-    if arguments.thumbs and arguments.form != "trl":
-        raise UserError("OpenAI has no form for thumbs; leave out --form")
-    if arguments.thumbs:
+    if (arguments.thumbs or arguments.steps) and arguments.form != "trl":
+        raise UserError(f"OpenAI has no form for {'thumbs' if arguments.thumbs else 'steps'}; leave out --form")
+    if arguments.steps:
+        print(export_steps(store, file, batch, plain))
+    elif arguments.thumbs:
         print(export_thumbs(store, file, batch, plain))
     else:
         print(export_votes(store, file, batch, arguments.form, plain))
@@ -236,13 +238,16 @@ def _lineage(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import holds, import_thumbs, import_unjudged, import_votes
+    from keel.cli.exchange import holds, import_steps, import_thumbs, import_unjudged, import_votes
     from keel.store.foreign import Names
     from keel.types import UserError
 
     kinds = {"responses" if arguments.unlabelled else holds(file) for file in arguments.files}
     if len(kinds) > 1:
         raise UserError(f"some of the files hold {' and some '.join(sorted(kinds))}; import them one after the other")
+    if kinds == {"steps"}:
+        print(import_steps(arguments.store, arguments.files, arguments.batch))
+        return 0
     if kinds == {"thumbs"}:
         print(import_thumbs(arguments.store, arguments.files, arguments.annotator, arguments.batch))
         return 0

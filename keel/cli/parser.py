@@ -133,18 +133,22 @@ def _lineage(commands: Commands) -> None:
 def _exchange(commands: Commands) -> None:
     """Votes and responses out of a store and into one."""
     store = "a run directory, a store's SQLite file, or postgresql://..."
-    export = commands.add_parser("export", help="write a store's votes, or thumbs, to a file, one row each")
+    export = commands.add_parser("export", help="write a store's votes, thumbs or step labels to a file, one row each")
     export.add_argument("store", metavar="STORE", help=store)
     export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
     export.add_argument(
         "--form", choices=("trl", "openai"), default="trl", help="format of the rows (default: %(default)s)"
     )
     export.add_argument("--plain", action="store_true", help="only the columns of that format, without ties")
-    export.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
+    other = export.add_mutually_exclusive_group()
+    other.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
+    other.add_argument("--steps", action="store_true", help="labels on the steps of responses, not votes")
     export.add_argument("--batch", default=None, help="only what was judged for this batch (default: everything)")
 
     imports = commands.add_parser(
-        "import", help="add votes or thumbs of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
+        "import",
+        help="add votes, thumbs or step labels of a Keel export, votes of a TRL, OpenAI, Argilla or Label Studio file, "
+        "or responses to judge",
     )
     imports.add_argument("store", metavar="STORE", help=f"{store}; a file that is not there is made")
     imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; the format is detected")
@@ -199,6 +203,19 @@ def _label(commands: Commands) -> None:
     )
     label.add_argument(
         "--uncertain-first", action="store_true", help="order the open pairs by how much the run's reward models differ"
+    )
+    label.add_argument(
+        "--steps",
+        default=None,
+        metavar="BY",
+        help="ask people about the steps of replies, which end with a line, a blank_line or marker:TEXT (default: as "
+        "the run's recipe has steps, else nobody is asked)",
+    )
+    label.add_argument(
+        "--steps-order",
+        default=None,
+        metavar="FILE",
+        help="replies whose steps teach most come first: rows of prompt, completion and priority (default: at random)",
     )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
 
