@@ -13,17 +13,22 @@ from typing import Any
 from labelling_world import fake_sources, fill, person
 from sqlalchemy import select
 
-from keel.store import Store, exchange, overview, thumbs
+from keel.recipe.sections import SamplingConfig
+from keel.recipe.steps import Steps
+from keel.store import Store, exchange, overview, step_files, thumbs
 from keel.store.lineage import works
 from keel.store.overview import Vote
 from keel.store.records import Event, NewRanking, NewThumb, NewVote, NewWriting
+from keel.store.step_records import NewSteps
 from keel.store.tables import responses
 from keel.store.trained_on import count_votes
+from keel.types import Completion
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import WHOSE, Manage
 from keel.web.service.quality import quality, standings
 from keel.web.service.start import prepare
+from keel.web.service.steps import StepWork
 
 # ----------------------------------------------------------------------------------------- the log, read from the start
 
@@ -67,13 +72,14 @@ class Log:
                 self.wanted[place] += 0 if event.new.get("gold") else event.new["overlap"]
 
     def _judged(self, event: Event) -> None:
-        kind = {"judgement": "compare", "ranking": "rank", "thumb": "thumb", "writing": "write"}[event.entity]
+        kinds = {"judgement": "compare", "ranking": "rank", "thumb": "thumb", "writing": "write"}
+        kind = (kinds | {"step judgement": "step"})[event.entity]
         if kind == "write" and event.new["original_id"] is not None:
             kind = "edit"
         self.done[event.entity, event.entity_id] = event, kind
         self.skipped.pop(event.new["assignment"], None)
 
-    _imported = _ranked = _gave = _wrote = _judged
+    _imported = _ranked = _gave = _wrote = _labelled = _judged
 
     def _undone(self, event: Event) -> None:
         key = event.entity, event.entity_id
@@ -175,6 +181,11 @@ def live(store: Store) -> None:
         manage.ask_for(kind, 3, 1, "admin")  # type: ignore[arg-type]
     gold = next(item["id"] for item in manage.browse("thumb", None, False, 0))
     manage.set_gold(gold, "down", "admin")
+    with store.session() as session:
+        session.add_responses(
+            "p8", [Completion(f"so\nit is {n}") for n in range(3)], "m", SamplingConfig(), fingerprint="s"
+        )
+    StepWork(store).queue(Steps(), 3, 2, "admin")
     manage.ask_for_writing(3, 2, "admin")
     program = store.add_annotator("sim", "simulated")
     for who, choices in ((ann, ("left", "right", "tie")), (bo, ("right", "both_bad", "left"))):
@@ -211,9 +222,13 @@ def live(store: Store) -> None:
             screen = labelling.next(who, "thumb")
             assert screen is not None
             labelling.thumb(who, screen.id, NewThumb(up, token=uuid.uuid4().hex, seconds=2.0))
+            screen = labelling.next(who, "step")
+            assert screen is not None
+            labelling.label_steps(who, screen.id, NewSteps(("good", "bad"), "found_error", token=uuid.uuid4().hex))
     labelling.undo(bo, "rank")
     labelling.undo(bo, "thumb")
     labelling.undo(bo, "write")
+    labelling.undo(bo, "step")
     manage.add_guideline("New words", "", "admin")
     labelling.forget()
     store._clock.time += timedelta(days=1)  # type: ignore[attr-defined]
@@ -236,10 +251,12 @@ def test_every_figure_can_be_recomputed_from_the_log(new_url: Callable[[], str],
         live(store)
         store.export_preferences(tmp_path / "votes.jsonl")
         thumbs.export(store, tmp_path / "thumbs.jsonl")
+        step_files.export(store, tmp_path / "steps.jsonl")
         fill(copy, 2)
         copy.import_preferences(exchange.read(tmp_path / "votes.jsonl"))
         with copy.transaction(writes=True) as connection:
             assert thumbs.add(connection, thumbs.read(tmp_path / "thumbs.jsonl"), None, copy.now) == 3
+            assert step_files.add(connection, step_files.read(tmp_path / "steps.jsonl"), None, copy.now) == 3
         for one in (store, copy):
             check(one)
 

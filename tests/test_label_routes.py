@@ -72,7 +72,8 @@ LEAST: dict[str, str | None] = {
     "GET /manage/constitution/{name}/{number}": "reviewer", "POST /manage/constitution/import": "admin",
     "POST /manage/constitution/draft": "admin", "POST /manage/constitution/drop": "admin",
     "POST /manage/constitution/principle": "admin", "POST /manage/constitution/publish": "admin",
-    "GET /manage/why": "reviewer",
+    "GET /manage/why": "reviewer", "GET /steps": "annotator", "POST /api/steps": "annotator",
+    "POST /manage/steps/queue": "admin", "POST /manage/steps/reference": "admin",
 }  # fmt: skip
 
 API_BODIES: dict[str, dict] = {
@@ -81,6 +82,7 @@ API_BODIES: dict[str, dict] = {
     "/api/judge": {"assignment": "h" * 22, "token": "t" * 8, "choice": "left"},
     "/api/rank": {"assignment": "h" * 22, "token": "t" * 8, "tiers": [[0]]},
     "/api/thumb": {"assignment": "h" * 22, "token": "t" * 8, "up": True},
+    "/api/steps": {"assignment": "h" * 22, "token": "t" * 8, "labels": ["good"], "outcome": "solution"},
     "/api/write": {"assignment": "h" * 22, "token": "t" * 8, "kind": "write", "text": "x"},
     "/api/skip": {"assignment": "h" * 22, "token": "t" * 8, "kind": "compare"},
     "/api/flag": {"assignment": "h" * 22, "token": "t" * 8},
@@ -98,6 +100,8 @@ FORMS: dict[str, dict[str, str]] = {
     "/manage/disagreements/1": {"choice": "nonsense"},
     "/manage/prompts/sample": {"model": "x", "prompts": "1", "per_prompt": "1", "overlap": "1", "kind": "compare"},
     "/manage/prompts/ask": {"kind": "write", "prompts": "0", "overlap": "1"},
+    "/manage/steps/queue": {"by": "line", "replies": "0", "overlap": "1"},
+    "/manage/steps/reference": {"allowed": "true"},
     "/manage/queue/overlap": {"batch": "nothing", "kind": "compare", "overlap": "2"},
     "/manage/queue/first": {"batch": "nothing", "kind": "compare"},
     "/manage/queue/order": {"by": "added"},

@@ -36,10 +36,10 @@ def precision(stage: TrainBase, device: str) -> Iterator[Finding]:
 def extras(stage: Stage) -> Iterator[Finding]:
     """Packages that the stage's settings ask for and that are not installed."""
     needed = []
-    training, sampling = stage.training(), stage.samples()
+    training = stage.training()
     if training is not None and training.optim.kind == "adamw8bit":
         needed.append(adamw8bit.require)
-    if sampling is not None and sampling.backend == "vllm":
+    if any(sampling.backend == "vllm" for sampling in stage.samplings()):
         needed.append(vllm.require)
     if any(isinstance(source, VerifyRef) and source.how == "math" for _, source in stage.scored_by()):
         needed.append(math_verify.require)

@@ -81,10 +81,9 @@ def _asked_from(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
 
 def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
     for stage in recipe.stages:
-        sampling = stage.samples()
-        if context and sampling is not None:
+        for sampling in stage.samplings():
             room = context - longest
-            if sampling.max_new_tokens > room:
+            if context and sampling.max_new_tokens > room:
                 sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
                 remedy = f"lower {stage.name}.sampling.max_new_tokens ({sampling.max_new_tokens})"
                 yield Finding("warning", place, sentence, remedy)

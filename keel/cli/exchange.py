@@ -1,5 +1,5 @@
-"""``keel export`` and ``keel import``: votes and thumbs out of a store and into it, and responses that are to be
-judged."""
+"""``keel export`` and ``keel import``: votes, thumbs and step labels out of a store and into it, and responses that
+are to be judged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keel.data.sources import as_prompt, read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.feedback.aggregate import likelier_first
 from keel.run import RunDir
-from keel.store import Judgement, Store, exchange, foreign, thumbs
+from keel.store import Judgement, Store, exchange, foreign, step_files, thumbs
 from keel.store.engine import exists
 from keel.store.foreign import ForeignError, Names
 from keel.store.imports import tells_apart
@@ -73,6 +73,25 @@ def import_thumbs(where: str, files: Sequence[str], annotator: str, batch: str |
     return f"{new} thumbs imported{known}"
 
 
+def export_steps(where: str, out: str, batch: str | None, plain: bool) -> str:
+    """Writes the store's labels on the steps of replies and says what was written."""
+    with Store(store_location(where)) as store:
+        return f"{step_files.export(store, Path(out), batch, plain)} replies in steps written to {out}"
+
+
+def import_steps(where: str, files: Sequence[str], batch: str | None) -> str:
+    """Adds the files' step labels to the store, all or none, and says how many were new."""
+    read = []
+    for file in files:
+        bad = BadRows(file)
+        _checked(list(read_rows(file, bad)), bad)
+        read += step_files.read(file)
+    with Store(store_location(where, new=True)) as store, store.transaction(writes=True) as connection:
+        new = step_files.add(connection, read, batch, store.now)
+    known = f" ({len(read) - new} were there already)" if new < len(read) else ""
+    return f"{new} replies in steps imported{known}"
+
+
 def read_thumbs(file: str, annotator: str) -> list[Thumb]:
     """The thumbs of a Keel export, or of any file of labelled replies."""
     bad = BadRows(file)
@@ -111,12 +130,14 @@ def import_unjudged(
     return str(added)
 
 
-def holds(file: str) -> Literal["votes", "thumbs", "responses"]:
-    """What a file's first row is: of a judgement, of a single reply with a thumb, or of responses that nobody has
-    judged."""
+def holds(file: str) -> Literal["votes", "thumbs", "steps", "responses"]:
+    """What a file's first row is: of a judgement, of a single reply with a thumb or labelled in steps, or of responses
+    that nobody has judged."""
     row = next(iter(read_rows(file, BadRows(file))), None)
     if row is None or foreign.is_label_studio(row.values) or foreign.is_argilla(row.values):
         return "votes"
+    if {"completions", "labels", "marks"} <= row.values.keys():
+        return "steps"
     if is_labelled(row.values):
         return "thumbs"
     return "responses" if is_unjudged(row.values) else "votes"

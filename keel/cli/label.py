@@ -33,14 +33,18 @@ TOO_LONG = "(The conversation has become too long for this model. Vote, or start
 def label(arguments: argparse.Namespace) -> int:
     """Serves until it is stopped; returns the exit code."""
     try:
+        from keel.cli.label_steps import order_of, splitter
         from keel.cli.models import trained_stages
         from keel.web.server import serve
         from keel.web.service.ordering import Ordering
         from keel.web.service.sources import ArenaModel, Sources
+        from keel.web.service.steps import begin
     except ModuleNotFoundError as error:
         raise UserError(f"keel label needs {error.name}; install it with: pip install 'keel-rlhf[web]'") from error
     url = store_of(arguments.run, arguments.db)
     runs = with_models(arguments.run, arguments.models)
+    split = splitter(arguments.run, arguments.steps)
+    gains = order_of(arguments.steps_order) if arguments.steps_order else None
     talkers = arena_models(arguments.run, arguments.arena, arguments.key_env)
     sources = Sources(
         read_prompts=lambda path: list(read_prompts(str(path))),
@@ -51,6 +55,7 @@ def label(arguments: argparse.Namespace) -> int:
         training=Retraining(arguments.run) if arguments.run else None,
         trained=lambda: trained_stages(runs),
         critiques=lambda: _critiques(runs),
+        step_gains=gains,
     )
 
     def say(line: str) -> None:
@@ -62,6 +67,8 @@ def label(arguments: argparse.Namespace) -> int:
             ordering.uncertain_first("keel label")
             ordering.wait(timeout=float("inf"))
             say(ordering.state().message)
+        if split is not None and (queued := begin(store, split, gains)):
+            say(f"{queued} replies are queued to be labelled in steps")
         serve(store, arguments.host, arguments.port, sources, say)
     return 0
 

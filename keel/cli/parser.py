@@ -75,9 +75,11 @@ def _running(commands: Commands) -> None:
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
     demo.add_argument("--seed", type=natural_number, default=0, help="default: 0")
     demo.add_argument("--quick", action="store_true", help="about a minute: every stage, too small to learn much")
-    demo.add_argument(
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument(
         "--constitutional", action="store_true", help="critique, revision and votes by a constitution's principles"
     )
+    which.add_argument("--reasoning", action="store_true", help="ledgers, worked line by line")
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
 
@@ -111,6 +113,10 @@ def _chat(commands: Commands) -> None:
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("run", metavar="RUN", help="a run directory, or a folder with a checkpoint")
     chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
+    chat.add_argument(
+        "--search", default=None, metavar="NAME", help="answer by a search of the recipe: one of an eval stage's, or a "
+        "sample stage's name; its steps are shown with their scores"
+    )  # fmt: skip
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default: the recipe's)")
@@ -127,18 +133,22 @@ def _lineage(commands: Commands) -> None:
 def _exchange(commands: Commands) -> None:
     """Votes and responses out of a store and into one."""
     store = "a run directory, a store's SQLite file, or postgresql://..."
-    export = commands.add_parser("export", help="write a store's votes, or thumbs, to a file, one row each")
+    export = commands.add_parser("export", help="write a store's votes, thumbs or step labels to a file, one row each")
     export.add_argument("store", metavar="STORE", help=store)
     export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
     export.add_argument(
         "--form", choices=("trl", "openai"), default="trl", help="format of the rows (default: %(default)s)"
     )
     export.add_argument("--plain", action="store_true", help="only the columns of that format, without ties")
-    export.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
+    other = export.add_mutually_exclusive_group()
+    other.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
+    other.add_argument("--steps", action="store_true", help="labels on the steps of responses, not votes")
     export.add_argument("--batch", default=None, help="only what was judged for this batch (default: everything)")
 
     imports = commands.add_parser(
-        "import", help="add votes or thumbs of a Keel, TRL, OpenAI, Argilla or Label Studio file, or responses to judge"
+        "import",
+        help="add votes, thumbs or step labels of a Keel export, votes of a TRL, OpenAI, Argilla or Label Studio file, "
+        "or responses to judge",
     )
     imports.add_argument("store", metavar="STORE", help=f"{store}; a file that is not there is made")
     imports.add_argument("files", metavar="FILE", nargs="+", help="files or folders; the format is detected")
@@ -194,6 +204,19 @@ def _label(commands: Commands) -> None:
     label.add_argument(
         "--uncertain-first", action="store_true", help="order the open pairs by how much the run's reward models differ"
     )
+    label.add_argument(
+        "--steps",
+        default=None,
+        metavar="BY",
+        help="ask people about the steps of replies, which end with a line, a blank_line or marker:TEXT (default: as "
+        "the run's recipe has steps, else nobody is asked)",
+    )
+    label.add_argument(
+        "--steps-order",
+        default=None,
+        metavar="FILE",
+        help="replies whose steps teach most come first: rows of prompt, completion and priority (default: at random)",
+    )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
 
 
@@ -203,6 +226,7 @@ def _harbor(commands: Commands) -> None:
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")
     build.add_argument("--out", required=True, metavar="DIR")
     build.add_argument("--seed", type=natural_number, default=0, help="default: 0")
+    build.add_argument("--ledger", action="store_true", help="the base model that went on with ledgers")
     build.set_defaults(computes=True)
 
 

@@ -134,6 +134,8 @@ _FLAGS = {*WEIGHTS, *TRAINED, MASK}
 OWN = {
     *("annotator_kind", "choice", "chosen_side", "strength", "seconds", "guideline", "reason", "created", "batch"),
     *("item", "settled_by", "gold", "ratings", "ranking", "edit", "chosen_source", "rejected_source", "reward"),
+    *("marks", "outcome", "reasons", "correction", "note", "reference_shown", "step_seconds", "drawn", "steps"),
+    "completion_source",
 }
 
 

@@ -20,7 +20,12 @@ VALUES: Mapping[InStore, float] = {"first": 1.0, "second": -1.0, "tie": 0.0}  # 
 
 
 def krippendorff_alpha(
-    units: Mapping[int, Sequence[float]], scale: Scale, bootstrap: int = 2000, seed: int = 0, mirror: bool = False
+    units: Mapping[int, Sequence[float]],
+    scale: Scale,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    mirror: bool = False,
+    clusters: Mapping[int, int] | None = None,
 ) -> Agreement | None:
     """1 - D_o / D_e: 1 for perfect agreement, 0 for chance.
 
@@ -32,8 +37,11 @@ def krippendorff_alpha(
     ``mirror``: a value and its negative are one answer seen from either side, as with comparisons, where which response
     was stored first means nothing. Each unit then counts half as it is and half with all its values negated, so that
     what is expected by chance does not hang on that order.
+
+    ``clusters``: which units belong together, as the steps of one reply do; the bootstrap is then over these.
     """
-    paired = [list(units[unit]) for unit in sorted(units) if len(units[unit]) > 1]
+    twice = [unit for unit in sorted(units) if len(units[unit]) > 1]
+    paired = [list(units[unit]) for unit in twice]
     given = {value for unit in paired for value in unit}
     values = sorted(given | {-value for value in given} if mirror else given)
     if len(values) < 2:
@@ -43,6 +51,11 @@ def krippendorff_alpha(
     if mirror:
         rows_NVV = (rows_NVV + rows_NVV[:, ::-1, ::-1]) / 2
     rows_NF = rows_NVV.reshape(len(paired), -1)
+    if clusters is not None:
+        _, cluster_N = np.unique([clusters[unit] for unit in twice], return_inverse=True)
+        together_KF = np.zeros((cluster_N.max() + 1, rows_NF.shape[1]))
+        np.add.at(together_KF, cluster_N, rows_NF)
+        rows_NF = together_KF
     values_V = np.array(values, dtype=np.float64)
 
     def alpha(sums: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""The votes, thumbs and demonstrations that a training stage takes from the store, kept with the stage: people go on
-while it trains, and a killed one must go on with what it began with."""
+"""The votes, thumbs, step labels and demonstrations that a training stage takes from the store, kept with the stage:
+people go on while it trains, and a killed one must go on with what it began with."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from sqlalchemy import Connection
 
 from keel.recipe.declared import VOTERS, Voter
 from keel.run import read_json, write_json
-from keel.store import Store, thumbs
+from keel.store import Store, steps, thumbs
 from keel.store.records import OWN_QUEUE, VOTER_KINDS
-from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt
+from keel.store.step_records import Neutral
+from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, StepLabels
 
 FILE = "votes.json"
 THUMBS = "thumbs.json"
+STEPS = "people_steps.json"
 DEMONSTRATIONS = "demonstrations.json"
 
 
@@ -68,6 +70,24 @@ def _thumbs_of(connection: Connection, who: Voter, batches: Sequence[str]) -> li
     queues = batches if who == "simulated" else [None]
     found = [thumb for batch in queues for thumb in thumbs.given(connection, batch, VOTER_KINDS[who])]
     return [example for thumb in found for example in thumb.examples()]
+
+
+def training_steps(folder: Path, location: str, neutral: Neutral) -> tuple[list[StepLabels], frozenset[str]]:
+    """People's labels on the steps of replies, and the ids of those on replies that were drawn at random: figures over
+    the others are those of no population. Kept in ``folder`` as votes are."""
+    kept = folder / STEPS
+    if not kept.exists():
+        with Store(location) as store, store.transaction(writes=False) as connection:
+            found = steps.labels(connection, neutral, kinds=VOTER_KINDS["people"])
+            random = [one.id for one in steps.labels(connection, neutral, kinds=VOTER_KINDS["people"], drawn="random")]
+        write_json(kept, {"labels": [asdict(one) for one in found], "random": random})
+        return found, frozenset(random)
+    rows = read_json(kept)
+    return [_step_labels(row) for row in rows["labels"]], frozenset(rows["random"])
+
+
+def _step_labels(row: dict[str, Any]) -> StepLabels:
+    return StepLabels(**{**row, "prompt": _prompt(row), "steps": tuple(row["steps"]), "labels": tuple(row["labels"])})
 
 
 def training_demonstrations(folder: Path, location: str) -> list[Demonstration]:

@@ -82,7 +82,7 @@ def stage_fingerprint(
     learned = votes_of(recipe, stage, votes)
     data = {name: getattr(recipe.data, name) for name in stage.reads(recipe.data)}
     if (
-        learned.people or learned.models or learned.written or learned.thumbs
+        learned.people or learned.models or learned.written or learned.thumbs or learned.steps
     ):  # else these change nothing, and a run made before they counted still stands
         data |= {name: value for name in WITH_PEOPLE if (value := getattr(recipe.data, name)) is not None}
     facts = {
@@ -114,6 +114,7 @@ def votes_of(recipe: Recipe, stage: Stage, votes: VoteHashes) -> VoteHashes:
         models=votes.models if "models" in read.voters else "",
         withdrawn_models=votes.withdrawn_models if "models" in read.voters else "",
         thumbs=votes.thumbs if "people" in read.thumbs else "",
+        steps=votes.steps if "people" in read.steps else "",
     )
 
 

@@ -46,17 +46,18 @@ How = Literal["raw", "majority", "weighted", "posterior"]
 
 @dataclass(frozen=True)
 class StoreRead:
-    """What a stage learns from in the store: whose votes, whose thumbs on single replies, and whether replies that
-    people wrote."""
+    """What a stage learns from in the store: whose votes, whose thumbs on single replies, whose labels on the steps of
+    replies, and whether replies that people wrote."""
 
     voters: frozenset[Voter] = frozenset()
     written: bool = False
     thumbs: frozenset[Voter] = frozenset()
+    steps: frozenset[Voter] = frozenset()
 
     @property
     def on_any_prompt(self) -> bool:
         """Whether it was made outside the recipe, where the evaluation's prompts are not left out."""
-        return self.written or bool((self.voters | self.thumbs) - {"simulated"})
+        return self.written or bool((self.voters | self.thumbs | self.steps) - {"simulated"})
 
 
 @dataclass(frozen=True)

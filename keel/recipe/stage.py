@@ -28,6 +28,7 @@ from keel.recipe.declared import (
 )
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.process_card import cards_without_force
+from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
 from keel.recipe.steps import ProcessRef, Steps, StepsRead
 
@@ -60,7 +61,6 @@ class StageBase(Strict):
     of_what_is_there: ClassVar[bool] = False  # it takes what the earlier stages have made so far, and waits for none
     gives_template: ClassVar[bool] = False  # its model has a chat template, whatever it starts from
     compares_models: ClassVar[bool] = False  # the models that it loads are asked the same
-    converses: ClassVar[bool] = False  # it asks the models that it loads in several turns, so they need a chat template
     weights_on_disk: ClassVar[int] = 0  # float32 copies of the model in its folder while it works, but for those kept
     # Settings that this class got after runs had been made. At their defaults they do what was done before, and a
     # fingerprint leaves them out, so that those runs still stand.
@@ -146,9 +146,22 @@ class StageBase(Strict):
         """How it samples from each language model that it loads; None: not at all."""
         return None
 
+    def samplings(self) -> tuple[SamplingConfig, ...]:
+        """All the ways in which it samples, those of its searches too."""
+        own = (self.samples(), *(search.sampling for search in self.searches().values()))
+        return tuple(sampling for sampling in own if sampling is not None)
+
     def compares(self) -> tuple[str, str] | None:
         """The policy and the reference whose log-probabilities it compares, by the names of their checkpoints."""
         return None
+
+    def converses(self) -> Iterator[str]:
+        """The models that it asks in several turns, so that they need a chat template."""
+        yield from ()
+
+    def searches(self) -> Mapping[str, SearchConfig]:
+        """The searches at test time that it has, by name."""
+        return {}
 
     def asked_alike(self) -> Iterator[str]:
         """The checkpoints whose KL from one another it measures, so that all need a chat template."""

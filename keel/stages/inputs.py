@@ -1,4 +1,5 @@
-"""What a recipe's stages read, by the names that the recipe calls it: demonstrations, preferences, thumbs, prompts."""
+"""What a recipe's stages read, by the names that the recipe calls it: demonstrations, preferences, thumbs, steps,
+prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from keel.data.collate import messages_hash, prompt_messages, split_by_prompt
 from keel.data.rows import BadRows, Reading
 from keel.data.sources import read_demonstrations, read_labelled, read_preferences, read_prompts
 from keel.feedback.aggregate import aggregate, likelier_first
-from keel.feedback.stored import training_demonstrations, training_thumbs, training_votes
+from keel.feedback.stored import training_demonstrations, training_steps, training_thumbs, training_votes
 from keel.recipe.declared import PEOPLE
 from keel.recipe.sections import DataConfig
 from keel.recipe.sft import SftStage
@@ -23,6 +24,7 @@ from keel.reward.checks import known_answer
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
+from keel.store.step_records import Neutral
 from keel.types import (
     Completion,
     Demonstration,
@@ -280,6 +282,21 @@ def in_two(pair: Preference, settled: tuple[str, ...] = ()) -> list[LabelledComp
         )
         for text, up, finished in replies
     ]
+
+
+@dataclass(frozen=True)
+class StepsOfPeople:
+    """``labels``: of people, on the steps of replies. ``random``: the ids of those on replies that were drawn at
+    random; the others were asked about for what they teach, so figures are taken of ``random`` ones."""
+
+    labels: list[StepLabels]
+    random: frozenset[str]
+
+
+def step_labels_of_people(context: StageContext, neutral: Neutral = "good") -> StepsOfPeople:
+    """What people said of the steps of replies in the store; ``neutral``: what a neutral step counts as."""
+    stored, random = training_steps(context.own_folder().path, context.store_url, neutral)
+    return StepsOfPeople(_without_heldout(stored, lambda one: one.prompt.messages, "step labels", context), random)
 
 
 def _without_heldout(

@@ -23,11 +23,13 @@ _HAD = (
     select(_asked.c.key)
     .join(assignments, assignments.c.item_id == _asked.c.id)
     .where(
-        assignments.c.annotator_id == bindparam("annotator"), assignments.c.state != "expired", _asked.c.kind == "thumb"
+        assignments.c.annotator_id == bindparam("annotator"),
+        assignments.c.state != "expired",
+        _asked.c.kind == bindparam("kind"),
     )
 )
 _OPEN = queue.locking(queue.OPEN_TO.order_by(items.c.turn, items.c.place))
-_OPEN_THUMBS = queue.locking(queue.OPEN_TO.where(items.c.key.not_in(_HAD)).order_by(items.c.turn, items.c.place))
+_OPEN_SINGLE = queue.locking(queue.OPEN_TO.where(items.c.key.not_in(_HAD)).order_by(items.c.turn, items.c.place))
 
 
 def next_for(
@@ -50,7 +52,7 @@ def next_for(
         return had
     values = {"annotator": annotator_id, "kind": kind}
     while True:
-        item = queue.open_item(connection, _OPEN_THUMBS if kind == "thumb" else _OPEN, values, wait=True)
+        item = queue.open_item(connection, _OPEN_SINGLE if kind in ("thumb", "step") else _OPEN, values, wait=True)
         if item is None:
             if not queue.reclaim(connection, now):
                 return None

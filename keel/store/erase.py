@@ -29,6 +29,7 @@ from keel.store.people_tables import (
     removals,
     sampling_requests,
     sessions,
+    step_labels,
     thumbs,
     turns,
     writings,
@@ -49,11 +50,20 @@ from keel.store.tables import (
 )
 from keel.types import UserError
 
-_TEXTS = ("reason", "text", "messages", "meta")  # the fields of the log's values that hold what somebody wrote
+_TEXTS = (
+    "reason",
+    "text",
+    "note",
+    "correction",
+    "messages",
+    "meta",
+)  # the fields of the log's values that hold what somebody wrote
 _WORK: tuple[tuple[Table, str, str], ...] = (
     (judgements, "judgement", "reason"),
     (rankings, "ranking", "reason"),
     (thumbs, "thumb", "reason"),
+    (step_labels, "step judgement", "note"),
+    (step_labels, "step judgement", "correction"),
     (writings, "writing", "text"),
     (flags, "flag", "text"),
 )
@@ -176,8 +186,8 @@ def _erase_items(connection: Connection, which: ColumnElement[bool], now: dateti
 
 
 def _erase_work(connection: Connection, of: Select[Any], now: datetime) -> None:
-    """The texts of judgements, rankings, thumbs, writings and flags of some assignments, and the reasons of skips.
-    Writings that stand are taken back: a mark is nothing to learn from."""
+    """The texts of judgements, rankings, thumbs, step labels, writings and flags of some assignments, and the reasons
+    of skips. Writings that stand are taken back: a mark is nothing to learn from."""
     standing = select(writings).where(writings.c.assignment_id.in_(of), writings.c.undone_at.is_(None))
     names = select(assignments.c.id, annotators.c.name).join(annotators).where(assignments.c.id.in_(of))
     who = {row.id: row.name for row in connection.execute(names)}

@@ -13,11 +13,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, exists, insert, select, update
 
-from keel.store.tables import assignments, event, events, items
+from keel.recipe.steps import Steps
+from keel.store.people_tables import step_items
+from keel.store.tables import assignments, event, events, item_responses, items, responses
 from keel.types import UserError
 
 SLOTS = 100_000  # a gold item is for everybody: so many more than have it already
 ANSWERS: Mapping[str, tuple[str, ...]] = {"compare": ("first", "second", "tie"), "thumb": ("up", "down")}
+RIGHT = "right"  # the answer of a reply in steps without a bad one; else it is the number of the first bad one
 
 _OPEN_TO = select(items.c.id, items.c.key).where(
     items.c.gold.is_not(None),
@@ -57,12 +60,22 @@ def would_be_gone(connection: Connection, assignment: Row[Any], kind: str) -> bo
 def set_gold(connection: Connection, item_id: int, answer: str | None, actor: str, now: datetime) -> None:
     """Make an item a gold item with this answer, or (None) no longer."""
     item = connection.execute(select(items).where(items.c.id == item_id).with_for_update()).first()
-    if item is None or item.kind not in ANSWERS:
+    if item is None or item.kind not in (*ANSWERS, "step"):
         raise UserError(f"there is no comparison and no single response {item_id}")
-    if answer is not None and answer not in ANSWERS[item.kind]:
-        raise UserError(f"the answer {answer!r} is unknown; give {' or '.join(ANSWERS[item.kind])}")
+    known = _steps_answers(connection, item_id) if item.kind == "step" else ANSWERS[item.kind]
+    if answer is not None and answer not in known:
+        raise UserError(f"the answer {answer!r} is unknown; give {' or '.join(known)}")
     overlap = max(1, item.taken) if answer is None else item.taken + SLOTS
     connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
     old = {"gold": item.gold, "overlap": item.overlap}
     new = {"gold": answer, "overlap": overlap, "batch": item.batch, "kind": item.kind}
     connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))
+
+
+def _steps_answers(connection: Connection, item_id: int) -> tuple[str, ...]:
+    query = select(step_items.c.steps, responses.c.text).select_from(
+        step_items.join(item_responses, item_responses.c.item_id == step_items.c.item_id).join(responses)
+    )
+    row = connection.execute(query.where(step_items.c.item_id == item_id)).one()
+    count = len(Steps.model_validate(row.steps).split(row.text))
+    return (RIGHT, *(str(number) for number in range(1, count + 1)))

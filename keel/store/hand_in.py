@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, insert
 from sqlalchemy.exc import IntegrityError
 
 from keel.store import queue
-from keel.store.people_tables import aspect_ratings, rankings, thumbs, writings
+from keel.store.people_tables import aspect_ratings, rankings, step_labels, thumbs, writings
 from keel.store.records import Assignment, LeaseLost, NewVote, NewWork, WorkKind
 from keel.store.rows import storable
 from keel.store.sides import SIDES
@@ -35,11 +35,13 @@ class WorkTable:
 VOTES = WorkTable(judgements, "judgement", "judged")
 RANKINGS = WorkTable(rankings, "ranking", "ranked")
 THUMBS = WorkTable(thumbs, "thumb", "gave")
+STEPS = WorkTable(step_labels, "step judgement", "labelled", widens=True)
 WRITINGS = WorkTable(writings, "writing", "wrote", widens=True)
 WORK_TABLES: Mapping[WorkKind, WorkTable] = {
     "compare": VOTES,
     "rank": RANKINGS,
     "thumb": THUMBS,
+    "step": STEPS,
     "write": WRITINGS,
     "edit": WRITINGS,
 }
@@ -149,8 +151,8 @@ def undo(
     of: WorkTable = VOTES,
     annotator_id: int | None = None,
 ) -> Assignment:
-    """Take a judgement (or a row of rankings, thumbs or writings) back and give its assignment to the annotator again
-    (Store.undo). ``annotator_id``: who must have done it; None: anybody."""
+    """Take a judgement (or a row of rankings, thumbs, step labels or writings) back and give its assignment to the
+    annotator again (Store.undo). ``annotator_id``: who must have done it; None: anybody."""
     table, entity = of.table, of.entity
     owner = connection.execute(select(table.c.assignment_id).where(table.c.id == done_id)).scalar_one_or_none()
     # the assignment is locked before the judgement is looked at, as in submit
@@ -163,6 +165,7 @@ def undo(
     connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
     queue.lease_again(connection, assignment.id, now, lease)
     said = ("choice", "strength", "reason", "tiers", "up", "text", "original_id")
+    said += ("labels", "outcome", "reasons", "correction", "note")
     old = {name: getattr(done, name) for name in said if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)

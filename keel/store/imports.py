@@ -24,7 +24,7 @@ from keel.store.ingest import (
     log_overlap,
     rows_of,
 )
-from keel.store.people_tables import accounts, adjudications, aspect_ratings, rankings, thumbs, writings
+from keel.store.people_tables import accounts, adjudications, aspect_ratings, rankings, step_labels, thumbs, writings
 from keel.store.records import AnnotatorKind, Judgement, Response
 from keel.store.removals import take_out
 from keel.store.rows import MARK, storable
@@ -59,7 +59,7 @@ def ids_here(connection: Connection, into: Table, entity: str, ids: Sequence[str
     has that one. By its id a judgement is found from the model that learned from it."""
     taken = {
         row.token
-        for table in (judgements, rankings, thumbs, writings)
+        for table in (judgements, rankings, thumbs, step_labels, writings)
         if table is not into
         for row in rows_of(connection, table, table.c.token, list(ids))
     }

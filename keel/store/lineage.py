@@ -3,27 +3,27 @@ judgements that shaped it. Each function runs inside its caller's transaction.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, select
 
-from keel.store.people_tables import rankings, thumbs, writings
+from keel.store.people_tables import rankings, step_labels, thumbs, writings
 from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.review import last_words
 from keel.store.sides import preferred
 from keel.store.standing import done, standing
 from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
 
-TABLES = (judgements, rankings, thumbs, writings)
+TABLES = (judgements, rankings, thumbs, step_labels, writings)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One judgement, ranking, thumb, demonstration or edit; ``undone``: when it was taken back, None while it stands.
-    ``gold``: on a gold item, so never trained on. ``batch``: the queue that it was given in."""
+    """One judgement, ranking, thumb, step judgement, demonstration or edit; ``undone``: when it was taken back, None
+    while it stands. ``gold``: on a gold item, so never trained on. ``batch``: the queue that it was given in."""
 
     token: str
     kind: WorkKind
@@ -58,7 +58,7 @@ def works(connection: Connection) -> dict[str, Work]:
 def other_work(connection: Connection) -> list[Any]:
     """(created, annotator, kind of work) of what people did besides comparing that stands, oldest first."""
     found: list[Any] = []
-    for table in (rankings, thumbs, writings):
+    for table in (rankings, thumbs, step_labels, writings):
         query = standing(table, table.c.created, annotators.c.name, items.c.kind)
         found += connection.execute(query.where(annotators.c.kind == "person")).all()
     return sorted(found, key=lambda row: row.created)
@@ -98,6 +98,13 @@ def thumb_word(up: bool) -> str:
     return "thumbs up" if up else "thumbs down"
 
 
+def outcome_words(row: Mapping[str, Any]) -> str:
+    """What a row of step labels comes to, as people read it."""
+    if row["outcome"] == "found_error":
+        return f"step {row['labels'].index('bad') + 1} is the first bad one"
+    return {"solution": "no bad step", "give_up": "given up", "bad_problem": "bad problem"}[row["outcome"]]
+
+
 def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
     if kind == "compare":
         order = sorted(row["shown"])
@@ -110,6 +117,8 @@ def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
         return {"replies": placed, "said": f"ranked {len(placed)}"}
     if kind == "thumb":
         return {"replies": [{"text": text[id], "note": ""} for id in row["shown"]], "said": thumb_word(row["up"])}
+    if kind == "step":
+        return {"replies": [{"text": text[id], "note": ""} for id in row["shown"]], "said": outcome_words(row)}
     written = [{"text": row["text"], "note": "written"}]
     edited = [{"text": text[row["original_id"]], "note": "before"}] if row["original_id"] else []
     return {"replies": written + edited, "said": ""}

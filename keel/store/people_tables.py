@@ -81,6 +81,44 @@ thumbs = Table(
 )
 Index("ix_thumbs_standing", thumbs.c.assignment_id, unique=True, sqlite_where=_STANDS, postgresql_where=_STANDS)
 
+# An item that asks for labels on a reply's steps: how it is cut, for good, and how it came into the queue.
+step_items = Table(
+    "step_items",
+    metadata,
+    Column("item_id", ForeignKey("items.id"), primary_key=True),
+    Column("steps", json_column(), nullable=False),  # a keel.recipe.steps.Steps
+    Column("drawn", Text, nullable=False),  # at random, or ranked by what it teaches: figures need random ones
+    CheckConstraint("drawn IN ('random', 'ranked')", name="drawn"),
+)
+
+# The steps of one response, judged one after the other.
+step_labels = Table(
+    "step_labels",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey("assignments.id"), nullable=False),
+    Column("token", Text, nullable=False, unique=True),
+    Column("labels", json_column(), nullable=False),  # a step each: good, neutral, bad, unsure; null: not judged
+    Column("outcome", Text, nullable=False),
+    Column("reasons", json_column(), nullable=False),  # why the first bad step is bad: sum, number, follow, check
+    Column("correction", Text),  # what should stand in the place of the first bad step
+    Column("note", Text),  # why it was given up, or what is wrong with the problem
+    Column("reference_shown", Boolean, nullable=False),  # whether the reference answer was on the screen
+    Column("seconds", Float),
+    Column("step_seconds", json_column(), nullable=False),  # a step each; null: not measured
+    Column("guideline", ForeignKey("guidelines.version")),
+    Column("created", UtcDateTime, nullable=False),
+    Column("undone_at", UtcDateTime),
+    CheckConstraint("outcome IN ('solution', 'found_error', 'give_up', 'bad_problem')", name="outcome"),
+)
+Index(
+    "ix_step_labels_standing",
+    step_labels.c.assignment_id,
+    unique=True,
+    sqlite_where=_STANDS,
+    postgresql_where=_STANDS,
+)
+
 flags = Table(
     "flags",
     metadata,

@@ -266,7 +266,7 @@ def reclaim(connection: Connection, now: datetime) -> bool:
 def _sides(key: str, draw: random.Random) -> list[int]:
     """The item's response ids in a random order."""
     kind, one, rest = key.partition("/")
-    if one:  # "edit/57" and "thumb/57" show that response, "write/PROMPT" none
+    if one:  # "edit/57", "thumb/57" and "step/57" show that response, "write/PROMPT" none
         return [] if kind == "write" else [int(rest)]
     shown = [int(response) for response in key.split("-")]
     draw.shuffle(shown)

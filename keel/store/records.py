@@ -19,7 +19,7 @@ VOTER_KINDS: Mapping[Voter, tuple[AnnotatorKind, ...]] = {
     "models": ("model",),
     "simulated": ("simulated",),
 }
-WorkKind = Literal["compare", "rank", "thumb", "write", "edit"]
+WorkKind = Literal["compare", "rank", "thumb", "step", "write", "edit"]
 # How the queues begin in which a stage of a recipe had a model judge: those votes are that stage's, as those of its
 # simulated annotators are, and no model's votes "in the store".
 OWN_QUEUE = "annotate/"
@@ -54,9 +54,10 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """One item in one annotator's hands until ``expires_at``. It names no model: judging is blind. ``shown`` are the
-    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit or to
-    give a thumb, none where a reply is to be written. ``handle`` is what a browser calls it by; ``id`` tells how many
-    came before, and ``prompt.meta`` holds the graders' notes: a page for people must not send these."""
+    responses' texts in the order of the screen, left first: two to compare, four to nine to rank, one to edit, to
+    give a thumb or to label in steps, none where a reply is to be written. ``handle`` is what a browser calls it by;
+    ``id`` tells how many came before, and ``prompt.meta`` holds the graders' notes: a page for people must not send
+    these."""
 
     id: int
     item_id: int

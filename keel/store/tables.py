@@ -113,7 +113,7 @@ guidelines = Table(
 )
 
 # Something to do for `overlap` annotators: compare two responses of one prompt, rank four to nine of them, give one a
-# thumb up or down, write a reply to a prompt, or edit a response.
+# thumb up or down, label one in steps, write a reply to a prompt, or edit a response.
 items = Table(
     "items",
     metadata,
@@ -122,14 +122,14 @@ items = Table(
     Column("batch", Text, nullable=False),  # what it was added for, e.g. one annotate stage; queues do not mix
     Column(
         "key", Text, nullable=False
-    ),  # its response ids in ascending order, "12-57"; "write/PROMPT", "edit/57", "thumb/57"
+    ),  # its response ids in ascending order, "12-57"; "write/PROMPT", "edit/57", "thumb/57", "step/57"
     Column("overlap", Integer, nullable=False),
     Column("taken", Integer, nullable=False),  # assignments that hold a slot: leased or judged
     Column("created", UtcDateTime, nullable=False),
-    Column("kind", Text, nullable=False, server_default="compare"),  # compare | rank | thumb | write | edit
+    Column("kind", Text, nullable=False, server_default="compare"),  # compare | rank | thumb | step | write | edit
     Column("turn", Float, nullable=False, server_default="0"),  # lower comes first
     # a gold item's known answer: first (the response that was stored first), second, or tie; up or down where one
-    # response is judged; NULL: no gold item
+    # response is judged; where it is judged in steps, the number of the first bad one, or right; NULL: no gold item
     Column("gold", Text),
     # the order in which people get what has the same turn: the queue's number and a random fraction (blind.py)
     Column("place", Float, nullable=False, server_default="0"),

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, and_, or_, select
 
 from keel.recipe.declared import Voter
 from keel.store.engine import exists
-from keel.store.people_tables import adjudications, rankings, thumbs, writings
+from keel.store.people_tables import adjudications, rankings, step_labels, thumbs, writings
 from keel.store.records import OWN_QUEUE
 from keel.store.standing import by, standing
 from keel.store.store import Store
@@ -29,7 +29,7 @@ class VoteHashes:
     out), but for those that a stage had a model give. ``withdrawn``, ``withdrawn_models``: of a stage's own, simulated
     or a model's, that no longer are as they came, since somebody made their items gold items, took them out or settled
     them. ``written``: of all replies that people wrote or edited, on what is in use. ``thumbs``: of people's thumbs on
-    single replies. Empty where there are none."""
+    single replies; ``steps``: of their labels on the steps of replies. Empty where there are none."""
 
     people: str = ""
     withdrawn: str = ""
@@ -37,10 +37,11 @@ class VoteHashes:
     models: str = ""
     thumbs: str = ""
     withdrawn_models: str = ""
+    steps: str = ""
 
     def facts(self) -> dict[str, str]:
-        """For a fingerprint. What is of models and ``thumbs`` are left out where there are none: so were they before
-        they were told apart, and runs without any stay done."""
+        """For a fingerprint. What is of models, ``thumbs`` and ``steps`` are left out where there are none: so were
+        they before they were told apart, and runs without any stay done."""
         always = ("people", "withdrawn", "written")
         return {name: value for name, value in asdict(self).items() if value or name in always}
 
@@ -57,6 +58,7 @@ def vote_hashes(location: str | Path) -> VoteHashes:
             models=_hash(_judged(connection, "models")),
             withdrawn_models=_hash(_withdrawn(connection, and_(by("models"), _OWN))),
             thumbs=_hash(_thumbs(connection)),
+            steps=_hash(_steps(connection)),
         )
 
 
@@ -79,7 +81,7 @@ class VoteCount:
 def count_votes(connection: Connection, who: Voter, since: datetime | None) -> VoteCount:
     """How many there are of ``who``, and how many came after ``since`` (None: all of them did)."""
     count, new = 0, 0
-    for table in (judgements, rankings, writings, thumbs):
+    for table in (judgements, rankings, writings, thumbs, step_labels):
         query = standing(table, table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
         query = query.where(_by(who))
         if table is writings:
@@ -121,6 +123,12 @@ def _thumbs(connection: Connection) -> Iterable[tuple[Any, ...]]:
     query = standing(thumbs, thumbs.c.token, thumbs.c.up, assignments.c.shown, annotators.c.name)
     query = query.where(items.c.gold.is_(None), items.c.out.is_(False), by("people")).order_by(thumbs.c.id)
     yield from map(tuple, connection.execute(query))
+
+
+def _steps(connection: Connection) -> Iterable[tuple[Any, ...]]:
+    said = step_labels.c.token, step_labels.c.labels, step_labels.c.outcome, step_labels.c.correction
+    query = standing(step_labels, *said, assignments.c.shown, annotators.c.name).order_by(step_labels.c.id)
+    yield from map(tuple, connection.execute(query.where(items.c.gold.is_(None), items.c.out.is_(False), by("people"))))
 
 
 def _written(connection: Connection) -> Iterable[tuple[Any, ...]]:

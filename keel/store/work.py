@@ -65,17 +65,17 @@ def add_edits(
     connection: Connection, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
 ) -> list[int]:
     """Items that ask to improve each response; their ids."""
-    return _add_single(connection, "edit", response_ids, overlap, batch, now)
+    return add_single(connection, "edit", response_ids, overlap, batch, now)
 
 
 def add_thumbs(
     connection: Connection, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
 ) -> list[int]:
     """Items that ask for thumbs up or down on each response; their ids."""
-    return _add_single(connection, "thumb", response_ids, overlap, batch, now)
+    return add_single(connection, "thumb", response_ids, overlap, batch, now)
 
 
-def _add_single(
+def add_single(
     connection: Connection, kind: WorkKind, response_ids: Sequence[int], overlap: int, batch: str, now: datetime
 ) -> list[int]:
     """Items on one response each."""

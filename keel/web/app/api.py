@@ -43,12 +43,16 @@ def item_json(screen: Screen | None) -> dict[str, Any] | None:
     """All that a browser is told of an item."""
     if screen is None:
         return None
-    return {
+    found: dict[str, Any] = {
         "id": screen.id,
         "kind": screen.kind,
         "messages": [{"role": m.role, "html": render(m.content)} for m in screen.messages],
-        "shown": [{"html": render(text), "text": text} for text in screen.shown],
     }
+    if screen.sheet is not None:
+        reference = None if screen.sheet.reference is None else render(screen.sheet.reference)
+        more = {"said": screen.said} if screen.said else {}
+        return found | {"steps": list(screen.sheet.steps), "reference": reference} | more
+    return found | {"shown": [{"html": render(text), "text": text} for text in screen.shown]}
 
 
 def _progress(request: Request, session: Session, kind: WorkKind) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
-from keel.web.app import api, constitutions, manage, models, pages, training
+from keel.web.app import api, constitutions, manage, models, pages, steps, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
 from keel.web.app.services import Services
@@ -44,6 +44,8 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
         api.router,
         constitutions.router,
         constitutions.api,
+        steps.router,
+        steps.api,
         manage.router,
         models.router,
         training.router,

@@ -39,7 +39,7 @@ class Next(Strict):
     holding: list[Handle] = Field(default_factory=list, max_length=16)
 
 
-class _Work(Strict):
+class Work(Strict):
     """What a page sends with everything that was done on it."""
 
     assignment: Handle
@@ -48,7 +48,7 @@ class _Work(Strict):
     guideline: Line | None = None  # the version that the page was made with; by default the one in force
 
 
-class Judged(_Work):
+class Judged(Work):
     choice: Choice
     strength: Literal[1, 2, 3] | None = None
     reason: Text = ""
@@ -66,7 +66,7 @@ class Judged(_Work):
         )
 
 
-class Ranked(_Work):
+class Ranked(Work):
     tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
     reason: Text = ""
 
@@ -75,7 +75,7 @@ class Ranked(_Work):
         return NewRanking(self.tiers, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
 
 
-class Thumbed(_Work):
+class Thumbed(Work):
     up: StrictBool
     reason: Text = ""
 
@@ -84,7 +84,7 @@ class Thumbed(_Work):
         return NewThumb(self.up, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
 
 
-class Wrote(_Work):
+class Wrote(Work):
     kind: Literal["write", "edit"]
     text: Text
 

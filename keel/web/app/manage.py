@@ -23,12 +23,13 @@ from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Line,
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
 from keel.web.app.services import services
-from keel.web.service.manage import Export, Whose
+from keel.web.service.manage import WHOSE, Export, Whose
 
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
 Reviewer = Annotated[Session, Depends(may("reviewer"))]
 Admin = Annotated[Session, Depends(may("admin"))]
 T = TypeVar("T")
+GoldKind = Literal["compare", "thumb", "step"]
 
 
 def done(path: str, said: str = "") -> RedirectResponse:
@@ -52,7 +53,7 @@ def overview(request: Request, session: Reviewer) -> Response:
 def quality(request: Request, session: Reviewer, who: Whose = "people") -> Response:
     found = services(request).manage.quality(who)
     context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
-    context |= {"thumbs": services(request).manage.thumbs(who)}
+    context |= {"thumbs": services(request).manage.thumbs(who), "steps": services(request).steps.quality(WHOSE[who])}
     return page(request, "manage/quality.html", session, **context)
 
 
@@ -127,6 +128,7 @@ def prompts(request: Request, session: Admin) -> Response:
         "prompts": called.manage.newest_prompts(),
         "models": called.sampling.models,
         "requests": called.sampling.requests(),
+        "steps": called.steps.settings(),
         "can_read": called.sources.read_prompts is not None,
         "can_read_responses": called.sources.read_unjudged is not None,
     }
@@ -190,7 +192,7 @@ def sample(
 def ask(
     request: Request,
     session: Admin,
-    kind: Annotated[WorkKind, Form()],
+    kind: Annotated[Literal["compare", "rank", "thumb", "write", "edit"], Form()],
     prompts: FormCount,
     overlap: FormCount,
 ) -> Response:
@@ -239,7 +241,7 @@ def first(request: Request, session: Admin, batch: FormLine, kind: Annotated[Wor
 def gold(
     request: Request,
     session: Admin,
-    kind: Literal["compare", "thumb"] = "compare",
+    kind: GoldKind = "compare",
     batch: Line | None = None,
     number: Annotated[int, Query(ge=0, le=100_000)] = 0,
 ) -> Response:
@@ -268,11 +270,11 @@ def set_gold(
     request: Request,
     session: Admin,
     item: PathId,
-    answer: Annotated[Literal[InStore, "up", "down", "none"], Form()],
-    kind: Annotated[Literal["compare", "thumb"], Form()] = "compare",
+    answer: FormLine,
+    kind: Annotated[GoldKind, Form()] = "compare",
 ) -> Response:
     services(request).manage.set_gold(item, None if answer == "none" else answer, session.account.name)
-    return done(f"/gold?kind={kind}" if kind == "thumb" else "/gold", "Saved.")
+    return done("/gold" if kind == "compare" else f"/gold?kind={kind}", "Saved.")
 
 
 # ----------------------------------------------------------------------------------------------- admins: the people

@@ -140,10 +140,10 @@ def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, pas
 @router.get("/compare")
 def compare(request: Request, session: Annotator) -> Response:
     guideline = services(request).labelling.guideline()
-    return _work(request, session, "compare.html", aspects=guideline.aspects if guideline else ())
+    return work_page(request, session, "compare.html", aspects=guideline.aspects if guideline else ())
 
 
-def _work(request: Request, session: Session, template: str, **context: Any) -> Response:
+def work_page(request: Request, session: Session, template: str, **context: Any) -> Response:
     """A working page. It knows the guideline that it was made with: what is done on it counts under that version."""
     guideline = services(request).labelling.guideline()
     version = guideline.version if guideline else None
@@ -154,22 +154,22 @@ def _work(request: Request, session: Session, template: str, **context: Any) -> 
 
 @router.get("/rank")
 def rank(request: Request, session: Annotator) -> Response:
-    return _work(request, session, "rank.html")
+    return work_page(request, session, "rank.html")
 
 
 @router.get("/thumbs")
 def thumbs(request: Request, session: Annotator) -> Response:
-    return _work(request, session, "thumbs.html")
+    return work_page(request, session, "thumbs.html")
 
 
 @router.get("/write")
 def write(request: Request, session: Annotator) -> Response:
-    return _work(request, session, "write.html", kind="write")
+    return work_page(request, session, "write.html", kind="write")
 
 
 @router.get("/edit")
 def edit(request: Request, session: Annotator) -> Response:
-    return _work(request, session, "write.html", kind="edit")
+    return work_page(request, session, "write.html", kind="edit")
 
 
 @router.get("/arena")

@@ -37,6 +37,7 @@ def page(request: Request, template: str, session: Session | None = None, status
             csrf=csrf,
             csrf_field=Markup('<input type="hidden" name="csrf" value="{}">').format(csrf),
             path=request.url.path,
+            steps_on=account is not None and services(request).steps.on(),
             **{"problem": "", "name": "", "said": told, "guideline_version": None, "lease": None} | context,
         )
     )

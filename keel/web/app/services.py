@@ -17,6 +17,7 @@ from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
 from keel.web.service.start import name_of
+from keel.web.service.steps import StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Services:
     arena: Arena
     sampling: Sampling
     ordering: Ordering
+    steps: StepWork
 
     @classmethod
     def of(cls, store: Store, sources: Sources) -> Services:
@@ -47,6 +49,7 @@ class Services:
             arena=Arena(store, sources.arena),
             sampling=Sampling(store, sources),
             ordering=Ordering(store, sources.ensemble),
+            steps=StepWork(store, sources.step_gains),
         )
 
 

@@ -11,18 +11,20 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, func, select
 
-from keel.store import Assignment, Store, blind, guidelines, leases, people, work
+from keel.store import Assignment, Store, blind, guidelines, leases, people, steps, work
 from keel.store.guidelines import Guideline
 from keel.store.hand_in import WORK_TABLES
 from keel.store.leases import Renewed
-from keel.store.lineage import thumb_word
+from keel.store.lineage import outcome_words, thumb_word
 from keel.store.people import Account
 from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKind
 from keel.store.standing import standing
+from keel.store.step_records import NewSteps
+from keel.store.steps import Sheet
 from keel.store.tables import annotators, assignments, items
 from keel.types import Message, UserError
 
-Given = TypeVar("Given", NewRanking, NewThumb, NewWriting)
+Given = TypeVar("Given", NewRanking, NewThumb, NewSteps, NewWriting)
 
 GOLD_EVERY = 20  # of this many items one is a gold item, as long as there are any that the annotator has not had
 MOST_HELD = 8  # items in one pair of hands: the one on the screen, and those fetched ahead for a train ride
@@ -31,12 +33,15 @@ _KEPT_SECONDS = 5.0  # how old a figure of progress may be
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """One item as a page shows it. ``id``: the assignment's handle."""
+    """One item as a page shows it. ``id``: the assignment's handle; ``sheet``: of a reply that is labelled in steps;
+    ``said``: what its person said of these and took back."""
 
     id: str
     kind: WorkKind
     messages: tuple[Message, ...]
     shown: tuple[str, ...]
+    sheet: Sheet | None = None
+    said: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Labelling:
                 self._gold_every = time.monotonic(), every
             now, lease = self._store.now, self._store.lease
             found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease)
-        return None if found is None else screen(found)
+            return None if found is None else _with_sheet(connection, found)
 
     def judge(self, person: Account, handle: str, vote: NewVote) -> int:
         """A vote without a guideline was given by the one in force. Ratings on what it does not ask for are dropped."""
@@ -103,14 +108,22 @@ class Labelling:
         return self._hand_in(person, handle, ranking, work.rank)
 
     def thumb(self, person: Account, handle: str, given: NewThumb) -> int:
-        with self._store.transaction(writes=False) as connection:
-            new = _is_new(connection, "thumb", given.token)
-        id = self._hand_in(person, handle, given, work.thumb)
-        self._count("thumb", int(new))
-        return id
+        return self._hand_in_counted(person, handle, given, work.thumb, "thumb")
+
+    def label_steps(self, person: Account, handle: str, given: NewSteps) -> int:
+        return self._hand_in_counted(person, handle, given, steps.hand_in, "step")
 
     def write(self, person: Account, handle: str, writing: NewWriting) -> int:
         return self._hand_in(person, handle, writing, work.write)
+
+    def _hand_in_counted(
+        self, person: Account, handle: str, given: Given, add: Callable[..., int], kind: WorkKind
+    ) -> int:
+        with self._store.transaction(writes=False) as connection:
+            new = _is_new(connection, kind, given.token)
+        id = self._hand_in(person, handle, given, add)
+        self._count(kind, int(new))
+        return id
 
     def _hand_in(self, person: Account, handle: str, given: Given, add: Callable[..., int]) -> int:
         """Work without a guideline was done under the one in force."""
@@ -163,11 +176,12 @@ class Labelling:
                 lease=store.lease,
                 assignment_id=None if handle is None else blind.find(connection, handle, person.annotator_id),
             )
-        if back is None:
-            return None
-        if back[1] == "judged":
+            shown = None if back is None else _with_sheet(connection, back[0])
+            if shown is not None and back is not None and back[1] == "judged" and kind == "step":
+                shown = replace(shown, said=steps.taken_back(connection, back[0].id))
+        if back is not None and back[1] == "judged":
             self._count(kind, -1)
-        return screen(back[0])
+        return shown
 
     # ------------------------------------------------------------------------------------------- guideline, progress
 
@@ -235,7 +249,7 @@ class Labelling:
         """What this person did last, newest first. Their own work alone."""
         found: list[PastWork] = []
         with self._store.transaction(writes=False) as connection:
-            for kind in ("compare", "rank", "thumb", "write", "edit"):
+            for kind in ("compare", "rank", "thumb", "step", "write", "edit"):
                 rows = connection.execute(work.done_by(kind, person.annotator_id, limit)).mappings()
                 found += [
                     PastWork(row["created"], kind, _last_message(row["messages"]), _said(dict(row))) for row in rows
@@ -251,6 +265,14 @@ def _is_new(connection: Connection, kind: WorkKind, token: str) -> bool:
     """Whether work with this token was not handed in before: a page sends it again when no answer came."""
     table = WORK_TABLES[kind].table
     return connection.execute(select(table.c.id).where(table.c.token == token)).first() is None
+
+
+def _with_sheet(connection: Connection, assignment: Assignment) -> Screen:
+    found = screen(assignment)
+    if assignment.kind != "step":
+        return found
+    cut = steps.sheet(connection, assignment.item_id, assignment.prompt, assignment.shown[0])
+    return replace(found, sheet=cut)
 
 
 def screen(assignment: Assignment) -> Screen:
@@ -272,6 +294,8 @@ def _said(row: Mapping[str, Any]) -> str:
         return _PLAIN[row["choice"]](row)
     if "tiers" in row:
         return f"{sum(len(tier) for tier in row['tiers'])} responses ranked"
+    if "outcome" in row:
+        return outcome_words(row)
     if "up" in row:
         return thumb_word(row["up"])
     return str(row["text"])

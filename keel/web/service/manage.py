@@ -26,6 +26,8 @@ from keel.store import (
     principles,
     removals,
     review,
+    step_files,
+    steps,
     thumbs,
     unjudged,
     work,
@@ -48,8 +50,8 @@ from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 
 Export = Literal[
-    "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "demonstrations.jsonl", "rankings.jsonl",
-    "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "principles.jsonl", "events.jsonl",
+    "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "steps.jsonl", "demonstrations.jsonl",
+    "rankings.jsonl", "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "principles.jsonl", "events.jsonl",
 ]  # fmt: skip
 
 Whose = Literal["people", "models", "all"]
@@ -132,7 +134,8 @@ class Manage:
 
     def browse(self, kind: WorkKind, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.browse(connection, kind, batch, gold, page * size, size)
+            found = overview.browse(connection, kind, batch, gold, page * size, size)
+            return steps.cut_up(connection, found) if kind == "step" else found
 
     def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -310,6 +313,9 @@ class Manage:
             return path
         if what == "thumbs.jsonl":
             thumbs.export(self._store, path)
+            return path
+        if what == "steps.jsonl":
+            step_files.export(self._store, path)
             return path
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for row in self._rows(what):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keel.recipe.sections import SamplingConfig
+from keel.store.steps import OpenReply
 from keel.types import Completion, Message, Prompt, Unjudged
 
 Reply = Callable[[Sequence[Message]], Iterator[str]]
@@ -124,3 +125,5 @@ class Sources:
     training: Training | None = None
     read_unjudged: Callable[[Path, bool], list[Unjudged]] | None = None  # True: without the answers in its rows
     critiques: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # summaries of the run's critique stages
+    # what a label on the steps of each reply teaches, by the reply's id
+    step_gains: Callable[[Sequence[OpenReply]], Mapping[int, float]] | None = None

@@ -53,7 +53,9 @@ def prepare(store: Store) -> None:
         ready = guidelines.current_guideline(connection) is not None
         version = guidelines.next_version(connection)
         anything = connection.execute(
-            select(items.c.id).where(items.c.taken < items.c.overlap, items.c.out.is_(False)).limit(1)
+            select(items.c.id)
+            .where(items.c.taken < items.c.overlap, items.c.out.is_(False), items.c.kind != "step")
+            .limit(1)
         ).first()
         used = connection.execute(select(items.c.id).where(items.c.batch == FIRST_BATCH).limit(1)).first()
         wanted = anything is None and used is None

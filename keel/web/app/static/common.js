@@ -11,7 +11,7 @@ const SETTLED = 250; // milliseconds: what comes sooner after a vote is its key 
 const AHEAD = 3; // items fetched ahead: enough for a tunnel, few enough to keep nobody waiting for them
 const MOST_TRIES = 12; // of fetching at once
 const LONGEST_LOOK = 86_400; // seconds; the server takes no more, and a screen that stood there for a weekend was not read
-const LATE = ["write", "edit"]; // kinds of work that count also when the item went to somebody else: they take long
+const LATE = ["write", "edit", "step"]; // kinds of work that count also when the item went to somebody else: they take long
 
 export function toast(text) {
   const place = byId("toast");
@@ -22,6 +22,9 @@ export function toast(text) {
 }
 
 // ------------------------------------------------------------------------------------------------ items and time
+
+/** Whether what comes now is meant for the item on the screen, and not the last key or tap again. */
+export const settled = ({ doneAt }) => performance.now() - doneAt >= SETTLED;
 
 /** Seconds during which the page was looked at. */
 export class Clock {
@@ -73,7 +76,7 @@ export class Work {
     byId("skip").addEventListener("click", () => this.skip());
     byId("undo").addEventListener("click", () => this.undo());
     // the second press of a slow double click means what stood there before
-    const twice = (event) => event.detail > 1 && event.target.closest("#vote button:not(#undo, #flag)") && event.stopPropagation();
+    const twice = (event) => event.detail > 1 && event.target.closest("#vote button:not(#undo, #flag, [data-again])") && event.stopPropagation();
     addEventListener("click", twice, { capture: true });
     addEventListener("online", () => this.fill());
     addEventListener("pageshow", ({ persisted }) => persisted && this.begin()); // what an old page shows may be gone
@@ -167,14 +170,15 @@ export class Work {
     if (this.current) setDraft(this.current, name, input.value === this.start(this.current) ? null : input.value);
   }
 
-  /** The item on the screen is done: keep and send what was said, and show the next one at once. True when it was. */
-  done(path, body, what) {
+  /** The item on the screen is done: keep and send what was said, and show the next one at once. True when it was.
+   * `text`: what of it can be read, should the server refuse it. */
+  done(path, body, what, text = body.text ?? body.reason ?? "") {
     const item = this.current;
-    if (!item || performance.now() - this.doneAt < SETTLED) return false;
+    if (!item || !settled(this)) return false;
     this.doneAt = performance.now();
     const letter = { assignment: item.id, token: token(), ...body };
     const { kind, prompt } = item;
-    this.outbox.add(path, letter, { kind, what, prompt, text: body.text ?? body.reason ?? "" });
+    this.outbox.add(path, letter, { kind, what, prompt, text });
     this.past = [...this.past, { item, said: { ...draftOf(item.id), ...body }, token: letter.token }].slice(-8);
     dropDraft(item.id);
     this.windows?.postMessage(item.id);
@@ -224,7 +228,7 @@ export class Work {
       showProgress(progress);
       const known = this.past.find((one) => one.item.id === item?.id);
       this.past = this.past.filter((one) => one !== known && one !== last);
-      if (item) this.back(item, known?.said);
+      if (item) this.back(item, known?.said ?? item.said);
       else toast("Nothing to take back");
     } catch (error) {
       toast(error.last ? error.message : "It may have been sent already: take it back when the server answers again");
@@ -269,7 +273,7 @@ function bubble({ role, html }) {
 /** Calls handlers by key, but not while something is typed or a dialog is open. Escape leaves a field. */
 export function keys(handlers) {
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.matches("input:not([type=radio]), textarea, select");
+    const typing = event.target.matches("input:not([type=radio], [type=checkbox]), textarea, select");
     if (typing && event.key === "Escape") event.target.blur();
     if (typing || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     if (document.querySelector("dialog[open]")) return;

@@ -1,0 +1,79 @@
+"""The page on which replies are labelled step by step, what its script calls, and what admins ask for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Form, Request
+from pydantic import Field, ValidationError
+from starlette.responses import HTMLResponse, Response
+
+from keel.recipe.steps import Steps
+from keel.store.people import Session
+from keel.store.step_records import REASONS, Mark, NewSteps, Outcome, Reason
+from keel.types import UserError
+from keel.web.app.fields import FormCount, FormLine, Seconds, Text, Work
+from keel.web.app.manage import done
+from keel.web.app.pages import work_page
+from keel.web.app.security import may
+from keel.web.app.services import services
+
+router = APIRouter(default_response_class=HTMLResponse)
+api = APIRouter(prefix="/api")
+Annotator = Annotated[Session, Depends(may("annotator"))]
+Admin = Annotated[Session, Depends(may("admin"))]
+MOST = 10_000  # steps of a reply
+
+
+class Labelled(Work):
+    labels: list[Mark | None] = Field(max_length=MOST)
+    outcome: Outcome
+    reasons: list[Reason] = Field(default_factory=list, max_length=len(REASONS))
+    correction: Text = ""
+    note: Text = ""
+    reference_shown: bool = False
+    step_seconds: list[Seconds | None] = Field(default_factory=list, max_length=MOST)
+
+    def steps(self) -> NewSteps:
+        correction, note = self.correction.strip() or None, self.note.strip() or None
+        return NewSteps(
+            self.labels, self.outcome, self.reasons, correction, note, self.reference_shown, self.step_seconds,
+            token=self.token, seconds=self.seconds, guideline=self.guideline,
+        )  # fmt: skip
+
+
+@router.get("/steps")
+def steps(request: Request, session: Annotator) -> Response:
+    return work_page(request, session, "steps.html", reasons=REASONS)
+
+
+@api.post("/steps")
+def label(request: Request, session: Annotator, given: Labelled) -> dict[str, Any]:
+    labelling = services(request).labelling
+    labelling.label_steps(session.account, given.assignment, given.steps())
+    progress = labelling.progress(session.account, "step")
+    return {"progress": {"today": progress.today, "done": progress.done, "wanted": progress.wanted}}
+
+
+@router.post("/manage/steps/queue")
+def queue(
+    request: Request,
+    session: Admin,
+    by: Annotated[Literal["line", "blank_line", "marker"], Form()],
+    replies: FormCount,
+    overlap: FormCount,
+    marker: FormLine = "",
+) -> Response:
+    try:
+        split = Steps(by=by, marker=marker or None)
+    except ValidationError:
+        raise UserError("a marker goes with steps that end with one; give both, or neither") from None
+    made = services(request).steps.queue(split, replies, overlap, session.account.name)
+    said = f"{made} {'reply' if made == 1 else 'replies'} queued to be labelled in steps."
+    return done("/prompts", said if made else "Nothing is left to queue for this: have responses sampled first.")
+
+
+@router.post("/manage/steps/reference")
+def reference(request: Request, session: Admin, allowed: Annotated[bool, Form()] = False) -> Response:
+    services(request).steps.allow_reference(allowed, session.account.name)
+    return done("/prompts", "Saved.")
