@@ -427,7 +427,7 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Ser
     mark, author = labelled(served.store), person(served.store, "author", "admin").annotator_id
     with served.store.transaction(writes=True) as c:
         constitutions.publish_file(c, two(), author, served.store.now)
-    working = ("compare", "rank", "thumbs", "principles", "write", "edit", "arena", "mine")
+    working = ("compare", "rank", "thumbs", "steps", "principles", "write", "edit", "arena", "mine")
     pages = (*working, "guideline", "constitution", "account", "manage", f"manage/why?vote={mark}")
     for path in (*pages, *(f"manage/{name}" for name in MANAGED)):
         page.goto(f"{served.url}/{path}")
