@@ -43,7 +43,13 @@ QUICK_FILES = {
 }
 QUICK_CONSTITUTIONAL = ("sft.epochs=2", "ppo.episodes=256", "ppo.rollout_batch=128", "eval.bootstrap=200")
 QUICK_CONSTITUTIONAL_FILES = {"demonstrations": 400, "red_team": 48, "helpful": 80, "revisions": 120, "choices": 20}
-QUICK_REASONING = ("eval.bootstrap=200",)
+QUICK_REASONING = (
+    "eval.bootstrap=200",
+    *(f"{name}.episodes=128" for name in ("outcome", "progress", "gated")),
+    *(f"{name}.rollout_batch=64" for name in ("outcome", "progress", "gated")),
+    "step_labels.k=2",
+    "step_labels.replies=24",
+)
 QUICK_REASONING_FILES = {"demonstrations": 320, "prompts": 24, "heldout_prompts": 16, "labelled": 64}
 LEDGER_DATA = ("demonstrations", "prompts", "heldout_prompts")  # files of the same names
 DATA = (*LEDGER_DATA, "pretraining", "base_text", "facts")

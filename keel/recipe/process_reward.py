@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.recipe.declared import MODELS, ROWS, Makes, ModelUse, Reference, listed, source_references
+from keel.recipe.declared import (
+    MODELS,
+    PEOPLE,
+    ROWS,
+    WITH_PEOPLE,
+    Makes,
+    ModelUse,
+    Reference,
+    Scoring,
+    StoreRead,
+    listed,
+    source_references,
+)
 from keel.recipe.sections import DataConfig
 from keel.recipe.stage import TrainBase
 from keel.recipe.steps import Aggregate, Steps, StepsRead
+from keel.recipe.verify import VerifyRef
 
 
 class ProcessRewardStage(TrainBase):
@@ -22,7 +35,12 @@ class ProcessRewardStage(TrainBase):
     model: str = "sft"
     labels: str | list[str] = Field(
         description="step_labels stages, or files of labelled steps (rows prompt+completions+labels, PRM800K's, "
-        "Math-Shepherd's); several in a list"
+        "Math-Shepherd's), or people, what people said of steps in the store; several in a list"
+    )
+    verify: VerifyRef | None = Field(
+        None,
+        description="holds a reply's answer against the prompt's: what level: outcome learns, and by what figures tell "
+        "right replies; default: the last step's label says whether the answer is right",
     )
     level: Literal["steps", "outcome"] = Field(
         "steps",
@@ -56,11 +74,19 @@ class ProcessRewardStage(TrainBase):
         yield from super().references()
         yield from source_references("labels", self.labels, "step labels")
 
+    def scored_by(self) -> Iterator[tuple[str, Scoring]]:
+        if self.verify is not None:
+            yield "verify", self.verify
+
+    def from_store(self, voted: Collection[str]) -> StoreRead:
+        return StoreRead(steps=frozenset({"people"} if PEOPLE in self.sources else ()))
+
     def reads(self, data: DataConfig) -> tuple[str, ...]:
-        return (*ROWS, *super().reads(data))
+        people = WITH_PEOPLE if PEOPLE in self.sources else ()
+        return (*people, *ROWS, *super().reads(data))
 
     def files(self) -> Mapping[str, str | tuple[str, ...]]:
-        return {"labels": self.sources}
+        return {"labels": tuple(name for name in self.sources if name != PEOPLE)}
 
     def steps_read(self) -> StepsRead:
         return StepsRead(self.steps, self.neutral, self.level == "outcome", self.label_bound)

@@ -164,8 +164,10 @@ def undo(
         raise UserError(f"this {entity} has been taken back already")
     connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
     queue.lease_again(connection, assignment.id, now, lease)
-    said = ("choice", "strength", "reason", "tiers", "up", "text", "original_id")
-    said += ("labels", "outcome", "reasons", "correction", "note")
+    said = (
+        "choice", "strength", "reason", "tiers", "up", "text", "original_id",
+        "labels", "outcome", "reasons", "correction", "note",
+    )  # fmt: skip
     old = {name: getattr(done, name) for name in said if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)
