@@ -13,12 +13,14 @@ from tiny import save_tiny
 
 from keel.check import check_recipe
 from keel.cli import main
+from keel.cli.label_steps import order_of
 from keel.data.sources import read_steps
 from keel.recipe.recipe import Recipe
 from keel.rollout.continuations import Continuations
 from keel.run import RunDir
 from keel.stages.context import STEP_LABELS
-from keel.types import UserError
+from keel.store.steps import OpenReply
+from keel.types import Message, Prompt, UserError
 
 JUDGE = """
 def right(prompt, text):
@@ -88,6 +90,13 @@ def test_replies_are_labelled_and_learned_from(made: tuple[Path, dict[str, Any],
     assert sum(summary["chosen"].values()) == summary["replies"] == 12
     assert summary["consensus"]["agree"] == summary["labelled_steps"] == sum(label is not None for label in labels)
     assert all(label * 4 == int(label * 4) for label in labels if label is not None)
+    rows = [json.loads(line) for line in (own.path / "convincing.jsonl").read_text().splitlines()]
+    assert [row["priority"] for row in rows] == sorted((row["priority"] for row in rows), reverse=True)
+    first = rows[0]
+    asked = Prompt("p", (Message("user", first["prompt"][0]["content"]),))
+    order = order_of(str(own.path / "convincing.jsonl"))
+    open_ = [OpenReply(1, asked, tuple(first["completions"])), OpenReply(2, asked, ("else",))]
+    assert order(open_) == {1: first["priority"]}, "people can be asked in the same order"
     learned = directory.stage("prm").summary()
     assert learned["rows"] + learned["heldout_rows"] + learned["unjudged_rows"] == len(records) + 12
 
