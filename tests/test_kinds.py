@@ -29,6 +29,7 @@ from keel.recipe.recipe import STAGES, Recipe
 from keel.recipe.reward import RewardStage
 from keel.recipe.sample import SampleStage
 from keel.recipe.sft import SftStage
+from keel.recipe.step_labels import StepLabelsStage
 from keel.report.kinds import KINDS
 from keel.run import RunDir, Silent
 from keel.stages import inputs
@@ -94,6 +95,13 @@ class World:
                 {"kind": "critique", "name": "critique", "model": "base", "constitution": f"{folder}/c.yaml"},
                 {"kind": "reward", "name": "revised", "preferences": "critique"},
                 {"kind": "process_reward", "name": "prm", "labels": f"{folder}/steps.jsonl"},
+                {"kind": "step_labels", "name": "mc", "responses": "sample", "verify": self.python},
+                {
+                    "kind": "step_labels",
+                    "name": "own_labels",
+                    "prompts": f"{folder}/prompts.jsonl",
+                    "verify": self.python,
+                },
                 {"kind": "eval", "name": "eval", "models": ["base", "ppo"], "judge": self.python, "reward": "reward"},
             ],
         }
@@ -153,6 +161,12 @@ FORGOTTEN: list[tuple[Any, str, Any, str, Callable[[Any, StageContext], object],
      lambda s, c: inputs.training_prompts(s.prompts, c), "data.prompts"),
     (CritiqueStage, "references", nothing, "critique", lambda s, c: c.source(s.model), "the checkpoint base"),
     (RewardStage, "references", nothing, "revised", inputs.preferences, "stage critique"),
+    (StepLabelsStage, "references", nothing, "mc", lambda s, c: c.parent(s.responses), "stage sample"),
+    (StepLabelsStage, "references", nothing, "mc", lambda s, c: c.store_url, "the store"),
+    (StepLabelsStage, "references", nothing, "mc", lambda s, c: c.source(s.model), "stage sft"),
+    (StepLabelsStage, "scored_by", nothing, "mc", lambda s, c: make_judge(s.verify, c, "fp32"), "the function .*score"),
+    (StepLabelsStage, "files", lambda _: {}, "own_labels",
+     lambda s, c: inputs.training_prompts(s.prompts, c), "the file .*prompts.jsonl"),
     (AnnotateStage, "scored_by", nothing, "annotate", lambda s, c: c.python(s.annotators), "the function .*score"),
     (AnnotateStage, "references", nothing, "annotate", lambda s, c: c.parent(s.responses), "stage sample"),
 ]  # fmt: skip
@@ -214,9 +228,11 @@ def test_held_out_prompts_count_once_people_have_worked(world: World) -> None:
         "more",
         "ppo",
         "critique",
+        "own_labels",
         "eval",
     }
-    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "more", "ppo", "critique", "eval"}
+    always = {"sample", "more", "ppo", "critique", "own_labels", "eval"}
+    assert {n for n in before if none_before[n] != none_after[n]} == always
 
 
 # ------------------------------------------------------------------------------------------------------ a new kind

@@ -13,12 +13,14 @@ from tiny import save_tiny
 
 from keel.check import check_recipe
 from keel.cli import main
+from keel.cli.label_steps import order_of
 from keel.data.sources import read_steps
 from keel.recipe.recipe import Recipe
 from keel.rollout.continuations import Continuations
 from keel.run import RunDir
 from keel.stages.context import STEP_LABELS
-from keel.types import UserError
+from keel.store.steps import OpenReply
+from keel.types import Message, Prompt, UserError
 
 JUDGE = """
 def right(prompt, text):
@@ -27,7 +29,7 @@ def right(prompt, text):
 def steps(prompt, steps):
     return [1.0 if "one" in step else 0.2 for step in steps]
 """
-SAMPLING = {"max_new_tokens": 16, "batch_size": 64, "temperature": 0.7}
+SAMPLING = {"max_new_tokens": 16, "batch_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
             {"kind": "sample", "name": "sample", "model": "sft", "per_prompt": 3, "sampling": SAMPLING},
             {"kind": "step_labels", "name": "mc", "responses": "sample", "verify": right, **common},
             {"kind": "step_labels", "name": "own", "per_prompt": 2, "verify": {"kind": "verify"}, "judge": steps,
-             "estimate": "soft", "replies": 8, "choose": "convincing", "scorer": steps, **common},
+             "estimate": "soft", "replies": 12, "choose": "convincing", "scorer": steps, **common},
             {"kind": "process_reward", "name": "prm", "model": "sft", "labels": ["mc", "own"]},
         ],
     }  # fmt: skip
@@ -84,12 +86,19 @@ def test_replies_are_labelled_and_learned_from(made: tuple[Path, dict[str, Any],
     )
     assert summary["generated_tokens"] > 0
     summary, labels = own.summary(), [label for r in read_steps(own.path / STEP_LABELS) for label in r.labels]
-    assert summary["chosen"]["random"] == 1
-    assert sum(summary["chosen"].values()) == summary["replies"] == 8
+    assert summary["chosen"]["random"] == 2
+    assert sum(summary["chosen"].values()) == summary["replies"] == 12
     assert summary["consensus"]["agree"] == summary["labelled_steps"] == sum(label is not None for label in labels)
     assert all(label * 4 == int(label * 4) for label in labels if label is not None)
+    rows = [json.loads(line) for line in (own.path / "convincing.jsonl").read_text().splitlines()]
+    assert [row["priority"] for row in rows] == sorted((row["priority"] for row in rows), reverse=True)
+    first = rows[0]
+    asked = Prompt("p", (Message("user", first["prompt"][0]["content"]),))
+    order = order_of(str(own.path / "convincing.jsonl"))
+    open_ = [OpenReply(1, asked, tuple(first["completions"])), OpenReply(2, asked, ("else",))]
+    assert order(open_) == {1: first["priority"]}, "people can be asked in the same order"
     learned = directory.stage("prm").summary()
-    assert learned["rows"] + learned["heldout_rows"] + learned["unjudged_rows"] == len(records) + 8
+    assert learned["rows"] + learned["heldout_rows"] + learned["unjudged_rows"] == len(records) + 12
 
 
 def test_killed_it_goes_on_to_the_same_bits(
@@ -101,9 +110,8 @@ def test_killed_it_goes_on_to_the_same_bits(
     stages = [stage for stage in recipe["stages"] if stage["name"] in ("sft", name)]
 
     def dies(self: Continuations, prefixes: Any) -> None:
-        if self.known:
-            raise KeyboardInterrupt
         sample(self, prefixes)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Continuations, "sample", dies)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from keel.data.chat import Chat
-from keel.feedback.convincing import Chosen, Rated, choose_at_random, choose_convincing
+from keel.feedback.convincing import Chosen, Rated, choose_at_random, choose_convincing, gains
 from keel.feedback.step_labels import CutReply, Labeller, Reply, agreed, cut_replies
 from keel.model.checkpoint import frozen, load_policy
 from keel.model.modules import context_length
@@ -20,14 +21,16 @@ from keel.rollout.collect import Choice, sample_replies, stop_token_ids, with_de
 from keel.rollout.continuations import Continuations, Right
 from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import Sampler, make_sampler
-from keel.run import read_json, write_json
+from keel.run import atomic_write_text, read_json, write_json
 from keel.stages.context import STEP_LABELS, StageContext
 from keel.stages.inputs import answered, training_prompts, write_step_labels
 from keel.stages.scoring import make_judge, reward_model_scorer, step_scorer
 from keel.store import Store
+from keel.store.rows import storable
 from keel.types import Completion, Prompt, UserError
 
 REPLIES = "state/replies.json"  # those that the stage sampled, until it is done
+CONVINCING = "convincing.jsonl"  # wrong replies in the order of what the scorer thinks of them
 TALLIES = "state/tallies.jsonl"  # what came of the prefixes so far
 
 
@@ -160,25 +163,44 @@ def _chosen(
     right: Right,
     seed: int,
 ) -> Chosen:
-    """Which replies are labelled."""
+    """Which replies are labelled. What is convincing is left in a file, in whose order people may be asked as well
+    (``keel label --steps-order``)."""
     if stage.choose == "random":
         return choose_at_random(len(cut), stage.replies, seed)
     assert stage.replies is not None, "the recipe says how many"
-    assert stage.scorer is not None, "the recipe names one"
     whole = [i for i, one in enumerate(cut) if one.said.finished]
     verdicts = right([cut[i].prompt for i in whole], [cut[i].said for i in whole])
     rated = [Rated(None)] * len(cut)
     for i, verdict in zip(whole, verdicts, strict=True):
         rated[i] = Rated(verdict)
     wrong = [i for i, one in enumerate(rated) if one.right is False]
-    prompts = [cut[i].prompt for i in wrong]
+    for i, score in zip(wrong, _scores(stage, context, precision, [cut[i] for i in wrong]), strict=True):
+        rated[i] = Rated(False, score)
+    worth = gains(dict(enumerate(rated)))
+    rows = [
+        {
+            "prompt": [{"role": message.role, "content": message.content} for message in cut[i].prompt.messages],
+            "completions": [storable(step) for step in cut[i].steps],
+            "priority": worth[i],
+        }
+        for i in sorted(worth, key=lambda i: (-worth[i], i))
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write_text(context.stage_dir.path / CONVINCING, lines)
+    return choose_convincing(rated, stage.replies, stage.random_share, seed)
+
+
+def _scores(
+    stage: StepLabelsStage, context: StageContext, precision: Precision, wrong: Sequence[CutReply]
+) -> list[float]:
+    """What the scorer thinks of wrong replies."""
+    if not wrong:
+        return []
+    assert stage.scorer is not None, "the recipe names one"
+    prompts = [one.prompt for one in wrong]
     if isinstance(stage.scorer, RewardModelRef):
         scorer = reward_model_scorer(stage.scorer.model, context, precision)
-        scores = scorer.score(prompts, [cut[i].said for i in wrong]).total_N.tolist() if wrong else []
-    else:
-        of_steps = _steps_as(stage, "scorer", stage.scorer, context, precision)
-        how = of_steps.aggregate if isinstance(of_steps, ProcessScorer) else "min"
-        scores = [aggregated(steps, how) for steps in of_steps.score_steps(prompts, [cut[i].steps for i in wrong])]
-    for i, score in zip(wrong, scores, strict=True):
-        rated[i] = Rated(False, score)
-    return choose_convincing(rated, stage.replies, stage.random_share, seed)
+        return scorer.score(prompts, [one.said for one in wrong]).total_N.tolist()
+    of_steps = _steps_as(stage, "scorer", stage.scorer, context, precision)
+    how = of_steps.aggregate if isinstance(of_steps, ProcessScorer) else "min"
+    return [aggregated(steps, how) for steps in of_steps.score_steps(prompts, [one.steps for one in wrong])]
