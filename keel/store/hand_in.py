@@ -54,6 +54,11 @@ _ASSIGNMENT = (
     .with_for_update(of=assignments)
 )
 _ADD_EVENT = insert(events)
+# The columns that say what was said: they stand in the log when it is taken back.
+_SAID = (
+    *("choice", "strength", "reason", "tiers", "up", "text", "original_id"),
+    *("labels", "outcome", "reasons", "correction", "note"),
+)
 
 
 def submit(
@@ -164,11 +169,7 @@ def undo(
         raise UserError(f"this {entity} has been taken back already")
     connection.execute(update(table).where(table.c.id == done_id).values(undone_at=now))
     queue.lease_again(connection, assignment.id, now, lease)
-    said = (
-        "choice", "strength", "reason", "tiers", "up", "text", "original_id",
-        "labels", "outcome", "reasons", "correction", "note",
-    )  # fmt: skip
-    old = {name: getattr(done, name) for name in said if name in table.c}
+    old = {name: getattr(done, name) for name in _SAID if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)
     return queue.screen(
