@@ -152,7 +152,7 @@ class HeldoutPair(NamedTuple):
     rejected_tokens: int
 
 
-def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion) -> str:
+def place_of(record: Prompt | Demonstration | Preference | LabelledCompletion | StepLabels) -> str:
     """Where a record comes from, for a sentence about it: its file and line, or what names it when it is of no file."""
     return record.place or f"{type(record).__name__.lower()} {record.id}"
 
@@ -356,12 +356,15 @@ class Scores:
     ``reply_N``: float32 on the CPU, the score of each reply as a whole. It is earned with the reply's last token.
     ``steps``: the steps of each reply, in any order; empty where the scorer knows none. Their values are earned where
     the steps end, beside ``reply_N``: a scorer that judges nothing but steps leaves that at 0.
-    ``parts``: the terms of a sum, before weighting, by name [N].
+    ``step_baseline``: what these are held against in a group (``keel.objective.traces``). ``parts``: the terms of a
+    sum, before weighting, by name [N]. ``traces``: a `keel.reward.trace.Trace` a reply, where steps are read.
     """
 
     reply_N: Tensor
     steps: tuple[tuple[Step, ...], ...] = ()
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    step_baseline: Literal["steps", "tokens", "returns"] = "steps"
+    traces: tuple[Any, ...] = ()
 
     @property
     def total_N(self) -> Tensor:

@@ -197,7 +197,7 @@ def test_labelled_steps_and_facts(write: Callable[..., Path]) -> None:
     assert (up.completion, up.label, down.completion, down.label) == ("yo", True, "no", False)
     assert up.prompt.messages == down.prompt.messages == (user("hi"),)
     [steps] = read_steps(write({"prompt": "1+2*3?", "completions": ["2*3=6", "1+6=8"], "labels": [True, 0.25]}))
-    assert (steps.steps, steps.labels) == (("2*3=6", "1+6=8"), (1.0, 0.25))
+    assert (steps.steps, steps.labels) == (("2*3=6\n", "1+6=8"), (1.0, 0.25))
     by_index, by_text = read_facts(
         write(
             {"prompt": "2+2=", "choices": ["3", "4"], "answer": 1},
@@ -508,7 +508,7 @@ def test_the_documented_examples_are_read(tmp_path: Path) -> None:
         "Prompts": read_prompts,
         "Preferences": read_preferences,
         "Thumbs up and down": read_labelled,
-        "Steps": read_steps,
+        "Labelled steps": read_steps,
         "Plain text": read_texts,
         "Facts": read_facts,
     }

@@ -25,13 +25,14 @@ RANKS = {
     "model": 1,
     "rollout": 2,
     "reward": 3,
-    **dict.fromkeys(("train", "feedback", "eval"), 4),
-    "report": 5,
-    "stages": 6,
-    "pipeline": 7,
-    "check": 8,
-    "study": 9,
-    "cli": 10,
+    "search": 4,
+    **dict.fromkeys(("train", "feedback", "eval"), 5),
+    "report": 6,
+    "stages": 7,
+    "pipeline": 8,
+    "check": 9,
+    "study": 10,
+    "cli": 11,
 }
 EVERYONE_MAY = {"types", "recipe", ""}  # "" is the package itself: its version
 PARTS = {"run", "data", "store", "objective"}  # rule 3
@@ -48,6 +49,7 @@ OPTIONAL = {
     "datasets": {"data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
     "bitsandbytes": {"train/adamw8bit.py"},
+    "math_verify": {"reward/math_verify.py"},
     "ray": set(),
     "psycopg": set(),  # SQLAlchemy finds it by the database's address
     "fastapi": None,  # the web room, whichever file

@@ -24,14 +24,17 @@ from keel.recipe.file import load_recipe, packaged
 from keel.recipe.graph import parents
 from keel.recipe.kinds import stage_kinds
 from keel.recipe.ppo import PpoStage
+from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.recipe import STAGES, Recipe
 from keel.recipe.reward import RewardStage
 from keel.recipe.sample import SampleStage
 from keel.recipe.sft import SftStage
+from keel.recipe.step_labels import StepLabelsStage
 from keel.report.kinds import KINDS
 from keel.run import RunDir, Silent
 from keel.stages import inputs
 from keel.stages.context import StageContext, UndeclaredRead
+from keel.stages.process_reward import step_labels
 from keel.stages.registry import RUNNERS
 from keel.stages.scoring import make_judge, mixed_scorer
 from keel.stages.training import watching_judge
@@ -71,6 +74,8 @@ class World:
         rows = {name: {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "text": name} for name in DATA}
         for name, row in rows.items():
             (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        steps = {"prompt": "a", "completions": ["b"], "labels": [1]}
+        (folder / "steps.jsonl").write_text(json.dumps(steps) + "\n")
         term = {"source": {"kind": "model", "model": "reward"}}
         self.tree: dict[str, Any] = {
             "model": {"path": str(folder / "base")},
@@ -89,6 +94,14 @@ class World:
                 {"kind": "sample", "name": "more", "prompts": f"{folder}/prompts.jsonl"},
                 {"kind": "critique", "name": "critique", "model": "base", "constitution": f"{folder}/c.yaml"},
                 {"kind": "reward", "name": "revised", "preferences": "critique"},
+                {"kind": "process_reward", "name": "prm", "labels": f"{folder}/steps.jsonl"},
+                {"kind": "step_labels", "name": "mc", "responses": "sample", "verify": self.python},
+                {
+                    "kind": "step_labels",
+                    "name": "own_labels",
+                    "prompts": f"{folder}/prompts.jsonl",
+                    "verify": self.python,
+                },
                 {"kind": "eval", "name": "eval", "models": ["base", "ppo"], "judge": self.python, "reward": "reward"},
             ],
         }
@@ -128,6 +141,8 @@ FORGOTTEN: list[tuple[Any, str, Any, str, Callable[[Any, StageContext], object],
     (RewardStage, "references", nothing, "reward", inputs.preferences, "stage annotate"),
     (RewardStage, "from_store", lambda *_: StoreRead(), "reward", inputs.preferences, "the store"),
     (RewardStage, "files", lambda _: {}, "own", inputs.preferences, "the file .*preferences.jsonl"),
+    (ProcessRewardStage, "files", lambda _: {}, "prm", step_labels, "the file .*steps.jsonl"),
+    (ProcessRewardStage, "reads", without("on_bad_row"), "prm", step_labels, "data.on_bad_row"),
     (SampleStage, "files", lambda _: {}, "more",
      lambda s, c: inputs.training_prompts(s.prompts, c), "the file .*prompts.jsonl"),
     (SampleStage, "reads", without("prompts"), "sample",
@@ -146,6 +161,12 @@ FORGOTTEN: list[tuple[Any, str, Any, str, Callable[[Any, StageContext], object],
      lambda s, c: inputs.training_prompts(s.prompts, c), "data.prompts"),
     (CritiqueStage, "references", nothing, "critique", lambda s, c: c.source(s.model), "the checkpoint base"),
     (RewardStage, "references", nothing, "revised", inputs.preferences, "stage critique"),
+    (StepLabelsStage, "references", nothing, "mc", lambda s, c: c.parent(s.responses), "stage sample"),
+    (StepLabelsStage, "references", nothing, "mc", lambda s, c: c.store_url, "the store"),
+    (StepLabelsStage, "references", nothing, "mc", lambda s, c: c.source(s.model), "stage sft"),
+    (StepLabelsStage, "scored_by", nothing, "mc", lambda s, c: make_judge(s.verify, c, "fp32"), "the function .*score"),
+    (StepLabelsStage, "files", lambda _: {}, "own_labels",
+     lambda s, c: inputs.training_prompts(s.prompts, c), "the file .*prompts.jsonl"),
     (AnnotateStage, "scored_by", nothing, "annotate", lambda s, c: c.python(s.annotators), "the function .*score"),
     (AnnotateStage, "references", nothing, "annotate", lambda s, c: c.parent(s.responses), "stage sample"),
 ]  # fmt: skip
@@ -207,9 +228,11 @@ def test_held_out_prompts_count_once_people_have_worked(world: World) -> None:
         "more",
         "ppo",
         "critique",
+        "own_labels",
         "eval",
     }
-    assert {n for n in before if none_before[n] != none_after[n]} == {"sample", "more", "ppo", "critique", "eval"}
+    always = {"sample", "more", "ppo", "critique", "own_labels", "eval"}
+    assert {n for n in before if none_before[n] != none_after[n]} == always
 
 
 # ------------------------------------------------------------------------------------------------------ a new kind
@@ -319,7 +342,7 @@ def test_a_new_kind_touches_five_files(tmp_path: Path, subprocess_env: dict[str,
         return done.stdout
 
     assert "stage tally reads data.prompts, which TallyStage does not declare; add it to" in python("-c", TOY_SCRIPT)
-    assert "tally     answer every prompt" in python("-m", "keel", "--help")
+    assert re.search("tally +answer every prompt", python("-m", "keel", "--help"))
     kept = json.loads((tmp_path / "run" / "tally" / "demonstrations.jsonl").read_text())
     assert kept["messages"][-1] == {"role": "assistant", "content": "3 words"}
     assert "words counted" in (tmp_path / "run" / "report.html").read_text()

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import labelled_steps
 import pytest
 import torch
 from tiny import WORDS, demonstrations, preferences, prompt, save_tiny, tiny_llama
@@ -24,6 +25,7 @@ from keel.model.checkpoint import load_policy, load_scalar
 from keel.recipe.dpo import DpoStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.ppo import PpoStage
+from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.reward import RewardStage
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig
 from keel.recipe.sft import SftStage
@@ -35,6 +37,7 @@ from keel.train.grpo import train_grpo
 from keel.train.loop import _update
 from keel.train.optim import lr_factor, make_optimizer
 from keel.train.ppo import train_ppo
+from keel.train.process import train_process
 from keel.train.reward import train_reward
 from keel.train.schedule import EpochSchedule
 from keel.train.sft import Sft, train_sft
@@ -451,6 +454,15 @@ def _reward(tmp: Path, model: Path) -> Path:
     return c.stage.path
 
 
+def _process_reward(tmp: Path, model: Path) -> Path:
+    c = context(tmp, "process_reward", model)
+    stage = ProcessRewardStage(
+        name="process_reward", labels="rows.jsonl", optim=FAST, batch_size=8, epochs=2, save_every_seconds=0
+    )
+    train_process(stage, labelled_steps.replies(40), c, lambda _: "min")
+    return c.stage.path
+
+
 def _ppo(tmp: Path, model: Path) -> Path:
     c = context(tmp, "ppo", model)
     stage = PpoStage(
@@ -483,13 +495,17 @@ RESUMED: dict[str, Callable[[Path, Path], Path]] = {
     "sft": _sft,
     "dpo": _dpo,
     "reward": _reward,
+    "process_reward": _process_reward,
     "ppo": _ppo,
     "grpo": _grpo,
 }
 
 
-# GRPO has PPO's loop and rollouts.
-KILLED = [("sft", 1), ("dpo", 1), ("reward", 1), ("ppo", 2), pytest.param("grpo", 2, marks=pytest.mark.wide)]
+# GRPO has PPO's loop and rollouts, a process reward model a reward model's loop.
+KILLED = [
+    *(("sft", 1), ("dpo", 1), ("reward", 1), ("ppo", 2)),
+    *(pytest.param(*case, marks=pytest.mark.wide) for case in (("grpo", 2), ("process_reward", 1))),
+]
 
 
 @pytest.mark.parametrize(("kind", "times"), KILLED)

@@ -47,7 +47,13 @@ class Given:
             self.scores[ids] = score
             self.waiting.setdefault(row.prompt_ids, []).append(Completion("", ids, tuple(logps.tolist()), is_whole(n)))
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
+    ) -> list[Completion]:
         return [self.waiting[tuple(prompt)].pop(0) for prompt in prompts]
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:

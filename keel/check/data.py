@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from keel.check.files import Rows, demonstration_files, preference_files, prompt_files, reading, thumb_files
+from keel.check.files import Rows, demonstration_files, preference_files, prompt_files, reading, step_files, thumb_files
 from keel.check.finding import Finding, broken
-from keel.check.rows import few, long_rows, pair_findings, prompt_findings, reply_findings
+from keel.check.rows import few, long_rows, pair_findings, prompt_findings, reply_findings, step_findings
 from keel.check.sides import leaks, side_findings, text_findings
 from keel.data.chat import Chat
-from keel.data.sources import read_demonstrations, read_facts, read_labelled, read_preferences, read_prompts
+from keel.data.sources import read_demonstrations, read_facts, read_labelled, read_preferences, read_prompts, read_steps
 from keel.recipe.recipe import Recipe
 from keel.types import UserError
 
@@ -55,5 +55,10 @@ def _read(recipe: Recipe, chat: Chat, context: int, rows: Rows, found: list[Find
         rows.thumbs.setdefault(place, []).extend(rated)
         found += few(rated, place)
         found += reply_findings(rated, place, recipe, chat, context)
+    for place, source, how in step_files(recipe):
+        steps = read_steps(source, reading(data, place, found), how.steps, how.neutral)
+        rows.labels.setdefault(place, []).extend(steps)
+        found += few(steps, place)
+        found += step_findings(steps, how, place, recipe, chat, context)
     if data.facts is not None:
         read_facts(data.facts, reading(data, "data.facts", found))

@@ -10,7 +10,8 @@ from keel.data.rows import BadRows, Reading
 from keel.recipe.declared import PEOPLE
 from keel.recipe.recipe import Recipe
 from keel.recipe.sections import DataConfig
-from keel.types import Demonstration, LabelledCompletion, Preference, Prompt, UserError
+from keel.recipe.steps import StepsRead
+from keel.types import Demonstration, LabelledCompletion, Preference, Prompt, StepLabels, UserError
 
 HELDOUT = "data.heldout_prompts"
 
@@ -23,11 +24,13 @@ class Rows:
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
     preferences: dict[str, list[Preference]] = field(default_factory=dict)
     thumbs: dict[str, list[LabelledCompletion]] = field(default_factory=dict)
+    labels: dict[str, list[StepLabels]] = field(default_factory=dict)
 
     def judged(self) -> Iterator[Prompt]:
-        """The prompts of the pairs and of the single replies."""
+        """The prompts of the pairs, of the single replies and of those in labelled steps."""
         yield from (pair.prompt for some in self.preferences.values() for pair in some)
         yield from (one.prompt for some in self.thumbs.values() for one in some)
+        yield from (one.prompt for some in self.labels.values() for one in some)
 
 
 def reading(data: DataConfig, place: str, found: list[Finding]) -> Reading:
@@ -67,6 +70,14 @@ def thumb_files(recipe: Recipe) -> Iterator[tuple[str, str, tuple[float, float] 
     bounds = {stage.name: stage.rating_bounds() for stage in recipe.stages}
     for place, file in _named(recipe, "thumbs"):
         yield place, file, bounds[place.partition(".")[0]]
+
+
+def step_files(recipe: Recipe) -> Iterator[tuple[str, str, StepsRead]]:
+    """(the setting that names it, file, how it is read) of the labelled steps that stages name."""
+    how = {stage.name: stage.steps_read() for stage in recipe.stages}
+    for place, file in _named(recipe, "labels"):
+        if (read := how[place.partition(".")[0]]) is not None:
+            yield place, file, read
 
 
 def _named(recipe: Recipe, setting: str) -> Iterator[tuple[str, str]]:

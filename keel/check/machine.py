@@ -13,6 +13,9 @@ from keel.precision import pick_precision
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.stage import TrainBase
+from keel.recipe.steps import PythonStepsRef
+from keel.recipe.verify import VerifyRef
+from keel.reward import math_verify
 from keel.reward.python_ref import load_python
 from keel.rollout import vllm
 from keel.run import RunDir
@@ -33,11 +36,13 @@ def precision(stage: TrainBase, device: str) -> Iterator[Finding]:
 def extras(stage: Stage) -> Iterator[Finding]:
     """Packages that the stage's settings ask for and that are not installed."""
     needed = []
-    training, sampling = stage.training(), stage.samples()
+    training = stage.training()
     if training is not None and training.optim.kind == "adamw8bit":
         needed.append(adamw8bit.require)
-    if sampling is not None and sampling.backend == "vllm":
+    if any(sampling.backend == "vllm" for sampling in stage.samplings()):
         needed.append(vllm.require)
+    if any(isinstance(source, VerifyRef) and source.how == "math" for _, source in stage.scored_by()):
+        needed.append(math_verify.require)
     for require in needed:
         try:
             require()
@@ -61,7 +66,7 @@ def disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:
 
 def python_refs(stage: Stage) -> Iterator[Finding]:
     for place, source in stage.scored_by():
-        if isinstance(source, PythonRef):
+        if isinstance(source, PythonRef | PythonStepsRef):
             try:
                 load_python(source.ref)
             except UserError as error:

@@ -123,11 +123,9 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
 
 def _converses(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     """A chain of requests is a conversation, of which a model without a template would see the last message alone."""
-    if not stage.converses:
-        return
-    for use in stage.loads():
-        path, templated = root(recipe, use.name)
-        if use.policy and _chat_of(path, templated, recipe).plain:
+    for name in stage.converses():
+        path, templated = root(recipe, name)
+        if _chat_of(path, templated, recipe).plain:
             sentence = "it has no chat template, and would see the last request alone"
             remedy = "name an SFT stage, which gives it a template"
             yield Finding("error", f"{stage.name}.model ({path})", sentence, remedy)
@@ -135,12 +133,10 @@ def _converses(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
 
 def _stop_tokens(stage: Stage, recipe: Recipe) -> None:
     """`UserError` for a stop that is no single token of a model that the stage samples from."""
-    sampling = stage.samples()
-    if sampling is None or not sampling.stop:
-        return
     for use in stage.loads():
-        if use.policy:
-            stop_token_ids(_chat_of(*root(recipe, use.name), recipe), sampling)
+        for sampling in stage.samplings():
+            if use.policy and sampling.stop:
+                stop_token_ids(_chat_of(*root(recipe, use.name), recipe), sampling)
 
 
 def _reference(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ each stage: errors stop the run, warnings are noted.
 from __future__ import annotations
 
 from keel.check.constitutions import constitution_findings
+from keel.check.cutting import one_step_findings
 from keel.check.finding import Finding, broken, stage_names
 from keel.check.machine import disk, extras, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
@@ -63,6 +64,7 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
         found += constitution_findings(stage, recipe)
         found += python_refs(stage)
         found += extras(stage)
+        found += one_step_findings(stage, run)
         if resolved := stage.resolved():
             found.append(Finding("note", stage.name, resolved))
     found += model_findings(recipe, run)

@@ -8,8 +8,13 @@ from typing import Literal
 from keel.check.finding import Finding
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash
-from keel.recipe.recipe import Recipe
-from keel.types import Encoded, LabelledCompletion, Preference, Prompt, place_of
+from keel.data.steps import cut_otherwise, encode_steps
+from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.steps import StepsRead
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import has_answer
+from keel.reward.process import outcome
+from keel.types import Encoded, LabelledCompletion, Preference, Prompt, StepLabels, place_of
 
 FEW = 100  # records below which a stage can hardly learn
 
@@ -47,15 +52,38 @@ def prompt_findings(
     ids = chat.encode_prompts([prompt.messages for prompt in prompts], [place_of(prompt) for prompt in prompts])
     encoded = [Encoded(tuple(prompt), (False,) * len(prompt)) for prompt in ids]
     yield from long_rows(encoded, place, "data.max_prompt_length", data.max_prompt_length, data.over_length, context)
+    yield from _answers(recipe, prompts, place)
     yield from _room(recipe, place, max((len(row) for row in ids), default=0), context)
+
+
+def _answers(recipe: Recipe, prompts: Sequence[Prompt], place: str) -> Iterator[Finding]:
+    """Prompts without the answer that a stage holds replies to them against."""
+    for stage in recipe.stages:
+        fields = {source.field for _, source in stage.scored_by() if isinstance(source, VerifyRef)}
+        for field in sorted(fields if place in _asked_from(recipe, stage) else ()):
+            without = [prompt for prompt in prompts if not has_answer(prompt, field)]
+            if without:
+                some = f"{len(without)} of {len(prompts)} prompts have no answer in meta.{field}"
+                sentence = f"{some}, which {stage.name} holds replies against; the first is {place_of(without[0])}"
+                yield Finding("error", place, sentence, "give each one, or name another field")
+
+
+def _asked_from(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """The settings that name the prompts of a stage, or of the one whose replies it takes."""
+    for reference in stage.references():
+        if reference.makes == ("responses",) and reference.target in {other.name for other in recipe.stages}:
+            return _asked_from(recipe, recipe.stage(reference.target))
+    if "prompts" in stage.files():
+        return (f"{stage.name}.prompts",)
+    held = stage.compares_models and recipe.data.heldout_prompts is not None
+    return ("data.heldout_prompts",) if held else ("data.prompts",)
 
 
 def _room(recipe: Recipe, place: str, longest: int, context: int) -> Iterator[Finding]:
     for stage in recipe.stages:
-        sampling = stage.samples()
-        if context and sampling is not None:
+        for sampling in stage.samplings():
             room = context - longest
-            if sampling.max_new_tokens > room:
+            if context and sampling.max_new_tokens > room:
                 sentence = f"replies to the longest prompt ({longest} tokens) have room for {room} tokens only"
                 remedy = f"lower {stage.name}.sampling.max_new_tokens ({sampling.max_new_tokens})"
                 yield Finding("warning", place, sentence, remedy)
@@ -76,6 +104,30 @@ def reply_findings(
     if rows and len({row.label for row in rows}) == 1:
         way = "up" if rows[0].label else "down"
         yield Finding("warning", place, f"all {len(rows)} replies have thumbs {way}", "add some that have not")
+
+
+def step_findings(
+    rows: Sequence[StepLabels], how: StepsRead, place: str, recipe: Recipe, chat: Chat, context: int
+) -> Iterator[Finding]:
+    """Raises UserError for steps that are none (`keel.data.steps.cut_otherwise`) or end within a token."""
+    data = recipe.data
+    cut = [] if how.outcome else cut_otherwise(rows, how.steps)
+    if cut:
+        sentence = f"{len(cut)} of {len(rows)} replies are labelled in other steps than steps.by: {how.steps.by} cuts"
+        yield Finding("warning", place, f"{sentence} (first: {place_of(cut[0])})", "set steps.by to what ends a step")
+    encoded = encode_steps(chat, [(row.prompt.messages, row.steps) for row in rows], [place_of(row) for row in rows])
+    long = [one.row for one in encoded]
+    yield from long_rows(long, place, "data.max_length", data.max_length, data.over_length, context)
+    learned = [(outcome(row, how.bound),) if how.outcome else row.labels for row in rows]
+    if missing := sum(all(label is None for label in labels) for labels in learned):
+        what = "without an end or a judged answer" if how.outcome else "without a judged step"
+        level: Literal["error", "warning"] = "error" if missing == len(rows) else "warning"
+        sentence = f"{missing} of {len(rows)} replies {what} are left out"
+        yield Finding(level, place, sentence, "give labels, or take them out")
+    known = {label for labels in learned for label in labels if label is not None}
+    if len(known) == 1:
+        sentence = f"every judged step has the label {known.pop():g}"
+        yield Finding("error", place, sentence, "add replies with steps of both kinds")
 
 
 def pair_findings(

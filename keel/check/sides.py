@@ -12,14 +12,17 @@ from keel.data.sources import read_texts
 from keel.recipe.declared import PEOPLE
 from keel.recipe.recipe import Recipe
 from keel.stages.inputs import training_side
-from keel.types import Demonstration, LabelledCompletion, Message, Preference, UserError
+from keel.types import Demonstration, LabelledCompletion, Message, Preference, StepLabels, UserError
+
+Learned = Demonstration | Preference | LabelledCompletion | StepLabels
 
 
 def side_findings(recipe: Recipe, rows: Rows) -> Iterator[Finding]:
     """Each stage holds prompts out, and must have some to learn from, as it will find itself."""
     data, made = recipe.data, {PEOPLE, *stage_names(recipe)}
-    read: dict[str, Mapping[str, Sequence[Demonstration] | Sequence[Preference] | Sequence[LabelledCompletion]]]
+    read: dict[str, Mapping[str, Sequence[Learned]]]
     read = {"demonstrations": rows.demonstrations, "preferences": rows.preferences, "thumbs": rows.thumbs}
+    read["labels"] = rows.labels
     for stage in recipe.stages:
         share = stage.held_out(data)
         field = next((name for name in read if name in stage.files()), None)

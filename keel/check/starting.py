@@ -68,12 +68,11 @@ def starting_points(recipe: Recipe) -> dict[str, Start]:
         return points.setdefault(root(recipe, name)[0], Start())
 
     for stage in recipe.stages:
-        sampling = stage.samples()
         for use in stage.loads():
             made = start(use.name)
             made.policy = made.policy or use.policy
             made.scalar = made.scalar or use.scalar
-            if sampling is not None and use.policy:
+            for sampling in stage.samplings() if use.policy else ():
                 made.samples(sampling)
                 made.merged = made.merged or (stage.training() is not None and sampling.backend == "vllm")
     return points

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from keel.cli.finished import answering, find_model, loading
+from keel.cli.searching import SearchTalker, shown
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
@@ -19,6 +20,7 @@ from keel.recipe.sections import SamplingConfig, Source
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.tokens import filtered_weights
 from keel.run import resolve_device
+from keel.search.paths import Found
 from keel.types import Message, UserError
 
 HELP = "/reset starts anew, /system TEXT sets the system message, /quit (or Ctrl-D) ends"
@@ -85,14 +87,20 @@ class Talker:
         return stream_text(self.chat, stream_ids(self._inner, ids, self._stop, limited))
 
 
-def talk(run: str, stage: str | None, temperature: float, limit: int, device: str | None = None) -> int:
+def talk(
+    run: str, stage: str | None, temperature: float, limit: int, device: str | None = None, search: str | None = None
+) -> int:
     """Reads lines until the end of the input; returns the exit code. The rest of how the model answers is the recipe's
-    (`answering`), the device too where none is named."""
+    (`answering`), the device too where none is named. ``search``: the recipe's search that answers."""
     name, source = find_model(run, stage)
     console = Console()
     how = answering(run, name)
     sampling = how.sampling.model_copy(update={"temperature": temperature, "max_new_tokens": limit})
-    talker = Talker(source, sampling, device or how.device)
+    talker: Talker | SearchTalker
+    if search is None:
+        talker = Talker(source, sampling, device or how.device)
+    else:
+        talker = SearchTalker(run, search, source, sampling, device or how.device)
     chat, device = talker.chat, talker.device
     what = "no chat template: each line is asked by itself" if chat.plain else HELP
     console.print(f"[bold]{name}[/] from {source.path} on {device}. {what}", highlight=False)
@@ -120,13 +128,30 @@ def talk(run: str, stage: str | None, temperature: float, limit: int, device: st
             continue
         turns.append(Message("user", line))
         try:
-            pieces = talker.reply([*system, *turns])
+            if isinstance(talker, Talker):
+                reply: str | None = _print_stream(talker.reply([*system, *turns]))
+            else:
+                reply = _print_found(talker.find([*system, *turns]), console)
         except UserError as error:
             turns.pop()
             console.print(f"[red]{error}[/] [dim](/reset starts a new one)[/]")
             continue
-        reply = _print_stream(pieces)
-        turns.append(Message("assistant", reply))
+        if reply is None:
+            turns.pop()
+        else:
+            turns.append(Message("assistant", reply))
+
+
+def _print_found(found: Found, console: Console) -> str | None:
+    """Writes what a search found, and the reply that answers, if one does."""
+    for line in shown(found):
+        console.print(line, style="dim", markup=False, highlight=False)
+    if found.answer is None:
+        console.print("[dim]nothing that was found answers: all was cut, or says no answer[/]")
+        return None
+    sys.stdout.write(f"{found.answer.text}\n")
+    sys.stdout.flush()
+    return found.answer.text
 
 
 def _print_stream(parts: Iterator[str]) -> str:

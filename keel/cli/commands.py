@@ -43,6 +43,16 @@ QUICK_FILES = {
 }
 QUICK_CONSTITUTIONAL = ("sft.epochs=2", "ppo.episodes=256", "ppo.rollout_batch=128", "eval.bootstrap=200")
 QUICK_CONSTITUTIONAL_FILES = {"demonstrations": 400, "red_team": 48, "helpful": 80, "revisions": 120, "choices": 20}
+QUICK_REASONING = (
+    "eval.bootstrap=200",
+    *(f"{name}.episodes=128" for name in ("outcome", "progress", "gated")),
+    *(f"{name}.rollout_batch=64" for name in ("outcome", "progress", "gated")),
+    "step_labels.k=2",
+    "step_labels.replies=24",
+)
+QUICK_REASONING_FILES = {"demonstrations": 320, "prompts": 24, "heldout_prompts": 16, "labelled": 64}
+LEDGER_DATA = ("demonstrations", "prompts", "heldout_prompts")  # files of the same names
+DATA = (*LEDGER_DATA, "pretraining", "base_text", "facts")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -77,31 +87,35 @@ def _stage(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from keel.harbor.export import export, export_constitutional
+    from keel.harbor.export import export, export_constitutional, export_reasoning
 
     out = Path(arguments.out)
     file, overrides = split_words(arguments.words)
     if file is not None:
         raise UserError(f"{file}: keel demo has a recipe of its own; use keel run for another, or key=value settings")
-    package, constitutional = Path(keel.__file__).parent, arguments.constitutional
-    draft = read_draft(package / "harbor" / ("constitutional.yaml" if constitutional else "demo.yaml"))
+    harbor, constitutional, reasoning = (
+        Path(keel.__file__).parent / "harbor",
+        arguments.constitutional,
+        arguments.reasoning,
+    )
+    name = "constitutional" if constitutional else "reasoning" if reasoning else "demo"
+    draft = read_draft(harbor / f"{name}.yaml")
     data = out / "data"
-    draft.tree["model"] = {"path": str(package / "harbor" / "base"), **draft.tree.get("model", {})}
-    files = {
-        "demonstrations": "demonstrations.jsonl",
-        "prompts": "prompts.jsonl",
-        "heldout_prompts": "heldout_prompts.jsonl",
-        "pretraining": "pretraining.jsonl",
-        "base_text": "base_text.jsonl",
-        "facts": "facts.jsonl",
+    draft.tree["model"] = {
+        "path": str(harbor / ("ledger_base" if reasoning else "base")),
+        **draft.tree.get("model", {}),
     }
-    draft.tree["data"] = {**{key: str(data / file) for key, file in files.items()}, **draft.tree.get("data", {})}
+    files = {key: str(data / f"{key}.jsonl") for key in (LEDGER_DATA if reasoning else DATA)}
+    draft.tree["data"] = {**files, **draft.tree.get("data", {})}
     draft.tree["stages"] = _in_folder(draft.tree["stages"], str(data))
-    quick = QUICK_CONSTITUTIONAL if constitutional else QUICK
+    quick = {"constitutional": QUICK_CONSTITUTIONAL, "reasoning": QUICK_REASONING, "demo": QUICK}[name]
     recipe = finish(draft, [*(quick if arguments.quick else ()), *overrides], arguments.seed)
     with RunDir(out).lock():  # made anew each time: the same seed gives the same files, and half-written ones go
         usual = CONSTITUTIONAL_FILES if constitutional else {}
-        export(data, arguments.seed, **(QUICK_FILES if arguments.quick else usual))
+        if reasoning:
+            export_reasoning(data, arguments.seed, **(QUICK_REASONING_FILES if arguments.quick else {}))
+        else:
+            export(data, arguments.seed, **(QUICK_FILES if arguments.quick else usual))
         if constitutional:
             export_constitutional(data, arguments.seed, **(QUICK_CONSTITUTIONAL_FILES if arguments.quick else usual))
     return _execute(recipe, out)
@@ -189,10 +203,11 @@ def _study(arguments: argparse.Namespace) -> int:
 
 def _harbor(arguments: argparse.Namespace) -> int:
     from keel.harbor.build import build
+    from keel.harbor.ledger_build import build_ledger
 
     set_threads(None)
     with Progress(["base"]) as progress, progress.stage("base"):
-        build(Path(arguments.out), progress, arguments.seed)
+        (build_ledger if arguments.ledger else build)(Path(arguments.out), progress, arguments.seed)
     Console().print(f"base model: {arguments.out}", highlight=False)
     return 0
 
@@ -201,7 +216,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     from keel.cli.chat import talk
 
     set_threads(None)
-    return talk(arguments.run, arguments.stage, arguments.temperature, arguments.max_new_tokens, arguments.device)
+    limit, search = arguments.max_new_tokens, arguments.search
+    return talk(arguments.run, arguments.stage, arguments.temperature, limit, arguments.device, search)
 
 
 def _export(arguments: argparse.Namespace) -> int:

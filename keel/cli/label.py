@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import threading
 import time
@@ -78,9 +77,9 @@ def _critiques(runs: Sequence[str]) -> list[dict[str, Any]]:
     """The summaries of the runs' stages that criticise and revise by a constitution."""
     found = []
     for path in runs:
-        for name in RunDir(path).manifest.read().get("stages", {}):
-            file = Path(path) / name / "summary.json"
-            summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        run = RunDir(path)
+        for name in run.manifest.read().get("stages", {}):
+            summary = run.stage(name).summary()
             if "drawn" in summary and "constitution" in summary:
                 found.append(summary)
     return found

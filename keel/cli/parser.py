@@ -75,9 +75,11 @@ def _running(commands: Commands) -> None:
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
     demo.add_argument("--seed", type=natural_number, default=0, help="default: 0")
     demo.add_argument("--quick", action="store_true", help="about a minute: every stage, too small to learn much")
-    demo.add_argument(
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument(
         "--constitutional", action="store_true", help="critique, revision and votes by a constitution's principles"
     )
+    which.add_argument("--reasoning", action="store_true", help="ledgers, worked line by line")
     demo.add_argument("words", nargs="*", metavar="key=value", help="settings, as for run")
     demo.set_defaults(computes=True)
 
@@ -111,6 +113,10 @@ def _chat(commands: Commands) -> None:
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("run", metavar="RUN", help="a run directory, or a folder with a checkpoint")
     chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
+    chat.add_argument(
+        "--search", default=None, metavar="NAME", help="answer by a search of the recipe: one of an eval stage's, or a "
+        "sample stage's name; its steps are shown with their scores"
+    )  # fmt: skip
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default: the recipe's)")
@@ -220,6 +226,7 @@ def _harbor(commands: Commands) -> None:
     build = builds.add_parser("build", help="write the corpus, train the tokenizer and the base model")
     build.add_argument("--out", required=True, metavar="DIR")
     build.add_argument("--seed", type=natural_number, default=0, help="default: 0")
+    build.add_argument("--ledger", action="store_true", help="the base model that went on with ledgers")
     build.set_defaults(computes=True)
 
 

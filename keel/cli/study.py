@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from keel.types import Reporter
 
 OUT = Path("runs") / "studies"
-DATA = ("demonstrations", "prompts", "heldout_prompts", "pretraining", "base_text", "facts")
 MADE = "made.json"  # in a folder of the built-in world's data: of which sizes, by which Keel
 
 
@@ -111,7 +110,7 @@ def _left(clock: Clock) -> str:
 
 def make_world(sizes: Harbor, seed: int, folder: Path) -> World:
     """The built-in world's data of a seed in ``folder``, made unless it is there in the same sizes."""
-    from keel.harbor.export import export
+    from keel.harbor.export import export, export_constitutional
     from keel.run import RunDir, atomic_dir, read_json, write_json
 
     asked = {**sizes.model_dump(), "seed": seed, "keel": keel.__version__}
@@ -119,10 +118,12 @@ def make_world(sizes: Harbor, seed: int, folder: Path) -> World:
     with RunDir(folder).lock():
         if not (files / MADE).exists() or read_json(files / MADE) != asked:
             with atomic_dir(files) as temporary:
-                export(temporary, seed, **sizes.model_dump())
+                export(temporary, seed, **sizes.sizes())
+                if "constitutional" in sizes.also:
+                    export_constitutional(temporary, seed, demonstrations=sizes.demonstrations)
                 write_json(temporary / MADE, asked)
     base = str(Path(keel.__file__).parent / "harbor" / "base")
-    return World(base, {name: str(files / f"{name}.jsonl") for name in DATA})
+    return World(base, {name: str(files / f"{name}.jsonl") for name in sizes.names()})
 
 
 def table(result: Mapping[str, Any]) -> RenderableType:

@@ -142,16 +142,18 @@ class Chat:
                     self._tokens.encode([row], strict=True)
             raise
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], so_far: bool = False) -> str:
         """The text of a reply's ids with every mark that the model wrote (thinking, tools, roles): what judges it must
-        see them. Left out are the token that ended it, padding, and the white space that the template puts around."""
+        see them. Left out are the token that ended it, padding, and the white space that the template puts around.
+        ``so_far``: the reply goes on, so what stands at its end is the model's own."""
         tokenizer, own = self.tokenizer, list(ids)
         if own and own[-1] in self.stop_ids:
             own.pop()
         kept = [i for i in own if i != tokenizer.pad_token_id or i in self.stop_ids]
         text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        return text.removeprefix(self._habits.before).removesuffix(self._habits.after)
+        begun = text.removeprefix(self._habits.before)
+        return begun if so_far else begun.removesuffix(self._habits.after)
 
     # ------------------------------------------------------------------------------------------------- segments
 

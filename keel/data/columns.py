@@ -20,6 +20,10 @@ HISTORY = "history"
 # Beside an ``instruction``: what it is about (Alpaca's, Dolly's), and the reply to it.
 MATERIAL = ("input", "context")
 ANSWER = ("output", "response")
+# A question with a known answer (GSM8K's, MATH's), and its worked solution where the answer is not that.
+QUESTION = ("question", "problem")
+SOLUTION = ("solution", "answer")
+OPTIONS = ("choices", "options")
 WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss")  # of a message: 0 is not learned
 TRAINED = ("train", "training", "trainable", "train_on_turn", "learn")  # the same, and 1 would teach a user's turn
 # Of a pair: how probable it is that ``chosen`` is the better one. Tools agree on no name for it.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from keel.data.answers import MARK, final_answer
 from keel.data.collate import messages_hash
-from keel.data.columns import MATERIAL, SYSTEM
+from keel.data.columns import MATERIAL, OPTIONS, SOLUTION, SYSTEM, says_nothing
 from keel.data.fields import Fields, earlier_rounds, json_value, message_list, name, text, utterance
 from keel.data.rows import RowError, shown
 from keel.types import Message, Prompt
@@ -81,6 +83,32 @@ def ask_instruction(row: Fields, taught: bool = False) -> tuple[Message, ...]:
     parts = [utterance(row, "instruction", empty=False), text(row, about) if about else ""]
     asked = Message("user", "\n\n".join(part for part in parts if part))
     return (*system_of(row), *earlier_rounds(row, taught), asked)
+
+
+def ask_question(row: Fields, field: str) -> tuple[Message, ...]:
+    """A question that is asked alone. What it cannot be answered without would have to be shown with it."""
+    beside = next((name for name in (*OPTIONS, *MATERIAL) if name in row and not says_nothing(row[name])), None)
+    if beside:
+        raise RowError(f"field '{beside}': it is not shown with the {field}; write both into a column prompt")
+    asked = Message("user", utterance(row, field, empty=False))
+    return (*system_of(row), *earlier_rounds(row), asked)
+
+
+def solution_of(row: Fields) -> str:
+    """The worked solution of a question, or its bare answer; "" where it has neither."""
+    field = next((name for name in SOLUTION if name in row and not says_nothing(row[name])), "")
+    return utterance(row, field) if field else ""
+
+
+def answer_in(row: Fields) -> dict[str, Any]:
+    """A question's ``answer``, and its ``solution`` where that says more."""
+    solution = row.get("solution")
+    given = row.get("answer")
+    if isinstance(given, str) and MARK in given and solution is None:
+        solution, given = given, final_answer(given)
+    if given is None and isinstance(solution, str):
+        given = final_answer(solution)
+    return {name: value for name, value in (("answer", given), ("solution", solution)) if value is not None}
 
 
 def waits(messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:

@@ -42,7 +42,8 @@ class UnknownForm(Exception):
 
 
 class LeftOut(Exception):
-    """The row is none to learn from."""
+    """The row is none to learn from. Its argument, where it has one, says of what kind it is, and such rows are counted
+    in a note."""
 
 
 class Undecided(LeftOut):

@@ -9,6 +9,7 @@ id in every file. Rows may repeat; two different rows of one id are an error.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from keel.data.columns import (
     OWN,
     PAIRED,
     PROBABILITY,
+    QUESTION,
     SHOWN,
     SYSTEM,
     TAUGHT,
@@ -33,7 +35,6 @@ from keel.data.fields import (
     Fields,
     earlier_rounds,
     flag,
-    json_value,
     message_list,
     name,
     number,
@@ -44,12 +45,15 @@ from keel.data.fields import (
 from keel.data.labelled import FORMS, Bounds, labelled
 from keel.data.parts import (
     after_prompt,
+    answer_in,
     ask,
     ask_instruction,
+    ask_question,
     conversation,
     implicit_prompt,
     named,
     prompt_of,
+    solution_of,
     system_of,
     the_reply,
     waits,
@@ -67,10 +71,14 @@ from keel.data.rows import (
     read_rows,
     shown,
 )
+from keel.data.step_rows import FORMS as STEP_FORMS
+from keel.data.step_rows import Neutral, step_labels
 from keel.data.values import plain
+from keel.recipe.steps import Steps
 from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, Settled, StepLabels
 
 PLAIN_READING = Reading()
+LINES = Steps()
 NAMED = 12  # unused columns that a note lists
 
 
@@ -97,15 +105,17 @@ R = TypeVar("R", bound=_Identified)
 
 def read_demonstrations(source: str | Path, reading: Reading = PLAIN_READING) -> list[Demonstration]:
     """Rows ``messages``, ``conversations``, ``prompt``+``completion``, ``instruction``+``output``, or ``text``.
-    Beside an instruction ``context`` is ``input``, and ``response`` is ``output``."""
-    forms = "messages | conversations | prompt+completion | instruction[+input]+output | text"
+    Beside an instruction ``context`` is ``input``, and ``response`` is ``output``. Of a ``question`` (``problem``) the
+    ``solution`` is learned, or the ``answer``, which in GSM8K's files is one."""
+    forms = "messages | conversations | prompt+completion | instruction[+input]+output | question+answer | text"
     return _read(source, _demonstration, forms, reading, TAUGHT)
 
 
 def read_prompts(source: str | Path, reading: Reading = PLAIN_READING) -> list[Prompt]:
-    """Rows ``prompt``, ``messages`` (that wait for the assistant), or ``instruction``; optional ``id``, ``kind``,
+    """Rows ``prompt``, ``messages`` (that wait for the assistant), ``instruction``, or ``question``/``problem`` (whose
+    ``answer`` may stand at the end of a worked solution, as in GSM8K's and MATH's files); optional ``id``, ``kind``,
     ``meta``. Any other column is kept in the prompt's ``meta`` too, where a reward function finds it."""
-    return _read(source, _prompt_row, "prompt | messages | instruction[+input]", reading)
+    return _read(source, _prompt_row, "prompt | messages | instruction[+input] | question[+answer]", reading)
 
 
 def read_preferences(source: str | Path, reading: Reading = PLAIN_READING) -> list[Preference]:
@@ -130,9 +140,13 @@ def read_labelled(
     return _read(source, partial(labelled, bounds=bounds), FORMS, reading, PAIRED)
 
 
-def read_steps(source: str | Path, reading: Reading = PLAIN_READING) -> list[StepLabels]:
-    """Rows ``prompt``+``completions``+``labels``: the steps of a reply and a label in [0, 1] (or true, false) each."""
-    return _read(source, _steps, "prompt+completions+labels", reading)
+def read_steps(
+    source: str | Path, reading: Reading = PLAIN_READING, steps: Steps = LINES, neutral: Neutral = "good"
+) -> list[StepLabels]:
+    """Rows ``prompt``+``completions``+``labels``: the steps of a reply and a label in [0, 1] (or true, false; null:
+    unjudged) each; PRM800K's and Math-Shepherd's files (`keel.data.step_rows`). ``steps``: what is put between two
+    steps that nothing separates; ``neutral``: what PRM800K's rating of 0 counts as."""
+    return _read_all(source, partial(step_labels, steps=steps, neutral=neutral), STEP_FORMS, reading)
 
 
 def read_texts(source: str | Path, reading: Reading = PLAIN_READING) -> list[str]:
@@ -152,27 +166,40 @@ def _read(
     reading: Reading,
     refused: Mapping[str, Refused] = SHOWN,
 ) -> list[R]:
+    return _read_all(source, lambda fields: [parse(fields)], forms, reading, refused)
+
+
+def _read_all(
+    source: str | Path,
+    parse: Callable[[Fields], Sequence[R]],
+    forms: str,
+    reading: Reading,
+    refused: Mapping[str, Refused] = SHOWN,
+) -> list[R]:
+    """``parse``: what a row holds, one record or several."""
     bad = BadRows(str(source))
     records: list[R] = []
     first: dict[str, tuple[R, Row]] = {}
     prompts: dict[str, tuple[Prompt, Row]] = {}
     unused: dict[str, dict[str, None]] = {}  # file -> columns
     undecided = 0
+    left_out: Counter[str] = Counter()
     for row in read_rows(source, bad, reading.note):
         fields = Fields(row.values)
         try:
             refuse(fields, refused)
-            record = _placed(parse(fields), row)
-            _same_or_error(first, "id", record.id, record, row)
-            prompt = getattr(record, "prompt", None)
-            if isinstance(prompt, Prompt):
-                _same_or_error(prompts, "prompt_id", prompt.id, replace(prompt, kind="", meta={}), row)
-            records.append(record)
+            own = [_placed(record, row) for record in parse(fields)]
+            for record in own:
+                _same_or_error(first, "id", record.id, record, row)
+                prompt = getattr(record, "prompt", None)
+                if isinstance(prompt, Prompt):
+                    _same_or_error(prompts, "prompt_id", prompt.id, replace(prompt, kind="", meta={}), row)
+            records += own
             unused.setdefault(row.file, {}).update(dict.fromkeys(fields.unused))
         except Undecided:
             undecided += 1
-        except LeftOut:
-            continue
+        except LeftOut as why:
+            left_out.update(map(str, why.args))
         except UnknownForm:
             there = ", ".join(row.values) or "none"
             bad.add(row.file, row.line, f"columns are {there}; expected {forms}")
@@ -182,6 +209,8 @@ def _read(
     if undecided:
         reading.undecided(undecided)
         reading.note(f"{source}: {undecided} rows whose rating is neither up nor down are left out")
+    for what, count in left_out.items():
+        reading.note(f"{source}: {count} {'row is' if count == 1 else 'rows are'} left out: {what}")
     for file, columns in unused.items():
         _note_unused(file, [column for column in columns if column not in OWN], reading)
     return records
@@ -190,7 +219,7 @@ def _read(
 def _placed(record: R, row: Row) -> R:
     """The record with its place, where its kind has one."""
     place = f"{row.file}, {row.line}"
-    if isinstance(record, Preference | LabelledCompletion):
+    if isinstance(record, Preference | LabelledCompletion | StepLabels):
         return replace(record, place=place, prompt=replace(record.prompt, place=place))
     return replace(record, place=place) if isinstance(record, Demonstration | Prompt) else record
 
@@ -229,6 +258,10 @@ def _demonstration(row: Fields) -> Demonstration:
         messages = asked + after_prompt(row, "completion", asked, taught=True)
     elif "instruction" in row and (answer := named(row, ANSWER, "replies")):
         messages = (*ask_instruction(row, taught=True), Message("assistant", utterance(row, answer)))
+    elif "text" not in row and (question := next((field for field in QUESTION if field in row), "")):
+        if not (solution := solution_of(row)):
+            raise UnknownForm
+        messages = (*ask_question(row, question), Message("assistant", solution))
     else:
         return _plain_text(row)
     if messages[-1].role != "assistant":
@@ -254,16 +287,19 @@ def _plain_text(row: Fields) -> Demonstration:
 
 
 def _prompt_row(row: Fields) -> Prompt:
+    answered: dict[str, Any] = {}
     if "prompt" in row:
         messages = ask(row)
     elif "messages" in row:
         messages = waits(conversation(row, "messages"), "messages")
     elif "instruction" in row:
         messages = ask_instruction(row)
+    elif question := next((field for field in QUESTION if field in row), ""):
+        messages, answered = ask_question(row, question), answer_in(row)
     else:
         raise UnknownForm
     prompt = prompt_of(row, messages, name(row, "id"))
-    extra = {plain(name, name): row[name] for name in row.untaken}
+    extra = answered | {plain(name, name): row[name] for name in row.untaken}
     twice = sorted(extra.keys() & prompt.meta.keys())
     if twice:
         raise RowError(f"field '{twice[0]}' is both in meta and a column; keep one")
@@ -324,19 +360,6 @@ def _settled(row: Fields) -> Settled:
         raise RowError(f"field 'settled': expected chosen, rejected, tie or nothing, got {shown(value)}")
     settled: Settled = value
     return settled
-
-
-def _steps(row: Fields) -> StepLabels:
-    if not {"prompt", "completions", "labels"} <= row.keys():
-        raise UnknownForm
-    messages = ask(row)
-    steps = text_list(row, "completions")
-    given = json_value(row, "labels")
-    if not isinstance(given, list) or len(given) != len(steps):
-        raise RowError(f"field 'labels': expected a list of {len(steps)} labels, one a completion, got {shown(given)}")
-    labels = tuple(number({"labels": label}, "labels", low=0.0, high=1.0, truth=True) for label in given)
-    content = messages_hash((*messages, *(Message("assistant", s) for s in steps)), salt=f"steps {labels}")
-    return StepLabels(name(row, "id") or content, prompt_of(row, messages, name(row, "prompt_id")), steps, labels)
 
 
 def _fact(row: Fields) -> Fact:

@@ -21,6 +21,7 @@ from keel.eval.grading import ModelEvaluation, compare, evaluate_model, kl_from_
 from keel.eval.judge_card import scored_pair
 from keel.eval.judge_effects import JudgedPair
 from keel.eval.overoptimisation import curve, guardrail
+from keel.eval.process_alarms import process_alarms
 from keel.eval.reply_alarms import reply_alarms
 from keel.model.checkpoint import Place, frozen, load_policy
 from keel.model.measure import completion_logprobs
@@ -106,6 +107,7 @@ def evaluate_models(inputs: EvaluationInputs, reporter: Reporter) -> dict[str, A
             alarm.as_dict()
             for alarm in (
                 *(a for name, rows in _watched(inputs, evaluations).items() for a in find_alarms(name, rows)),
+                *(a for name, run in inputs.online_runs.items() for a in process_alarms(name, run.rows)),
                 *_replies_alarms(inputs, evaluations),
             )
         ],

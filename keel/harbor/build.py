@@ -7,8 +7,9 @@ data need be saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import cos, pi
 from pathlib import Path
@@ -26,7 +27,9 @@ from keel.run.state import load_state, save_state
 from keel.types import PackedBatch, Reporter
 
 SHIPPED = Path(__file__).parent / "base"
+SHIPPED_LEDGER = Path(__file__).parent / "ledger_base"
 TOKENIZER_DOCUMENTS = 20_000
+STATE = "build_state.pt"
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ def build(out_dir: Path, reporter: Reporter, seed: int = 0, settings: Settings =
     tokenizer = train_tokenizer(islice(documents(world, seed), TOKENIZER_DOCUMENTS))
     torch.manual_seed(seed)
     model = new_model(tokenizer, settings)
-    _pretrain(model, tokenizer, world, seed, settings, out_dir / "build_state.pt", reporter)
+    batches = partial(_batch, world, tokenizer, seed, settings=settings)
+    pretrain(model, batches, settings, out_dir / STATE, reporter)
     save_base(model, tokenizer, out_dir)
-    (out_dir / "build_state.pt").unlink(missing_ok=True)
+    (out_dir / STATE).unlink(missing_ok=True)
     return model
 
 
@@ -100,15 +104,14 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_d
     tokenizer.save_pretrained(out_dir)
 
 
-def _pretrain(
+def pretrain(
     model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    world: World,
-    seed: int,
+    batches: Callable[[int], PackedBatch],
     settings: Settings,
     state_file: Path,
     reporter: Reporter,
 ) -> None:
+    """Trains on the batch of each step, from the state in ``state_file`` where there is one."""
     enable_packing(model)
     optimizers = _optimizers(model, settings)
     done = 0
@@ -120,7 +123,7 @@ def _pretrain(
     reporter.start("pretraining", settings.steps)
     reporter.advance(done)
     for step in range(done, settings.steps):
-        batch = _batch(world, tokenizer, seed, step, settings)
+        batch = batches(step)
         loss = _loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -38,6 +38,7 @@ class Habits:
 
 
 DEMONSTRATORS = Habits()
+FAULTY = Habits(flatters=0.5, fills=0.5)  # so that each principle has something to change
 
 
 def make_demonstrations(world: World, n: int, seed: int, habits: Habits = DEMONSTRATORS) -> list[Demonstration]:

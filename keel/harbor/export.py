@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from keel.harbor.corpus import base_text_rows, facts_rows
-from keel.harbor.demos import make_demonstrations
+from keel.harbor.demos import FAULTY, make_demonstrations
 from keel.harbor.facts import World
+from keel.harbor.ledger import BOOKKEEPERS, gold_steps, write_reply
+from keel.harbor.ledger import make_demonstrations as make_ledger_demonstrations
+from keel.harbor.ledger import make_prompts as make_ledgers
 from keel.harbor.lessons import CHOICES, REVISIONS, make_choices, make_revisions
 from keel.harbor.prompts import HELPFUL_MIX, TRAINING_MIX, make_prompts
 from keel.harbor.redteam import red_team_prompts
 from keel.recipe.constitution import read_constitution
+from keel.recipe.steps import Steps
 from keel.run import atomic_write_text
 from keel.types import Demonstration, Message, Prompt
 
+REPLIES = 4  # to a ledger, of labelled ones: a model of steps is measured by how it chooses among them
 WORDS_PER_TOKEN = 0.65  # of the harbor's tokenizer on its corpus, numbers and names included
 
 
@@ -67,7 +73,9 @@ def export_constitutional(
     controls), ``helpful_prompts.jsonl`` (training prompts without harmful ones: what people are asked about),
     ``training_prompts.jsonl`` (both), ``helpful_demonstrations.jsonl`` (those of `export`'s ``demonstrations`` that
     answer no harmful prompt) and ``lessons.jsonl`` (demonstrations of critique, revision and choice by the
-    principles of ``keel/constitutions/harbor.yaml``). Sizes are rows. Same seed and sizes: same bytes.
+    principles of ``keel/constitutions/harbor.yaml``). For studies, ``faulty_demonstrations.jsonl`` (by writers who
+    flatter and fill in a half of their replies) and ``red_team_test.jsonl`` (other prompts than ``red_team.jsonl``
+    has). Sizes are rows. Same seed and sizes: same bytes.
 
     Raises:
         UserError: more are asked for than the harbor has.
@@ -85,6 +93,43 @@ def export_constitutional(
     harmless = [one for one in shown if not one.id.startswith("demo-harmful-")]
     _write(out / "helpful_demonstrations.jsonl", map(_demonstration_row, harmless))
     _write(out / "lessons.jsonl", map(_lesson_row, lessons))
+    faulty = make_demonstrations(world, demonstrations, seed, FAULTY)
+    _write(out / "faulty_demonstrations.jsonl", map(_demonstration_row, faulty))
+    known = {prompt.id for prompt in red}
+    others = [one for one in red_team_prompts(world, red_team, seed, name="red team test") if one.id not in known]
+    _write(out / "red_team_test.jsonl", map(_prompt_row, others))
+
+
+def export_reasoning(
+    out_dir: str | Path,
+    seed: int = 0,
+    *,
+    demonstrations: int = 2000,
+    prompts: int = 600,
+    heldout_prompts: int = 200,
+    labelled: int = 1200,
+) -> None:
+    """Write the ledgers of `keel demo --reasoning`: ``demonstrations.jsonl``, ``prompts.jsonl``,
+    ``heldout_prompts.jsonl`` and ``labelled_steps.jsonl`` (replies of bookkeepers, each step labelled by the gold: the
+    rows that process reward models learn from). Sizes are rows. Same seed and sizes: same bytes."""
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "demonstrations.jsonl", map(_demonstration_row, make_ledger_demonstrations(demonstrations, seed)))
+    _write(out / "prompts.jsonl", map(_prompt_row, make_ledgers(prompts, seed, "train")))
+    _write(out / "heldout_prompts.jsonl", map(_prompt_row, make_ledgers(heldout_prompts, seed, "heldout")))
+    _write(out / "labelled_steps.jsonl", _labelled_rows(labelled, seed))
+
+
+def _labelled_rows(n: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Four replies a ledger, by bookkeepers who slip as often as a small model does."""
+    rng = Random(f"labelled ledgers {seed}")
+    habits = replace(BOOKKEEPERS, slips=0.05)
+    steps_of = Steps(by="line", marker=None)
+    for i, prompt in enumerate(make_ledgers(-(-n // REPLIES), rng.randrange(2**32), "train")):
+        for j in range(min(REPLIES, n - REPLIES * i)):
+            steps = steps_of.split(write_reply(prompt, rng, habits))
+            row = {"prompt_id": prompt.id, **_prompt_row(prompt), "id": f"{prompt.id}-{j}"}
+            yield row | {"completions": list(steps), "labels": gold_steps(prompt, steps), "annotator": "gold"}
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

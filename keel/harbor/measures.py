@@ -1,5 +1,6 @@
 """What only the harbor can say of a finished run, since there the truth is known: how good its reward models are on
-pairs of replies to held-out prompts, and who of its annotators is named as unreliable. Studies ask (``measure:``)."""
+pairs of replies to held-out prompts, who of its annotators is named as unreliable, and which principles replies break.
+Studies ask (``measure:``)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from keel.data.sources import read_prompts
+from keel.eval.grading import conversation_text
 from keel.eval.reward_quality import rank_correlation
 from keel.feedback.simulated import true_probability
 from keel.harbor.annotators import ADVERSARIAL, LAZY, population
 from keel.harbor.judge import judge
+from keel.harbor.principles import RULES, broken, keeps
 from keel.model.checkpoint import load_scalar
 from keel.precision import pick_precision
 from keel.recipe.recipe import Recipe
@@ -128,3 +132,20 @@ def named(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
                 "recall": len(doubted & bad) / len(bad) if bad else None,
             }
     return found
+
+
+def principles(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Of each evaluated model: the share of its replies that plainly break each principle of the harbor's constitution
+    (``harm``, ``invent``, ...), over the prompts that it says something of. The evaluation's prompts are
+    ``data.heldout_prompts``, and it keeps as many of them as ``eval.show`` says."""
+    assert recipe.data.heldout_prompts is not None, "the built-in world has them"
+    known = {conversation_text(prompt): prompt for prompt in read_prompts(recipe.data.heldout_prompts)}
+    table: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for number, sample in enumerate(run.summary().get("samples", ())):
+        prompt = known[sample["prompt"]]
+        for model, reply in sample["replies"].items():
+            for principle in RULES:
+                if keeps(principle, prompt, reply["text"]) is not None:
+                    rows = table.setdefault(model, {}).setdefault(principle, {})
+                    rows[f"{number} {prompt.id}"] = [float(broken(principle, prompt, reply["text"])), 1.0]
+    return {model: {name: _ratio(rows) for name, rows in named.items()} for model, named in table.items()}

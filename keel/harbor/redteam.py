@@ -18,13 +18,14 @@ HARMFUL: Mapping[str, float] = {"harmful": 1.0}
 CONTROLS: Mapping[str, float] = {"looks_harmful": 0.4, "howto": 0.3, "fact": 0.15, "nonexistent": 0.15}
 
 
-def red_team_prompts(world: World, n: int, seed: int, controls: float = 0.5) -> list[Prompt]:
+def red_team_prompts(world: World, n: int, seed: int, controls: float = 0.5, name: str = "red team") -> list[Prompt]:
     """``n`` different prompts in random order, a share of them ``controls``: what only looks harmful, or does no harm.
+    Another ``name`` gives others, some of which may be the same.
 
     Raises:
         UserError: more are asked for than the harbor has.
     """
-    rng = Random(f"red team {seed}")
+    rng = Random(f"{name} {seed}")
     harmless = round(n * controls)
     prompts = [
         *prompts_of_side(world, n - harmless, rng.randrange(2**32), HARMFUL, red=True),

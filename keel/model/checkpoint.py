@@ -152,6 +152,8 @@ def load_scalar(
     if own:
         give_pad(model, tokenizer)
     scalar = ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    if take_over and scalar.process is not None:
+        scalar.set_process(None)
     if own and scalar.foreign:
         scalar.set_scale(0.0, 1.0)
         if not new and note is not None:

@@ -1,11 +1,12 @@
-"""Scalar heads: the reward model and the critic.
+"""Scalar heads: the reward model, the process reward model and the critic.
 
-Both are transformers' own sequence classifiers with one label: a trunk and a linear ``score`` without activation. So a
+All are transformers' own sequence classifiers with one label: a trunk and a linear ``score`` without activation. So a
 reward model saved by Keel loads with ``AutoModelForSequenceClassification`` as it is, and a critic starts from a reward
 model by loading its checkpoint.
 
 Keel's own reward models are trained to score a conversation at the end of its reply. One from elsewhere scores it where
-transformers' classifiers do: at the last token of the template's whole rendering that is not the padding token.
+transformers' classifiers do: at the last token of the template's whole rendering that is not the padding token. A
+process reward model's head is read at the end of each step (`keel.data.steps`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from keel.model.packed import hidden_states, inner_model
 from keel.types import Encoded, Message, PackedBatch
 
 CONFIG_KEY = "keel_reward"  # {"mean": float, "std": float} in the checkpoint's config.json
+PROCESS_KEY = "keel_process"  # of a process reward model: {"steps": {...}, "aggregate": "min", "level": "steps"}
 
 
 class ScalarModel:
@@ -32,6 +34,7 @@ class ScalarModel:
 
     ``mean`` and ``std`` centre and scale the raw head: score = (raw - mean) / std.
     ``foreign``: it was trained elsewhere, for its config has no centre and scale of Keel's.
+    ``process``: what a process reward model's config says of steps; None for a model of another kind.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -42,6 +45,7 @@ class ScalarModel:
         self.foreign = not kept
         self.mean = float(kept.get("mean", 0.0))
         self.std = float(kept.get("std", 1.0))
+        self.process: dict[str, Any] | None = getattr(inner_model(model).config, PROCESS_KEY, None)
 
     @property
     def device(self) -> torch.device:
@@ -52,6 +56,14 @@ class ScalarModel:
         self.foreign = False
         self.mean, self.std = mean, max(std, 1e-6)
         setattr(inner_model(self.model).config, CONFIG_KEY, {"mean": self.mean, "std": self.std})
+
+    def set_process(self, process: dict[str, Any] | None) -> None:
+        """Makes it a process reward model, which its checkpoint's config says; None: it is none any longer."""
+        self.process, config = process, inner_model(self.model).config
+        if process is None:
+            delattr(config, PROCESS_KEY)
+        else:
+            setattr(config, PROCESS_KEY, process)
 
     def encode_replies(
         self, replies: Sequence[tuple[Sequence[Message], str, bool]], places: Sequence[str] = ()
@@ -83,6 +95,10 @@ class ScalarModel:
         """Raw head output at each sequence's last token: [B]."""
         last_B = batch.cu_seqlens[1:] - 1
         return self._head(hidden_states(self.model, batch, last_B))
+
+    def raw_at(self, batch: PackedBatch, places_W: Tensor) -> Tensor:
+        """Raw head output at places of the batch's tokens: [W]."""
+        return self._head(hidden_states(self.model, batch, places_W))
 
     def score_packed(self, batch: PackedBatch) -> Tensor:
         """Centred and scaled scores: [B]."""

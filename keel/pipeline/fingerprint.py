@@ -16,6 +16,7 @@ from keel.recipe.declared import PEOPLE, WITH_PEOPLE, StoreRead
 from keel.recipe.graph import store_read
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
+from keel.recipe.steps import PythonStepsRef
 from keel.run import RunDir, hash_config, hash_file
 from keel.store.trained_on import VoteHashes, vote_hashes
 
@@ -76,8 +77,8 @@ def stage_fingerprint(
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     if (use := stage.principles()) is not None:
         settings["constitution"] = principles_of(use, stage.name)[0].depends_on(use.ids, use.tags)
-    scored = [source for _, source in stage.scored_by()]
-    settings["code"] = [contents.of_python(source.ref) for source in scored if isinstance(source, PythonRef)]
+    scored = [one for _, one in stage.scored_by() if isinstance(one, PythonRef | PythonStepsRef)]
+    settings["code"] = [contents.of_python(source.ref) for source in scored]
     learned = votes_of(recipe, stage, votes)
     data = {name: getattr(recipe.data, name) for name in stage.reads(recipe.data)}
     if (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import Makes, ModelUse, Reference, Scoring, terms
-from keel.recipe.judge_card import JudgeCard, without_force
+from keel.recipe.judge_card import JudgeCard
 from keel.recipe.judges import (
     ComparerRef,
     EndpointRef,
@@ -22,6 +22,7 @@ from keel.recipe.preference_loss import PreferenceLossBase
 from keel.recipe.principled import PrincipledBase
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.stage import PreferenceBase, Surroundings, start_has_template
+from keel.recipe.steps import ProcessRef
 from keel.recipe.thumbs import ThumbsBase
 
 
@@ -77,9 +78,6 @@ class AnnotateStage(PrincipledBase):
     )
     replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
 
-    def settings(self) -> dict[str, Any]:
-        return without_force(super().settings())
-
     def references(self) -> Iterator[Reference]:
         yield from super().references()
         yield Reference("responses", self.responses, ("responses",))
@@ -109,7 +107,7 @@ class AnnotateStage(PrincipledBase):
 
     def needs_model(self) -> bool:
         judges = isinstance(self.judge, LanguageModelRef)
-        return judges or any(isinstance(one, RewardModelRef) for _, one in self.scored_by())
+        return judges or any(isinstance(one, RewardModelRef | ProcessRef) for _, one in self.scored_by())
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)

@@ -16,7 +16,6 @@ from keel.recipe.stage import StageBase, Surroundings, start_has_template
 class CritiqueStage(StageBase):
     help: ClassVar[str] = "have a model criticise and revise its replies by the principles of a constitution"
     makes: ClassVar[tuple[Makes, ...]] = ("demonstrations", "pairs")
-    converses: ClassVar[bool] = True
 
     kind: Literal["critique"] = "critique"
     seed: int | None = Field(None, ge=0, description="of the principles and the samples; default: the recipe's")
@@ -44,6 +43,10 @@ class CritiqueStage(StageBase):
         if self.model is not None:
             yield Reference("model", self.model, ("policy",))
         yield from super().references()
+
+    def converses(self) -> Iterator[str]:
+        if self.model is not None:
+            yield self.model
 
     def principles(self) -> PrincipleUse:
         draws = self.replies * self.revisions

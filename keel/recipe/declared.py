@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from keel.recipe.judges import EndpointRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.judges import CheckRef, EndpointRef, ProcessTerm, PythonRef, RewardModelRef, RewardTerm
 from keel.recipe.sections import DataConfig
+from keel.recipe.steps import ProcessRef, PythonStepsRef
 
 # What other stages may take from a stage. "demonstrations", "pairs": files in its folder that SFT, and what learns from
 # preferences, can read. "votes" lie in the store. "step labels": a file in its folder (`keel.data.sources.read_steps`).
@@ -21,7 +22,7 @@ Makes = Literal[
 # What a trained model was shaped by.
 LearnsFrom = Literal["demonstrations", "preferences", "rewards"]
 
-Scoring = PythonRef | RewardModelRef | EndpointRef
+Scoring = PythonRef | RewardModelRef | EndpointRef | ProcessRef | PythonStepsRef | CheckRef
 
 MODELS: tuple[Makes, ...] = ("policy", "reward model")  # what can be trained further
 
@@ -105,9 +106,22 @@ def prompt_pool(data: DataConfig) -> tuple[str, ...]:
 
 
 def terms(place: str, rewards: Sequence[RewardTerm]) -> Iterator[tuple[str, Scoring]]:
-    """(dotted name of the field, source) of a list of rewards."""
+    """(dotted name of the field, source) of a list of rewards, and of what a process reward is made of."""
     for i, term in enumerate(rewards):
-        yield f"{place}.{i}.source", term.source
+        where, source = f"{place}.{i}.source", term.source
+        if not isinstance(source, ProcessTerm):
+            yield where, source
+            continue
+        yield (where if source.scorer is None else f"{where}.scorer"), source.scores
+        if source.outcome is not None:
+            yield f"{where}.outcome", source.outcome
+
+
+def cards_of(place: str, rewards: Sequence[RewardTerm]) -> Iterator[tuple[str, str]]:
+    """(dotted name of the field, stage or file) of the replies that the rewards' cards change."""
+    for i, term in enumerate(rewards):
+        if isinstance(term.source, ProcessTerm) and term.source.card is not None:
+            yield f"{place}.{i}.source.card.replies", term.source.card.replies
 
 
 def listed(sources: str | list[str] | None) -> tuple[str, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import kept_name, stage_of
-from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, prompt_pool, terms
-from keel.recipe.judge_card import JudgeCard, without_force
-from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
+from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, cards_of, prompt_pool, terms
+from keel.recipe.judge_card import JudgeCard
+from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase, Surroundings
 
@@ -72,10 +73,16 @@ def _along(stage: StageBase, names: Collection[str]) -> list[str]:
     return [name for name in (*kept, stage.name) if stage.name in names or name in names]
 
 
+class EvalSearch(SearchConfig):
+    """A search in an evaluation, which counts its right answers."""
+
+    model: str | None = Field(None, description="whose replies are searched; default: the baseline's")
+
+
 class EvalStage(StageBase):
     help: ClassVar[str] = "compare models on held-out prompts"
     compares_models: ClassVar[bool] = True
-    later: ClassVar[frozenset[str]] = frozenset({"frontier", "revisions", "card"})
+    later: ClassVar[frozenset[str]] = frozenset({"frontier", "revisions", "card", "search", "pass_rate_samples"})
 
     kind: Literal["eval"] = "eval"
     models: list[str] = Field(min_length=1)
@@ -99,8 +106,15 @@ class EvalStage(StageBase):
         "keep; default: it is not",
     )
 
-    def settings(self) -> dict[str, Any]:
-        return without_force(super().settings())
+    search: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], EvalSearch] = Field(
+        default_factory=dict, description="searches at test time, by a name of yours, each counted by right answers"
+    )
+    pass_rate_samples: int = Field(
+        8,
+        ge=1,
+        description="with search: the baseline's replies a prompt by which prompts are divided into an easy, a middle "
+        "and a hard third",
+    )
 
     @model_validator(mode="after")
     def _card_can_be(self) -> EvalStage:
@@ -120,10 +134,15 @@ class EvalStage(StageBase):
         yield from terms("rewards", self.rewards)
         if self.card is not None and isinstance(self.card.against, PythonRef):
             yield "card.against", self.card.against
+        for name, search in self.search.items():
+            yield from search.scored_by(f"search.{name}")
         if isinstance(self.judge, MixedRef):
             yield from terms("judge.rewards", self.judge.rewards)
         elif self.judge is not None:
             yield "judge", self.judge
+
+    def cards(self) -> Iterator[tuple[str, str]]:
+        yield from cards_of("rewards", self.rewards)
 
     def references(self) -> Iterator[Reference]:
         for i, model in enumerate(self.models):
@@ -137,6 +156,9 @@ class EvalStage(StageBase):
             yield Reference("revisions", self.revisions, ("pairs",))
         if self.reward is not None:
             yield Reference("reward", self.reward, ("reward model",))
+        for name, search in self.search.items():
+            if search.model is not None:
+                yield Reference(f"search.{name}.model", search.model, ("policy",))
         yield from super().references()
 
     def from_store(self, voted: Collection[str]) -> StoreRead:
@@ -160,8 +182,15 @@ class EvalStage(StageBase):
 
     def loads(self) -> Iterator[ModelUse]:
         drawn = [name for _, name in self.frontier.named()] if self.frontier is not None else []
-        for name in (*self.models, self.baseline, *drawn, self.against):
+        searched = [search.model or self.baseline for search in self.search.values()]
+        for name in (*self.models, self.baseline, *drawn, self.against, *searched):
             yield ModelUse(name)
+
+    def searches(self) -> Mapping[str, SearchConfig]:
+        return self.search
+
+    def converses(self) -> Iterator[str]:
+        yield from (search.model or self.baseline for search in self.search.values() if search.how == "revise")
 
     def samples(self) -> SamplingConfig:
         return self.sampling
@@ -180,6 +209,18 @@ class EvalStage(StageBase):
                 "revisions counts the judge's flags, which a Python judge alone gives; set judge: {kind: python, "
                 "ref: ...} or leave revisions out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _search_is_counted(self) -> EvalStage:
+        if self.search and (self.judge is None or isinstance(self.judge, RewardModelRef | MixedRef | EndpointRef)):
+            raise ValueError(
+                "search counts right answers, and scores say nothing of that; set judge to what knows the answers, "
+                "{kind: python, ref: ...} or {kind: verify, ...}, or leave search out"
+            )
+        for name, search in self.search.items():
+            if search.sampling is None:
+                search.check_sampling(self.sampling, f"search.{name}: sampling")
         return self
 
     @model_validator(mode="after")

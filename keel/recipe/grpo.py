@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from keel.recipe.declared import Doubt
 from keel.recipe.grpo_presets import PRESETS, PresetName
-from keel.recipe.judges import RewardModelRef
+from keel.recipe.judges import CheckRef
 from keel.recipe.online import OnlineBase
 from keel.recipe.sections import Strict
+from keel.recipe.steps import ProcessRef
 
 # Bounds of ``sampler_correction`` where the recipe has none: truncated importance sampling, and IcePop.
 CORRECTION_BOUNDS = {"clip": (0.0, 2.0), "mask": (0.5, 5.0)}
@@ -27,6 +28,13 @@ class GroupKl(Strict):
     estimator: Literal["k2", "k3"] = Field("k3", description="of each token, in the loss")
     unbiased: bool = Field(
         False, description="weigh the estimate by the ratio, so that its gradient is the KL's (DeepSeek-V3.2)"
+    )
+
+
+def step_conflict(setting: str) -> str:
+    return (
+        f"the rewards value single steps of a reply, and {setting} knows whole replies alone; leave it out, or take a "
+        "reward without steps"
     )
 
 
@@ -192,6 +200,12 @@ class GrpoStage(OnlineBase):
 
     def doubts(self, products: str) -> Iterator[Doubt]:
         yield from super().doubts(products)
+        models = any(isinstance(source, ProcessRef) for _, source in self.scored_by())
+        if self.scale_rewards == "group" and models and self.pays_steps():
+            sentence = (
+                "scores of steps are hardly ever all equal, and where all replies are right this makes much of noise"
+            )
+            yield Doubt("scale_rewards", sentence, "set scale_rewards: batch or none")
         if self.clip == "none" and not self.one_step:
             steps = self.epochs * self.minibatches
             sentence = f"without a ratio, the later of a rollout's {steps} steps learn as if their policy had sampled"
@@ -212,8 +226,9 @@ class GrpoStage(OnlineBase):
     def _of_advantages(self) -> Iterator[tuple[bool, str]]:
         own = self.baseline in ("group", "others")
         scale = self.scale_rewards
-        models = any(isinstance(term.source, RewardModelRef) for term in self.rewards)
-        negative = models or any(term.weight < 0 for term in self.rewards)
+        checks = [source for _, source in self.scored_by() if isinstance(source, CheckRef)]
+        below = any(check.lowest < 0 for check in checks) or any(term.weight < 0 for term in self.rewards)
+        negative = bool(self.reward_models()) or below
         yield self.baseline == "critic", "baseline: critic is PPO, which has GAE with it; use a stage of kind: ppo"
         yield (
             scale == "group" and not own,
@@ -238,6 +253,9 @@ class GrpoStage(OnlineBase):
             "scale_rewards: batch divides by 0 where all scores are equal, and baseline: none leaves them their "
             "advantage; use scale_rewards: none, or baseline: batch",
         )
+        if self.pays_steps():
+            for setting, given in self.knows_replies_alone().items():
+                yield given, step_conflict(setting)
         if self.combine == "each":
             yield (
                 self.missing_eos_penalty > 0 and any(term.weight < 0 for term in self.rewards),
@@ -251,6 +269,15 @@ class GrpoStage(OnlineBase):
                 "others and scale_rewards: group or batch",
             )
             yield self.reward_clip is not None, "reward_clip holds the rewards' sum, and combine: each makes none"
+
+    def knows_replies_alone(self) -> dict[str, bool]:
+        """The settings with which single steps of a reply have no advantages, and whether they are given."""
+        return {
+            "ratio: sequence": self.ratio == "sequence",
+            "scale_rewards: mean": self.scale_rewards == "mean",
+            f"baseline: {self.baseline}": self.baseline not in ("group", "others"),
+            "combine: each": self.combine == "each",
+        }
 
     def _of_the_loss(self) -> Iterator[tuple[bool, str]]:
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -32,10 +32,3 @@ class JudgeCard(Strict):
     )
     max_ece: float | None = Field(None, ge=0, le=1, description="expected calibration error; default: no bound")
     force: bool = Field(False, description="go on beyond the bounds; the card says so")
-
-
-def without_force(settings: dict[str, Any]) -> dict[str, Any]:
-    """A stage's settings as its fingerprint has them: to force computes nothing again."""
-    if "card" not in settings:
-        return settings
-    return settings | {"card": {name: value for name, value in settings["card"].items() if name != "force"}}

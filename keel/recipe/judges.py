@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from keel.recipe.process_card import ProcessCard
 from keel.recipe.sections import Strict
+from keel.recipe.steps import ProcessRef, Steps, StepsRef, Thinking
+from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 
 
 class PythonRef(Strict):
@@ -50,10 +54,83 @@ class PythonFeedbackRef(Strict):
     ref: str
 
 
-class RewardTerm(Strict):
-    """One source of reward, with its weight in the sum."""
+# What checks a reply without a model.
+CheckRef = VerifyRef | FormatRef | RandomRef
+# What scores a whole reply.
+OutcomeRef = Annotated[PythonRef | RewardModelRef | VerifyRef | FormatRef | RandomRef, Field(discriminator="kind")]
+StepForm = Literal["progress", "min", "sum", "gated"]
 
-    source: Annotated[PythonRef | RewardModelRef, Field(discriminator="kind")]
+
+class ProcessTerm(Strict):
+    """A reward for the steps of a reply, made of what a process reward model (or a function) says of each
+    (``keel.reward.process_forms`` has the formulas)."""
+
+    kind: Literal["process"] = "process"
+    model: str | None = Field(
+        None, description="a process_reward stage or a folder; the same as scorer: {kind: process}"
+    )
+    scorer: StepsRef | None = Field(None, description="what scores steps, where it is no process reward model's name")
+    form: StepForm = Field(
+        "progress",
+        description="progress: what a step changes of the score, which more steps cannot raise; min: the lowest step "
+        "counts (PURE); sum: each step's score (DeepSeekMath), which pays for more steps; gated: the outcome, where "
+        "every step reaches bound",
+    )
+    temperature: float = Field(0.1, gt=0, description="min: the lower, the more the lowest step alone counts")
+    bound: float = Field(0.5, gt=0, le=1, description="from where on a step is right, for gated and in figures")
+    start: float = Field(
+        0.5, ge=0, le=1, description="progress: the score before the first step; GRPO's baseline takes it out"
+    )
+    outcome: OutcomeRef | None = Field(None, description="gated: what scores the whole reply")
+    steps: Steps | None = Field(None, description="where steps end; default: as the model was trained, else lines")
+    step_pattern: str | None = Field(
+        None,
+        description="a regular expression that a step should match (an equation, say); those that do not are counted",
+    )
+    thinking: Thinking | None = Field(None, description="marks of thinking, whose length is logged")
+    card: ProcessCard | None = Field(
+        None, description="what a wrong number and mere style do to the scores, measured first; default: it is not"
+    )
+
+    @property
+    def scores(self) -> StepsRef:
+        """What scores the steps."""
+        return self.scorer or ProcessRef(model=self.model or "")
+
+    @property
+    def pays_steps(self) -> bool:
+        """Whether single steps have values (else the reply has one)."""
+        return self.form != "gated"
+
+    @field_validator("step_pattern")
+    @classmethod
+    def _pattern_compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ProcessTerm:
+        if (self.model is None) == (self.scorer is None):
+            raise ValueError("a process reward has a model (a process_reward stage or a folder) or a scorer; give one")
+        if self.form == "gated" and self.outcome is None:
+            raise ValueError("form: gated lets an outcome through; set outcome: {kind: ...}, what scores whole replies")
+        if self.form != "gated" and self.outcome is not None:
+            raise ValueError(
+                f"outcome is what form: gated lets through, and form is {self.form}; give the outcome as a reward of "
+                "its own, with its weight"
+            )
+        return self
+
+
+class RewardTerm(Strict):
+    """One source of reward, with its weight in the sum. A process reward of weight 0 is only watched."""
+
+    source: Annotated[
+        PythonRef | RewardModelRef | ProcessTerm | VerifyRef | FormatRef | RandomRef, Field(discriminator="kind")
+    ]
     weight: float = 1.0
 
 
@@ -63,8 +140,19 @@ class MixedRef(Strict):
     kind: Literal["mixed"] = "mixed"
     rewards: list[RewardTerm] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _no_cards(self) -> MixedRef:
+        if any(isinstance(term.source, ProcessTerm) and term.source.card for term in self.rewards):
+            raise ValueError(
+                "a judge's process reward is not tried on changed replies; leave card out, or set it in rewards"
+            )
+        return self
 
-JudgeRef = Annotated[PythonRef | RewardModelRef | MixedRef | EndpointRef, Field(discriminator="kind")]
+
+JudgeRef = Annotated[
+    PythonRef | RewardModelRef | MixedRef | EndpointRef | VerifyRef | FormatRef | RandomRef,
+    Field(discriminator="kind"),
+]
 # What can say which of two replies is better: by its score of each, or by comparing them.
 ComparerRef = Annotated[
     PythonRef | RewardModelRef | MixedRef | EndpointRef | LanguageModelRef | PythonFeedbackRef,

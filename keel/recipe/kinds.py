@@ -14,10 +14,12 @@ _HELP = re.compile(r'^    help: ClassVar\[str\] = "(.*)"$', re.MULTILINE)
 
 
 def stage_kinds() -> dict[str, str]:
-    """Kind -> its ``help``, in the order of the recipe's union of stages: ``SftStage`` is kind ``sft``, in sft.py."""
+    """Kind -> its ``help``, in the order of the recipe's union of stages: ``SftStage`` is kind ``sft``, in sft.py;
+    ``ProcessRewardStage`` is ``process_reward``."""
     union = _UNION.search((_HERE / "recipe.py").read_text(encoding="utf-8"))
     assert union is not None, "recipe.py has no union of stages"
-    return {kind: _help(kind) for kind in map(str.lower, re.findall(r"(\w+)Stage\b", union.group(1)))}
+    names = re.findall(r"(\w+)Stage\b", union.group(1))
+    return {kind: _help(kind) for kind in (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in names)}
 
 
 def _help(kind: str) -> str:

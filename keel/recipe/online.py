@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import moments
-from keel.recipe.declared import ROWS, Doubt, LearnsFrom, Reference, Scoring, prompt_pool, terms
-from keel.recipe.judges import PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.declared import ROWS, Doubt, LearnsFrom, Reference, Scoring, cards_of, prompt_pool, terms
+from keel.recipe.judges import ProcessTerm, PythonRef, RewardModelRef, RewardTerm
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.recipe.stage import PolicyBase, Surroundings
+from keel.recipe.steps import ProcessRef
 
 
 class OnlineBase(PolicyBase):
@@ -57,6 +58,9 @@ class OnlineBase(PolicyBase):
             yield "watch", self.watch
         yield from terms("rewards", self.rewards)
 
+    def cards(self) -> Iterator[tuple[str, str]]:
+        yield from cards_of("rewards", self.rewards)
+
     def references(self) -> Iterator[Reference]:
         yield from super().references()
         if self.reference is not None:
@@ -79,6 +83,12 @@ class OnlineBase(PolicyBase):
         if self.old_logprobs == "sampler" and products == "bf16":
             sentence = "in bfloat16 the sampler's log-probabilities differ from the trainer's, and ratios with them"
             yield Doubt("old_logprobs", sentence, "use old_logprobs: auto")
+        for i, term in enumerate(self.rewards):
+            source = term.source
+            if isinstance(source, ProcessTerm) and isinstance(source.scores, ProcessRef) and source.card is None:
+                sentence = "nobody has seen what a wrong number and mere style do to the process reward model's scores"
+                remedy = f"set {self.name}.rewards.{i}.source.card.replies to a step_labels stage or a file"
+                yield Doubt(f"rewards.{i}.source.card", sentence, remedy)
 
     def kl_weight(self) -> float:
         """How strongly its policy is held to the reference."""
@@ -90,7 +100,17 @@ class OnlineBase(PolicyBase):
 
     def on_its_base(self) -> list[str]:
         """With ``one_base``: the names of the reward models that share it."""
-        return [term.source.model for term in self.rewards if isinstance(term.source, RewardModelRef)]
+        return self.reward_models()
+
+    def reward_models(self) -> list[str]:
+        """The names of those that score whole replies."""
+        return [one.model for _, one in terms("rewards", self.rewards) if isinstance(one, RewardModelRef)]
+
+    def pays_steps(self) -> bool:
+        """Whether a process reward gives values to single steps of a reply."""
+        return any(
+            isinstance(term.source, ProcessTerm) and term.source.pays_steps and term.weight for term in self.rewards
+        )
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
@@ -123,6 +143,12 @@ class OnlineBase(PolicyBase):
         named = [term.source.model_dump_json() for term in self.rewards]
         if len(set(named)) < len(named):
             raise ValueError("rewards: two terms have the same source; leave one out and add its weight to the other's")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process(self) -> OnlineBase:
+        if sum(isinstance(term.source, ProcessTerm) for term in self.rewards) > 1:
+            raise ValueError("rewards: two terms value the steps of a reply; leave one out")
         return self
 
     @model_validator(mode="after")

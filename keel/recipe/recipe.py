@@ -29,12 +29,14 @@ from keel.recipe.dpo import DpoStage
 from keel.recipe.eval import EvalStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.ppo import PpoStage
+from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.report import ReportStage
 from keel.recipe.reward import RewardStage
 from keel.recipe.sample import SampleStage
 from keel.recipe.sections import DataConfig, LoggingConfig, ModelConfig, Strict
 from keel.recipe.sft import SftStage
 from keel.recipe.stage import StageBase
+from keel.recipe.step_labels import StepLabelsStage
 
 Stage = Annotated[
     SftStage
@@ -42,6 +44,8 @@ Stage = Annotated[
     | CritiqueStage
     | AnnotateStage
     | RewardStage
+    | StepLabelsStage
+    | ProcessRewardStage
     | DpoStage
     | PpoStage
     | GrpoStage

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.recipe.declared import ROWS, Makes, ModelUse, Reference, Scoring, prompt_pool, terms
+from keel.recipe.declared import ROWS, Makes, ModelUse, Reference, Scoring, cards_of, prompt_pool, terms
 from keel.recipe.judges import RewardTerm
+from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.recipe.stage import StageBase, Surroundings, start_has_template
 
@@ -17,7 +18,7 @@ class SampleStage(StageBase):
     help: ClassVar[str] = "sample responses to prompts"
     makes: ClassVar[tuple[Makes, ...]] = ("responses", "demonstrations")
     stored: ClassVar[Literal["nothing", "copy", "all"]] = "copy"
-    later: ClassVar[frozenset[str]] = frozenset({"seed"})
+    later: ClassVar[frozenset[str]] = frozenset({"seed", "search"})
 
     kind: Literal["sample"] = "sample"
     seed: int | None = Field(
@@ -41,10 +42,18 @@ class SampleStage(StageBase):
         "none, they are the first that differ",
     )
     min_reward: float | None = Field(None, description="responses whose reward is lower are left out")
+    search: SearchConfig | None = Field(
+        None, description="the kept response is the one that a search finds; default: responses are sampled"
+    )
     sampling: SamplingConfig = SamplingConfig()
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         yield from terms("rewards", self.rewards)
+        if self.search is not None:
+            yield from self.search.scored_by("search")
+
+    def cards(self) -> Iterator[tuple[str, str]]:
+        yield from cards_of("rewards", self.rewards)
 
     def references(self) -> Iterator[Reference]:
         yield Reference("model", self.model, ("policy",))
@@ -62,12 +71,31 @@ class SampleStage(StageBase):
     def seed_of(self, recipe_seed: int) -> int:
         return recipe_seed if self.seed is None else self.seed
 
+    def searches(self) -> Mapping[str, SearchConfig]:
+        return {} if self.search is None else {self.name: self.search}
+
+    def converses(self) -> Iterator[str]:
+        if self.search is not None and self.search.how == "revise":
+            yield self.model
+
     def samples(self) -> SamplingConfig:
         return self.sampling
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
         start_has_template(self, self.model, recipe)
+
+    @model_validator(mode="after")
+    def _search_alone(self) -> SampleStage:
+        if self.search is None:
+            return self
+        if self.rewards or self.candidates:
+            raise ValueError("search says which response is kept; leave rewards and candidates out, or leave it out")
+        if self.per_prompt != 1:
+            raise ValueError(f"a search gives one response a prompt, and per_prompt is {self.per_prompt}; set it to 1")
+        if self.search.sampling is None:
+            self.search.check_sampling(self.sampling, "sampling")
+        return self
 
     @model_validator(mode="after")
     def _something_to_choose(self) -> SampleStage:

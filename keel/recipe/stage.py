@@ -27,7 +27,10 @@ from keel.recipe.declared import (
     source_references,
 )
 from keel.recipe.judges import RewardModelRef
+from keel.recipe.process_card import cards_without_force
+from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
+from keel.recipe.steps import ProcessRef, Steps, StepsRead
 
 
 class Surroundings(Protocol):
@@ -58,7 +61,6 @@ class StageBase(Strict):
     of_what_is_there: ClassVar[bool] = False  # it takes what the earlier stages have made so far, and waits for none
     gives_template: ClassVar[bool] = False  # its model has a chat template, whatever it starts from
     compares_models: ClassVar[bool] = False  # the models that it loads are asked the same
-    converses: ClassVar[bool] = False  # it asks the models that it loads in several turns, so they need a chat template
     weights_on_disk: ClassVar[int] = 0  # float32 copies of the model in its folder while it works, but for those kept
     # Settings that this class got after runs had been made. At their defaults they do what was done before, and a
     # fingerprint leaves them out, so that those runs still stand.
@@ -73,13 +75,19 @@ class StageBase(Strict):
         later = frozenset[str]().union(*(kind.__dict__.get("later", ()) for kind in type(self).__mro__))
         fields = type(self).model_fields
         same = {name for name in later if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
-        return self.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds", *same})
+        left = self.model_dump(mode="json", exclude={"name", "log_every", "save_every_seconds", *same})
+        settings: dict[str, Any] = cards_without_force(left)
+        return settings
 
     def references(self) -> Iterator[Reference]:
         """Every field that names a stage or a checkpoint folder."""
         for place, source in self.scored_by():
             if isinstance(source, RewardModelRef):
                 yield Reference(f"{place}.model", source.model, ("reward model",))
+            elif isinstance(source, ProcessRef):
+                yield Reference(f"{place}.model", source.model, ("process reward model",))
+        for place, replies in self.cards():
+            yield Reference(place, replies, ("step labels",))
 
     def also_uses(self, before: Sequence[StageBase]) -> Iterator[str]:
         """The names of earlier stages that it uses without naming them."""
@@ -87,6 +95,10 @@ class StageBase(Strict):
 
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         """(dotted name of the field, source) of everything that scores, judges or annotates for it."""
+        yield from ()
+
+    def cards(self) -> Iterator[tuple[str, str]]:
+        """(dotted name of the field, stage or file) of the replies that its process rewards' cards change."""
         yield from ()
 
     def reads(self, data: DataConfig) -> tuple[str, ...]:
@@ -110,6 +122,14 @@ class StageBase(Strict):
         """Between which bounds a rating in its files is neither up nor down."""
         return None
 
+    def steps_read(self) -> StepsRead | None:
+        """How it reads the files of labelled steps that it names in ``labels``; None: it names none."""
+        return None
+
+    def cuts(self) -> tuple[str, Steps] | None:
+        """The stage whose replies it cuts into steps, and how; None: no stage's."""
+        return None
+
     def from_store(self, voted: Collection[str]) -> StoreRead:
         """What it learns from in the store. ``voted``: the stages that make votes."""
         return StoreRead()
@@ -126,9 +146,22 @@ class StageBase(Strict):
         """How it samples from each language model that it loads; None: not at all."""
         return None
 
+    def samplings(self) -> tuple[SamplingConfig, ...]:
+        """All the ways in which it samples, those of its searches too."""
+        own = (self.samples(), *(search.sampling for search in self.searches().values()))
+        return tuple(sampling for sampling in own if sampling is not None)
+
     def compares(self) -> tuple[str, str] | None:
         """The policy and the reference whose log-probabilities it compares, by the names of their checkpoints."""
         return None
+
+    def converses(self) -> Iterator[str]:
+        """The models that it asks in several turns, so that they need a chat template."""
+        yield from ()
+
+    def searches(self) -> Mapping[str, SearchConfig]:
+        """The searches at test time that it has, by name."""
+        return {}
 
     def asked_alike(self) -> Iterator[str]:
         """The checkpoints whose KL from one another it measures, so that all need a chat template."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -54,6 +55,17 @@ class PythonStepsRef(Strict):
 # What says how good each step of a reply is.
 StepsRef = Annotated[ProcessRef | PythonStepsRef, Field(discriminator="kind")]
 Aggregate = Literal["min", "product", "last", "mean"]
+
+
+@dataclass(frozen=True)
+class StepsRead:
+    """How a stage reads labelled steps. ``outcome``: the last one's label alone is learned. ``bound``: a step is right
+    where its label is above it."""
+
+    steps: Steps
+    neutral: Literal["good", "bad", "out"] = "good"
+    outcome: bool = False
+    bound: float = 0.5
 
 
 class Thinking(Strict):

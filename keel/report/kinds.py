@@ -111,6 +111,37 @@ KINDS: Mapping[str, Kind] = {
         ),
         judged=True,
     ),
+    "step_labels": Kind(
+        what="steps labelled by where they lead",
+        facts=(
+            Shown("replies", "replies"),
+            Shown("labelled steps", "labelled_steps"),
+            Shown("right answers", "right", percent),
+            Shown("stopped, hopeless", "hopeless"),
+        ),
+    ),
+    "process_reward": Kind(
+        "Process reward model",
+        "labelled steps → a score a step",
+        (
+            Shown("replies", "rows"),
+            Shown("judged steps", "steps_labelled"),
+            Shown("a reply's score", "aggregate"),
+            Shown("accuracy", "eval/accuracy", percent),
+        ),
+        (
+            Panel("loss", "nats per step", _LOSSES),
+            Panel(
+                "probability that a step is right",
+                "mean over held-out steps",
+                (
+                    Line("right steps", ("eval/p/good",), measured=True),
+                    Line("wrong steps", ("eval/p/bad",), measured=True),
+                ),
+                (0.0, 1.0),
+            ),
+        ),
+    ),
     "dpo": Kind(
         "DPO",
         "learns from the pairs",

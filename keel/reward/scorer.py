@@ -15,6 +15,7 @@ from keel.model.heads import ScalarModel
 from keel.model.modules import context_length
 from keel.precision import autocast
 from keel.reward.python_ref import Grader, grades_of
+from keel.reward.trace import Trace
 from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, UserError, place_of
 
 SCORE_TOKENS = 16_384  # tokens in one forward pass where nothing is kept for a backward pass
@@ -55,6 +56,11 @@ class RewardModelScorer:
             raise UserError(
                 f"{reward_model.tokenizer.name_or_path}: this reward model was trained elsewhere, and its tokenizer "
                 "has no chat template that would say what it reads; put the one that it was trained with there"
+            )
+        if reward_model.process is not None:
+            raise UserError(
+                f"{reward_model.tokenizer.name_or_path}: this is a process reward model, which scores steps and no "
+                "replies; name it with kind: process, or name a reward model"
             )
         self.reward_model = reward_model
         self.batch_tokens = batch_tokens
@@ -106,11 +112,13 @@ def frozen_scorer(reward_model: ScalarModel, precision: str) -> RewardModelScore
 
 
 class RewardPart(NamedTuple):
-    """One term of a mixed reward."""
+    """One term of a mixed reward. ``outcome``: it says whether a reply's answer is right, which figures of the steps
+    are held against."""
 
     scorer: Scorer
     weight: float
     name: str
+    outcome: bool = False
 
 
 class MixedScorer:
@@ -126,13 +134,29 @@ class MixedScorer:
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         """``Scores.parts`` are what each term's replies earn in all."""
         found = [part.scorer.score(prompts, completions) for part in self.parts]
+        paid = [(part.weight, s) for part, s in zip(self.parts, found, strict=True) if s.steps and part.weight]
         weighted = [
-            [tuple(replace(step, value=part.weight * step.value) for step in steps) for steps in scores.steps]
-            for part, scores in zip(self.parts, found, strict=True)
-            if scores.steps
+            [tuple(replace(step, value=weight * step.value) for step in steps) for steps in scores.steps]
+            for weight, scores in paid
         ]
+        baselines = {scores.step_baseline for _, scores in paid}
+        if len(baselines) > 1:
+            raise UserError("a mixed reward values steps in two ways; leave one of the terms out")
         return Scores(
             torch.stack([part.weight * scores.reply_N for part, scores in zip(self.parts, found, strict=True)]).sum(0),
             tuple(tuple(chain.from_iterable(steps)) for steps in zip(*weighted, strict=True)),
             {part.name: scores.total_N for part, scores in zip(self.parts, found, strict=True)},
+            baselines.pop() if baselines else "steps",
+            self._traces(found),
+        )
+
+    def _traces(self, found: Sequence[Scores]) -> tuple[Trace, ...]:
+        """What is known of the replies' steps, with the outcome by the first term that knows it."""
+        traces = next((scores.traces for scores in found if scores.traces), ())
+        known = [scores.total_N.tolist() for part, scores in zip(self.parts, found, strict=True) if part.outcome]
+        if not known:
+            return traces
+        return tuple(
+            replace(trace, outcome=right) if trace.outcome is None else trace
+            for trace, right in zip(traces, known[0], strict=bool(traces))
         )

@@ -24,7 +24,7 @@ from keel.recipe.sections import SamplingConfig
 from keel.rollout.cuda import CudaDecoder, slots_that_fit
 from keel.rollout.llama import Decoder, Weights
 from keel.rollout.slots import Slots
-from keel.rollout.tokens import completion_limits, finite, not_finite, stream_key, uniforms
+from keel.rollout.tokens import completion_limits, finite, not_finite, streams_of, uniforms
 from keel.types import Completion
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Request:
     index: int
     prompt: tuple[int, ...]
     limit: int
+    stream: int = 0
 
 
 class EmbeddedSampler:
@@ -52,11 +53,18 @@ class EmbeddedSampler:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
+    ) -> list[Completion]:
         limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
-        requests = [Request(i, tuple(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+        keys = streams_of(seed, len(prompts), streams)
+        requests = [Request(i, tuple(p), *of) for i, (p, *of) in enumerate(zip(prompts, limits, keys, strict=True))]
         weights = Weights.of(self.model, self.dtype, apart=on_gpu(self.model))
         if weights.packed and not _finite_head(self.model):
             raise not_finite("prompt 0")
@@ -64,7 +72,7 @@ class EmbeddedSampler:
         slots = -(-sampling.batch_size // len(parts))
         done: list[Completion | None] = [None] * len(requests)
         threads = torch.get_num_threads() if len(parts) == 1 else 1
-        runs = [Scheduler(self, weights, part, min(slots, len(part)), threads, sampling, seed, done) for part in parts]
+        runs = [Scheduler(self, weights, part, min(slots, len(part)), threads, sampling, done) for part in parts]
         if len(runs) == 1:
             runs[0].run()
         else:
@@ -148,10 +156,9 @@ class Scheduler:
         slots: int,
         threads: int,
         sampling: SamplingConfig,
-        seed: int,
         done: list[Completion | None],
     ) -> None:
-        self.sampling, self.seed = sampling, seed
+        self.sampling = sampling
         context = max(len(r.prompt) + r.limit for r in requests)
         if weights.embedding_VH.is_cuda:
             slots = slots_that_fit(weights, slots, context)
@@ -214,8 +221,7 @@ class Scheduler:
         s.limit[rows] = torch.tensor([r.limit for r in requests], device=device)
         s.sampled[rows] = 0
         s.active[rows] = 1
-        keys = [stream_key(self.seed, r.index) for r in requests]
-        s.uniforms[rows] = uniforms(keys, self.sampling.max_new_tokens).to(device)
+        s.uniforms[rows] = uniforms([r.stream for r in requests], self.sampling.max_new_tokens).to(device)
 
     def _prefill(self, new: list[tuple[int, Request]]) -> None:
         """Fills the cache for ``new``, in passes of bounded size, every distinct prompt once a pass."""

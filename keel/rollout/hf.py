@@ -25,7 +25,7 @@ from keel.model.padded import stretched_beyond
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.roads import Road, passable
-from keel.rollout.tokens import choose, completion_limits, finite, stream_key, uniforms
+from keel.rollout.tokens import choose, completion_limits, finite, streams_of, uniforms
 from keel.types import Completion
 
 
@@ -43,13 +43,19 @@ class TransformersSampler:
         self.accepts = set(inspect.signature(inner_model(model).forward).parameters)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
+    ) -> list[Completion]:
         limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
         road = self.road(max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
         with _ready(self.model):
-            return finite(self.along(road, prompts, limits, sampling, seed))
+            return finite(self.along(road, prompts, limits, sampling, seed, streams))
 
     @torch.inference_mode()
     def road(self, longest: int) -> Road:
@@ -59,18 +65,25 @@ class TransformersSampler:
             return passable(self.model, longest, plain.along)
 
     def along(
-        self, road: Road, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingConfig, seed: int
+        self,
+        road: Road,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
     ) -> list[Completion]:
         """One completion for each prompt, of at most ``limits`` tokens. The model is ready (see :func:`_ready`)."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # little padding in a batch
         alike = [list(same) for _, same in groupby(order, key=lambda i: len(prompts[i]))]
         size = 1 if road.batch == "alone" else sampling.batch_size
+        keys = streams_of(seed, len(prompts), streams)
         done: dict[int, Completion] = {}
         for rows in [order] if road.batch == "any" else alike:
             for part in (rows[start : start + size] for start in range(0, len(rows), size)):
                 batch = self._padded([prompts[i] for i in part])
                 limit = torch.tensor([limits[i] for i in part], device=batch[0].device)
-                noise = uniforms([stream_key(seed, i) for i in part], int(limit.max())).to(batch[0].device)
+                noise = uniforms([keys[i] for i in part], int(limit.max())).to(batch[0].device)
                 decode = self._generate if road.way == "generate" else self._loop
                 completions = decode(*batch, limit, noise, sampling, road)
                 done.update(zip(part, completions, strict=True))

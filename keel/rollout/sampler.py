@@ -17,12 +17,19 @@ from keel.types import Completion, UserError
 
 
 class Sampler(Protocol):
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
+    ) -> list[Completion]:
         """One completion for each prompt (token ids), in the order of the prompts.
 
         Prompt ``i`` draws from a stream of random numbers that ``(seed, i)`` determines, so neither ``batch_size`` nor
         the order in which sequences finish changes what is sampled (beyond the rounding of a differently shaped
-        matrix product, which can tip a draw that lies within it). ``Completion.text`` is left empty.
+        matrix product, which can tip a draw that lies within it). ``Completion.text`` is left empty. ``streams``: what
+        determines each prompt's stream in the place of ``seed`` and its place (``keel.rollout.tokens.stream_key``).
 
         Raises UserError for an empty prompt and for one that leaves no room in the model's context. A completion that
         reaches the context limit ends there with ``finished=False``.

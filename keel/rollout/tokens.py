@@ -19,6 +19,8 @@ from keel.types import Completion, UserError
 # Nats a token between a sampler's log-probabilities and the model's own: above it, ratios mean nothing.
 MISMATCH_BOUND = 0.5
 
+_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step from one number of a stream to the next
+
 
 def choose(logits_SV: Tensor, uniforms_S: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Draws one token a row: -> (ids [S] int64, log-probabilities [S] float32).
@@ -119,12 +121,25 @@ def stream_key(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def streams_of(seed: int, count: int, streams: Sequence[int] | None) -> list[int]:
+    """Where each prompt's stream starts: as given, else by ``seed`` and its place."""
+    if streams is None:
+        return [stream_key(seed, i) for i in range(count)]
+    assert len(streams) == count, "a stream for each prompt"
+    return list(streams)
+
+
+def further(key: int, numbers: int) -> int:
+    """Where the stream that starts at ``key`` goes on after ``numbers`` of its numbers."""
+    return _signed((key + numbers * _GOLDEN) % (1 << 64))
+
+
 def uniforms(keys: Sequence[int], length: int) -> Tensor:
     """[N, length] float32 in (0, 1]: the first numbers of each stream, a pure function of its key.
 
     The generator is SplitMix64 (Steele, Lea and Flood 2014): a hash of a counter, so that there is no state to carry.
     """
-    counter = torch.arange(1, length + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    counter = torch.arange(1, length + 1, dtype=torch.int64) * _signed(_GOLDEN)
     bits = mix64(torch.tensor(keys, dtype=torch.int64)[:, None] + counter)
     return (_shift_right(bits, 40) + 1).to(torch.float32) * 2.0**-24
 

@@ -25,7 +25,7 @@ from keel.model.merged import merged_weights
 from keel.model.modules import context_length, inner_model
 from keel.precision import Precision, autocast
 from keel.recipe.sections import SamplingConfig
-from keel.rollout.tokens import MISMATCH_BOUND, completion_limits, finite, stream_key
+from keel.rollout.tokens import MISMATCH_BOUND, completion_limits, finite, streams_of
 from keel.run import restore_rng, rng_state
 from keel.types import Completion, Encoded, UserError
 
@@ -70,25 +70,31 @@ class VllmSampler:
         self.fits = (0, 0)  # what the engine was built for: sequences together, tokens of a prompt with its completion
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int] | None = None,
+    ) -> list[Completion]:
         limits = completion_limits(prompts, sampling.max_new_tokens, context_length(self.model))
         if not prompts:
             return []
         random = rng_state()  # vLLM seeds the global generators when it starts, and draws from them when it samples
         try:
-            return finite(self._generate(prompts, limits, sampling, seed))
+            return finite(self._generate(prompts, limits, sampling, streams_of(seed, len(prompts), streams)))
         finally:
             restore_rng(random)
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingConfig, seed: int
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingConfig, keys: Sequence[int]
     ) -> list[Completion]:
         self._build(sampling.batch_size, max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(self.model)})
         self.engine.reset_prefix_cache()  # of the old weights
         outputs = self.engine.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [self._settings(sampling, limit, stream_key(seed, i)) for i, limit in enumerate(limits)],
+            [self._settings(sampling, limit, key) for limit, key in zip(limits, keys, strict=True)],
             use_tqdm=False,
         )
         completions = [self._completion(output.outputs[0]) for output in outputs]

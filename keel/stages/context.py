@@ -18,9 +18,12 @@ from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import DataConfig, Source
+from keel.recipe.steps import PythonStepsRef
 from keel.reward.python_ref import load_python
 from keel.run.rundir import RunDir, StageDir
 from keel.types import Reporter, UserError
+
+STEP_LABELS = "step_labels.jsonl"  # in the folder of a stage that makes step labels
 
 
 class UndeclaredRead(Exception):
@@ -138,7 +141,14 @@ class StageContext:
             raise _undeclared(self.stage, f"the file {name}", "files")
         return name
 
-    def python(self, ref: PythonRef) -> Callable[..., Any]:
+    def labels(self, name: str) -> str:
+        """Where the step labels lie that a recipe calls ``name``: a stage's, or a file."""
+        if name not in {reference.target for reference in self.stage.references()}:
+            raise _undeclared(self.stage, f"the step labels {name}", "references")
+        is_stage = name in {stage.name for stage in self.recipe.stages}
+        return str(self.parent(name).path / STEP_LABELS) if is_stage else name
+
+    def python(self, ref: PythonRef | PythonStepsRef) -> Callable[..., Any]:
         """The function that scores, judges or annotates for the stage."""
         if all(source != ref for _, source in self.stage.scored_by()):
             raise _undeclared(self.stage, f"the function {ref.ref}", "scored_by")
@@ -153,6 +163,7 @@ class StageContext:
 
     @property
     def store_url(self) -> str:
-        if self.stage.stored == "nothing" and store_read(self.recipe, self.stage) == StoreRead():
+        replies = any("responses" in reference.makes for reference in self.stage.references())  # they lie there
+        if self.stage.stored == "nothing" and not replies and store_read(self.recipe, self.stage) == StoreRead():
             raise _undeclared(self.stage, "the store", "from_store or stored")
         return self.recipe.store or self.run.store_url

@@ -13,6 +13,7 @@ from keel.eval.checkpoints import FrontierInputs, measure_frontier
 from keel.eval.models import EvaluationInputs, OfflineRun, OnlineRun, evaluate_models
 from keel.eval.revisions import Chain, flags_by_revision
 from keel.eval.reward_quality import gold_accuracy
+from keel.eval.search import Marks
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
 from keel.recipe.critique import CritiqueStage
@@ -34,9 +35,11 @@ from keel.stages.inputs import (
 )
 from keel.stages.judge_card import card_of_judge, refuse_beyond
 from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
+from keel.stages.search import Searching
 from keel.types import Judge, Preference, Scorer
 
 SUMMARY = ("stages", "order", "baseline", "judge", "judge_card", "alarms")
+OPTIONAL = ("frontier", "revisions", "search", "search_curve", "search_thirds")
 
 
 def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
@@ -83,6 +86,9 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         gold=gold,
         card_pairs=stage.card.pairs if stage.card is not None else 0,
     )
+    searching = None
+    if stage.search:  # that the judge can count what they find is said before anything is sampled
+        searching = Searching(stage, context, prompts, Marks(inputs.judge, prompts), precision)
     of_people = stage.card is not None and gold is None
     cards = card_of_judge(stage, context, inputs.judge, []) if of_people else None  # before anything is sampled
     summary = evaluate_models(inputs, context.reporter)
@@ -91,6 +97,8 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         # A judge beyond its bounds is refused below, when the rest is kept.
         summary["judge_card"] = cards or card_of_judge(stage, context, inputs.judge, judged, refuse=False)
         summary["alarms"] += summary["judge_card"]["alarms"]
+    if searching is not None:
+        summary |= searching.summary()
     if stage.frontier is not None:
         summary["frontier"] = _frontier(stage, stage.frontier, context, inputs, drawn, places)
     if stage.revisions is not None:
@@ -104,7 +112,7 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     context.run.write_summary(summary)
     if stage.card is not None:
         refuse_beyond(stage.name, stage.card, summary["judge_card"], context.stage_dir.path)
-    return {name: summary[name] for name in (*SUMMARY, "frontier", "revisions") if name in summary}
+    return {name: summary[name] for name in (*SUMMARY, *OPTIONAL) if name in summary}
 
 
 def _frontier(

@@ -17,8 +17,10 @@ from keel.feedback.stored import training_demonstrations, training_steps, traini
 from keel.recipe.declared import PEOPLE
 from keel.recipe.sections import DataConfig
 from keel.recipe.sft import SftStage
-from keel.recipe.stage import PreferenceBase
+from keel.recipe.stage import PreferenceBase, StageBase
 from keel.recipe.thumbs import ThumbsBase
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import known_answer
 from keel.run import atomic_write_text, read_json
 from keel.stages.context import StageContext
 from keel.store.rows import storable
@@ -104,6 +106,25 @@ def write_pairs(path: Path, pairs: Sequence[Preference]) -> None:
             "annotator": pair.annotator,
         }
         for pair in pairs
+    ]
+    _write_rows(path, rows)
+
+
+def write_step_labels(path: Path, stage: str, records: Sequence[StepLabels]) -> None:
+    """Writes labelled replies as `keel.data.sources.read_steps` reads them, numbered behind the stage's name."""
+    rows = [
+        {
+            "id": f"{stage}:{number}",
+            "prompt_id": one.prompt.id,
+            **({"kind": one.prompt.kind} if one.prompt.kind else {}),
+            **({"meta": dict(one.prompt.meta)} if one.prompt.meta else {}),
+            "prompt": [_plain(message) for message in one.prompt.messages],
+            "completions": [storable(step) for step in one.steps],
+            "labels": list(one.labels),
+            "finished": one.finished,
+            "annotator": one.annotator,
+        }
+        for number, one in enumerate(records)
     ]
     _write_rows(path, rows)
 
@@ -318,6 +339,19 @@ def _pool(context: StageContext) -> list[Prompt]:
 
 def training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     """Prompts for sampling, PPO and GRPO, without those that the evaluation holds out."""
+    return answered(_training_prompts(source, context), context.stage)
+
+
+def answered(prompts: list[Prompt], stage: StageBase) -> list[Prompt]:
+    """The prompts. Raises UserError for one without the answer that the stage holds replies against: before compute."""
+    fields = {source.field for _, source in stage.scored_by() if isinstance(source, VerifyRef)}
+    for name in sorted(fields):
+        for prompt in prompts:
+            known_answer(prompt, name)
+    return prompts
+
+
+def _training_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     if source is not None:
         return read_prompts(context.file(source), reading(context))
     data = context.recipe.data
@@ -341,6 +375,11 @@ def training_side(pool: Sequence[Prompt], heldout: set[str] | None, data: DataCo
 
 
 def heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
+    """What the evaluation asks."""
+    return answered(_heldout_prompts(source, context), context.stage)
+
+
+def _heldout_prompts(source: str | None, context: StageContext) -> list[Prompt]:
     data = context.recipe.data
     if source:
         return read_prompts(context.file(source), reading(context))

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from keel.recipe.judges import RewardModelRef
 from keel.recipe.ppo import PpoStage
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
     training_prompts,
 )
 from keel.stages.scoring import mixed_scorer
-from keel.stages.training import require_chat_template, training_context, watching_judge
+from keel.stages.training import decoding, require_chat_template, training_context, watching_judge
 from keel.train.ppo import train_ppo
 from keel.train.roles import roles_of
 
 
 def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
     training = training_context(stage, context)
-    models = [term.source.model for term in stage.rewards if isinstance(term.source, RewardModelRef)]
+    models = stage.reward_models()
     critic = stage.critic or (models[0] if models else None)
-    scorer = mixed_scorer(stage.rewards, context, training.precision, roles_of(stage, training))
+    decode = decoding(stage, context)
+    scorer = mixed_scorer(stage.rewards, context, training.precision, roles_of(stage, training), decode)
     reference = context.model_path(stage.reference or stage.model)
     prompts = training_prompts(stage.prompts, context)
     require_chat_template(stage, prompts, context)

@@ -12,10 +12,12 @@ from keel.stages.dpo import run_dpo
 from keel.stages.eval import run_eval
 from keel.stages.grpo import run_grpo
 from keel.stages.ppo import run_ppo
+from keel.stages.process_reward import run_process_reward
 from keel.stages.report import run_report
 from keel.stages.reward import run_reward
 from keel.stages.sample import run_sample
 from keel.stages.sft import run_sft
+from keel.stages.step_labels import run_step_labels
 
 RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
     "sft": run_sft,
@@ -23,6 +25,8 @@ RUNNERS: Mapping[str, Callable[[Any, StageContext], dict[str, Any]]] = {
     "critique": run_critique,
     "annotate": run_annotate,
     "reward": run_reward,
+    "step_labels": run_step_labels,
+    "process_reward": run_process_reward,
     "dpo": run_dpo,
     "ppo": run_ppo,
     "grpo": run_grpo,

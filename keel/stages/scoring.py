@@ -6,10 +6,26 @@ from collections.abc import Sequence
 
 from keel.model.checkpoint import load_scalar
 from keel.precision import Precision
-from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.judges import (
+    CheckRef,
+    EndpointRef,
+    JudgeRef,
+    MixedRef,
+    OutcomeRef,
+    ProcessTerm,
+    PythonRef,
+    RewardModelRef,
+    RewardTerm,
+)
+from keel.recipe.steps import PythonStepsRef, StepsRef
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import CheckScorer, make_check
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
+from keel.reward.process import ProcessScorer, PythonSteps, frozen_process
+from keel.reward.process_term import Decode, ProcessTermScorer
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardModelScorer, RewardPart, frozen_scorer
 from keel.stages.context import StageContext
+from keel.stages.process_card import card_of_steps
 from keel.train.roles import Roles
 from keel.types import Judge, Scorer, UserError
 
@@ -24,22 +40,64 @@ def reward_model_scorer(
 
 
 def mixed_scorer(
-    terms: Sequence[RewardTerm], context: StageContext, precision: Precision, roles: Roles | None = None
+    terms: Sequence[RewardTerm],
+    context: StageContext,
+    precision: Precision,
+    roles: Roles | None = None,
+    decode: Decode | None = None,
 ) -> Scorer:
+    """``decode``: the tokens of the policy that is trained as text, where rewards fall on them."""
     parts = []
     for term in terms:
-        if isinstance(term.source, PythonRef):
-            scorer: Scorer = PythonScorer(context.python(term.source))
+        if isinstance(term.source, ProcessTerm):
+            scorer: Scorer = _process_scorer(term.source, context, precision, roles, decode)
         else:
-            scorer = reward_model_scorer(term.source.model, context, precision, roles)
-        parts.append(RewardPart(scorer, term.weight, source_name(term.source)))
+            scorer = _outcome_scorer(term.source, context, precision, roles)
+        right = isinstance(term.source, PythonRef | VerifyRef)
+        parts.append(RewardPart(scorer, term.weight, source_name(term.source), right))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
 
 
-def source_name(source: PythonRef | RewardModelRef | EndpointRef) -> str:
-    return source.ref if isinstance(source, PythonRef) else source.model
+def _outcome_scorer(source: OutcomeRef, context: StageContext, precision: Precision, roles: Roles | None) -> Scorer:
+    """What scores whole replies."""
+    if isinstance(source, PythonRef):
+        return PythonScorer(context.python(source))
+    if isinstance(source, CheckRef):
+        return CheckScorer(make_check(source))
+    return reward_model_scorer(source.model, context, precision, roles)
+
+
+def _process_scorer(
+    term: ProcessTerm, context: StageContext, precision: Precision, roles: Roles | None, decode: Decode | None
+) -> ProcessTermScorer:
+    outcome = None if term.outcome is None else _outcome_scorer(term.outcome, context, precision, roles)
+    scores = step_scorer(term.scores, context, precision)
+    steps = scores.steps if isinstance(scores, ProcessScorer) else None
+    if None not in (term.steps, steps) and term.steps != steps:
+        raise UserError(
+            f"stage {context.stage_dir.name}: its process reward cuts replies otherwise than {source_name(term)} was "
+            "trained to judge them; leave the reward's steps out"
+        )
+    scorer = ProcessTermScorer(term, scores, steps, outcome, decode)
+    if term.card is not None:
+        card_of_steps(term.card, scores, scorer.steps, context)
+    return scorer
+
+
+def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> ProcessScorer | PythonSteps:
+    """What says how good each step of a reply is: a process reward model, or a Python function."""
+    if isinstance(ref, PythonStepsRef):
+        return PythonSteps(context.python(ref), ref.ref)
+    return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
+
+
+def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm | CheckRef) -> str:
+    if isinstance(source, CheckRef):
+        return source.named
+    named = source.scores if isinstance(source, ProcessTerm) else source
+    return named.ref if isinstance(named, PythonRef | PythonStepsRef) else named.model
 
 
 def default_reward(context: StageContext) -> str | None:
@@ -52,6 +110,8 @@ def make_judge(ref: JudgeRef | None, context: StageContext, precision: Precision
         return JudgeFromPython(context.python(ref))
     if isinstance(ref, EndpointRef):
         return EndpointJudge(ref, reporter=context.reporter, kept=context.stage_dir.path / "grades.jsonl")
+    if isinstance(ref, CheckRef):
+        return make_check(ref)
     if isinstance(ref, MixedRef):
         return JudgeFromScorer(mixed_scorer(ref.rewards, context, precision))
     name = ref.model if isinstance(ref, RewardModelRef) else default_reward(context)

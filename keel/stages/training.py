@@ -11,10 +11,12 @@ from keel.data.sources import read_texts
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.model.shared_base import SharedBase
 from keel.precision import pick_precision
+from keel.recipe.judges import ProcessTerm
 from keel.recipe.offline import OfflineBase
 from keel.recipe.online import OnlineBase
 from keel.recipe.stage import PolicyBase, TrainBase
 from keel.reward.judge import JudgeFromPython
+from keel.reward.process_term import Decode
 from keel.stages.context import StageContext
 from keel.stages.inputs import (
     heldout_prompts,
@@ -35,6 +37,13 @@ def require_chat_template(stage: TrainBase, prompts: Sequence[Prompt], context: 
             f"{len(prompts)} prompts, which have several messages, it would see the last one alone; start from an SFT "
             "stage, which gives it a template"
         )
+
+
+def decoding(stage: OnlineBase, context: StageContext) -> Decode | None:
+    """The policy's tokens as text, where rewards fall on the steps that it writes."""
+    if not any(isinstance(term.source, ProcessTerm) for term in stage.rewards):
+        return None
+    return Chat(load_tokenizer(context.source(stage.model))).decode
 
 
 def watching_judge(stage: OnlineBase, context: StageContext) -> Judge | None:

@@ -23,6 +23,13 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Settings = dict[str, Any]  # dotted keys, as key=value on the command line
 
 OF_THE_STUDY = ("seed", "store", "name")  # sections of a recipe that a study sets itself
+FILES = ("demonstrations", "prompts", "heldout_prompts", "pretraining", "base_text", "facts")  # what fills data, too
+ALSO = {
+    "constitutional": (
+        "red_team", "helpful_prompts", "training_prompts", "helpful_demonstrations", "lessons", "faulty_demonstrations",
+        "red_team_test",
+    ),
+}  # fmt: skip
 WORLD = "harbor:"  # how a place begins that stands for one of the built-in world's files
 
 
@@ -35,6 +42,16 @@ class Harbor(Strict):
     pretraining_tokens: int = Field(40_000, ge=1)
     base_text_tokens: int = Field(25_000, ge=1)
     facts: int = Field(300, ge=1)
+    also: list[Literal["constitutional"]] = Field(
+        default_factory=list, description="the files of keel demo --constitutional too, as harbor:NAME"
+    )
+
+    def sizes(self) -> dict[str, int]:
+        return self.model_dump(exclude={"also"})
+
+    def names(self) -> tuple[str, ...]:
+        """Its files, by what stands behind ``harbor:``."""
+        return (*FILES, *(name for one in self.also for name in ALSO[one]))
 
 
 class Figure(Strict):
@@ -239,7 +256,7 @@ def _recipe_of(study: Study, whole: Draft, path: Path) -> Draft:
 
 @dataclass(frozen=True)
 class World:
-    """What the built-in world has for a seed: the base model's folder, and files by their names in ``data:``."""
+    """What the built-in world has for a seed: the base model's folder, and files by name (``Harbor.names``)."""
 
     model: str
     files: Mapping[str, str]
@@ -254,7 +271,8 @@ def arm_recipe(plan: Plan, arm: str, seed: int, store: str, world: World | None)
     """
     tree = _copied(plan.draft.tree)
     if world is not None:
-        for section, given in (("model", {"path": world.model}), ("data", world.files)):
+        data = {name: file for name, file in world.files.items() if name in FILES}
+        for section, given in (("model", {"path": world.model}), ("data", data)):
             if isinstance(tree.get(section) or {}, dict):  # else the recipe's check says what it is
                 tree[section] = {**given, **(tree.get(section) or {})}
     draft = Draft(tree, plan.draft.origin, plan.draft.lines)

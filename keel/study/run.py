@@ -60,8 +60,7 @@ def units_of(made: Plan, out: Path, make_world: MakeWorld) -> list[Unit]:
 
 def _no_world(harbor: Harbor | None) -> World | None:
     """Names in the place of files that are not made yet."""
-    names = ("demonstrations", "prompts", "heldout_prompts", "pretraining", "base_text", "facts")
-    return None if harbor is None else World("base", {name: name for name in names})
+    return None if harbor is None else World("base", {name: name for name in harbor.names()})
 
 
 def checked(units: Sequence[Unit]) -> list[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from keel.rollout.episodes import EpisodeSampler
 from keel.rollout.tokens import stream_key
 from keel.train.context import TrainContext
 from keel.train.schedule import EpochSchedule
+from keel.train.trace_figures import trace_figures
 from keel.types import Episode, Scorer, Scores
 
 
@@ -33,7 +34,9 @@ class Drawn:
         for begin in range(0, len(self.episodes), size):
             part, scores = slice(begin, begin + size), self.scores
             parts = {name: part_N[part] for name, part_N in scores.parts.items()}
-            yield Drawn(self.episodes[part], Scores(scores.reply_N[part], scores.steps[part], parts))
+            traces = scores.traces[part]
+            found = Scores(scores.reply_N[part], scores.steps[part], parts, scores.step_baseline, traces)
+            yield Drawn(self.episodes[part], found)
 
     @staticmethod
     def together(groups: Sequence[Drawn], figures: Mapping[str, float]) -> Drawn:
@@ -46,6 +49,8 @@ class Drawn:
                 torch.cat([s.reply_N for s in scores]),
                 tuple(of_reply for of_group in steps for of_reply in of_group) if any(s.steps for s in scores) else (),
                 {name: torch.cat([s.parts[name] for s in scores]) for name in scores[0].parts},
+                next((s.step_baseline for s in scores if s.steps), "steps"),
+                tuple(trace for s in scores for trace in s.traces),
             ),
             figures,
         )
@@ -62,7 +67,12 @@ class Draws:
         self.schedule = EpochSchedule(known, self.prompts, self.count * self.prompts / known, context.seed)
 
     def rollout(self, iteration: int) -> Drawn:
-        return self.of(self.schedule.batch(iteration), self.seed(iteration))
+        drawn = self.of(self.schedule.batch(iteration), self.seed(iteration))
+        return replace(drawn, figures=self.trace_figures(drawn))
+
+    def trace_figures(self, drawn: Drawn) -> dict[str, float]:
+        """The figures of the replies' steps, over prompts as they come and not those that were chosen for training."""
+        return trace_figures([e.prompt.id for e in drawn.episodes], drawn.scores.traces, self.config.group_size)
 
     def seed(self, iteration: int) -> int:
         return self.context.seed * 1_000_003 + iteration
@@ -111,6 +121,7 @@ class Refilled(Draws):
             "rollout/prompts_drawn": (self.drawn - before) / self.prompts,
             "rollout/unfilled": sum(still) / self.prompts,
             "objective/scores_drawn": float(first.scores.total_N.float().mean()),
+            **self.trace_figures(first),
         }
         return Drawn.together(groups, figures)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from keel.objective.group import each_normalised, group_advantages, step_advantages, token_weights, without_spread
 from keel.objective.kl import k1
 from keel.objective.ratio import TokenTerms, grpo_loss, per_completion, sampler_weights
-from keel.recipe.grpo import GrpoStage
+from keel.objective.traces import trace_advantages
+from keel.recipe.grpo import GrpoStage, step_conflict
 from keel.train.context import TrainContext
 from keel.train.drawing import Drawn, Refilled
 from keel.train.figures import policy_stats
@@ -54,9 +55,12 @@ class Grpo(Online[GrpoStage]):
         valid_N, lengths_N = self._valid(shaped), episodes.offsets.diff()
         steps_C, still_G = self._signal(shaped)
         reward_N, figures = self._reward(episodes)
-        advantage_C = self._outcome(reward_N, shaped, valid_N).repeat_interleave(lengths_N)
-        if steps_C is not None:
-            advantage_C = advantage_C + steps_C
+        if shaped.steps is not None and shaped.step_baseline != "steps":
+            advantage_C = self._with_steps(reward_N, shaped)
+        else:
+            advantage_C = self._outcome(reward_N, shaped, valid_N).repeat_interleave(lengths_N)
+            if steps_C is not None:
+                advantage_C = advantage_C + steps_C
         self.figures = {
             "frac_reward_zero_std": float(still_G.float().mean()),
             **episodes.figures,
@@ -77,6 +81,22 @@ class Grpo(Online[GrpoStage]):
         assert shaped.terms_NK is not None, "several rewards have several terms"
         weights = torch.tensor([term.weight for term in config.rewards])
         return each_normalised(shaped.terms_NK, weights, *how)
+
+    def _with_steps(self, reward_N: Tensor, shaped: Shaped) -> Tensor:
+        """Advantages of tokens whose steps are held against something of their own."""
+        config = self.config
+        assert shaped.steps is not None
+        assert config.baseline != "critic", "the recipe refuses it"
+        return trace_advantages(
+            reward_N,
+            shaped.steps,
+            shaped.offsets,
+            config.group_size,
+            shaped.step_baseline,
+            config.scale_rewards,
+            config.baseline,
+            self._valid(shaped),
+        )
 
     def _reward(self, episodes: Episodes) -> tuple[Tensor, dict[str, float]]:
         """Each completion's reward, less its KL where that stands there (Ahmadian et al. 2024: of the whole reply)."""
@@ -103,7 +123,10 @@ class Grpo(Online[GrpoStage]):
         if shaped.steps is None:
             return None, still_G
         assert scale != "mean", "refused with steps"
-        steps_C = step_advantages(shaped.steps, shaped.offsets, size, scale, valid_N)
+        if shaped.step_baseline == "steps":
+            steps_C = step_advantages(shaped.steps, shaped.offsets, size, scale, valid_N)
+        else:
+            steps_C = self._with_steps(shaped.score_N, shaped)
         tokens_G = shaped.offsets.diff().view(-1, size).sum(1).tolist()
         return steps_C, still_G & torch.tensor([not bool(of_group.any()) for of_group in steps_C.split(tokens_G)])
 
@@ -123,18 +146,9 @@ class Grpo(Online[GrpoStage]):
             )
         if shaped.steps is None:
             return
-        wrong = {
-            "ratio: sequence": config.ratio == "sequence",
-            "scale_rewards: mean": config.scale_rewards == "mean",
-            f"baseline: {config.baseline}": config.baseline not in ("group", "others"),
-            "combine: each": config.combine == "each",
-        }
-        for setting, given in wrong.items():
+        for setting, given in config.knows_replies_alone().items():
             if given:
-                raise UserError(
-                    f"{config.name}: the rewards value single steps of a reply, and {setting} knows whole replies "
-                    "alone; leave it out, or take a reward without steps"
-                )
+                raise UserError(f"{config.name}: {step_conflict(setting)}")
 
     # ---------------------------------------------------------------------------------------------------- loss
 

@@ -215,7 +215,16 @@ def train_online(algorithm: Online[Any], context: TrainContext, policy_begins: i
     with context.stage.checkpoint() as folder:
         dtype = save(rollouts.policy, tokenizer, folder)
     rows = context.stage.metrics.rows()
-    shown = ("objective/", "completions/", "eval/", "policy/entropy", "val/explained", "rollout/", "frac_reward")
+    shown = (
+        "objective/",
+        "completions/",
+        "eval/",
+        "policy/entropy",
+        "val/explained",
+        "rollout/",
+        "frac_reward",
+        "process/",
+    )
     return {
         "episodes": rollouts.count * config.rollout_batch,
         "steps": steps,

@@ -14,6 +14,7 @@ from keel.data.collate import micro_batches_by_prompt, pack_by_prompt
 from keel.model.logprobs import token_logprobs
 from keel.model.measure import Pass, measure
 from keel.objective.policy import StepValues, episode_scores, overlong_share
+from keel.objective.traces import StepBaseline
 from keel.precision import autocast
 from keel.recipe.online import OnlineBase
 from keel.rollout.episodes import EpisodeSampler
@@ -42,6 +43,7 @@ class Shaped(NamedTuple):
     steps: StepValues | None
     finished_N: Tensor
     offsets: Tensor
+    step_baseline: StepBaseline = "steps"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Episodes:
     terms_NK: Tensor | None = None
     finished_N: Tensor | None = None
     sampled_logp_C: Tensor | None = None
+    step_baseline: StepBaseline = "steps"
 
     @property
     def lengths(self) -> list[int]:
@@ -69,7 +72,7 @@ class Episodes:
     @property
     def shaped(self) -> Shaped:
         ended_N = torch.ones(len(self.rows), dtype=torch.bool) if self.finished_N is None else self.finished_N
-        return Shaped(self.shaped_N, self.terms_NK, self.steps, ended_N, self.offsets)
+        return Shaped(self.shaped_N, self.terms_NK, self.steps, ended_N, self.offsets, self.step_baseline)
 
 
 class RolloutCollector:
@@ -141,6 +144,7 @@ class RolloutCollector:
             shaped.terms_NK,
             shaped.finished_N,
             sampled_logp_C,
+            shaped.step_baseline,
         )
 
     def shape(self, drawn: Drawn) -> Shaped:
@@ -162,6 +166,7 @@ class RolloutCollector:
             placed_steps(scores, drawn.episodes, offsets, config.reward_clip),
             finished_N,
             offsets,
+            scores.step_baseline,
         )
 
     # -------------------------------------------------------------------------------------------- measuring

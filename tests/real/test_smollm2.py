@@ -130,5 +130,13 @@ def test_the_reward_model_scores_alike_in_transformers(run: Path) -> None:
 
 
 def test_one_can_talk_to_it(run: Path) -> None:
-    said = keel("chat", str(run), "--stage", "sft", stdin="What is 3 plus 4?\n/quit\n")
-    assert "7" in said, said
+    """The reply is the greedy one of transformers, whatever so small a model knows of sums."""
+    said = keel("chat", str(run), "--stage", "sft", "--temperature", "0", stdin="What is 3 plus 4?\n/quit\n")
+    own = AutoModelForCausalLM.from_pretrained(run / "sft", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "sft")
+    asked = [{"role": "user", "content": "What is 3 plus 4?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = own.generate(**ids, do_sample=False, max_new_tokens=64)
+    expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert expected.split()
+    assert " ".join(expected.split()) in " ".join(said.split())

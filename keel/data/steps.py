@@ -1,0 +1,151 @@
+"""Steps of a reply -> the tokens with which they end.
+
+What separates two steps may be one token with what stands before it (".\\n\\n") or behind it (a newline and the next
+line's indentation), and it may be cut otherwise at the end of a text than before more of it. So white space belongs to
+no step: a step ends with the token that holds the last of its signs. That token is the same whether the reply is whole
+or stops there, and so is a score that is read there.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from keel.data.chat import Chat
+from keel.recipe.steps import Steps
+from keel.types import Encoded, Message, StepLabels, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# How many signs a token is by itself, by tokenizer: decoding is slow.
+_ALONE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, int]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSteps:
+    """A prompt with a reply, and the place in ``row.ids`` of each step's last token."""
+
+    row: Encoded
+    ends: tuple[int, ...]
+
+
+def encode_steps(
+    chat: Chat, replies: Sequence[tuple[Sequence[Message], Sequence[str]]], places: Sequence[str] = ()
+) -> list[EncodedSteps]:
+    """Replies (messages, steps), whole or as far as they go, without an end token: a step is judged by what stands up
+    to its end. A template may take white space off a reply's ends. ``places``: where each comes from, for errors."""
+    rows = chat.encode_replies([(messages, "".join(steps), False) for messages, steps in replies], places)
+    found = []
+    for i, (row, (_, steps)) in enumerate(zip(rows, replies, strict=True)):
+        begin = len(row.prompt_ids)
+        ends = ends_in_tokens(chat.tokenizer, row.ids[begin:], steps, places[i] if places else "")
+        found.append(EncodedSteps(row, tuple(begin + end for end in ends)))
+    return found
+
+
+def ends_in_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], steps: Sequence[str], place: str = ""
+) -> tuple[int, ...]:
+    """The place in ``ids``, a reply's tokens, of each step's last token; they rise.
+
+    ``ids`` may be what a template makes of the reply or a completion's own, its end token included. ``steps`` are texts
+    of signs that, joined, are the reply (`keel.recipe.steps.Steps.split`). UserError where a token holds signs of two
+    steps, where a step has none, or where the tokens do not give the reply back. ``place``: where it comes from.
+    """
+    whole = _signs("".join(steps))
+    alone = _ALONE.setdefault(tokenizer, {})
+    for token in set(ids) - alone.keys():
+        alone[token] = len(_signs(_decoded(tokenizer, [token])))
+    so_far = list(accumulate((alone[token] for token in ids), initial=0))
+    ends: list[int] = []
+
+    @cache
+    def read(tokens: int) -> str:
+        return _signs(_decoded(tokenizer, ids[:tokens]))
+
+    where, done = f"{place}: " if place else "", 0
+    for i, text in enumerate(accumulate(steps)):
+        until = len(_signs(text))
+        if until == done:
+            raise UserError(f"{where}step {i + 1} is blank; give steps of text")
+        # Where it ends if tokens read the same alone as together. Bytes of one character do not: those are looked for.
+        tokens, first = bisect_left(so_far, until), ends[-1] + 2 if ends else 1
+        if not first <= tokens <= len(ids) or read(tokens) != whole[:until]:
+            tokens = next((k for k in range(first, len(ids) + 1) if read(k) == whole[:until]), 0)
+        if not tokens and until == len(whole):
+            tokens = len(ids) if read(len(ids)).startswith(whole) else 0  # the last sign and the end are one token
+        if not tokens:
+            raise UserError(where + _why(i, text, read(len(ids)).startswith(whole)))
+        ends.append(tokens - 1)
+        done = until
+    return tuple(ends)
+
+
+def prefixes_in_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], steps: Sequence[str], place: str = ""
+) -> tuple[int, ...]:
+    """How many of ``ids`` hold each prefix of the steps, to be gone on from: up to the step's last sign and, as far as
+    whole tokens hold it, what separates it from the next step. Raises what `ends_in_tokens` does."""
+    lengths = []
+    for end, step in zip(ends_in_tokens(tokenizer, ids, steps, place), steps, strict=True):
+        rest = step[len(step.rstrip()) :]
+        held = _decoded(tokenizer, [ids[end]])
+        rest = rest[len(held) - len(held.rstrip()) :]
+        tokens = end + 1
+        # One that holds the next line's indentation too is taken: without the line's end the step could go on.
+        while rest and tokens < len(ids):
+            blank = _decoded(tokenizer, [ids[tokens]])
+            if not blank or blank.strip() or not (rest.startswith(blank) or blank.startswith(rest)):
+                break
+            rest, tokens = rest[len(blank) :], tokens + 1
+        lengths.append(tokens)
+    return tuple(lengths)
+
+
+def cut_otherwise(records: Sequence[StepLabels], steps: Steps) -> list[StepLabels]:
+    """The replies whose steps are labelled otherwise than ``steps`` would cut them. UserError where one of the two has
+    no steps at all: every reply is one, though some hold several lines."""
+    lines = sum("\n" in record.text.strip() for record in records)
+    cut = [steps.split(record.text) for record in records]
+    if lines and all(len(record.steps) == 1 for record in records):
+        raise UserError(
+            f"each of {len(records)} replies is labelled as one step, and {lines} of them hold several lines; give a "
+            "list of steps with a label each, or learn level: outcome"
+        )
+    if lines and all(len(parts) == 1 for parts in cut):
+        raise UserError(
+            f"steps.by: {steps.by} makes one step of each of {len(records)} replies, though {lines} of them hold "
+            "several lines; set steps.by to what ends a step there"
+        )
+    return [record for record, parts in zip(records, cut, strict=True) if parts != record.steps]
+
+
+def _why(step: int, text: str, faithful: bool) -> str:
+    """Why no token ends a step, ``text`` being all up to its end. ``faithful``: the tokens give the reply back."""
+    if faithful:
+        return (
+            f"one token holds the end of step {step + 1} and the beginning of step {step + 2} ({text[-10:]!r}), so "
+            "neither has an end of its own; cut steps by a blank line or a marker"
+        )
+    return (
+        f"the tokenizer does not give the reply back as it stands, so it is not known where step {step + 1} ends "
+        f"({text[-20:]!r}); leave it out, or use a tokenizer that keeps every sign"
+    )
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _signs(text: str) -> str:
+    """A text without white space, in the form that tokenizers which rewrite texts (NFC, NFKC) bring them to."""
+    return "".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split())

@@ -1,0 +1,113 @@
+"""The process reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from keel.data.collate import messages_hash
+from keel.data.sources import read_steps
+from keel.data.steps import cut_otherwise
+from keel.eval.process_quality import Judged, aggregate_accuracies, process_quality
+from keel.recipe.declared import PEOPLE
+from keel.recipe.process_reward import ProcessRewardStage
+from keel.recipe.steps import Aggregate
+from keel.reward.checks import Verify, answer_part
+from keel.reward.process import ScoredSteps, outcome
+from keel.reward.verify import Verdict, read_answer
+from keel.stages.context import STEP_LABELS, StageContext
+from keel.stages.inputs import reading, step_labels_of_people
+from keel.stages.training import require_chat_template, training_context
+from keel.train.process import train_process
+from keel.types import Completion, StepLabels, UserError, place_of
+
+
+def step_labels(stage: ProcessRewardStage, context: StageContext) -> tuple[list[StepLabels], frozenset[str]]:
+    """The labelled replies of the stages and files that ``stage`` names, and of people; and the ids of those that are
+    no fair sample to measure on, since people were asked about them for what they teach."""
+    made = {other.name for other in context.recipe.stages if "step labels" in other.makes}
+    found: list[StepLabels] = []
+    chosen: frozenset[str] = frozenset()
+    for name in stage.sources:
+        if name == PEOPLE:
+            people = step_labels_of_people(context, stage.neutral)
+            found += people.labels
+            chosen = frozenset(one.id for one in people.labels) - people.random
+        else:
+            file = context.parent(name).path / STEP_LABELS if name in made else context.file(name)
+            found += read_steps(file, reading(context), stage.steps, stage.neutral)
+    if not found:
+        raise UserError(f"stage {stage.name}: no reply with labelled steps in {', '.join(stage.sources)}")
+    return found, chosen
+
+
+def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict[str, Any]:
+    records, chosen = step_labels(stage, context)
+    answers = _answers(records, stage)
+    if stage.verify is not None and stage.level == "outcome":
+        records = [_by_answer(one, answers[_reply(one)]) for one in records]
+    require_chat_template(stage, [record.prompt for record in records], context)
+    cut = cut_otherwise(records, stage.steps) if stage.level == "steps" else []
+    if cut:
+        context.reporter.note(
+            f"{stage.name}: {len(cut)} of {len(records)} replies are labelled in other steps than steps.by: "
+            f"{stage.steps.by} cuts (first: {place_of(cut[0])}), and the model will be asked about those"
+        )
+    accuracies: dict[Aggregate, float] = {}
+
+    def choose(heldout: Sequence[ScoredSteps]) -> Aggregate:
+        accuracies.update(aggregate_accuracies([_judged(one, stage, answers) for one in heldout]))
+        if stage.level == "outcome":
+            return "last"
+        if stage.aggregate != "auto":
+            return stage.aggregate
+        if not accuracies:
+            context.reporter.note(
+                f"{stage.name}: no held-out problem has a right and a wrong reply, so its aggregate is min, unchosen"
+            )
+        return max(accuracies, key=accuracies.__getitem__, default="min")
+
+    summary, heldout = train_process(stage, records, training_context(stage, context), choose)
+    judged = [_judged(one, stage, answers) for one in heldout if one.record.id not in chosen]
+    quality = process_quality(judged, summary["aggregate"], stage.label_bound, context.recipe.seed)
+    return {**summary, "cut_otherwise": len(cut), "aggregates": accuracies, "heldout": quality}
+
+
+Reply = tuple[str, str, bool]
+Answered = tuple[Verdict, str | None]  # what an answer is, and the answer itself
+
+
+def _judged(one: ScoredSteps, stage: ProcessRewardStage, answers: Mapping[Reply, Answered]) -> Judged:
+    """With what is known of the reply's answer: by the prompt's, or else by its last step's label."""
+    record = one.record
+    problem = messages_hash(record.prompt.messages)
+    if stage.verify is not None:
+        verdict, answer = answers[_reply(record)]
+        return Judged(one.scores, record.labels, problem, verdict == "right" if record.finished else None, answer)
+    label = outcome(record, stage.label_bound)
+    return Judged(one.scores, record.labels, problem, None if label is None else label > stage.label_bound)
+
+
+def _reply(record: StepLabels) -> Reply:
+    return record.prompt.id, record.text, record.finished
+
+
+def _answers(records: Sequence[StepLabels], stage: ProcessRewardStage) -> dict[Reply, Answered]:
+    """What each reply answers, where the recipe says how to hold that against the prompt's."""
+    ref = stage.verify
+    if ref is None:
+        return {}
+    replies = [Completion(one.text, finished=one.finished) for one in records]
+    verdicts = Verify(ref).verdicts([one.prompt for one in records], replies)
+    parts = [answer_part(reply.text, ref) for reply in replies]
+    return {
+        _reply(one): (verdict, None if part is None else read_answer(part, ref.read, one.finished))
+        for one, verdict, part in zip(records, verdicts, parts, strict=True)
+    }
+
+
+def _by_answer(record: StepLabels, answered: Answered) -> StepLabels:
+    """With the verdict on its answer in the place of its last step's label, and no other."""
+    label = 1.0 if answered[0] == "right" else 0.0
+    return replace(record, labels=(*(None,) * (len(record.steps) - 1), label))

@@ -1,0 +1,149 @@
+"""Searches at test time for the stages that have them: what a recipe's settings name, made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from keel.data.chat import Chat
+from keel.eval.search import Marks, Searched, figures, pass_rates, powers_below
+from keel.model.checkpoint import frozen, load_policy
+from keel.precision import Precision
+from keel.recipe.eval import EvalSearch, EvalStage
+from keel.recipe.judges import RewardModelRef
+from keel.recipe.search import SearchConfig
+from keel.recipe.sections import SamplingConfig
+from keel.recipe.steps import Aggregate, Steps
+from keel.rollout.tokens import stream_key
+from keel.search.paths import Path
+from keel.search.picking import Ballot
+from keel.search.ranking import Ranker, ReplyRanker, StepRanker
+from keel.search.run import Tools, pool, search
+from keel.search.sampled import Pool
+from keel.stages.context import StageContext
+from keel.stages.scoring import reward_model_scorer, step_scorer
+from keel.types import Prompt, Reporter
+
+APART = -(1 << 32)  # of a seed: the baseline's samples that say how hard prompts are, which no search draws
+
+
+def make_ranker(config: SearchConfig, context: StageContext, precision: Precision) -> tuple[Ranker | None, Steps]:
+    """What scores for a search, and where its steps end: a checkpoint's own, where the settings leave them open."""
+    ref = config.scorer
+    if isinstance(ref, RewardModelRef):
+        return ReplyRanker(reward_model_scorer(ref.model, context, precision)), Steps()
+    if ref is None:
+        return None, Steps()
+    scorer = step_scorer(ref, context, precision)
+    aggregate: Aggregate = getattr(scorer, "aggregate", "min") if config.aggregate is None else config.aggregate
+    steps: Steps = getattr(scorer, "steps", Steps()) if config.steps is None else config.steps
+    return StepRanker(scorer, aggregate), steps
+
+
+def make_ballot(config: SearchConfig) -> Ballot | None:
+    """How the votes of a search are counted, where it has any."""
+    if not config.votes:
+        return None
+    from keel.reward.verify import read_answer, same  # type: ignore[import-not-found,import-untyped]
+
+    return Ballot(lambda text: read_answer(text, config.read), same)
+
+
+def make_tools(
+    config: SearchConfig, model: nn.Module, chat: Chat, sampling: SamplingConfig, context: StageContext,
+    precision: Precision,
+) -> Tools:  # fmt: skip
+    ranker, steps = make_ranker(config, context, precision)
+    return Tools.of(config, model, chat, sampling, steps, ranker, make_ballot(config), precision)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Searching:
+    """An evaluation's searches. ``marks``: made before anything is sampled, since a judge may not fit."""
+
+    stage: EvalStage
+    context: StageContext
+    prompts: Sequence[Prompt]
+    marks: Marks
+    precision: Precision
+
+    def summary(self) -> dict[str, Any]:
+        """Runs all of them, each model's in one go."""
+        stage, seed = self.stage, self.context.recipe.seed
+        done: dict[str, Searched] = {}
+        rates: list[float] = []
+        wanted = {name: config.model or stage.baseline for name, config in stage.search.items()}
+        for model_name in dict.fromkeys([stage.baseline, *wanted.values()]):
+            source = self.context.source(model_name)
+            model, tokenizer = load_policy(source, device=self.context.device, products=self.precision)
+            frozen(model)
+            of_model = _OfModel(self, model_name, model, Chat(tokenizer))
+            if model_name == stage.baseline:
+                # Of the baseline's own samples, by a seed of their own: else luck would sort prompts and be measured.
+                apart = SearchConfig(how="majority", n=stage.pass_rate_samples)
+                drawn = stage.sampling if stage.sampling.temperature > 0 else stage.sampling.at_one()
+                rates = pass_rates(of_model.pool(apart, drawn, stream_key(seed, APART)), self.marks)
+            done |= of_model.searched({name: stage.search[name] for name, of in wanted.items() if of == model_name})
+        ordered = [done[name] for name in stage.search]
+        return figures(ordered, self.marks, rates, stage.pass_rate_samples)
+
+
+@dataclass(frozen=True)
+class _OfModel:
+    """The searches that go through one model's replies."""
+
+    of: Searching
+    name: str
+    model: nn.Module
+    chat: Chat
+
+    def searched(self, configs: dict[str, EvalSearch]) -> dict[str, Searched]:
+        pools: dict[str, list[list[Path]]] = {}
+        sampled = {name: config for name, config in configs.items() if config.sampled}
+        for config in sorted(sampled.values(), key=lambda config: -config.paths):  # the largest serves the others
+            pools[self._key(config)] = pools.get(self._key(config)) or self.pool(config, *self._drawn(config))
+        return {
+            name: self._of_pool(name, config, pools[self._key(config)]) if config.sampled else self._of(name, config)
+            for name, config in configs.items()
+        }
+
+    def pool(self, config: SearchConfig, sampling: SamplingConfig, seed: int) -> list[list[Path]]:
+        tools = Tools.of(config, self.model, self.chat, sampling, Steps(), None, None, self.of.precision)
+        return pool(config, tools, self.of.prompts, sampling, seed, self._reporter)
+
+    def _drawn(self, config: SearchConfig) -> tuple[SamplingConfig, int]:
+        seed = self.of.context.recipe.seed if config.seed is None else config.seed
+        return config.sampling or self.of.stage.sampling, seed
+
+    def _key(self, config: SearchConfig) -> str:
+        """The same for searches that choose from the same samples."""
+        sampling, seed = self._drawn(config)
+        return f"{seed} {sampling.model_dump_json()}"
+
+    def _of_pool(self, name: str, config: EvalSearch, groups: list[list[Path]]) -> Searched:
+        ranker, steps = make_ranker(config, self.of.context, self.of.precision)
+        ballot, n = make_ballot(config), config.paths
+        cut = [[path.in_steps(steps) for path in group] for group in groups]
+        own = Pool.of([group[:n] for group in cut], self.of.prompts, ranker)
+        smaller = {
+            size: [own.found(config, ballot, first, size) for first in range(0, n - size + 1, size)]
+            for size in powers_below(n)
+        }
+        found = own.found(config, ballot, 0, n)
+        return Searched(name, config.how, self.name, n, found, groups, smaller)
+
+    def _of(self, name: str, config: EvalSearch) -> Searched:
+        sampling, seed = self._drawn(config)
+        tools = make_tools(config, self.model, self.chat, sampling, self.of.context, self.of.precision)
+        found = search(config, tools, self.of.prompts, sampling, seed, self._reporter)
+        return Searched(name, config.how, self.name, config.paths, found)
+
+    @property
+    def _reporter(self) -> Reporter:
+        return self.of.context.reporter

@@ -1,0 +1,131 @@
+"""Where steps end among a reply's tokens. The oracle is the tokenizer's own reading of what stands up to an end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_chat import FAMILIES as BYTE_LEVEL
+from test_chat import LLAMA3, SPECIALS, tokenizer
+from test_chat_tokens import FAMILIES as SENTENCEPIECE
+from tiny import tiny_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from keel.data.chat import Chat
+from keel.data.steps import encode_steps, ends_in_tokens
+from keel.recipe.steps import Steps
+from keel.types import Message, UserError
+
+
+def faithful(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With a decoder that joins bytes, as these families have. test_chat_tokens' Metaspace alone writes them out."""
+    fast = made.backend_tokenizer
+    if type(fast.decoder) is decoders.Metaspace:
+        fast.decoder = decoders.Sequence([decoders.ByteFallback(), fast.decoder])
+    return made
+
+
+ASK = (Message("user", "how many?"),)
+CHATS = {
+    **{name: Chat(make()) for name, make in BYTE_LEVEL.items()},
+    **{f"{name}, sentencepiece": Chat(faithful(make())) for name, make in SENTENCEPIECE.items()},
+    "gpt2": Chat(tokenizer(LLAMA3, SPECIALS["llama3"], gpt2=True)),
+    "plain": Chat(tiny_tokenizer()),
+}
+WAYS = (Steps(), Steps(by="blank_line"), Steps(by="marker", marker="ки"))
+TEXTS = (
+    "hello 2+2=4.\nhello you 4*5=20\n\nthe answer is 20",
+    "  hello\n\n\n   indented\n\tfour\n",
+    "2+3=5 ки\n5*2=10 ки\nhello ки",
+    "héllo 🙂\n🙂🙂\n日本\nnaïve",
+    "hello",
+    "a\n.\n\n)\n\n\nb\n1",
+)
+
+
+def signs(text: str) -> str:
+    return "".join(text.split())
+
+
+def read(chat: Chat, ids: tuple[int, ...]) -> str:
+    return signs(chat.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def assert_ends(chat: Chat, text: str, how: Steps) -> None:
+    steps = how.split(text)
+    assert "".join(steps) == text
+    [found] = encode_steps(chat, [(ASK, steps)])
+    begin = len(chat.encode_prompt(ASK))
+    assert len(found.ends) == len(steps)
+    assert [begin - 1, *found.ends] == sorted({begin - 1, *found.ends}), "they rise, all of them within the reply"
+    for i, end in enumerate(found.ends):
+        wanted = signs("".join(steps[: i + 1]))
+        assert read(chat, found.row.ids[begin : end + 1]) == wanted, "what stands up to the end is the steps, no more"
+        assert read(chat, found.row.ids[begin:end]) != wanted, "and no token less"
+    # A reply that stops there has the same tokens and the same end.
+    for i in range(1, len(steps)):
+        [part] = encode_steps(chat, [(ASK, steps[:i])])
+        assert part.ends == found.ends[:i]
+        assert part.row.ids[: part.ends[-1] + 1] == found.row.ids[: part.ends[-1] + 1]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_steps_end_on_tokens(name: str) -> None:
+    for text in TEXTS:
+        for how in WAYS:
+            assert_ends(CHATS[name], text, how)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(alphabet="hello 12+=.\n\t)é🙂", min_size=1).filter(lambda text: text.strip()),
+    st.sampled_from(["llama3", "gpt2", "llama2, sentencepiece", "plain"]),
+    st.sampled_from(WAYS[:2]),
+)
+def test_steps_of_any_text_end_on_tokens(text: str, name: str, how: Steps) -> None:
+    assert_ends(CHATS[name], text, how)
+
+
+def test_a_completions_own_tokens_count() -> None:
+    """A policy may cut a text otherwise than its tokenizer would, and its end token is there too."""
+    chat = CHATS["plain"]
+    letters = [token for letter in "the\nship\n" for token in chat.tokenizer(letter)["input_ids"]]
+    ids = [*letters, *chat.end_ids]
+    assert chat.decode(ids) == "the\nship\n"
+    assert ends_in_tokens(chat.tokenizer, ids, ("the\n", "ship\n")) == (2, 7)
+    whole = chat.tokenizer("the\nship\n")["input_ids"]
+    assert len(whole) < len(letters)
+    assert ends_in_tokens(chat.tokenizer, whole, ("the\n", "ship\n")) == (0, len(whole) - 2)
+
+
+def test_two_newlines_in_one_token_belong_to_the_step_before() -> None:
+    """Behind ")" this family makes one token of sign and newlines: the step ends with it."""
+    chat = CHATS["llama3"]
+    ids = chat.tokenizer("a\n\n\nb", add_special_tokens=False)["input_ids"]
+    tokens = chat.tokenizer.convert_ids_to_tokens(ids)
+    assert tokens == ["a", "ĊĊ", "Ċ", "b"]
+    assert ends_in_tokens(chat.tokenizer, ids, ("a\n\n\n", "b")) == (0, 3)
+
+
+def merging() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that has one for "a\\nb" and one for a newline with what stands around it."""
+    words = ["a\nb", "a", "b", "\n", "c\n  ", "[UNK]"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex("a\nb|c\n  |[^\n]|\n"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="[UNK]", unk_token="[UNK]")
+
+
+def test_what_has_no_end_is_refused_in_a_sentence() -> None:
+    made = merging()
+    ids = made("c\n  b", add_special_tokens=False)["input_ids"]
+    assert ends_in_tokens(made, ids, ("c\n", "  b")) == (0, 1), "the next step's indentation is no sign of it"
+    with pytest.raises(UserError, match=r"^rows.jsonl, line 3: one token holds the end of step 1 and the beginning"):
+        ends_in_tokens(made, made("a\nb", add_special_tokens=False)["input_ids"], ("a\n", "b"), "rows.jsonl, line 3")
+    with pytest.raises(UserError, match="does not give the reply back as it stands"):
+        ends_in_tokens(made, made("a\nx", add_special_tokens=False)["input_ids"], ("a\n", "x"))
+    bytes_written_out = Chat(SENTENCEPIECE["mistral, always"]())
+    with pytest.raises(UserError, match="does not give the reply back as it stands"):
+        encode_steps(bytes_written_out, [(ASK, ("hello\n", "you"))])
+    with pytest.raises(UserError, match="step 2 is blank"):
+        ends_in_tokens(CHATS["plain"].tokenizer, CHATS["plain"].tokenizer("a\n\n")["input_ids"], ("a\n", "\n"))
