@@ -30,6 +30,7 @@ from keel.recipe.sections import SamplingConfig
 from keel.rollout.critique import Critic
 from keel.rollout.said import Journal
 from keel.rollout.writer import Answers
+from keel.study.plan import ALSO
 from keel.types import Completion, Demonstration, Message, Prompt, UserError
 
 PRINCIPLES = {principle.id: principle for principle in read_constitution("harbor").principles}
@@ -263,7 +264,10 @@ def test_constitutional_files(tmp_path: Path) -> None:
         file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for file in tmp_path.iterdir()
     }
-    assert sorted(rows) == ["helpful_demonstrations", "helpful_prompts", "lessons", "red_team", "training_prompts"]
+    assert sorted(rows) == sorted(ALSO["constitutional"])
+    red = [{row["id"] for row in rows[name]} for name in ("red_team", "red_team_test")]
+    assert red[1]
+    assert not red[0] & red[1]
     assert not any(row["kind"] == "harmful" for row in rows["helpful_prompts"])
     assert sum(row["kind"] == "harmful" for row in rows["red_team"]) == 20
     ids = [row["id"] for row in rows["training_prompts"]]

@@ -358,7 +358,7 @@ def test_admin_pages_rank_write_and_edit(browser: Browser, served: Served) -> No
     page.screenshot(path=SHOTS / "manage-prompts.png", full_page=True)
     for kind, label in (("rank", "rank responses"), ("write", "write replies"), ("edit", "edit responses")):
         page.get_by_label("Work").select_option(label=label)
-        page.get_by_role("button", name="Queue", exact=True).click()
+        page.get_by_role("button", name="Queue", exact=True).first.click()
         expect(page.get_by_role("status").first).to_contain_text("items queued")
         assert kind
     page.goto(f"{served.url}/rank")

@@ -47,6 +47,8 @@ QUICK_REASONING = (
     "eval.bootstrap=200",
     *(f"{name}.episodes=128" for name in ("outcome", "progress", "gated")),
     *(f"{name}.rollout_batch=64" for name in ("outcome", "progress", "gated")),
+    "progress.rewards.1.source.card.force=true",  # so little teaches nobody to see a wrong number
+    "gated.rewards.0.source.card.force=true",
     "step_labels.k=2",
     "step_labels.replies=24",
 )
