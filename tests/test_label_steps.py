@@ -223,6 +223,18 @@ def test_a_queue_in_an_order_keeps_a_share_at_random(file_store: Store, clock: C
         work.queue(Steps(), 100, 1, "boss")
 
 
+def test_an_order_of_few_replies_is_filled_up(file_store: Store) -> None:
+    ids = fill(file_store, 12)
+    assert StepWork(file_store, lambda _: {ids[3]: 1.0, ids[7]: 2.0}).queue(Steps(), 10, 1, "boss") == 10
+    with file_store.transaction(writes=False) as connection:
+        rows = overview.browse(connection, "step", None, False, 0, 50)
+        drawn = {row.item_id: row.drawn for row in connection.execute(steps.step_items.select())}
+    ranked = [row["key"] for row in sorted(rows, key=lambda row: row["turn"]) if drawn[row["id"]] == "ranked"]
+    assert len(ranked) == 8
+    known = [key for key in (f"step/{ids[7]}", f"step/{ids[3]}") if key in ranked]  # else they were drawn
+    assert ranked[: len(known)] == known
+
+
 def test_without_an_order_all_are_random(file_store: Store) -> None:
     fill(file_store, 4)
     assert StepWork(file_store).queue(Steps(), 3, 2, "boss") == 3

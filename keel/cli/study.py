@@ -110,19 +110,23 @@ def _left(clock: Clock) -> str:
 
 def make_world(sizes: Harbor, seed: int, folder: Path) -> World:
     """The built-in world's data of a seed in ``folder``, made unless it is there in the same sizes."""
-    from keel.harbor.export import export, export_constitutional
+    from keel.harbor.export import export, export_constitutional, export_reasoning
     from keel.run import RunDir, atomic_dir, read_json, write_json
 
     asked = {**sizes.model_dump(), "seed": seed, "keel": keel.__version__}
-    files = folder / "harbor"
+    files, ledgers = folder / "harbor", sizes.world == "ledgers"
     with RunDir(folder).lock():
         if not (files / MADE).exists() or read_json(files / MADE) != asked:
             with atomic_dir(files) as temporary:
-                export(temporary, seed, **sizes.sizes())
+                if ledgers:
+                    written = sizes.sizes("demonstrations", "prompts", "heldout_prompts", "labelled")
+                    export_reasoning(temporary, seed, **written)
+                else:
+                    export(temporary, seed, **sizes.sizes())
                 if "constitutional" in sizes.also:
                     export_constitutional(temporary, seed, demonstrations=sizes.demonstrations)
                 write_json(temporary / MADE, asked)
-    base = str(Path(keel.__file__).parent / "harbor" / "base")
+    base = str(Path(keel.__file__).parent / "harbor" / ("ledger_base" if ledgers else "base"))
     return World(base, {name: str(files / f"{name}.jsonl") for name in sizes.names()})
 
 

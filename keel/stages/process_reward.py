@@ -70,6 +70,11 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
 
     summary, heldout = train_process(stage, records, training_context(stage, context), choose)
     judged = [_judged(one, stage, answers) for one in heldout if one.record.id not in chosen]
+    if not judged:
+        context.reporter.note(
+            f"{stage.name}: people were asked about every held-out reply for what it teaches, so there are no figures; "
+            "have some labelled that are drawn at random"
+        )
     quality = process_quality(judged, summary["aggregate"], stage.label_bound, context.recipe.seed)
     return {**summary, "cut_otherwise": len(cut), "aggregates": accuracies, "heldout": quality}
 

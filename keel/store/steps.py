@@ -98,26 +98,31 @@ def queue_replies(
     gains: Mapping[int, float] | None = None,
 ) -> int:
     """Queue up to ``count`` replies that were not yet, and say how many. ``gains``: what a label on a reply teaches, by
-    its id; those with the greatest gains come, but for `RANDOM_SHARE`, which is drawn among all. Without it all are
-    drawn at random. UserError where every reply has one step."""
+    its id; those with the greatest gains come first, and where they are too few others behind them, but for
+    `RANDOM_SHARE`, which is drawn among all and comes anywhere between. Without it all are drawn at random. UserError
+    where every reply has one step."""
     found, single = open_replies(connection, split)
     if single and not found:
         raise UserError(
             f"each of the {single} replies that are left is a single step by {_named(split)}; choose another way to cut"
         )
     ids = [reply.id for reply in found]
-    if gains is None:
-        add_steps(connection, DRAW.sample(ids, min(count, len(ids))), split, overlap, BATCH, now)
-        return min(count, len(ids))
     count = min(count, len(ids))
-    drawn = set(DRAW.sample(ids, min(count, max(1, round(RANDOM_SHARE * count)))))
-    best = sorted((id for id in ids if id not in drawn and id in gains), key=lambda id: (-gains[id], id))
-    best = best[: count - len(drawn)]
-    places = set(DRAW.sample(range(len(best) + len(drawn)), len(drawn)))  # those at random come anywhere between
-    at_random, ranked = iter(DRAW.sample(sorted(drawn), len(drawn))), iter(best)
-    order = [next(at_random) if place in places else next(ranked) for place in range(len(best) + len(drawn))]
-    add_steps(connection, order, split, overlap, BATCH, now, ranked=set(best))
-    return len(order)
+    order, ranked = (DRAW.sample(ids, count), None) if gains is None else _in_order(ids, count, gains)
+    add_steps(connection, order, split, overlap, BATCH, now, ranked)
+    return count
+
+
+def _in_order(ids: Sequence[int], count: int, gains: Mapping[int, float]) -> tuple[list[int], set[int]]:
+    """``count`` replies in the order in which they are asked about, and those that were not drawn at random."""
+    drawn = DRAW.sample(ids, min(count, max(1, round(RANDOM_SHARE * count))))
+    rest = [id for id in ids if id not in set(drawn)]
+    best = sorted((id for id in rest if id in gains), key=lambda id: (-gains[id], id))
+    others = [id for id in rest if id not in gains]
+    ranked = [*best, *DRAW.sample(others, len(others))][: count - len(drawn)]
+    places = set(DRAW.sample(range(count), len(drawn)))
+    at_random, by_gain = iter(drawn), iter(ranked)
+    return [next(at_random) if place in places else next(by_gain) for place in range(count)], set(ranked)
 
 
 def add_steps(

@@ -30,6 +30,7 @@ ALSO = {
         "red_team_test",
     ),
 }  # fmt: skip
+LEDGERS = ("demonstrations", "prompts", "heldout_prompts", "labelled_steps")  # of ``world: ledgers``
 WORLD = "harbor:"  # how a place begins that stands for one of the built-in world's files
 
 
@@ -45,12 +46,20 @@ class Harbor(Strict):
     also: list[Literal["constitutional"]] = Field(
         default_factory=list, description="the files of keel demo --constitutional too, as harbor:NAME"
     )
+    world: Literal["harbor", "ledgers"] = Field(
+        "harbor",
+        description="ledgers: the problems of keel demo --reasoning, and the model that was trained on ledgers",
+    )
+    labelled: int = Field(1200, ge=1, description="ledgers: replies whose steps the gold has labelled")
 
-    def sizes(self) -> dict[str, int]:
-        return self.model_dump(exclude={"also"})
+    def sizes(self, *names: str) -> dict[str, int]:
+        """How much of each is written."""
+        return self.model_dump(include=set(names)) if names else self.model_dump(exclude={"also", "world", "labelled"})
 
     def names(self) -> tuple[str, ...]:
         """Its files, by what stands behind ``harbor:``."""
+        if self.world == "ledgers":
+            return LEDGERS
         return (*FILES, *(name for one in self.also for name in ALSO[one]))
 
 
