@@ -107,6 +107,7 @@ class World:
     options: Any = walk
     k: int = 8
     seed: int = 0
+    first: bool = False
     kept: Path | None = None
     context: int | None = None
     judged: list[str] = field(default_factory=list)
@@ -115,7 +116,7 @@ class World:
         self.chat = CHAT
         self.sampler = Table(self.options)
         self.continuations = Continuations(
-            self.sampler, self.chat, self.right, SAMPLING, self.k, self.seed, self.context, self.kept
+            self.sampler, self.chat, self.right, SAMPLING, self.k, self.seed, self.first, self.context, self.kept
         )
 
     def right(self, _: Sequence[Prompt], replies: Sequence[Completion]) -> list[bool]:
@@ -156,12 +157,23 @@ def test_the_estimate_is_unbiased() -> None:
 
 
 def test_hard_labels_say_whether_any_completion_is_right() -> None:
-    text = "down\nup\nup\nup\nyes"
-    soft, hard = (World(k=2) for _ in range(2))
-    [shares] = soft.label(*soft.cut(text)).records
-    [whether] = hard.label(*hard.cut(text), estimate="hard").records
-    assert [float(share > 0) for share in shares.labels] == list(whether.labels)
-    assert 0.5 in shares.labels
+    """The same whether all K are drawn or no more than are needed: 1, 1, 2, 4."""
+    texts = ["down\nup\nup\nup\nyes", "up\nup\ndown\ndown\nno", "up\nsalt\nno", "down\ndown\nup\nup\nyes"]
+    every, needed = World(), World(first=True)
+    shares = every.label(*every.cut(*texts))
+    whether = needed.label(*needed.cut(*texts), estimate="hard")
+    for soft, hard in zip(shares.records, whether.records, strict=True):
+        assert [float(label > 0) for label in soft.labels] == list(hard.labels)
+    tallies = {key: tally.drawn for key, tally in needed.continuations.known.items()}
+    assert set(tallies.values()) <= {1, 2, 4, 8}
+    assert {8} == {tallies[key] for key, tally in every.continuations.known.items() if not tally.right}
+    assert whether.figures["completions"] == sum(tallies.values()) < shares.figures["completions"]
+
+
+def test_the_cap_counts_what_was_drawn() -> None:
+    world = World(lambda *_: [("yes!", 1.0)], first=True)
+    labelled = world.label(*world.cut("up\nup\nup\nup\nyes"), cap=10, estimate="hard")
+    assert labelled.records[0].labels == (1.0, 1.0, 1.0, None, 1.0)  # 1 each, and a fourth could have been 8
 
 
 def test_prefixes_are_gone_on_from_token_by_token() -> None:
@@ -328,7 +340,7 @@ def test_a_prefix_is_known_by_its_prompt_and_its_tokens() -> None:
     ]
     assert len({one.key, *(other.key for other in others)}) == 4
     world = World()
-    world.continuations.known[one.key] = Tally(8, 0, 5)
+    world.continuations.known[one.key] = Tally(8, 8, 0, 5)
     world.continuations.sample([one])
     assert world.sampler.calls == []
 

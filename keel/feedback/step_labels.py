@@ -127,11 +127,7 @@ class Labeller:
     """
 
     def __init__(
-        self,
-        continuations: Continuations,
-        estimate: Literal["hard", "soft"],
-        cap: int | None,
-        reporter: Reporter,
+        self, continuations: Continuations, estimate: Literal["hard", "soft"], cap: int | None, reporter: Reporter
     ) -> None:
         self.continuations, self.estimate, self.cap, self.reporter = continuations, estimate, cap, reporter
 
@@ -140,14 +136,14 @@ class Labeller:
         verdicts = self.continuations.right([one.prompt for one in whole], [one.said for one in whole])
         right = {id(one): verdict for one, verdict in zip(whole, verdicts, strict=True)}
         going = [_Going(one, right.get(id(one)), []) for one in replies]
-        used: dict[str, set[str]] = {}
+        used: dict[str, set[str]] = {}  # prefixes by their prompt
         self.reporter.start("labelling steps", sum(len(one.of.lengths) for one in going))
         for start in range(0, len(going), CHUNK):
             self._chunk(going[start : start + CHUNK], used)
         records = [one.finish() for one in going]
         sampled = [self.continuations.known[key] for keys in used.values() for key in keys]
         labels = [label for record in records for label in record.labels]
-        completions = len(sampled) * self.continuations.k
+        completions = sum(tally.drawn for tally in sampled)
         figures = {
             "replies": len(records),
             "right": _share(sum(one.right is True for one in going), len(whole)),
@@ -167,21 +163,26 @@ class Labeller:
         """One prefix of every reply a round, the shortest first."""
         while going := [one for one in replies if one.open]:
             asked: list[tuple[_Going, Prefix]] = []
+            new: dict[str, set[str]] = {}
             for one in going:
                 prefix = one.of.prefix(len(one.labels) + 1)
-                keys = used.setdefault(prefix.prompt.id, set())
-                within = self.cap is None or (len(keys | {prefix.key})) * self.continuations.k <= self.cap
-                if within:
-                    keys.add(prefix.key)
-                    asked.append((one, prefix))
-                else:
-                    self._end(one, capped=True)
+                there, here = used.get(prefix.prompt.id, set()), new.setdefault(prefix.prompt.id, set())
+                if prefix.key not in there | here and self.cap is not None:
+                    spent = sum(self.continuations.known[key].drawn for key in there)
+                    if spent + (len(here) + 1) * self.continuations.k > self.cap:
+                        self._end(one, capped=True)
+                        continue
+                if prefix.key not in there:
+                    here.add(prefix.key)
+                asked.append((one, prefix))
             self.continuations.sample([prefix for _, prefix in asked])
+            for id, keys in new.items():
+                used.setdefault(id, set()).update(keys)
             for one, prefix in asked:
-                right = self.continuations.known[prefix.key].right
-                one.labels.append(float(right > 0) if self.estimate == "hard" else right / self.continuations.k)
+                tally = self.continuations.known[prefix.key]
+                one.labels.append(float(tally.right > 0) if self.estimate == "hard" else tally.right / tally.drawn)
                 self.reporter.advance()
-                if right == 0 and not one.right:
+                if tally.right == 0 and not one.right:
                     self._end(one, hopeless=True)
 
     def _end(self, one: _Going, hopeless: bool = False, capped: bool = False) -> None:

@@ -59,7 +59,15 @@ def run_step_labels(stage: StepLabelsStage, context: StageContext) -> dict[str, 
         context.reporter.note(f"{stage.name}: left out {sum(left_out.values())} of {len(replies)} replies: {said}")
     chosen = _chosen(stage, context, precision, cut, right, seed)
     continuations = Continuations(
-        sampler, chat, right, stage.sampling, stage.k, seed, context_length(model), context.stage_dir.path / TALLIES
+        sampler,
+        chat,
+        right,
+        stage.sampling,
+        stage.k,
+        seed,
+        first=stage.estimate == "hard",
+        context=context_length(model),
+        kept=context.stage_dir.path / TALLIES,
     )
     labelled = Labeller(continuations, stage.estimate, stage.cap, context.reporter).label(
         [cut[place] for place in chosen.places]
