@@ -16,13 +16,14 @@ from keel.data.chat import Chat
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
+from keel.reward.process import aggregated
 from keel.rollout.collect import Choice, sample_replies, stop_token_ids
 from keel.rollout.sampler import make_sampler
 from keel.rollout.tokens import further, stream_key
 from keel.search.growing import Grower, ended, step_ends
 from keel.search.paths import Costs, Found, Path
 from keel.search.picking import Ballot, pick
-from keel.search.ranking import ReplyRanker, StepRanker, aggregated
+from keel.search.ranking import ReplyRanker, StepRanker
 from keel.search.run import Tools, make_grower, pool, search
 from keel.search.sampled import Pool
 from keel.types import Completion, Message, Prompt, Scores, UserError

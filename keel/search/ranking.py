@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from keel.recipe.steps import Aggregate
+from keel.reward.process import aggregated
 from keel.search.paths import Costs, Path
 from keel.stats import sigmoid
 from keel.types import Prompt, Scorer, StepScorer, UserError
-
-
-def aggregated(scores: Sequence[float], how: Aggregate) -> float:
-    """What the scores of a reply's steps come to; 0 for a reply that says nothing, which has none."""
-    if not scores:
-        return 0.0
-    if how == "min":
-        return min(scores)
-    if how == "product":
-        return math.prod(scores)
-    return scores[-1] if how == "last" else math.fsum(scores) / len(scores)
 
 
 class Ranker(Protocol):
