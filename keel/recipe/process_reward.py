@@ -22,7 +22,7 @@ from keel.recipe.declared import (
 )
 from keel.recipe.sections import DataConfig
 from keel.recipe.stage import TrainBase
-from keel.recipe.steps import Aggregate, Steps, StepsRead
+from keel.recipe.steps import Aggregate, PythonStepsRef, Steps, StepsRead
 from keel.recipe.verify import VerifyRef
 
 
@@ -30,6 +30,7 @@ class ProcessRewardStage(TrainBase):
     help: ClassVar[str] = "train a process reward model on labelled steps"
     makes: ClassVar[tuple[Makes, ...]] = ("process reward model",)
     starts_from: ClassVar[tuple[Makes, ...]] = (*MODELS, "process reward model")
+    later: ClassVar[frozenset[str]] = frozenset({"gold"})
 
     kind: Literal["process_reward"] = "process_reward"
     model: str = "sft"
@@ -64,6 +65,11 @@ class ProcessRewardStage(TrainBase):
     label_bound: float = Field(
         0.5, ge=0, lt=1, description="a step is right where its label is above it: in figures, not in the loss"
     )
+    gold: PythonStepsRef | None = Field(
+        None,
+        description="a function of prompt and steps that knows the truth of each (1 or 0): it stands beside the scores "
+        "in the report's traces; default: the labels do",
+    )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -77,6 +83,8 @@ class ProcessRewardStage(TrainBase):
     def scored_by(self) -> Iterator[tuple[str, Scoring]]:
         if self.verify is not None:
             yield "verify", self.verify
+        if self.gold is not None:
+            yield "gold", self.gold
 
     def from_store(self, voted: Collection[str]) -> StoreRead:
         return StoreRead(steps=frozenset({"people"} if PEOPLE in self.sources else ()))

@@ -13,8 +13,8 @@ from keel.report.constitution import constitution
 from keel.report.frontier import frontier
 from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles, StageFiles, read_run
+from keel.report.reasoning import reasoning
 from keel.report.rounds import round_rows
-from keel.report.searches import searches
 from keel.report.sections import Fact, headline, lineage, pipeline, samples, total_seconds
 from keel.report.table import table
 from keel.report.wording import duration, number, one_place, percent, percent_range, three_places, two_places
@@ -55,7 +55,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         guardrail=guardrail_plots(run, palette),
         constitution=constitution(run, palette),
         frontier=frontier(run, palette),
-        searches=searches(run),
+        reasoning=reasoning(run, palette),
         statements=run.summary.get("guardrail", {}).get("statements", []),
         equal_kl=_equal_kl(run),
         fits=_fits(run),

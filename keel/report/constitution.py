@@ -16,9 +16,18 @@ from keel.report.plots import Axis, Bar, Point, Series, axis, interval_chart, li
 from keel.report.reading import RunFiles, StageFiles
 from keel.report.rounds import VOTES
 from keel.report.sections import Fact
-from keel.report.wording import number, percent, percent_range, phrase, plain, three_places, two_places
+from keel.report.wording import (
+    asked,
+    number,
+    percent,
+    percent_range,
+    phrase,
+    plain,
+    shortened,
+    three_places,
+    two_places,
+)
 
-LONGEST = 3000  # characters of a text that are shown
 ALIKE = 0.35  # share of the words of two texts that they have in common, below which one is the other's replacement
 
 _WHY = {
@@ -172,25 +181,14 @@ def _flag_plots(name: str, flags: Mapping[str, Any], palette: Palette) -> list[M
 
 
 def _revised(record: Mapping[str, Any]) -> Revised:
-    before = _short(record["initial"]["text"])
+    before = shortened(record["initial"]["text"])
     first, steps = before, []
     for revision in record["revisions"]:
-        after = _short(revision["revision"])
-        critique = _short(revision.get("critique") or "")
+        after = shortened(revision["revision"])
+        critique = shortened(revision.get("critique") or "")
         steps.append(Step(str(revision["principle"]), critique, word_changes(before, after)))
         before = after
-    return Revised(_asked(record["messages"]), first, tuple(steps))
-
-
-def _asked(messages: Sequence[Mapping[str, Any]]) -> str:
-    if len(messages) == 1:
-        return _short(messages[0]["content"])
-    return _short("\n".join(f"{message['role']}: {message['content']}" for message in messages))
-
-
-def _short(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " …"
+    return Revised(asked(record["messages"]), first, tuple(steps))
 
 
 def word_changes(before: str, after: str) -> tuple[Piece, ...]:

@@ -45,7 +45,8 @@ class Kind:
     """``heading``: of its plots, and its name where that is an acronym. ``what``: the words on its card; ``chooses``:
     those when it chooses by rewards. ``kl_weight``: the setting that weighs the KL from the reference. ``watched``:
     alarms are raised on its learning curves. ``judged``: how good a judge it is has a section. ``revises``: so has what
-    became of its replies. ``shown``: it has a card."""
+    became of its replies. ``traced``: it judges steps, and some replies are shown with its scores. ``shown``: it has a
+    card."""
 
     heading: str = ""
     what: str = ""
@@ -56,6 +57,7 @@ class Kind:
     watched: bool = False
     judged: bool = False
     revises: bool = False
+    traced: bool = False
     shown: bool = True
 
 
@@ -141,6 +143,7 @@ KINDS: Mapping[str, Kind] = {
                 (0.0, 1.0),
             ),
         ),
+        traced=True,
     ),
     "dpo": Kind(
         "DPO",

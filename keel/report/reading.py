@@ -19,7 +19,8 @@ REVISED = 3  # of a critique stage's prompts that are shown whole
 @dataclass(frozen=True, slots=True)
 class StageFiles:
     """One stage. ``config`` is its part of the recipe, ``entry`` its part of the manifest, ``rows`` its metrics;
-    ``revised``: the first of a critique stage's records that were kept."""
+    ``revised``: the first of a critique stage's records that were kept; ``traces``: a process reward model's
+    ``traces.json``; ``card``: that of what scores a policy's steps. Empty where there is no such file."""
 
     name: str
     kind: str
@@ -28,6 +29,8 @@ class StageFiles:
     summary: Mapping[str, Any]
     rows: tuple[Mapping[str, Any], ...]
     revised: tuple[Mapping[str, Any], ...] = ()
+    traces: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:
@@ -103,17 +106,23 @@ def _is_stage(folder: Path) -> bool:
 
 
 def _read_stage(folder: Path, known: _Known) -> StageFiles:
-    path = folder / "summary.json"
     kind = str(known.config.get("kind") or known.entry.get("kind") or "")
     return StageFiles(
         name=folder.name,
         kind=kind,
         config=known.config,
         entry=known.entry,
-        summary=read_json(path) if path.is_file() else {},
+        summary=_json(folder / "summary.json"),
         rows=tuple(_own_loss(row, known.config) for row in _rows(folder / "metrics.jsonl")),
         revised=_revised(folder) if kind_of(kind).revises else (),
+        traces=_json(folder / "traces.json") if kind_of(kind).traced else {},
+        card=_json(folder / "process_card.json"),
     )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+    return found
 
 
 def _revised(folder: Path) -> tuple[Mapping[str, Any], ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+LONGEST = 3000  # characters of a text that are shown
 
 ACRONYMS = {  # besides the kinds of stage that are acronyms
     "kl": "KL", "rm": "RM", "ipo": "IPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "slic": "SLiC", "exo": "EXO",
-    "ai": "AI", "cai": "CAI", "sl": "SL", "rlaif": "RLAIF",
+    "prm": "PRM", "orm": "ORM", "mc": "MC", "ai": "AI", "cai": "CAI", "sl": "SL", "rlaif": "RLAIF",
     "nca": "NCA", "bco": "BCO", "cpo": "CPO", "sppo": "SPPO",
 }  # fmt: skip
 
@@ -77,3 +79,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    text = text.strip()
+    return text if len(text) <= longest else text[:longest].rstrip() + " …"
+
+
+def asked(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A prompt; of several messages, who said each."""
+    if len(messages) == 1:
+        return shortened(messages[0]["content"])
+    return shortened("\n".join(f"{message['role']}: {message['content']}" for message in messages))

@@ -10,17 +10,22 @@ from keel.data.collate import messages_hash
 from keel.data.sources import read_steps
 from keel.data.steps import cut_otherwise
 from keel.eval.process_quality import Judged, aggregate_accuracies, process_quality
+from keel.eval.process_traces import UNCHOSEN, Trace, draw_traces
 from keel.recipe.declared import PEOPLE
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
 from keel.reward.checks import Verify, answer_part
-from keel.reward.process import ScoredSteps, outcome
+from keel.reward.process import PythonSteps, ScoredSteps, outcome
 from keel.reward.verify import Verdict, read_answer
+from keel.run import write_json
 from keel.stages.context import STEP_LABELS, StageContext
 from keel.stages.inputs import reading, step_labels_of_people
 from keel.stages.training import require_chat_template, training_context
 from keel.train.process import train_process
 from keel.types import Completion, StepLabels, UserError, place_of
+
+TRACES = "traces.json"  # some held-out replies with the scores of their steps, for the report
+KNOWN = ("gold", "mc")  # of those who label, the ones that are nobody's name
 
 
 def step_labels(stage: ProcessRewardStage, context: StageContext) -> tuple[list[StepLabels], frozenset[str]]:
@@ -69,13 +74,22 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
         return max(accuracies, key=accuracies.__getitem__, default="min")
 
     summary, heldout = train_process(stage, records, training_context(stage, context), choose)
-    judged = [_judged(one, stage, answers) for one in heldout if one.record.id not in chosen]
+    fair = [one for one in heldout if one.record.id not in chosen]
+    judged = [_judged(one, stage, answers) for one in fair]
     if not judged:
         context.reporter.note(
             f"{stage.name}: people were asked about every held-out reply for what it teaches, so there are no figures; "
             "have some labelled that are drawn at random"
         )
     quality = process_quality(judged, summary["aggregate"], stage.label_bound, context.recipe.seed)
+    if stage.level == "steps":
+        threshold = quality["first_error"]["bound"] if quality["first_error"] else UNCHOSEN
+        traces = _traces(stage, [one.record for one in fair], judged, context)
+        seed = context.recipe.seed
+        write_json(
+            context.stage_dir.path / TRACES,
+            draw_traces(traces, threshold, summary["aggregate"], stage.label_bound, seed),
+        )
     return {**summary, "cut_otherwise": len(cut), "aggregates": accuracies, "heldout": quality}
 
 
@@ -92,6 +106,23 @@ def _judged(one: ScoredSteps, stage: ProcessRewardStage, answers: Mapping[Reply,
         return Judged(one.scores, record.labels, problem, verdict == "right" if record.finished else None, answer)
     label = outcome(record, stage.label_bound)
     return Judged(one.scores, record.labels, problem, None if label is None else label > stage.label_bound)
+
+
+def _traces(
+    stage: ProcessRewardStage, records: Sequence[StepLabels], judged: Sequence[Judged], context: StageContext
+) -> list[Trace]:
+    """With the gold in the place of the labels, where the recipe names what knows it."""
+    if stage.gold is None:
+        return [
+            Trace(record, one, record.annotator if record.annotator in KNOWN else "")
+            for record, one in zip(records, judged, strict=True)
+        ]
+    gold = PythonSteps(context.python(stage.gold), stage.gold.ref)
+    marks = gold.score_steps([record.prompt for record in records], [record.steps for record in records])
+    return [
+        Trace(record, replace(one, labels=mark), "gold")
+        for record, one, mark in zip(records, judged, marks, strict=True)
+    ]
 
 
 def _reply(record: StepLabels) -> Reply:
