@@ -14,7 +14,6 @@ from keel.reward.process import aggregated
 from keel.types import StepLabels
 
 EACH = 6  # replies of each kind that are kept
-UNCHOSEN = 0.5  # the threshold where none was chosen
 
 Kind = Literal["right", "caught", "missed", "lucky", "open"]
 KINDS: tuple[Kind, ...] = ("right", "caught", "missed", "lucky", "open")
@@ -44,12 +43,13 @@ def kind_of(judged: Judged, error: int | None, found: int) -> Kind:
 
 
 def draw_traces(
-    traces: Sequence[Trace], threshold: float, aggregate: Aggregate, bound: float, seed: int = 0
+    traces: Sequence[Trace], threshold: float | None, aggregate: Aggregate, bound: float, seed: int = 0
 ) -> dict[str, Any]:
     """``rows``: the first ``EACH`` of each kind, all of different problems, in an order that ``seed`` draws; ``kinds``:
     how many replies each kind has, and in how many the model's first doubted step is the first wrong one (or none is,
-    on both sides). ``threshold``: a step is doubted where its score is below; ``bound``: it is right where its label is
-    above."""
+    on both sides). ``threshold``: a step is doubted where its score is below (None: none was chosen, and it is 0.5);
+    ``bound``: it is right where its label is above."""
+    doubted = 0.5 if threshold is None else threshold
     drawn = sorted(traces, key=lambda one: one.record.id)
     random.Random(f"traces {seed}").shuffle(drawn)
     counts: dict[Kind, list[int]] = {kind: [0, 0] for kind in KINDS}
@@ -57,7 +57,7 @@ def draw_traces(
     rows = []
     for one in drawn:
         judged = one.judged
-        error, found = first_error(judged.labels, bound), found_error(judged.scores, threshold)
+        error, found = first_error(judged.labels, bound), found_error(judged.scores, doubted)
         kind = kind_of(judged, error, found)
         counts[kind][0] += 1
         counts[kind][1] += error == found
@@ -83,7 +83,8 @@ def draw_traces(
     rows.sort(key=lambda row: KINDS.index(row["kind"]))
     return {
         "replies": len(traces),
-        "threshold": threshold,
+        "threshold": doubted,
+        "chosen": threshold is not None,
         "aggregate": aggregate,
         "bound": bound,
         "kinds": counts,

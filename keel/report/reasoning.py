@@ -15,15 +15,15 @@ from keel.report.plots import Point, Series, line_chart, reliability_chart
 from keel.report.reading import RunFiles, StageFiles
 from keel.report.searches import SearchSection, searches
 from keel.report.sections import Fact
-from keel.report.traces import Traces, traces
+from keel.report.traces import AGGREGATES, Traces, traces
 from keel.report.wording import Format, number, one_place, percent, percent_range, three_places, two_places
 
 _STEPS, _MEAN = "process/steps", "process/mean"
-_WAYS = {  # of choosing among replies to a problem: (colour, dashed)
-    "score": ("the best-scored reply", 2, False),
-    "majority": ("the most frequent answer", 1, False),
+_WAYS = {  # of choosing among replies to a problem: words, colour, and whether it is one that can be had
+    "score": ("the best-scored reply", 2, True),
+    "majority": ("the most frequent answer", 1, True),
     "first": ("any reply", 0, False),
-    "oracle": ("any of them is right", 3, True),
+    "oracle": ("any of them is right", 3, False),
 }
 _FIGURES: Mapping[str, tuple[str, Format]] = {  # of a policy that is rewarded for its steps
     _STEPS: ("steps a reply", one_place),
@@ -38,7 +38,10 @@ _FIGURES: Mapping[str, tuple[str, Format]] = {  # of a policy that is rewarded f
 
 @dataclass(frozen=True, slots=True)
 class ProcessModel:
+    """``judges``: a step, or an answer."""
+
     name: str
+    judges: str
     facts: tuple[Fact, ...]
     plots: tuple[Markup, ...]
     traces: Traces | None
@@ -92,6 +95,7 @@ def _model(stage: StageFiles, palette: Palette) -> ProcessModel:
     heldout = stage.summary.get("heldout") or {}
     return ProcessModel(
         title(stage.name),
+        "answer" if stage.summary.get("level") == "outcome" else "step",
         tuple(_facts(stage.summary, heldout)),
         tuple(_plots(stage.name, heldout, palette)),
         traces(stage.traces),
@@ -100,18 +104,21 @@ def _model(stage: StageFiles, palette: Palette) -> ProcessModel:
 
 def _facts(summary: Mapping[str, Any], heldout: Mapping[str, Any]) -> list[Fact]:
     facts = []
+    outcome = summary.get("level") == "outcome"
     if replies := heldout.get("replies"):
-        facts.append(Fact("Held out", f"{replies:,} replies to {heldout['problems']:,} problems"))
+        problems = heldout["problems"]
+        facts.append(Fact("Held-out replies", f"{replies:,} to {problems:,} problem{'s' * (problems != 1)}"))
     if first := heldout.get("first_error"):
         facts.append(Fact("F1 of the first error", _estimate(first["f1"], percent)))
         facts.append(Fact("Wrong replies: that step found", percent(first["error"])))
         facts.append(Fact("Right replies: no step doubted", percent(first["correct"])))
     if auc := heldout.get("step_auc"):
-        facts.append(Fact("A right step scores above a wrong one", _estimate(auc, percent)))
+        what = "reply" if outcome else "step"
+        facts.append(Fact(f"A right {what} scores above a wrong one", _estimate(auc, percent)))
     if (error := number(heldout.get("ece"))) is not None:
         facts.append(Fact("Expected calibration error", three_places(error)))
     if how := summary.get("aggregate"):
-        facts.append(Fact("A reply’s score", f"{how} of its steps’" if how != "last" else "its last step’s"))
+        facts.append(Fact("A reply’s score", AGGREGATES[how]))
     return facts
 
 
@@ -127,11 +134,11 @@ def _plots(name: str, heldout: Mapping[str, Any], palette: Palette) -> list[Mark
     plots = []
     if rows := heldout.get("best_of_n"):
         series = []
-        for way, (label, colour, dashed) in _WAYS.items():
+        for way, (label, colour, real) in _WAYS.items():
             known = [(row["n"], row[way]) for row in rows if row.get(way)]
-            points = tuple(Point(n, share[0], _interval(share)) for n, share in known)
+            points = tuple(Point(n, share[0], _interval(share) if real else None) for n, share in known)
             if points:
-                series.append(Series(label, points, colour, dashed=dashed, marks=True))
+                series.append(Series(label, points, colour, dashed=not real, marks=True))
         if series:
             key, ns = f"{name} best of n", [row["n"] for row in rows]
             plots.append(

@@ -24,20 +24,25 @@ _HEADINGS = {
     "open": "A reply that is not judged to its end",
 }
 _COUNTED = {
-    "right": ("Right, step by step", "in {agreed} of them it doubts no step"),
+    "right": ("Right, step by step", "{agreed} of them without a doubt"),
     "caught": ("Wrong, first wrong step found", ""),
     "missed": ("Wrong, first wrong step missed", ""),
-    "lucky": ("Right answer by wrong working", "in {agreed} of them it finds the first wrong step"),
+    "lucky": ("Right answer by wrong working", "the first wrong step found in {agreed}"),
     "open": ("Not judged to the end", ""),
 }
 _KNOWN_BY = {"gold": "gold", "mc": "Monte Carlo"}
-_AGGREGATES = {"min": "its lowest step", "product": "the product of its steps", "last": "its last step"}
+AGGREGATES = {  # what a reply's score is, in words
+    "min": "its lowest step’s",
+    "product": "the product of its steps’",
+    "last": "its last step’s",
+    "mean": "the mean of its steps’",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class StepLine:
     """``shade``: a class of the style sheet. ``mark``: right, wrong, or empty where nobody judged it; ``label``: in
-    numbers, where it is neither 1 nor 0. ``first``: what it is the first of."""
+    numbers, where it is neither 1 nor 0. ``first_wrong``, ``first_doubt``: no step before it is wrong, or doubted."""
 
     number: int
     text: str
@@ -46,7 +51,8 @@ class StepLine:
     doubted: bool
     mark: str
     label: str
-    first: tuple[str, ...] = ()
+    first_wrong: bool
+    first_doubt: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +76,25 @@ class TraceCard:
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """``replies``: how many there were to draw from. ``counts``: how many of each kind."""
+    """``replies``: how many there were to draw from. ``chosen``: the threshold was, by the first errors of some of
+    them. ``counts``: how many of each kind."""
 
-    replies: int
+    replies: str
     threshold: str
+    chosen: bool
     counts: tuple[Fact, ...]
     cards: tuple[TraceCard, ...]
 
 
 def traces(found: Mapping[str, Any] | None) -> Traces | None:
-    """Of what stands in a stage's ``traces.json``; None where there is no such file, as in an older run, or no reply."""
+    """Of what stands in a stage's ``traces.json``; None where there is no such file, as in an older run, or no
+    reply."""
     if not found or not found["rows"]:
         return None
     return Traces(
         f"{found['replies']:,}",
         two_places(found["threshold"]),
+        found["chosen"],
         tuple(_counts(found["kinds"])),
         tuple(_card(row, found) for row in _one_of_each(found["rows"])),
     )
@@ -127,9 +137,6 @@ def _card(row: Mapping[str, Any], found: Mapping[str, Any]) -> TraceCard:
 
 def _line(place: int, row: Mapping[str, Any], found: Mapping[str, Any]) -> StepLine:
     score, label = row["scores"][place], row["labels"][place]
-    wrong, doubted = row["error"] == place, row["found"] == place
-    first = ("first wrong step",) if wrong else ()
-    first += ("the model’s first doubt",) if doubted else ()
     return StepLine(
         number=place + 1,
         text=shortened(row["steps"][place], LONGEST),
@@ -138,7 +145,8 @@ def _line(place: int, row: Mapping[str, Any], found: Mapping[str, Any]) -> StepL
         doubted=score < found["threshold"],
         mark="" if label is None else "right" if label > found["bound"] else "wrong",
         label="" if label in (None, 0, 1) else two_places(label),
-        first=first,
+        first_wrong=row["error"] == place,
+        first_doubt=row["found"] == place,
     )
 
 
@@ -178,5 +186,5 @@ def _said(row: Mapping[str, Any], aggregate: str) -> str:
     if error is not None and error == found >= 0:
         doubt = "the model doubts it first"
     answer = {True: " The answer is right.", False: " The answer is wrong.", None: ""}[row["right"]]
-    worth = f" The reply’s score is {two_places(row['score'])}, {_AGGREGATES.get(aggregate, 'the mean of its steps')}."
+    worth = f" The reply’s score is {two_places(row['score'])}, {AGGREGATES[aggregate]}."
     return f"{known}; {doubt}.{answer}{worth}"

@@ -10,7 +10,7 @@ from keel.data.collate import messages_hash
 from keel.data.sources import read_steps
 from keel.data.steps import cut_otherwise
 from keel.eval.process_quality import Judged, aggregate_accuracies, process_quality
-from keel.eval.process_traces import UNCHOSEN, Trace, draw_traces
+from keel.eval.process_traces import Trace, draw_traces
 from keel.recipe.declared import PEOPLE
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
@@ -83,7 +83,8 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
         )
     quality = process_quality(judged, summary["aggregate"], stage.label_bound, context.recipe.seed)
     if stage.level == "steps":
-        threshold = quality["first_error"]["bound"] if quality["first_error"] else UNCHOSEN
+        first = quality["first_error"]
+        threshold = first["bound"] if first and first["chosen_on"] else None
         traces = _traces(stage, [one.record for one in fair], judged, context)
         seed = context.recipe.seed
         write_json(
