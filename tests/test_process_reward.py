@@ -38,6 +38,16 @@ from keel.train.process import Example, ProcessTraining, _encoded, train_process
 from keel.types import Completion, Message, Prompt, StepLabels, UserError
 
 FAST = OptimConfig(lr=3e-3)
+HERE = Path(__file__)
+
+
+def truth(_: Prompt, steps: list[str]) -> list[float]:
+    """Of labelled_steps' replies."""
+    return [float("salt" not in "".join(steps[: i + 1])) for i in range(len(steps))]
+
+
+def no_truth(_: Prompt, steps: list[str]) -> list[float]:
+    return []
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +303,6 @@ def test_a_reward_model_that_starts_from_one_is_none(trained: tuple[Path, Any, A
 
 
 def test_a_python_function_scores_steps() -> None:
-    def truth(p: Prompt, steps: list[str]) -> list[float]:
-        return [float("salt" not in "".join(steps[: i + 1])) for i in range(len(steps))]
-
     asked = [("the ship\n", "salt\n", "rope"), ("a",)]
     assert PythonSteps(truth, "m:truth").score_steps([prompt(0)] * 2, asked) == [(1.0, 0.0, 0.0), (1.0,)]
     bad: list[tuple[Callable[..., Any], str]] = [
@@ -339,7 +346,8 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_the_stage_says_how_good_its_model_is(rows: Path, base: Path, tmp_path: Path) -> None:
-    code, summary = run(tmp_path, base, "process_reward.epochs=3", "process_reward.heldout_fraction=0.3")
+    gold = f"process_reward.gold={{kind: python_steps, ref: '{HERE}:truth'}}"
+    code, summary = run(tmp_path, base, "process_reward.epochs=3", "process_reward.heldout_fraction=0.3", gold)
     assert code == 0
     heldout = summary["heldout"]
     auc, f1 = heldout["step_auc"], heldout["first_error"]["f1"]
@@ -359,7 +367,17 @@ def test_the_stage_says_how_good_its_model_is(rows: Path, base: Path, tmp_path: 
         "aggregate": summary["aggregate"],
         "level": "steps",
     }
-    assert "Process reward model" in (tmp_path / "run" / "report.html").read_text()
+    traces = read_json(tmp_path / "run" / "process_reward" / "traces.json")
+    assert traces["replies"] == summary["heldout_rows"] == sum(count for count, _ in traces["kinds"].values())
+    assert (traces["threshold"], traces["chosen"]) == (heldout["first_error"]["bound"], True)
+    written = {tuple(row["completions"]): row["labels"] for row in map(json.loads, rows.read_text().splitlines())}
+    for row in traces["rows"]:
+        assert (row["by"], row["labels"]) == ("gold", written[tuple(row["steps"])])
+        assert len(row["scores"]) == len(row["steps"])
+        assert row["error"] == (row["labels"].index(0.0) if 0.0 in row["labels"] else -1)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Process reward model" in page
+    assert "had not seen, step by step" in page
 
 
 def _labels(rows: Path, tmp_path: Path) -> list[list[float]]:
@@ -373,6 +391,7 @@ def test_an_outcome_model_learns_the_last_label_alone(rows: Path, base: Path, tm
     assert summary["steps_labelled"] == summary["rows"]
     assert (summary["aggregate"], summary["level"]) == ("last", "outcome")
     assert summary["heldout"]["first_error"] is None
+    assert not (tmp_path / "run" / "process_reward" / "traces.json").exists(), "it judges no steps"
     assert scorer(tmp_path / "run" / "process_reward").aggregate == "last"
 
 
@@ -388,6 +407,13 @@ def test_an_outcome_model_learns_the_last_label_alone(rows: Path, base: Path, tm
         ),
         ({}, "steps={by: marker}", "by: marker and marker: TEXT go together; give both, or neither"),
         ({}, "aggregate=min level=outcome", "level: outcome judges a reply by its last step, so aggregate is last"),
+        (
+            {},
+            f"level=outcome gold={{kind: python_steps, ref: '{HERE}:truth'}}",
+            "gold is the truth of steps, and level",
+        ),
+        ({}, f"gold={{kind: python_steps, ref: '{HERE}:no_truth'}}", "no_truth gave 0 scores for 2 steps of a reply"),
+        ({}, "gold={kind: python_steps, ref: 'nowhere.py:truth'}", "nowhere.py"),
         ({}, "labels=[]", "labels is an empty list; name files or step_labels stages"),
         ({}, "labels=nowhere.jsonl", "'nowhere.jsonl' is neither a stage nor a file or folder"),
     ],

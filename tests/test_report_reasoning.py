@@ -152,7 +152,7 @@ def test_without_traces_the_figures_stand_alone(stored: dict[str, Any] | None, t
 
 def test_steps_that_nobody_judged_have_scores_and_no_marks(tmp_path: Path) -> None:
     stored = found(OPEN, row("open", problem="b", labels=[1.0, None, None], by="", error=None, found=-1, right=None))
-    stored["kinds"] = {**dict.fromkeys(stored["kinds"], [0, 0]), "open": [9, 0]}
+    stored["kinds"] = {**{kind: [0, 0] for kind in stored["kinds"]}, "open": [9, 0]}
     page = page_of(write_run(tmp_path, {**stored, "chosen": False, "threshold": 0.5}))
     text = words(page)
     assert text.count("A reply that is not judged to its end") == 2
@@ -264,7 +264,7 @@ def test_the_lot_decides_and_nothing_else() -> None:
     assert json.loads(json.dumps(again)) == again
 
 
-# ---------------------------------------------------------------------------------------------------------- in a browser
+# --------------------------------------------------------------------------------------------------------- in a browser
 
 
 @pytest.mark.wide

@@ -114,4 +114,6 @@ class ProcessRewardStage(TrainBase):
                 f"level: outcome judges a reply by its last step, so aggregate is last, not {self.aggregate}; leave it "
                 "out"
             )
+        if self.level == "outcome" and self.gold is not None:
+            raise ValueError("gold is the truth of steps, and level: outcome judges none; leave it out")
         return self

@@ -88,7 +88,7 @@ def reasoning(run: RunFiles, palette: Palette) -> Reasoning | None:
     return found if any((found.models, found.searches, found.policies)) else None
 
 
-# ------------------------------------------------------------------------------------------------------------ the models
+# ----------------------------------------------------------------------------------------------------------- the models
 
 
 def _model(stage: StageFiles, palette: Palette) -> ProcessModel:
@@ -157,7 +157,7 @@ def _interval(share: Sequence[float | None]) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-# ---------------------------------------------------------------------------------------------------------- the policies
+# --------------------------------------------------------------------------------------------------------- the policies
 
 
 def _policies(run: RunFiles, palette: Palette) -> Policies | None:

@@ -52,6 +52,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
     answers = _answers(records, stage)
     if stage.verify is not None and stage.level == "outcome":
         records = [_by_answer(one, answers[_reply(one)]) for one in records]
+    gold = _gold(records, stage, context)  # before the work: a function that fails is found now
     require_chat_template(stage, [record.prompt for record in records], context)
     cut = cut_otherwise(records, stage.steps) if stage.level == "steps" else []
     if cut:
@@ -85,12 +86,9 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
     if stage.level == "steps":
         first = quality["first_error"]
         threshold = first["bound"] if first and first["chosen_on"] else None
-        traces = _traces(stage, [one.record for one in fair], judged, context)
-        seed = context.recipe.seed
-        write_json(
-            context.stage_dir.path / TRACES,
-            draw_traces(traces, threshold, summary["aggregate"], stage.label_bound, seed),
-        )
+        traces = [_trace(one.record, its, gold) for one, its in zip(fair, judged, strict=True)]
+        drawn = draw_traces(traces, threshold, summary["aggregate"], stage.label_bound, context.recipe.seed)
+        write_json(context.stage_dir.path / TRACES, drawn)
     return {**summary, "cut_otherwise": len(cut), "aggregates": accuracies, "heldout": quality}
 
 
@@ -109,21 +107,22 @@ def _judged(one: ScoredSteps, stage: ProcessRewardStage, answers: Mapping[Reply,
     return Judged(one.scores, record.labels, problem, None if label is None else label > stage.label_bound)
 
 
-def _traces(
-    stage: ProcessRewardStage, records: Sequence[StepLabels], judged: Sequence[Judged], context: StageContext
-) -> list[Trace]:
-    """With the gold in the place of the labels, where the recipe names what knows it."""
+def _gold(
+    records: Sequence[StepLabels], stage: ProcessRewardStage, context: StageContext
+) -> dict[Reply, tuple[float, ...]] | None:
+    """The truth of each reply's steps, where the recipe names what knows it."""
     if stage.gold is None:
-        return [
-            Trace(record, one, record.annotator if record.annotator in KNOWN else "")
-            for record, one in zip(records, judged, strict=True)
-        ]
-    gold = PythonSteps(context.python(stage.gold), stage.gold.ref)
-    marks = gold.score_steps([record.prompt for record in records], [record.steps for record in records])
-    return [
-        Trace(record, replace(one, labels=mark), "gold")
-        for record, one, mark in zip(records, judged, marks, strict=True)
-    ]
+        return None
+    function = PythonSteps(context.python(stage.gold), stage.gold.ref)
+    marks = function.score_steps([one.prompt for one in records], [one.steps for one in records])
+    return {_reply(one): mark for one, mark in zip(records, marks, strict=True)}
+
+
+def _trace(record: StepLabels, judged: Judged, gold: Mapping[Reply, tuple[float, ...]] | None) -> Trace:
+    """With the gold in the place of the labels, where it is known."""
+    if gold is None:
+        return Trace(record, judged, record.annotator if record.annotator in KNOWN else "")
+    return Trace(record, replace(judged, labels=gold[_reply(record)]), "gold")
 
 
 def _reply(record: StepLabels) -> Reply:
