@@ -52,6 +52,7 @@ VERDICTS = [
     ("20 + 5 = 25\n25 + 12 = 37\n37 - 6 = 31\nThe answer is 31", None, True, True),
     ("20 plus 5 makes 25.\n25 + 3x4 = 37\n37 - 8 + 2 = 31\nAnswer: 31.", 2, True, False),  # 8 out is not all of it
     ("20+5=25\n3*4=12\n25+12=37\n8-2=6\n37-6=31\nAnswer: 31.", None, True, True),  # asides on an entry's numbers
+    ("**20+5=25**\n25 + **12** = **37**\n37-6=31\nAnswer: **31**.", None, True, True),
     ("20+5+12=37\n37-6=31\nAnswer: 31.", None, True, True),  # two entries in a line
     ("20+5=25 25+12=37\n37-6=31\nAnswer: 31.", None, True, True),
     # one bit wrong: the sum, the operands, what follows
@@ -142,6 +143,14 @@ def test_a_right_yes_with_wrong_working_is_lucky() -> None:
     assert judge(ENOUGH, fell).flags == {"answered": True, "correct": True, "lines_right": False, "lucky": True}
     assert judge(ENOUGH, GOOD.replace("31.", "yes.")).flags["lucky"] is False
     assert judge(ENOUGH, "Answer: yes. Answer: no.").flags["correct"] is False
+
+
+def test_a_yes_may_say_how_many() -> None:
+    for said, error in [("Yes, 31 are left.", None), ("yes: 31 is 25 or more", None), ("yes, 30 are left.", 3)]:
+        text = GOOD.replace("31.", said)
+        assert (first_error(ENOUGH, text), judge(ENOUGH, text).flags["correct"]) == (error, True)
+    assert judge(ENOUGH, GOOD).flags["correct"] is False, "a number is no answer to it"
+    assert judge(PROMPT, GOOD.replace("31.", "no, 31.")).flags["correct"] is False
 
 
 # From 30: the entry, its right change and the wrong one that convinces.

@@ -21,6 +21,7 @@ KIND = "ledger"
 _STEPS = Steps(by="line", marker=None)
 _WORDS = {"plus": "+", "minus": "-", "times": "*", "x": "*", "×": "*", "−": "-", "–": "-", "equals": "=", "makes": "="}
 _WORD = re.compile(r"\b(?:plus|minus|times|equals|makes)\b|(?<=[\d\s])x(?=[\d\s])|[×−–]")
+_BOLD = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)")
 _TERM = r"\d+(?:\s*\*\s*\d+)*"
 _EQUATION = re.compile(
     rf"(?<![\d+*-])(?P<left>{_TERM}(?:\s*[+-]\s*{_TERM})*)\s*=\s*(?P<right>-?\d+)(?!\d|\.\d|\s*[+*=-])"
@@ -70,7 +71,7 @@ class _Equation:
 
 
 def _equations(text: str) -> list[_Equation]:
-    plain = _WORD.sub(lambda word: _WORDS[word.group()], text.lower())
+    plain = _BOLD.sub("", _WORD.sub(lambda word: _WORDS[word.group()], text.lower()))
     return [_equation(found["left"], found["right"]) for found in _EQUATION.finditer(plain)]
 
 
@@ -109,8 +110,12 @@ class _Reader:
     def _read(self, text: str) -> Line:
         if (answer := _ANSWER.match(text)) is not None:
             said = {word.lower() for word in _SAID.findall(answer["said"])}
+            asked, fits = said & {"yes", "no"}, True
+            if asked and self.bound is not None:  # "yes, 31 are left" is one answer
+                fits = said - asked <= {str(self.count), str(self.bound)} and self._fits(answer["said"])
+                said = asked
             self.answers += sorted(said)
-            return Line.plain("answer", self.whole and said == {self.answer})
+            return Line.plain("answer", self.whole and fits and said == {self.answer})
         if _ENDLESS.search(text):
             return Line.plain("note", False)
         equations = _equations(text)
