@@ -176,6 +176,7 @@ def test_bad_rows_are_named_with_file_line_and_field(write: Write) -> None:
         (early, "field 'label.steps[0].chosen_completion': null, and steps follow"),
         (prm800k(step(("4.", 1), chosen=3)), "chosen_completion': expected one of 1 completions, got the number 3"),
         (prm800k(), "field 'label.steps': expected a list of steps, got a list"),
+        ({**prm800k(step(("4.", 1))), "question": {}}, "field 'question.problem': expected a text, got null"),
         (prm800k(step(("4.", 1)), reason="bored"), "field 'label.finish_reason': expected solution, found_error"),
         (
             {"input": said, "label": said},

@@ -117,7 +117,7 @@ def _prm800k(row: Fields, steps: Steps, ratings: Mapping[Any, float | None]) -> 
         )
     if reason == "bad_problem":
         raise LeftOut("problems that a labeler found broken")
-    asked = Message("user", text(question, "problem", empty=False))
+    asked = Message("user", text({"question.problem": question.get("problem")}, "question.problem", empty=False))
     answer = question.get("ground_truth_answer")
     prompt = Prompt(messages_hash([asked]), (asked,), meta={} if answer is None else {"answer": answer})
     along: list[tuple[str, float | None]] = []
