@@ -52,6 +52,7 @@ VERDICTS = [
     ("20 + 5 = 25\n25 + 12 = 37\n37 - 6 = 31\nThe answer is 31", None, True, True),
     ("20 plus 5 makes 25.\n25 + 3x4 = 37\n37 - 8 + 2 = 31\nAnswer: 31.", 2, True, False),  # 8 out is not all of it
     ("20+5=25\n3*4=12\n25+12=37\n8-2=6\n37-6=31\nAnswer: 31.", None, True, True),  # asides on an entry's numbers
+    ("**20+5=25**\n25 + **12** = **37**\n37-6=31\nAnswer: **31**.", None, True, True),
     ("20+5+12=37\n37-6=31\nAnswer: 31.", None, True, True),  # two entries in a line
     ("20+5=25 25+12=37\n37-6=31\nAnswer: 31.", None, True, True),
     # one bit wrong: the sum, the operands, what follows
@@ -76,6 +77,12 @@ VERDICTS = [
     ("20=20\n" + GOOD, 0, True, False),
     ("20+5=\n" + GOOD, 0, True, False),
     ("20+5=25\n20+5=25\n20+5=25\nAnswer: 31.", 3, True, False),
+    ("1. 20+5=25\nStep 2. 3 ships, 4 each: 25+12=37\n37-6=31\nAnswer: 31.", None, True, True),
+    (GOOD.replace("3 ships", "2 ships"), 1, True, False),  # the line's number is none of the entry's
+    (GOOD.replace("\n3 ships", "\n7 in: 20+5=25\n3 ships"), 1, True, False),  # a sum that was, behind another clause
+    (GOOD.replace("\n3 ships", "\n20 left.\n3 ships"), 1, True, False),  # 20 are there at first, and 25 are left
+    (GOOD.replace("\n3 ships", "\n25 left.\n3 ships"), None, True, True),
+    ("9" * 5000 + "+1=2\n" + GOOD, 0, True, False),  # more digits than Python reads
     # the answer line
     (GOOD.replace("31.", "32."), 3, False, True),
     (GOOD + "\nAnswer: 32.", 4, False, True),  # two answers are none
@@ -112,6 +119,18 @@ def test_a_step_is_as_good_as_all_before_it_and_needs_none_after_it() -> None:
     assert all(gold_steps(PROMPT, steps[:n]) == whole[:n] for n in range(len(steps)))
 
 
+def test_steps_of_several_lines_are_as_good_as_their_worst() -> None:
+    assert gold_steps(PROMPT, ["20+5=25\n25+12=37\n\n", "37-6=31\nAnswer: 31."]) == [1, 1]
+    assert gold_steps(PROMPT, ["20+5=25\n25+12=37\n\n", "37-6=31\nAnswer: 32."]) == [1, 0]
+    assert gold_steps(PROMPT, ["20+5=25\n25+4=29\n\n", "29-6=23\nAnswer: 31."]) == [0, 0]
+
+
+def test_a_line_that_works_two_entries_counts_for_both() -> None:
+    for text in ("20+5+12=37\n37-6=31\nAnswer: 31.", "20+5=25 25+12=37\n37-6=31\nAnswer: 31."):
+        assert judge(PROMPT, text).score == 1
+    assert judge(PROMPT, "20+5+12=37\n37-8=29").score == pytest.approx(1 / 3)
+
+
 def test_repeated_lines_earn_nothing() -> None:
     half = "20+5=25\n"
     once, often = judge(PROMPT, half), judge(PROMPT, half * 9)
@@ -124,6 +143,14 @@ def test_a_right_yes_with_wrong_working_is_lucky() -> None:
     assert judge(ENOUGH, fell).flags == {"answered": True, "correct": True, "lines_right": False, "lucky": True}
     assert judge(ENOUGH, GOOD.replace("31.", "yes.")).flags["lucky"] is False
     assert judge(ENOUGH, "Answer: yes. Answer: no.").flags["correct"] is False
+
+
+def test_a_yes_may_say_how_many() -> None:
+    for said, error in [("Yes, 31 are left.", None), ("yes: 31 is 25 or more", None), ("yes, 30 are left.", 3)]:
+        text = GOOD.replace("31.", said)
+        assert (first_error(ENOUGH, text), judge(ENOUGH, text).flags["correct"]) == (error, True)
+    assert judge(ENOUGH, GOOD).flags["correct"] is False, "a number is no answer to it"
+    assert judge(PROMPT, GOOD.replace("31.", "no, 31.")).flags["correct"] is False
 
 
 # From 30: the entry, its right change and the wrong one that convinces.

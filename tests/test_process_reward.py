@@ -20,7 +20,7 @@ from keel.cli import main
 from keel.data.chat import install_template
 from keel.data.collate import group_by_prompt
 from keel.data.steps import cut_otherwise
-from keel.eval.process_quality import Judged, step_auc
+from keel.eval.process_quality import Judged, process_quality, step_auc
 from keel.model.checkpoint import load_scalar, save
 from keel.model.heads import ScalarModel
 from keel.objective.process import step_loss
@@ -28,9 +28,10 @@ from keel.recipe.file import packaged
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig
 from keel.recipe.steps import Steps
-from keel.reward.process import ProcessScorer, PythonSteps, aggregated, outcome
+from keel.reward.process import ProcessScorer, PythonSteps, ScoredSteps, aggregated, outcome
 from keel.reward.scorer import RewardModelScorer
 from keel.run import RunDir, Silent, read_json
+from keel.stages import process_reward
 from keel.train.context import TrainContext
 from keel.train.loop import _update
 from keel.train.optim import make_optimizer
@@ -327,6 +328,32 @@ def test_steps_that_are_none_are_refused() -> None:
         cut_otherwise([of("a\nb"), of("c")], Steps())
 
 
+def test_a_vote_counts_answers_by_value_and_verdicts_by_problem() -> None:
+    """Of a half, "0.5" and "1/2" are one answer, which has two of four votes; and two files may have a prompt "1"."""
+    half = Prompt("1", (Message("user", "a half?"),), meta={"answer": "1/2"})
+    other = Prompt("1", (Message("user", "three?"),), meta={"answer": "3"})
+    said = [
+        (half, "#### 0.5"),
+        (half, "#### 1/2"),
+        (half, "#### 3"),
+        (half, "#### 4"),
+        (other, "#### 3"),
+        (other, "hm"),
+    ]
+    records = [StepLabels(str(i), asked, (text,), (1.0,)) for i, (asked, text) in enumerate(said)]
+    config = stage(verify={"kind": "verify"})
+    answers = process_reward._answers(records, config)
+    judged = [process_reward._judged(ScoredSteps(one, (0.5,)), config, answers) for one in records]
+    assert [one.right for one in judged] == [True, True, False, False, True, False]
+    assert judged[0].answer == judged[1].answer
+    assert len({one.answer for one in judged[:4]}) == 3
+    quality = process_quality(judged[:4], "min", 0.5)
+    assert quality["best_of_n"][-1]["majority"] == [1.0, None, None]
+    wrong = [replace(one, steps=(text,)) for one, text in zip(records[2:4], ("#### 7.0", "#### 7"), strict=True)]
+    answers = process_reward._answers(wrong, config)
+    assert len({answer for _, answer in answers.values()}) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------ the stage
 
 
@@ -452,3 +479,13 @@ def test_the_check_finds_what_the_stage_would(base: Path, tmp_path: Path, capsys
     assert "every judged step has the label 1" in found
     assert "other steps" not in found
     assert "steps.by: blank_line makes one step of each of 4" in said(good, "process_reward.steps={by: blank_line}")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "asked of nobody here"}\n')
+    answered = [{**row, "labels": [None, None], "meta": {"answer": "4"}} for row in good]
+    verified = (f"data.prompts={prompts}", "process_reward.verify={kind: verify}", "process_reward.level=outcome")
+    found = said(answered, *verified)
+    assert "no answer in meta" not in found, "the answers stand in the rows, not with data.prompts"
+    assert "every judged step" not in found
+    assert "judged answer are left out" not in found, "the verdicts are learned in the labels' place"
+    found = said([*answered, {**good[0], "prompt": "q"}], *verified)
+    assert "1 of 5 prompts have no answer in meta.answer, which process_reward holds replies against" in found

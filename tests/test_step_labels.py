@@ -421,6 +421,7 @@ def test_a_choice_is_filled_and_its_random_part_is_of_all() -> None:
         ({"verify": {"kind": "endpoint"}}, "verify"),
         ({"k": 0}, "greater than or equal to 1"),
         ({"cap": 0}, "greater than or equal to 1"),
+        ({"cap": 7}, "cap: 7 leaves no prefix its k: 8 completions"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from test_stages import run, write_jsonl
 from tiny import save_tiny
 
@@ -150,6 +151,27 @@ def test_a_splitter_that_cuts_nothing_is_refused(
     assert main(["run", str(tmp_path / "bad.json"), "--out", str(out)]) == 2
     assert "set steps.by to what ends a step there" in capsys.readouterr().err
     assert not (out / "mc" / "state" / "tallies.jsonl").exists()
+
+
+def test_what_scores_steps_cuts_as_the_stage_does(made: tuple[Path, dict[str, Any], RunDir], tmp_path: Path) -> None:
+    """A stage of the recipe is seen by the recipe; a folder before anything is sampled."""
+    _, recipe, directory = made
+    sft, _, mc, own, prm = json.loads(json.dumps(recipe["stages"]))
+    del mc["responses"]
+    prm |= {"labels": ["mc"], "steps": {"by": "blank_line"}}
+    for field in ("judge", "scorer"):
+        wrong = {**own, field: {"kind": "process", "model": "prm"}}
+        with pytest.raises(ValidationError, match=rf"own.steps: line cuts replies otherwise than own.{field}"):
+            Recipe.model_validate({**recipe, "stages": [sft, mc, prm, wrong]})
+    folder = shutil.copytree(directory.path / "prm", tmp_path / "prm")
+    config = json.loads((folder / "config.json").read_text())
+    config["keel_process"]["steps"] = {"by": "blank_line", "marker": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    out = shutil.copytree(directory.path, tmp_path / "run")
+    wrong = {**own, "name": "other", "scorer": {"kind": "process", "model": str(folder)}}
+    with pytest.raises(UserError, match=r"other.steps: line cuts replies otherwise than other.scorer"):
+        run({**recipe, "stages": [sft, wrong]}, out)
+    assert not (out / "other" / "state" / "replies.json").exists()
 
 
 def test_prompts_without_an_answer_are_found_before_compute(

@@ -66,6 +66,31 @@ def test_steps_of_a_list_are_joined_by_what_the_splitter_cuts_at(write: Write) -
     assert found.place.endswith("rows.jsonl, line 1")
 
 
+def test_a_marker_is_put_where_the_row_has_none_of_its_own(write: Write) -> None:
+    """A model's own replies, which a stage wrote down, stay as they stand to their last word: so are they scored."""
+    marked = Steps(by="marker", marker="ки")
+
+    def read(parts: list[str], steps: Steps = marked, **more: Any) -> tuple[str, ...]:
+        [found] = read_steps(
+            write({"prompt": "hi", "completions": parts, "labels": [1] * len(parts), **more}), steps=steps
+        )
+        return found.steps
+
+    for own in (("a ки\n", "b"), ("a",), ("a ки\n", "b ки")):
+        assert read(list(own)) == marked.split("".join(own)) == own
+    assert read(["a", "b"], finished=False) == ("a ки\n", "b"), "half a step"
+    for marker in ("\n\n", "\n", " ки\n"):
+        how = Steps(by="marker", marker=marker)
+        for text in (f"a{marker}b{marker}c", f"a{marker}\nb"):
+            assert read(list(how.split(text)), how) == how.split(text), "not put where it stands"
+        assert len(how.split("".join(read(["a", "b", "c"], how)))) == 3
+    row = prm800k(step(("4.", 1)))
+    assert read_steps(write(row), steps=marked)[0].steps == ("4. ки",), "as every other solution of the file"
+    said = "How many? It is 7. ки\nSo 7 ки and"
+    shepherd = {"input": said, "label": said.replace("ки", "+"), "task": "GSM8K"}
+    assert read_steps(write(shepherd), steps=marked)[0].steps == ("It is 7. ки\n", "So 7 ки\n", "and")
+
+
 def test_prm800k_phase_1(write: Write) -> None:
     """Several candidates a step: the chosen one, or what a person wrote, goes on; the others are learned where they
     stand, behind steps that are labelled in the solution's own record."""
@@ -151,6 +176,7 @@ def test_bad_rows_are_named_with_file_line_and_field(write: Write) -> None:
         (early, "field 'label.steps[0].chosen_completion': null, and steps follow"),
         (prm800k(step(("4.", 1), chosen=3)), "chosen_completion': expected one of 1 completions, got the number 3"),
         (prm800k(), "field 'label.steps': expected a list of steps, got a list"),
+        ({**prm800k(step(("4.", 1))), "question": {}}, "field 'question.problem': expected a text, got null"),
         (prm800k(step(("4.", 1)), reason="bored"), "field 'label.finish_reason': expected solution, found_error"),
         (
             {"input": said, "label": said},

@@ -61,15 +61,22 @@ def _answers(recipe: Recipe, prompts: Sequence[Prompt], place: str) -> Iterator[
     for stage in recipe.stages:
         fields = {source.field for _, source in stage.scored_by() if isinstance(source, VerifyRef)}
         for field in sorted(fields if place in _asked_from(recipe, stage) else ()):
-            without = [prompt for prompt in prompts if not has_answer(prompt, field)]
-            if without:
-                some = f"{len(without)} of {len(prompts)} prompts have no answer in meta.{field}"
-                sentence = f"{some}, which {stage.name} holds replies against; the first is {place_of(without[0])}"
-                yield Finding("error", place, sentence, "give each one, or name another field")
+            yield from _without_answer(prompts, field, stage.name, place)
+
+
+def _without_answer(prompts: Sequence[Prompt], field: str, stage: str, place: str) -> Iterator[Finding]:
+    without = [prompt for prompt in prompts if not has_answer(prompt, field)]
+    if without:
+        some = f"{len(without)} of {len(prompts)} prompts have no answer in meta.{field}"
+        sentence = f"{some}, which {stage} holds replies against; the first is {place_of(without[0])}"
+        yield Finding("error", place, sentence, "give each one, or name another field")
 
 
 def _asked_from(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
-    """The settings that name the prompts of a stage, or of the one whose replies it takes."""
+    """The settings that name the prompts of a stage, or of the one whose replies it takes. Those of labelled replies
+    stand in their own rows."""
+    if stage.steps_read() is not None:
+        return ()
     for reference in stage.references():
         if reference.makes == ("responses",) and reference.target in {other.name for other in recipe.stages}:
             return _asked_from(recipe, recipe.stage(reference.target))
@@ -118,6 +125,10 @@ def step_findings(
     encoded = encode_steps(chat, [(row.prompt.messages, row.steps) for row in rows], [place_of(row) for row in rows])
     long = [one.row for one in encoded]
     yield from long_rows(long, place, "data.max_length", data.max_length, data.over_length, context)
+    if how.answer:
+        yield from _without_answer([row.prompt for row in rows], how.answer, place.partition(".")[0], place)
+        if how.outcome:  # labels are what the answers come to
+            return
     learned = [(outcome(row, how.bound),) if how.outcome else row.labels for row in rows]
     if missing := sum(all(label is None for label in labels) for labels in learned):
         what = "without an end or a judged answer" if how.outcome else "without a judged step"

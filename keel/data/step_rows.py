@@ -2,12 +2,15 @@
 
 A label is a number in [0, 1], or None where nobody judged the step. PRM800K has -1, 0 and 1: ``neutral`` says what 0
 counts as. What the lists of these files leave out between two steps, a newline, is put there, as the splitter has it.
+A marker is put behind the last step too where the file would have it there: not behind one that a row with markers of
+its own leaves without, nor behind half a step.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from keel.data.collate import messages_hash
@@ -37,21 +40,24 @@ def step_labels(row: Fields, steps: Steps, neutral: Neutral) -> list[StepLabels]
     raise UnknownForm
 
 
-def joined(parts: Sequence[str], steps: Steps) -> tuple[str, ...]:
-    """Steps with what separates them: as they stand where a row has it, else what ``steps`` cuts at."""
-    ends = [_SEPARATORS.get(steps.by, f" {steps.marker}\n")] * (len(parts) - 1)
-    ends.append("" if steps.marker is None else f" {steps.marker}")
-    after = [*parts[1:], "\n"]  # a last step that its marker ends is whole
+def joined(parts: Sequence[str], steps: Steps, ended: bool | None = None) -> tuple[str, ...]:
+    """Steps with what separates them: as they stand where a row has it, else what ``steps`` cuts at. ``ended``: whether
+    a marker ends the last step too; None: where the row has several steps, and no marker behind any."""
+    marker = steps.marker or ""
+    between = _SEPARATORS.get(steps.by) or (f" {marker}\n" if marker.strip() else marker)
 
     def is_cut(part: str, following: str) -> bool:
-        if steps.marker is not None:
-            return part.rstrip().endswith(steps.marker)
-        return "\n" in part[len(part.rstrip()) :] + following[: len(following) - len(following.lstrip())]
+        blank = following[: len(following) - len(following.lstrip())]
+        if marker:
+            return re.search(rf"{re.escape(marker)}\s*\Z", part + blank) is not None
+        return "\n" in part[len(part.rstrip()) :] + blank
 
-    cut = [
-        part if is_cut(part, following) else part + end for part, end, following in zip(parts, ends, after, strict=True)
-    ]
-    return tuple(cut)
+    there = [is_cut(part, following) for part, following in pairwise(parts)]
+    if ended is None:
+        ended = bool(there) and not any(there)
+    last = f" {marker}" if ended and marker.strip() and not is_cut(parts[-1], "") else ""
+    cut = [part if done else part + between for part, done in zip(parts, there, strict=False)]
+    return (*cut, parts[-1] + last)
 
 
 def _record(
@@ -88,7 +94,8 @@ def _listed(row: Fields, steps: Steps) -> StepLabels:
     )
     prompt = prompt_of(row, messages, name(row, "prompt_id"))
     finished = flag(row, "finished", default=True)
-    return _record(name(row, "id"), prompt, joined(parts, steps), labels, finished, name(row, "annotator"))
+    cut = joined(parts, steps, None if finished else False)
+    return _record(name(row, "id"), prompt, cut, labels, finished, name(row, "annotator"))
 
 
 # ------------------------------------------------------------------------------------------------------------- PRM800K
@@ -110,7 +117,7 @@ def _prm800k(row: Fields, steps: Steps, ratings: Mapping[Any, float | None]) -> 
         )
     if reason == "bad_problem":
         raise LeftOut("problems that a labeler found broken")
-    asked = Message("user", text(question, "problem", empty=False))
+    asked = Message("user", text({"question.problem": question.get("problem")}, "question.problem", empty=False))
     answer = question.get("ground_truth_answer")
     prompt = Prompt(messages_hash([asked]), (asked,), meta={} if answer is None else {"answer": answer})
     along: list[tuple[str, float | None]] = []
@@ -119,7 +126,7 @@ def _prm800k(row: Fields, steps: Steps, ratings: Mapping[Any, float | None]) -> 
 
     def record(said: Sequence[tuple[str, float | None]], finished: bool) -> StepLabels:
         parts, labels = zip(*said, strict=True)
-        return _record("", prompt, joined(parts, steps), tuple(labels), finished, labeler)
+        return _record("", prompt, joined(parts, steps, ended=True), tuple(labels), finished, labeler)
 
     for chosen, others in _candidates(label, ratings):
         before = [(said, None) for said, _ in along]
@@ -206,12 +213,13 @@ def _math_shepherd(row: Fields, steps: Steps) -> StepLabels:
         raise RowError("field 'input': expected a problem before 'Step 1:', or one that ends with a question mark")
     parts = [piece.strip() for piece in (pieces[first][border:], *pieces[first + 1 :])]
     labels: list[float | None] = [*signs[first:], None]
-    if not parts[-1]:  # nothing behind the last mark
+    ended = not parts[-1]  # nothing behind the last mark
+    if ended:
         parts, labels = parts[:-1], labels[:-1]
     _blank(parts, "input")
     asked = Message("user", problem)
     prompt = Prompt(messages_hash([asked]), (asked,), name(row, "task"))
-    return _record(name(row, "id"), prompt, joined(parts, steps), tuple(labels))
+    return _record(name(row, "id"), prompt, joined(parts, steps, ended), tuple(labels))
 
 
 def _signs_of(pieces: Sequence[str], judged: str) -> list[float | None]:

@@ -75,8 +75,10 @@ def ends_in_tokens(
         until = len(_signs(text))
         if until == done:
             raise UserError(f"{where}step {i + 1} is blank; give steps of text")
-        # Where it ends if tokens read the same alone as together. Bytes of one character do not: those are looked for.
-        tokens, first = bisect_left(so_far, until), ends[-1] + 2 if ends else 1
+        # Where it ends if its tokens read the same alone as together. Bytes of one character do not: a step with
+        # such is looked for.
+        begin = ends[-1] + 1 if ends else 0
+        tokens, first = bisect_left(so_far, so_far[begin] + until - done), begin + 1
         if not first <= tokens <= len(ids) or read(tokens) != whole[:until]:
             tokens = next((k for k in range(first, len(ids) + 1) if read(k) == whole[:until]), 0)
         if not tokens and until == len(whole):

@@ -21,12 +21,16 @@ KIND = "ledger"
 _STEPS = Steps(by="line", marker=None)
 _WORDS = {"plus": "+", "minus": "-", "times": "*", "x": "*", "×": "*", "−": "-", "–": "-", "equals": "=", "makes": "="}
 _WORD = re.compile(r"\b(?:plus|minus|times|equals|makes)\b|(?<=[\d\s])x(?=[\d\s])|[×−–]")
+_BOLD = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)")
 _TERM = r"\d+(?:\s*\*\s*\d+)*"
 _EQUATION = re.compile(
     rf"(?<![\d+*-])(?P<left>{_TERM}(?:\s*[+-]\s*{_TERM})*)\s*=\s*(?P<right>-?\d+)(?!\d|\.\d|\s*[+*=-])"
 )
 _ANSWER = re.compile(r"^\W*(?:(?:so|and|then|the)\W+)*(?:final\W+)?answer\b(?:\W+is\b)?(?P<said>.*)$", re.I | re.S)
 _SAID = re.compile(r"\b(?:yes|no)\b|-?\d+", re.I)
+_COUNTED = re.compile(r"^\W*(?:(?:line|step|entry)\W+)?(\d+)[.)](?!\d)", re.I)  # a line's own number
+_LEFT, _ASKED = re.compile(r"\b(\d+)\s+(?:\w+\s+)?left\b", re.I), re.compile(r"\b(\d+)\s+asked\b", re.I)
+_ENDLESS = re.compile(r"\d{20}")  # no count; Python refuses to read numbers of thousands of digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class _Equation:
 
 
 def _equations(text: str) -> list[_Equation]:
-    plain = _WORD.sub(lambda word: _WORDS[word.group()], text.lower())
+    plain = _BOLD.sub("", _WORD.sub(lambda word: _WORDS[word.group()], text.lower()))
     return [_equation(found["left"], found["right"]) for found in _EQUATION.finditer(plain)]
 
 
@@ -89,7 +93,7 @@ class _Reader:
         self.bound = meta.get("bound")
         self.worked = 0
         self.wrong = False
-        self.said: dict[_Equation, bool] = {}  # and whether it was right
+        self.said: dict[_Equation, tuple[bool, frozenset[int]]] = {}  # and whether it was right; its entries' numbers
         self.texts: set[str] = set()
         self.answers: list[str] = []
 
@@ -106,11 +110,17 @@ class _Reader:
     def _read(self, text: str) -> Line:
         if (answer := _ANSWER.match(text)) is not None:
             said = {word.lower() for word in _SAID.findall(answer["said"])}
+            asked, fits = said & {"yes", "no"}, True
+            if asked and self.bound is not None:  # "yes, 31 are left" is one answer
+                fits = said - asked <= {str(self.count), str(self.bound)} and self._fits(answer["said"])
+                said = asked
             self.answers += sorted(said)
-            return Line.plain("answer", self.whole and said == {self.answer})
+            return Line.plain("answer", self.whole and fits and said == {self.answer})
+        if _ENDLESS.search(text):
+            return Line.plain("note", False)
         equations = _equations(text)
         if not equations:
-            return Line.plain("note", "=" not in text and self._numbers_known(text))
+            return Line.plain("note", "=" not in text and self._fits(text))
         lines = [self._sum(equation, text) for equation in equations]
         if all(line.role == "note" for line in lines):
             return lines[0] if len(lines) == 1 else Line.plain("note", all(line.right for line in lines))
@@ -129,12 +139,14 @@ class _Reader:
         operands = goes_on and self._operands(equation, text)
         repeated = equation in self.said and (not goes_on or text.strip() in self.texts)
         if not operands and (repeated or (not goes_on and self._aside(equation))):
-            return Line.plain("note", self.said.get(equation, equation.true))
+            right, numbers = self.said.get(equation, (equation.true, None))
+            return Line.plain("note", right and (numbers is None or self._named(text) <= numbers))
         line = Line("sum", equation.true, operands, goes_on)
-        self.said[equation] = line.right
+        worked = min(len(self.entries), self.worked + max(1, len(equation.changes)))
+        numbers = frozenset({self.count}).union(*(entry.numbers for entry in self.entries[self.worked : worked]))
+        self.said[equation] = line.right, numbers
         self.texts.add(text.strip())
-        self.count = equation.result
-        self.worked = min(len(self.entries), self.worked + max(1, len(equation.changes)))
+        self.count, self.worked = equation.result, worked
         return line
 
     def _operands(self, equation: _Equation, text: str) -> bool:
@@ -148,16 +160,25 @@ class _Reader:
             if much != amount or (asked != sign and amount):
                 return False
             count = count + amount if sign == "+" else count - amount
-        named = set(map(int, re.findall(r"\d+", text.partition(":")[0]))) if ":" in text else set()
-        return named <= frozenset({self.worked + 1, self.count}).union(*(entry.numbers for entry in entries))
+        return self._named(text) <= frozenset({self.count}).union(*(entry.numbers for entry in entries))
+
+    def _named(self, text: str) -> set[int]:
+        """The numbers of the words before a sum; not that of the line."""
+        clause, colon, _ = text.partition(":")
+        counted = _COUNTED.match(clause)
+        if counted is not None and int(counted[1]) == self.worked + 1:
+            clause = clause[counted.end() :]
+        return set(map(int, re.findall(r"\d+", clause))) if colon else set()
 
     def _aside(self, equation: _Equation) -> bool:
         """Such as 3*8=24 where three ships bring eight each."""
         return self.worked < len(self.entries) and equation.numbers <= self.entries[self.worked].numbers
 
-    def _numbers_known(self, text: str) -> bool:
+    def _fits(self, text: str) -> bool:
+        """Whether a line without a sum names numbers of the ledger alone, and says rightly how many are left."""
         known = {self.start, self.count, self.bound}.union(*(entry.numbers for entry in self.entries))
-        return set(map(int, re.findall(r"\d+", text))) <= known
+        left, asked = ({int(number) for number in one.findall(text)} for one in (_LEFT, _ASKED))
+        return set(map(int, re.findall(r"\d+", text))) <= known and left <= {self.count} and asked <= {self.bound}
 
 
 def read_lines(prompt: Prompt, steps: Sequence[str]) -> list[Line]:
@@ -171,11 +192,13 @@ def read_lines(prompt: Prompt, steps: Sequence[str]) -> list[Line]:
 
 
 def gold_steps(prompt: Prompt, steps: Sequence[str]) -> list[float]:
-    """1 a step as long as nothing was wrong, 0 from the first error on. A note is as good as the step before it."""
-    good, right = [], True
-    for line in read_lines(prompt, steps):
-        right = right and line.right
-        good.append(float(right))
+    """1 a step as long as nothing was wrong, 0 from the first error on. A note is as good as the step before it, a step
+    of several lines as good as its worst."""
+    good, reader = [], _reader(prompt)
+    for step in steps:
+        for line in _STEPS.split(step):
+            reader.read(line)
+        good.append(float(not reader.wrong))
     return good
 
 
@@ -190,16 +213,15 @@ def grade(prompt: Prompt, text: str) -> Grade:
     error. Flags: ``correct`` (the answer), ``lines_right`` (every entry worked and nothing wrong), ``lucky`` (of right
     answers: those with wrong working), ``answered``."""
     reader = _reader(prompt)
-    worked = 0
-    lines = [reader.read(step) for step in _STEPS.split(text)]
-    for line in lines:
-        if not line.right:
-            break
-        worked += line.role == "sum"
+    worked, lines = 0, list[Line]()
+    for step in _STEPS.split(text):
+        lines.append(reader.read(step))
+        if not reader.wrong:
+            worked = reader.worked  # a line may work several entries
     correct = set(reader.answers) == {reader.answer}
     before = [line for line in lines if line.role != "answer"]
     lines_right = reader.worked == len(reader.entries) and all(line.right for line in before)
-    parts = {"answer": 0.5 * correct, "lines": 0.5 * min(1.0, worked / len(reader.entries))}
+    parts = {"answer": 0.5 * correct, "lines": 0.5 * worked / len(reader.entries)}
     flags = {
         "answered": len(set(reader.answers)) == 1,
         "correct": correct,

@@ -97,7 +97,8 @@ class ProcessRewardStage(TrainBase):
         return {"labels": tuple(name for name in self.sources if name != PEOPLE)}
 
     def steps_read(self) -> StepsRead:
-        return StepsRead(self.steps, self.neutral, self.level == "outcome", self.label_bound)
+        answer = "" if self.verify is None else self.verify.field
+        return StepsRead(self.steps, self.neutral, self.level == "outcome", self.label_bound, answer)
 
     def held_out(self, data: DataConfig) -> float:
         return self.heldout_fraction

@@ -88,6 +88,18 @@ class StepLabelsStage(StageBase):
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
         start_has_template(self, self.model, recipe)
+        read = {stage.name: how.steps for stage in recipe.stages if (how := stage.steps_read()) is not None}
+        for field, ref in (("judge", self.judge), ("scorer", self.scorer)):
+            if isinstance(ref, ProcessRef):
+                self.cuts_alike(field, read.get(ref.model, self.steps))
+
+    def cuts_alike(self, field: str, trained: Steps) -> None:
+        """ValueError where what ``field`` names was trained to judge other steps."""
+        if trained != self.steps:
+            raise ValueError(
+                f"{self.name}.steps: {self.steps.by} cuts replies otherwise than {self.name}.{field} was trained to "
+                f"judge them ({trained.by}); set steps to that"
+            )
 
     @model_validator(mode="after")
     def _whose_replies(self) -> StepLabelsStage:
@@ -100,6 +112,8 @@ class StepLabelsStage(StageBase):
             raise ValueError(
                 f"sampling.temperature: 0 makes all {self.k} completions of a prefix the same; raise it, or set k: 1"
             )
+        if self.cap is not None and self.cap < self.k:
+            raise ValueError(f"cap: {self.cap} leaves no prefix its k: {self.k} completions; raise cap, or lower k")
         return self
 
     @model_validator(mode="after")

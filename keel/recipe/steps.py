@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from keel.recipe.sections import Strict
 
 _BLANK = r"(?:[^\S\n]*\n)"  # a line without a word; the indentation of the next one is the next one's
-_ENDS = {"line": re.compile(f"{_BLANK}+"), "blank_line": re.compile(f"{_BLANK}{{2,}}")}
+_BEGIN = r"(?<![^\S\n])"  # where white space begins: a run of it is looked at once
+_ENDS = {"line": re.compile(f"{_BEGIN}{_BLANK}+"), "blank_line": re.compile(f"{_BEGIN}{_BLANK}{{2,}}")}
 
 
 class Steps(Strict):
@@ -32,8 +33,8 @@ class Steps(Strict):
         """The steps of ``text``, each with what separates it from the next: joined, they are the text. White space
         before the first step is that step's. Text of white space alone is one step; no text, none."""
         end = re.compile(f"{re.escape(self.marker)}{_BLANK}*") if self.marker is not None else _ENDS[self.by]
-        begin = len(text) - len(text.lstrip())
-        cuts = [found.end() for found in end.finditer(text, begin) if text[found.end() :].strip()]
+        begin, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        cuts = [found.end() for found in end.finditer(text, begin) if found.end() < last]
         return tuple(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if b > a)
 
 
@@ -60,12 +61,14 @@ Aggregate = Literal["min", "product", "last", "mean"]
 @dataclass(frozen=True)
 class StepsRead:
     """How a stage reads labelled steps. ``outcome``: the last one's label alone is learned. ``bound``: a step is right
-    where its label is above it."""
+    where its label is above it. ``answer``: where in a prompt's meta the answer stands that replies are held against,
+    which with ``outcome`` says what the label is; "": by labels alone."""
 
     steps: Steps
     neutral: Literal["good", "bad", "out"] = "good"
     outcome: bool = False
     bound: float = 0.5
+    answer: str = ""
 
 
 class Thinking(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,10 @@ from keel.eval.process_traces import Trace, draw_traces
 from keel.recipe.declared import PEOPLE
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
-from keel.reward.checks import Verify, answer_part
+from keel.recipe.verify import VerifyRef
+from keel.reward.checks import Verify, answer_part, known_answer
 from keel.reward.process import PythonSteps, ScoredSteps, outcome
-from keel.reward.verify import Verdict, read_answer
+from keel.reward.verify import Verdict, read_answer, same
 from keel.run import write_json
 from keel.stages.context import STEP_LABELS, StageContext
 from keel.stages.inputs import reading, step_labels_of_people
@@ -51,7 +53,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
     records, chosen = step_labels(stage, context)
     answers = _answers(records, stage)
     if stage.verify is not None and stage.level == "outcome":
-        records = [_by_answer(one, answers[_reply(one)]) for one in records]
+        records = [_by_answer(one, answers[_reply(one, stage.verify)]) for one in records]
     gold = _gold(records, stage, context)  # before the work: a function that fails is found now
     require_chat_template(stage, [record.prompt for record in records], context)
     cut = cut_otherwise(records, stage.steps) if stage.level == "steps" else []
@@ -92,7 +94,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
     return {**summary, "cut_otherwise": len(cut), "aggregates": accuracies, "heldout": quality}
 
 
-Reply = tuple[str, str, bool]
+Reply = tuple[str, str, str, bool]
 Answered = tuple[Verdict, str | None]  # what an answer is, and the answer itself
 
 
@@ -101,7 +103,7 @@ def _judged(one: ScoredSteps, stage: ProcessRewardStage, answers: Mapping[Reply,
     record = one.record
     problem = messages_hash(record.prompt.messages)
     if stage.verify is not None:
-        verdict, answer = answers[_reply(record)]
+        verdict, answer = answers[_reply(record, stage.verify)]
         return Judged(one.scores, record.labels, problem, verdict == "right" if record.finished else None, answer)
     label = outcome(record, stage.label_bound)
     return Judged(one.scores, record.labels, problem, None if label is None else label > stage.label_bound)
@@ -115,32 +117,49 @@ def _gold(
         return None
     function = PythonSteps(context.python(stage.gold), stage.gold.ref)
     marks = function.score_steps([one.prompt for one in records], [one.steps for one in records])
-    return {_reply(one): mark for one, mark in zip(records, marks, strict=True)}
+    return {_asked(one): mark for one, mark in zip(records, marks, strict=True)}
 
 
 def _trace(record: StepLabels, judged: Judged, gold: Mapping[Reply, tuple[float, ...]] | None) -> Trace:
     """With the gold in the place of the labels, where it is known."""
     if gold is None:
         return Trace(record, judged, record.annotator if record.annotator in KNOWN else "")
-    return Trace(record, replace(judged, labels=gold[_reply(record)]), "gold")
+    return Trace(record, replace(judged, labels=gold[_asked(record)]), "gold")
 
 
-def _reply(record: StepLabels) -> Reply:
-    return record.prompt.id, record.text, record.finished
+def _reply(record: StepLabels, ref: VerifyRef) -> Reply:
+    """What its verdict depends on. No id: prompts of two files may share one."""
+    prompt = record.prompt
+    return messages_hash(prompt.messages), known_answer(prompt, ref.field), record.text, record.finished
+
+
+def _asked(record: StepLabels) -> Reply:
+    """What the gold of its steps depends on: all that the prompt says of itself."""
+    prompt = record.prompt
+    return messages_hash(prompt.messages), json.dumps(prompt.meta, sort_keys=True), record.text, record.finished
 
 
 def _answers(records: Sequence[StepLabels], stage: ProcessRewardStage) -> dict[Reply, Answered]:
-    """What each reply answers, where the recipe says how to hold that against the prompt's."""
+    """What each reply answers, where the recipe says how to hold that against the prompt's. Answers to one problem that
+    are the same by value are one for a vote, and written as the first of them; right ones as the prompt's."""
     ref = stage.verify
     if ref is None:
         return {}
     replies = [Completion(one.text, finished=one.finished) for one in records]
     verdicts = Verify(ref).verdicts([one.prompt for one in records], replies)
-    parts = [answer_part(reply.text, ref) for reply in replies]
-    return {
-        _reply(one): (verdict, None if part is None else read_answer(part, ref.read, one.finished))
-        for one, verdict, part in zip(records, verdicts, parts, strict=True)
-    }
+    found: dict[Reply, Answered] = {}
+    given: dict[str, list[str]] = {}  # to each problem
+    for one, reply, verdict in zip(records, replies, verdicts, strict=True):
+        key = _reply(one, ref)
+        part = answer_part(reply.text, ref)
+        answer = key[1] if verdict == "right" else None if part is None else read_answer(part, ref.read, one.finished)
+        if answer is not None:
+            known = given.setdefault(key[0], [])
+            answer = next((other for other in known if other == answer or same(other, answer)), answer)
+            if answer not in known:
+                known.append(answer)
+        found[key] = verdict, answer
+    return found
 
 
 def _by_answer(record: StepLabels, answered: Answered) -> StepLabels:

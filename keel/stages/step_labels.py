@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keel.data.chat import Chat
@@ -33,12 +33,16 @@ REPLIES = "state/replies.json"  # those that the stage sampled, until it is done
 CONVINCING = "convincing.jsonl"  # wrong replies in the order of what the scorer thinks of them
 TALLIES = "state/tallies.jsonl"  # what came of the prefixes so far
 
+# What a scorer says of each reply, higher is better.
+Thinks = Callable[[Sequence[CutReply]], list[float]]
+
 
 def run_step_labels(stage: StepLabelsStage, context: StageContext) -> dict[str, Any]:
     """Labels the steps of a sample stage's replies, or of replies that its model gives, into a file."""
     precision = pick_precision("auto", context.device)
     right = right_by(stage, context, precision)
     judge = None if stage.judge is None else _steps_as(stage, "judge", stage.judge, context, precision)
+    thinks = _thinks(stage, context, precision)
     stored = None if stage.responses is None else _responses(stage.responses, context)
     asked = training_prompts(stage.prompts, context) if stored is None else answered([p for p, _ in stored], stage)
     asked = list({prompt.id: prompt for prompt in asked}.values())
@@ -57,7 +61,7 @@ def run_step_labels(stage: StepLabelsStage, context: StageContext) -> dict[str, 
         why = {"empty": "say nothing", "uncut": "have steps that do not end with tokens"}
         said = ", ".join(f"{count} {why[name]}" for name, count in left_out.items())
         context.reporter.note(f"{stage.name}: left out {sum(left_out.values())} of {len(replies)} replies: {said}")
-    chosen = _chosen(stage, context, precision, cut, right, seed)
+    chosen = _chosen(stage, context, cut, right, thinks, seed)
     continuations = Continuations(
         sampler,
         chat,
@@ -108,11 +112,11 @@ def _steps_as(
 ) -> ProcessScorer | PythonSteps:
     """What scores steps that are cut as the stage cuts them."""
     scorer = step_scorer(ref, context, precision)
-    if isinstance(scorer, ProcessScorer) and scorer.steps != stage.steps:
-        raise UserError(
-            f"{stage.name}.steps: {stage.steps.by} cuts replies otherwise than {stage.name}.{field} was trained to "
-            f"judge them ({scorer.steps.by}); set steps to that"
-        )
+    if isinstance(scorer, ProcessScorer):
+        try:
+            stage.cuts_alike(field, scorer.steps)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return scorer
 
 
@@ -166,14 +170,14 @@ def _sampled(
 def _chosen(
     stage: StepLabelsStage,
     context: StageContext,
-    precision: Precision,
     cut: Sequence[CutReply],
     right: Right,
+    thinks: Thinks | None,
     seed: int,
 ) -> Chosen:
     """Which replies are labelled. What is convincing is left in a file, in whose order people may be asked as well
     (``keel label --steps-order``)."""
-    if stage.choose == "random":
+    if thinks is None:
         return choose_at_random(len(cut), stage.replies, seed)
     assert stage.replies is not None, "the recipe says how many"
     whole = [i for i, one in enumerate(cut) if one.said.finished]
@@ -182,7 +186,7 @@ def _chosen(
     for i, verdict in zip(whole, verdicts, strict=True):
         rated[i] = Rated(verdict)
     wrong = [i for i, one in enumerate(rated) if one.right is False]
-    for i, score in zip(wrong, _scores(stage, context, precision, [cut[i] for i in wrong]), strict=True):
+    for i, score in zip(wrong, thinks([cut[i] for i in wrong]) if wrong else [], strict=True):
         rated[i] = Rated(False, score)
     worth = gains(dict(enumerate(rated)))
     rows = [
@@ -198,17 +202,18 @@ def _chosen(
     return choose_convincing(rated, stage.replies, stage.random_share, seed)
 
 
-def _scores(
-    stage: StepLabelsStage, context: StageContext, precision: Precision, wrong: Sequence[CutReply]
-) -> list[float]:
-    """What the scorer thinks of wrong replies."""
-    if not wrong:
-        return []
+def _thinks(stage: StepLabelsStage, context: StageContext, precision: Precision) -> Thinks | None:
+    """What the scorer thinks of replies; None where they are chosen at random. Made before anything is sampled: it may
+    not fit."""
+    if stage.choose == "random":
+        return None
     assert stage.scorer is not None, "the recipe names one"
-    prompts = [one.prompt for one in wrong]
     if isinstance(stage.scorer, RewardModelRef):
         scorer = reward_model_scorer(stage.scorer.model, context, precision)
-        return scorer.score(prompts, [one.said for one in wrong]).total_N.tolist()
+        return lambda some: scorer.score([one.prompt for one in some], [one.said for one in some]).total_N.tolist()
     of_steps = _steps_as(stage, "scorer", stage.scorer, context, precision)
     how = of_steps.aggregate if isinstance(of_steps, ProcessScorer) else "min"
-    return [aggregated(steps, how) for steps in of_steps.score_steps(prompts, [one.steps for one in wrong])]
+    return lambda some: [
+        aggregated(scores, how)
+        for scores in of_steps.score_steps([one.prompt for one in some], [one.steps for one in some])
+    ]
