@@ -177,7 +177,7 @@ class Labelling:
                 assignment_id=None if handle is None else blind.find(connection, handle, person.annotator_id),
             )
             shown = None if back is None else _with_sheet(connection, back[0])
-            if shown is not None and back is not None and back[1] == "judged" and kind == "step":
+            if shown is not None and back is not None and back[1] != "skipped" and kind == "step":
                 shown = replace(shown, said=steps.taken_back(connection, back[0].id))
         if back is not None and back[1] == "judged":
             self._count(kind, -1)
