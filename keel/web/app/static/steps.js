@@ -7,7 +7,7 @@ import { keep, read } from "./storage.js";
 import { PERSON } from "./wire.js";
 
 const WORDS = { good: "Good", neutral: "Neutral", bad: "Bad", unsure: "Unsure" };
-const SHOWS = `keel-reference-${PERSON}`; // whether this person wants reference answers shown
+const SHOWS = `shows-reference-${PERSON}`; // whether this person wants reference answers shown; no work that a closing tab may lose
 const [list, marks, mistake, correction, note] = ["steps", "marks", "mistake", "correction", "note"].map(byId);
 const chips = [...mistake.querySelectorAll("[name=reasons]")];
 const buttons = [...document.querySelectorAll("[data-mark]")];
