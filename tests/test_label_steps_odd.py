@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from alembic import command
 from labelling_world import World, person, token
 from test_label_steps import LINES, REPLY, ask, bad, fill, given, right
+from sqlalchemy import create_engine, insert
 
+from keel.data.sources import read_steps
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
-from keel.store import Store, lineage, overview, people, review, step_files, steps, work
+from keel.store import Store, lineage, overview, people, people_tables, review, step_files, steps, tables, thumbs, work
+from keel.store.engine import alembic_config, parse_url
 from keel.store.records import NewThumb
 from keel.store.step_records import NewSteps, StepJudgement
 from keel.types import Completion, Message, Prompt, UserError
@@ -69,6 +74,34 @@ def test_labels_stay_on_their_steps_where_the_reply_is_cut_otherwise(new_url: Ca
         assert add(here, again) == 1
         items = {one.token: one.batch for one in given(here)}
         assert items[again[0].token] == items[read[0].token]  # they are of one item, so that they can agree
+
+
+def test_an_older_store_keeps_its_work_and_takes_steps(new_url: Callable[[], str]) -> None:
+    """The schema before there were steps, with a thumb in it."""
+    url = new_url()
+    engine = create_engine(parse_url(url))
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), "0010")
+        now = datetime(2026, 11, 1, 12, tzinfo=UTC)
+        asked = {"id": "p", "messages": [{"role": "user", "content": "What?"}], "kind": "", "meta": {"answer": 15}}
+        connection.execute(insert(tables.prompts), asked | {"created": now})
+        made = {"prompt_id": "p", "finished": True, "model": "m", "fingerprint": "f", "sampling": None, "created": now}
+        connection.execute(insert(tables.responses), made | {"text": REPLY, "key": "k"})
+        (item,) = work.add_thumbs(connection, [1], 1, "thumb", now)
+        ann = people.add_account(connection, "ann", "annotator", None, "test", now)
+        given = {"item_id": item, "annotator_id": ann.annotator_id, "shown": [1], "state": "judged", "handle": "h" * 22}
+        connection.execute(insert(tables.assignments), given | {"leased_at": now, "expires_at": now})
+        thumb = {"assignment_id": 1, "token": "t", "up": True, "created": now}
+        connection.execute(insert(people_tables.thumbs), thumb)
+    engine.dispose()
+    with Store(url) as store:
+        with store.transaction(writes=False) as connection:
+            assert [one.token for one in thumbs.given(connection, None)] == ["t"]
+        assert StepWork(store).queue(Steps(), 5, 1, "boss") == 1
+        judged(store, bad(correction="so"), "bo")
+        with store.transaction(writes=False) as connection:
+            assert [one.labels for one in steps.labels(connection)] == [(1.0, 0.0, None), (None, 1.0)]
+            assert sorted(work.kind for work in lineage.works(connection).values()) == ["step", "thumb"]
 
 
 def test_an_id_that_is_something_else_here_is_no_news(store: Store, tmp_path: Path) -> None:
@@ -184,6 +217,21 @@ def test_the_reference_answer_is_sent_as_it_stands(store: Store, answer: object)
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_plain_rows_are_read_as_people_are(store: Store, tmp_path: Path) -> None:
+    """A line that somebody wrote ends no reply: as an answer it would be right."""
+    ask(store, fill(store, 2))
+    judged(store, bad(correction="7 * 2 = 14"))
+    judged(store, right(), "bo")
+    step_files.export(store, tmp_path / "plain.jsonl", plain=True)
+    with store.transaction(writes=False) as connection:
+        expected = steps.labels(connection)
+    read = read_steps(tmp_path / "plain.jsonl")
+    assert [(one.id, one.steps, one.labels, one.finished) for one in read] == [
+        (one.id, one.steps, one.labels, one.finished) for one in expected
+    ]
+    assert [one.finished for one in read] == [True, False, True]
 
 
 def test_the_bad_step_copied_is_no_better_one(store: Store) -> None:

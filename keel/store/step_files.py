@@ -53,8 +53,8 @@ _ROW: Kinds = {
 
 def export(store: Store, path: Path, batch: str | None = None, plain: bool = False) -> int:
     """Write every judgement of steps to ``path`` (as `keel.store.exchange.write` does); how many rows. ``plain``: what
-    training takes of them and no more: prompt, completions and labels alone, with the lines that people wrote in the
-    place of bad steps as rows of their own."""
+    training takes of them and no more: prompt, completions and labels, and whether the reply ended, with the lines that
+    people wrote in the place of bad steps as rows of their own."""
     with store.transaction(writes=False) as connection:
         found = given(connection, batch)
     rows = [_own(one) for judged in found for one in judged.examples()] if plain else [_row(one) for one in found]
@@ -76,7 +76,8 @@ def read(path: str | Path) -> list[StepJudgement]:
 
 def _own(one: StepLabels) -> dict[str, Any]:
     prompt = messages_json(one.prompt)
-    return {"id": one.id, "prompt": prompt, "completions": list(one.steps), "labels": list(one.labels)}
+    own = {"id": one.id, "prompt": prompt, "completions": list(one.steps), "labels": list(one.labels)}
+    return own | {"finished": one.finished}  # a written line ends no reply, and its label is no answer's
 
 
 def _row(one: StepJudgement) -> dict[str, Any]:

@@ -199,9 +199,8 @@ def hand_in(
     somebody else was given the reply: one more does no harm, and takes long to give. ``annotator_id``: whose the
     assignment must be; None: anybody's."""
     query = (
-        select(assignments.c.item_id, items.c.kind, responses.c.text, prompts.c.meta)
+        select(assignments.c.item_id, responses.c.text)
         .join(items, items.c.id == assignments.c.item_id)
-        .join(prompts, prompts.c.id == items.c.prompt_id)
         .join(item_responses, item_responses.c.item_id == items.c.id)
         .join(responses, responses.c.id == item_responses.c.response_id)
         .where(assignments.c.id == assignment_id, items.c.kind == "step")
