@@ -210,6 +210,7 @@ def test_what_was_said_of_a_step_stays_its_own(browser: Browser, on_file: Served
     keys(page, "jj")
     keys(page, "3")
     expect(page.locator("#correction")).to_have_value("for the third")
+    expect(page.locator("#refused")).to_be_hidden()
     change = """key => {
         const kept = JSON.parse(localStorage.getItem(key));
         kept.fields.marks = kept.fields.marks.replace(/^1 good .*$/m, "1 good (86399.99 s)");

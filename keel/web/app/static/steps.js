@@ -2,7 +2,7 @@
 // loses none of them, and what the server will not count can be read.
 
 import { GUIDELINE, LONGEST_LOOK, Work, byId, keys, settled, toast } from "./common.js";
-import { refuse } from "./refused.js";
+import { refuse, withdraw } from "./refused.js";
 import { keep, read } from "./storage.js";
 import { PERSON } from "./wire.js";
 
@@ -159,7 +159,7 @@ function label(mark) {
 }
 
 /** Why a step is bad, and what should stand in its place, is said of that step: when another one is the first bad one,
- * it waits until that one is again. What was typed is in the list, too. */
+ * it waits until that one is again. What was typed is in the list until then. */
 function moved() {
   const bad = firstBad();
   if (bad < 0 || bad === said.of) return;
@@ -171,6 +171,7 @@ function moved() {
   [said.reasons, correction.value] = [other.reasons, other.line];
   correction.dispatchEvent(new Event("input"));
   const { prompt, id } = work.current;
+  if (said.others[bad]) withdraw(`${id}-step-${bad + 1}`); // a reload would have left it there alone
   const why = `It was written for step ${before + 1}, and step ${bad + 1} is the first bad one`;
   if (line.trim()) refuse(`${id}-step-${before + 1}`, { what: "What you wrote", prompt, text: line.trim() }, why);
 }
