@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from alembic import command
 from labelling_world import World, person, token
-from test_label_steps import LINES, REPLY, ask, bad, fill, given, right
 from sqlalchemy import create_engine, insert
+from test_label_steps import LINES, REPLY, ask, bad, fill, given, right
 
 from keel.data.sources import read_steps
 from keel.recipe.sections import SamplingConfig
@@ -49,7 +49,7 @@ def add(store: Store, new: list[StepJudgement], batch: str | None = None) -> int
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def test_labels_stay_on_their_steps_where_the_reply_is_cut_otherwise(new_url: Callable[[], str], tmp_path: Path) -> None:
+def test_labels_stay_on_their_steps(new_url: Callable[[], str], tmp_path: Path) -> None:
     """Here by blocks, there by lines, in queues of one name."""
     with Store(new_url()) as here, Store(new_url()) as there:
         for store, split in ((here, Steps(by="blank_line")), (there, Steps())):
