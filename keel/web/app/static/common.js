@@ -133,7 +133,7 @@ export class Work {
   }
 
   /** Puts the first item on the screen. `said`: what was said of it before it was taken back. */
-  display(said = {}) {
+  display(said = this.items[0].said ?? {}) {
     const [item] = this.items;
     this.current = null; // until all of it stands there
     for (const place of ["waiting", "empty"]) byId(place).hidden = true;
