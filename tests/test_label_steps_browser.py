@@ -189,6 +189,50 @@ def test_nothing_is_lost(browser: Browser, on_file: Served, clock: Clock) -> Non
 
 
 @pytest.mark.wide
+def test_what_was_said_of_a_step_stays_its_own(browser: Browser, on_file: Served) -> None:
+    """A line for step 3 is none for step 1; who saw the answer has seen it; a tab that was left open for a day."""
+    context, page = owner(browser, on_file)
+    opened(page, on_file)
+    keys(page, "a")  # hidden, before anything was said: it had been seen
+    page.reload()
+    fetched(page)
+    page.wait_for_timeout(SETTLED)
+    expect(page.locator("#answer")).to_be_hidden()
+    keys(page, "1135")
+    page.locator("#correction").fill("for the third")
+    page.locator("#correction").press("Enter")
+    keys(page, "kk36")
+    assert states(page) == ["Bad", "not judged", "not judged"]
+    expect(page.locator("#correction")).to_have_value("")
+    assert page.get_by_role("checkbox", checked=True).count() == 1
+    expect(page.locator("#refused")).to_contain_text("It was written for step 3, and step 1 is the first bad one")
+    keys(page, "1")  # it was a slip
+    keys(page, "jj")
+    keys(page, "3")
+    expect(page.locator("#correction")).to_have_value("for the third")
+    expect(page.locator("#refused")).to_be_hidden()
+    change = """key => {
+        const kept = JSON.parse(localStorage.getItem(key));
+        kept.fields.marks = kept.fields.marks.replace(/^1 good .*$/m, "1 good (86399.99 s)");
+        localStorage.setItem(key, JSON.stringify(kept));
+    }"""
+    (draft,) = page.evaluate("Object.keys(localStorage).filter(key => key.startsWith('keel-draft-'))")
+    page.evaluate(change, draft)
+    opened(page, on_file)
+    page.wait_for_timeout(1000)
+    after(page, lambda: page.keyboard.press("Enter"))
+    (one,) = said(on_file, 1)
+    assert (one.labels, one.correction, one.reasons) == (("good", "good", "bad"), "for the third", ("sum",))
+    assert (one.reference_shown, one.seconds) == (True, 86_400)
+    opened(page, on_file)  # this tab knows nothing of it any more
+    after(page, lambda: page.keyboard.press("u"))
+    after(page, lambda: page.keyboard.press("Enter"))
+    (one,) = said(on_file, 1)
+    assert (one.labels, one.reference_shown) == (("good", "good", "bad"), True)
+    context.close()
+
+
+@pytest.mark.wide
 def test_odd_replies_on_a_phone(browser: Browser, tmp_path: object, clock: Clock) -> None:
     for odd in serve(f"sqlite:///{tmp_path}/feedback.db", clock, ODD):
         context, page = owner(browser, odd, is_mobile=True, has_touch=True)

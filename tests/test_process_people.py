@@ -59,7 +59,7 @@ def test_people_steps_reach_the_weights_and_lead_back(base: Path, tmp_path: Path
         label(store)
         with store.transaction(writes=False) as connection:
             found = steps.labels(connection)
-            random = {one.id for one in steps.labels(connection, drawn="random")}
+            random = {one.id for one in steps.labels(connection, drawn="random") if "/corrected" not in one.id}
             given = steps.given(connection)
     code, summary = run(tmp_path, base, *settings)
     assert code == 0

@@ -14,7 +14,7 @@ from keel.recipe.declared import VOTERS, Voter
 from keel.run import read_json, write_json
 from keel.store import Store, steps, thumbs
 from keel.store.records import OWN_QUEUE, VOTER_KINDS
-from keel.store.step_records import Neutral
+from keel.store.step_records import CORRECTED, Neutral
 from keel.types import Demonstration, LabelledCompletion, Message, Preference, Prompt, StepLabels
 
 FILE = "votes.json"
@@ -74,12 +74,14 @@ def _thumbs_of(connection: Connection, who: Voter, batches: Sequence[str]) -> li
 
 def training_steps(folder: Path, location: str, neutral: Neutral) -> tuple[list[StepLabels], frozenset[str]]:
     """People's labels on the steps of replies, and the ids of those on replies that were drawn at random: figures over
-    the others are those of no population. Kept in ``folder`` as votes are."""
+    the others are those of no population, and lines that people wrote are no replies. Kept in ``folder`` as votes
+    are."""
     kept = folder / STEPS
     if not kept.exists():
         with Store(location) as store, store.transaction(writes=False) as connection:
             found = steps.labels(connection, neutral, kinds=VOTER_KINDS["people"])
-            random = [one.id for one in steps.labels(connection, neutral, kinds=VOTER_KINDS["people"], drawn="random")]
+            drawn = steps.labels(connection, neutral, kinds=VOTER_KINDS["people"], drawn="random")
+            random = [one.id for one in drawn if not one.id.endswith(CORRECTED)]
         write_json(kept, {"labels": [asdict(one) for one in found], "random": random})
         return found, frozenset(random)
     rows = read_json(kept)

@@ -10,26 +10,15 @@ import random
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, select
 
 from keel.store import gold, queue
 from keel.store.records import Assignment, WorkKind
 from keel.store.tables import assignments, items
 
 DRAW = random.SystemRandom()
-_asked = items.alias("asked")
-# A response that somebody has had in one queue is not asked of them again in another.
-_HAD = (
-    select(_asked.c.key)
-    .join(assignments, assignments.c.item_id == _asked.c.id)
-    .where(
-        assignments.c.annotator_id == bindparam("annotator"),
-        assignments.c.state != "expired",
-        _asked.c.kind == bindparam("kind"),
-    )
-)
 _OPEN = queue.locking(queue.OPEN_TO.order_by(items.c.turn, items.c.place))
-_OPEN_SINGLE = queue.locking(queue.OPEN_TO.where(items.c.key.not_in(_HAD)).order_by(items.c.turn, items.c.place))
+_OPEN_SINGLE = queue.locking(queue.OPEN_TO.where(items.c.key.not_in(gold.HAD)).order_by(items.c.turn, items.c.place))
 
 
 def next_for(
@@ -52,7 +41,7 @@ def next_for(
         return had
     values = {"annotator": annotator_id, "kind": kind}
     while True:
-        item = queue.open_item(connection, _OPEN_SINGLE if kind in ("thumb", "step") else _OPEN, values, wait=True)
+        item = queue.open_item(connection, _OPEN_SINGLE if kind in gold.SINGLE else _OPEN, values, wait=True)
         if item is None:
             if not queue.reclaim(connection, now):
                 return None

@@ -22,6 +22,20 @@ SLOTS = 100_000  # a gold item is for everybody: so many more than have it alrea
 ANSWERS: Mapping[str, tuple[str, ...]] = {"compare": ("first", "second", "tie"), "thumb": ("up", "down")}
 RIGHT = "right"  # the answer of a reply in steps without a bad one; else it is the number of the first bad one
 
+_asked = items.alias("asked")
+# Single responses that somebody has had in one queue. They are not asked of them again in another, as a gold item
+# neither: what comes twice could be nothing else.
+HAD = (
+    select(_asked.c.key)
+    .join(assignments, assignments.c.item_id == _asked.c.id)
+    .where(
+        assignments.c.annotator_id == bindparam("annotator"),
+        assignments.c.state != "expired",
+        _asked.c.kind == bindparam("kind"),
+    )
+)
+SINGLE = ("thumb", "step")  # kinds of work on one response, which may be in several queues
+
 _OPEN_TO = select(items.c.id, items.c.key).where(
     items.c.gold.is_not(None),
     items.c.kind == bindparam("kind"),
@@ -35,9 +49,13 @@ _OPEN_TO = select(items.c.id, items.c.key).where(
 )
 
 
+_OPEN_SINGLE = _OPEN_TO.where(items.c.key.not_in(HAD))
+
+
 def open_to(connection: Connection, annotator_id: int, kind: str) -> list[Row[Any]]:
     """The gold items (id, key) that this annotator has not had."""
-    return list(connection.execute(_OPEN_TO, {"annotator": annotator_id, "kind": kind}))
+    query = _OPEN_SINGLE if kind in SINGLE else _OPEN_TO
+    return list(connection.execute(query, {"annotator": annotator_id, "kind": kind}))
 
 
 def would_be_gone(connection: Connection, assignment: Row[Any], kind: str) -> bool:

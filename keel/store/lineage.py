@@ -15,6 +15,7 @@ from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.review import last_words
 from keel.store.sides import preferred
 from keel.store.standing import done, standing
+from keel.store.step_records import REASONS
 from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
 
 TABLES = (judgements, rankings, thumbs, step_labels, writings)
@@ -118,7 +119,10 @@ def _said(kind: WorkKind, row: Any, text: dict[int, str]) -> dict[str, Any]:
     if kind == "thumb":
         return {"replies": [{"text": text[id], "note": ""} for id in row["shown"]], "said": thumb_word(row["up"])}
     if kind == "step":
-        return {"replies": [{"text": text[id], "note": ""} for id in row["shown"]], "said": outcome_words(row)}
+        judged = [{"text": text[id], "note": ""} for id in row["shown"]]
+        instead = [{"text": row["correction"], "note": "in the bad step’s place"}] if row["correction"] else []
+        why = [*(REASONS[reason] for reason in row["reasons"]), *([row["note"]] if row["note"] else [])]
+        return {"replies": judged + instead, "said": outcome_words(row), "reason": "; ".join(why) or None}
     written = [{"text": row["text"], "note": "written"}]
     edited = [{"text": text[row["original_id"]], "note": "before"}] if row["original_id"] else []
     return {"replies": written + edited, "said": ""}

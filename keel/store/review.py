@@ -29,10 +29,12 @@ def set_overlap(connection: Connection, batch: str, kind: str, overlap: int, act
 
 
 def put_first(connection: Connection, batch: str, kind: str, actor: str, now: datetime) -> None:
-    """A queue's items come before all others from now on."""
-    # a whole number: ranked pairs lie between two (priority.py)
+    """A queue's items come before all others from now on, in the order among each other that they have."""
+    # whole numbers: what is ranked lies between two (priority.py)
     first = math.floor(connection.execute(select(func.coalesce(func.min(items.c.turn), 0.0))).scalar_one())
-    connection.execute(update(items).where(items.c.batch == batch, items.c.kind == kind).values(turn=first - 1))
+    these = items.c.batch == batch, items.c.kind == kind
+    last = math.ceil(connection.execute(select(func.coalesce(func.max(items.c.turn), 0.0)).where(*these)).scalar_one())
+    connection.execute(update(items).where(*these).values(turn=items.c.turn + (first - 1 - last)))
     connection.execute(
         insert(events), event(now, actor, "put first", "batch", batch, None, {"kind": kind, "turn": first - 1})
     )

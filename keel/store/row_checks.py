@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, get_args
 
 from keel.store.records import AnnotatorKind
@@ -47,8 +47,7 @@ def check_row(row: Mapping[str, Any], kinds: Kinds) -> None:
         raise ValueError("id is empty")
     if row["annotator_kind"] not in get_args(AnnotatorKind):
         raise ValueError(f"annotator_kind {row['annotator_kind']!r}")
-    if datetime.fromisoformat(row["created"]).tzinfo is None:
-        raise ValueError("created has no time zone")
+    _check_time("created", row["created"])
     if row["seconds"] is not None and not 0 <= row["seconds"] < math.inf:
         raise ValueError(f"seconds {row['seconds']}")
     for message in row["prompt"]:
@@ -75,8 +74,18 @@ def check_source(source: Mapping[str, Any]) -> None:
     for name in ("model", "fingerprint"):
         if not isinstance(source[name], str):
             raise ValueError(f"{name} {source[name]!r}")
-    if datetime.fromisoformat(source["created"]).tzinfo is None:
-        raise ValueError("a response's created has no time zone")
+    _check_time("a response's created", source["created"])
+
+
+def _check_time(name: str, value: str) -> None:
+    """A time that has the same moment in UTC, as databases keep it."""
+    time = datetime.fromisoformat(value)
+    if time.tzinfo is None:
+        raise ValueError(f"{name} has no time zone")
+    try:
+        time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{name} {value} is before the year 1 or after 9999 in UTC") from None
 
 
 def reply_text(messages: Any) -> str:

@@ -16,22 +16,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection, insert, select
 
 from keel.recipe.steps import Steps
 from keel.store.exchange import Type, arrow_table, from_json, prompt_of, rows_of_file, source_columns, source_of
 from keel.store.exchange import write_rows as write_file
 from keel.store.gold import set_gold
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
-from keel.store.ingest import add_prompts, add_responses, rows_of
-from keel.store.people_tables import step_labels
+from keel.store.ingest import add_prompts, add_responses, chunks, rows_of
+from keel.store.people_tables import step_items, step_labels
 from keel.store.removals import take_out
 from keel.store.row_checks import EVERY, Kinds, check_row
-from keel.store.rows import messages_json
+from keel.store.rows import MARK, messages_json, storable
+from keel.store.standing import done
 from keel.store.step_records import Drawn, NewSteps, StepJudgement
-from keel.store.steps import add_steps, given, values_of
+from keel.store.steps import add_steps, given, named, values_of
 from keel.store.store import Store
-from keel.store.tables import event, events, items
+from keel.store.tables import event, events, item_responses, items, responses
 from keel.types import StepLabels, UserError
 
 COLUMNS = (
@@ -52,8 +53,8 @@ _ROW: Kinds = {
 
 def export(store: Store, path: Path, batch: str | None = None, plain: bool = False) -> int:
     """Write every judgement of steps to ``path`` (as `keel.store.exchange.write` does); how many rows. ``plain``: what
-    training takes of them and no more: prompt, completions and labels alone, with the lines that people wrote in the
-    place of bad steps as rows of their own."""
+    training takes of them and no more: prompt, completions and labels, and whether the reply ended, with the lines that
+    people wrote in the place of bad steps as rows of their own."""
     with store.transaction(writes=False) as connection:
         found = given(connection, batch)
     rows = [_own(one) for judged in found for one in judged.examples()] if plain else [_row(one) for one in found]
@@ -75,7 +76,8 @@ def read(path: str | Path) -> list[StepJudgement]:
 
 def _own(one: StepLabels) -> dict[str, Any]:
     prompt = messages_json(one.prompt)
-    return {"id": one.id, "prompt": prompt, "completions": list(one.steps), "labels": list(one.labels)}
+    own = {"id": one.id, "prompt": prompt, "completions": list(one.steps), "labels": list(one.labels)}
+    return own | {"finished": one.finished}  # a written line ends no reply, and its label is no answer's
 
 
 def _row(one: StepJudgement) -> dict[str, Any]:
@@ -147,11 +149,10 @@ def add(connection: Connection, new: Sequence[StepJudgement], batch: str | None,
     """Add judgements of another store; how many were new. One is known by its token."""
     called = ids_here(connection, step_labels, "steps", [one.token for one in new])
     fresh: dict[str, StepJudgement] = {}
-    there = {row.token: row for row in rows_of(connection, step_labels, step_labels.c.token, list(called.values()))}
+    there = _there(connection, list(called.values()))
     for one in (replace(one, token=called[one.token]) for one in new):
         here = there.get(one.token)
-        known = list(one.labels) if here is None else here.labels
-        if fresh.get(one.token, one) != one or known != list(one.labels):
+        if fresh.get(one.token, one) != one or (here is not None and not _same(here, one)):
             raise UserError(
                 f"the step labels {one.token!r} are there with other contents; give the new ones another id"
             )
@@ -163,27 +164,62 @@ def add(connection: Connection, new: Sequence[StepJudgement], batch: str | None,
     add_prompts(connection, [one.prompt for one in new], now)
     versions = {version: guideline_here(connection, version, now) for version in {one.guideline for one in new}}
     shown = add_responses(connection, [as_new(one.response) for one in new], now)
-    entries = []
+    entries, places = [], []
     for one, response in zip(new, shown, strict=True):
         ranked = {response} if one.drawn == "ranked" else None
-        (item,) = add_steps(connection, [response], one.split, 1, one.batch if batch is None else batch, now, ranked)
+        place = _queue(connection, response, one, one.batch if batch is None else batch)
+        (item,) = add_steps(connection, [response], one.split, 1, place, now, ranked)
         take_slot(connection, item, now)
+        places.append(place)
         entries.append(Entry(item, one.annotator, one.annotator_kind, [response], one.created))
     names, assigned = assign(connection, entries, now)
-    for one, entry, name, assignment in zip(new, entries, names, assigned, strict=True):
+    for one, entry, place, name, assignment in zip(new, entries, places, names, assigned, strict=True):
         said = values_of(new_steps(_row(one), one.token)) | {"seconds": one.seconds, "token": one.token}
         said |= {"guideline": versions[one.guideline]}
         row = said | {"assignment_id": assignment, "created": one.created}
         made = connection.execute(insert(step_labels), row).inserted_primary_key
         assert made is not None
         told = said | {"assignment": assignment, "item": entry.item, "shown": entry.shown}
-        told |= {"batch": one.batch if batch is None else batch, "created": one.created.isoformat()}
+        told |= {"batch": place, "created": one.created.isoformat()}
         log = event(now, name, "imported", "step judgement", made.id, None, told, versions[one.guideline])
         connection.execute(insert(events), log)
     _make_gold(connection, {e.item: one.gold for e, one in zip(entries, new, strict=True) if one.gold}, now)
     for item in sorted({entry.item for entry, one in zip(entries, new, strict=True) if one.out}):
         take_out(connection, "item", item, "", None, now)
     return len(new)
+
+
+def _queue(connection: Connection, response: int, one: StepJudgement, batch: str) -> str:
+    """The queue that holds the reply cut as it was when it was judged: ``batch``, or one beside it where the reply is
+    cut otherwise there. A label belongs to the step that was looked at."""
+    query = select(step_items.c.steps).join(items, items.c.id == step_items.c.item_id)
+    here = connection.execute(query.where(items.c.batch == batch, items.c.key == f"step/{response}")).scalar()
+    if here is None or Steps.model_validate(here).split(one.response.text) == one.steps:
+        return batch
+    return _queue(connection, response, one, f"{batch} (by {named(one.split)})")
+
+
+def _there(connection: Connection, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rows of these tokens, what was taken back too, with ``prompt_id`` and ``text`` of the reply."""
+    query = (
+        done(step_labels, step_labels, items.c.prompt_id, responses.c.text)
+        .join(item_responses, item_responses.c.item_id == items.c.id)
+        .join(responses, responses.c.id == item_responses.c.response_id)
+    )
+    found = {}
+    for chunk in chunks(tokens):
+        rows = connection.execute(query.where(step_labels.c.token.in_(chunk))).mappings()
+        found |= {row["token"]: dict(row) for row in rows}
+    return found
+
+
+def _same(here: Mapping[str, Any], one: StepJudgement) -> bool:
+    """Whether two judgements of one id are one. What was erased, here or there, is not known any more."""
+    new = values_of(new_steps(_row(one), one.token))
+    said = all(here[name] == new[name] for name in ("labels", "outcome", "reasons"))
+    texts = [(here[name], new[name]) for name in ("correction", "note")]
+    known = here["text"] == MARK or (here["prompt_id"], here["text"]) == (one.prompt.id, storable(one.response.text))
+    return said and known and all(mine == theirs or MARK in (mine, theirs) for mine, theirs in texts)
 
 
 def _make_gold(connection: Connection, answers: Mapping[int, str], now: datetime) -> None:

@@ -27,6 +27,7 @@ REASONS: Mapping[Reason, str] = {
     "check": "it can't be checked",
 }
 _NEUTRAL: Mapping[Neutral, float | None] = {"good": 1.0, "bad": 0.0, "out": None}
+MOST_STEPS = 10_000  # of a reply that people are asked about
 CORRECTED = "/corrected"  # behind the id of a judgement: the record of the line that was written in a step's place
 
 
@@ -136,7 +137,8 @@ class StepJudgement:
 
     def examples(self, neutral: Neutral = "good") -> list[StepLabels]:
         """What of it is trained on: the reply as far as it was judged, and, where somebody wrote what should stand in
-        the place of the bad step, the steps before it with that line, which is good."""
+        the place of the bad step, the steps before it with that line, which is good. The bad step itself, copied, is no
+        such line."""
         if not self.learned:
             return []
         found = []
@@ -144,7 +146,7 @@ class StepJudgement:
         if any(number is not None for number in numbers):
             reply = self.response
             found.append(StepLabels(self.token, self.prompt, steps, numbers, reply.finished, self.annotator))
-        if self.correction and self.correction != MARK and bad is not None:
+        if self.correction and self.correction != MARK and bad is not None and self.correction != steps[bad].strip():
             written = self.split.split(self.correction)  # one step, or several lines
             known = (*(None for _ in steps[:bad]), *(1.0 for _ in written))
             id, whole = f"{self.token}{CORRECTED}", (*steps[:bad], *written)

@@ -26,8 +26,8 @@ from keel.store.records import AnnotatorKind
 from keel.store.removals import in_use
 from keel.store.rows import MARK, prompt_record, storable
 from keel.store.standing import standing
-from keel.store.step_records import Drawn, Mark, Neutral, NewSteps, Outcome, StepJudgement
-from keel.store.tables import annotators, assignments, items, prompts, responses
+from keel.store.step_records import MOST_STEPS, Drawn, Mark, Neutral, NewSteps, Outcome, StepJudgement
+from keel.store.tables import annotators, assignments, item_responses, items, prompts, responses
 from keel.store.work import add_single
 from keel.types import Prompt, StepLabels, UserError
 
@@ -73,7 +73,7 @@ class OpenReply:
 
 def open_replies(connection: Connection, split: Steps) -> tuple[list[OpenReply], int]:
     """Every reply in use that is in no queue of steps, oldest first, of several with one text the first; and how many
-    were left out, since ``split`` makes one step of them."""
+    were left out, since ``split`` makes one step of them. So are those of more than `MOST_STEPS`."""
     asked = set(connection.execute(select(items.c.key).where(items.c.kind == "step")).scalars())
     query = select(responses.c.id, responses.c.text, responses.c.prompt_id).order_by(responses.c.id)
     rows = connection.execute(query.where(in_use(responses.c.prompt_id, responses.c.id))).all()
@@ -83,10 +83,11 @@ def open_replies(connection: Connection, split: Steps) -> tuple[list[OpenReply],
         if (row.prompt_id, row.text) not in seen:
             seen.add((row.prompt_id, row.text))
             fresh.append((row, split.split(row.text)))
-    several = [(row, steps) for row, steps in fresh if len(steps) > 1]
+    several = [(row, steps) for row, steps in fresh if 1 < len(steps) <= MOST_STEPS]
     named = sorted({row.prompt_id for row, _ in several})
     prompt = {row.id: prompt_record(row) for row in rows_of(connection, prompts, prompts.c.id, named)}
-    return [OpenReply(row.id, prompt[row.prompt_id], steps) for row, steps in several], len(fresh) - len(several)
+    single = sum(len(steps) < 2 for _, steps in fresh)
+    return [OpenReply(row.id, prompt[row.prompt_id], steps) for row, steps in several], single
 
 
 def queue_replies(
@@ -104,7 +105,7 @@ def queue_replies(
     found, single = open_replies(connection, split)
     if single and not found:
         raise UserError(
-            f"each of the {single} replies that are left is a single step by {_named(split)}; choose another way to cut"
+            f"each of the {single} replies that are left is a single step by {named(split)}; choose another way to cut"
         )
     ids = [reply.id for reply in found]
     count = min(count, len(ids))
@@ -139,7 +140,7 @@ def add_steps(
     response of one step."""
     for row in rows_of(connection, responses, responses.c.id, sorted(set(response_ids))):
         if len(split.split(row.text)) < 2:
-            raise UserError(f"response {row.id} is a single step by {_named(split)}; choose another way to cut")
+            raise UserError(f"response {row.id} is a single step by {named(split)}; choose another way to cut")
     ids = add_single(connection, "step", response_ids, overlap, batch, now)
     chosen = [(id, "random" if ranked is None or response not in ranked else "ranked")
               for id, response in zip(ids, response_ids, strict=True)]  # fmt: skip
@@ -154,7 +155,7 @@ def add_steps(
     return ids
 
 
-def _named(split: Steps) -> str:
+def named(split: Steps) -> str:
     return f"{split.by} {split.marker!r}" if split.marker else split.by
 
 
@@ -198,11 +199,11 @@ def hand_in(
     somebody else was given the reply: one more does no harm, and takes long to give. ``annotator_id``: whose the
     assignment must be; None: anybody's."""
     query = (
-        select(assignments.c.item_id, items.c.kind, responses.c.text, prompts.c.meta)
+        select(assignments.c.item_id, responses.c.text)
         .join(items, items.c.id == assignments.c.item_id)
-        .join(prompts, prompts.c.id == items.c.prompt_id)
-        .join(responses, items.c.key == "step/" + responses.c.id.cast(items.c.key.type))
-        .where(assignments.c.id == assignment_id)
+        .join(item_responses, item_responses.c.item_id == items.c.id)
+        .join(responses, responses.c.id == item_responses.c.response_id)
+        .where(assignments.c.id == assignment_id, items.c.kind == "step")
     )
     row = connection.execute(query).first()
     if row is None:
@@ -234,7 +235,8 @@ def _words(text: str | None) -> str | None:
 def taken_back(connection: Connection, assignment_id: int) -> dict[str, Any] | None:
     """What somebody last handed in for an assignment and took back: it stands on the page again."""
     columns = step_labels.c.labels, step_labels.c.reasons, step_labels.c.correction, step_labels.c.note
-    query = select(*columns, step_labels.c.step_seconds).where(step_labels.c.assignment_id == assignment_id)
+    query = select(*columns, step_labels.c.step_seconds, step_labels.c.reference_shown)
+    query = query.where(step_labels.c.assignment_id == assignment_id)
     row = connection.execute(query.order_by(step_labels.c.id.desc()).limit(1)).mappings().first()
     return None if row is None else dict(row)
 

@@ -49,9 +49,8 @@ def item_json(screen: Screen | None) -> dict[str, Any] | None:
         "messages": [{"role": m.role, "html": render(m.content)} for m in screen.messages],
     }
     if screen.sheet is not None:
-        reference = None if screen.sheet.reference is None else render(screen.sheet.reference)
         more = {"said": screen.said} if screen.said else {}
-        return found | {"steps": list(screen.sheet.steps), "reference": reference} | more
+        return found | {"steps": list(screen.sheet.steps), "reference": screen.sheet.reference} | more
     return found | {"shown": [{"html": render(text), "text": text} for text in screen.shown]}
 
 

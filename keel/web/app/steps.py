@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, Response
 
 from keel.recipe.steps import Steps
 from keel.store.people import Session
-from keel.store.step_records import REASONS, Mark, NewSteps, Outcome, Reason
+from keel.store.step_records import MOST_STEPS, REASONS, Mark, NewSteps, Outcome, Reason
 from keel.types import UserError
 from keel.web.app.fields import FormCount, FormLine, Seconds, Text, Work
 from keel.web.app.manage import done
@@ -22,17 +22,16 @@ router = APIRouter(default_response_class=HTMLResponse)
 api = APIRouter(prefix="/api")
 Annotator = Annotated[Session, Depends(may("annotator"))]
 Admin = Annotated[Session, Depends(may("admin"))]
-MOST = 10_000  # steps of a reply
 
 
 class Labelled(Work):
-    labels: list[Mark | None] = Field(max_length=MOST)
+    labels: list[Mark | None] = Field(max_length=MOST_STEPS)
     outcome: Outcome
     reasons: list[Reason] = Field(default_factory=list, max_length=len(REASONS))
     correction: Text = ""
     note: Text = ""
     reference_shown: bool = False
-    step_seconds: list[Seconds | None] = Field(default_factory=list, max_length=MOST)
+    step_seconds: list[Seconds | None] = Field(default_factory=list, max_length=MOST_STEPS)
 
     def steps(self) -> NewSteps:
         correction, note = self.correction.strip() or None, self.note.strip() or None

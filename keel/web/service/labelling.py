@@ -177,8 +177,6 @@ class Labelling:
                 assignment_id=None if handle is None else blind.find(connection, handle, person.annotator_id),
             )
             shown = None if back is None else _with_sheet(connection, back[0])
-            if shown is not None and back is not None and back[1] == "judged" and kind == "step":
-                shown = replace(shown, said=steps.taken_back(connection, back[0].id))
         if back is not None and back[1] == "judged":
             self._count(kind, -1)
         return shown
@@ -272,7 +270,7 @@ def _with_sheet(connection: Connection, assignment: Assignment) -> Screen:
     if assignment.kind != "step":
         return found
     cut = steps.sheet(connection, assignment.item_id, assignment.prompt, assignment.shown[0])
-    return replace(found, sheet=cut)
+    return replace(found, sheet=cut, said=steps.taken_back(connection, assignment.id))
 
 
 def screen(assignment: Assignment) -> Screen:

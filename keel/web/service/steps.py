@@ -75,7 +75,7 @@ class StepWork:
         now = self._store.now
         with self._store.transaction(writes=False) as connection:
             found, _ = steps.open_replies(connection, split)
-        gains = self._gains(found) if self._gains else None  # it may read files: no transaction waits for it
+        gains = self._gains(found) if self._gains and found else None  # it may read files: no transaction waits for it
         with self._store.transaction(writes=True) as connection:
             steps.set_splitter(connection, split, actor, now)
             made = steps.queue_replies(connection, split, count, overlap, now, gains)

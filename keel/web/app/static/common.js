@@ -10,7 +10,7 @@ const byId = (id) => document.getElementById(id);
 const SETTLED = 250; // milliseconds: what comes sooner after a vote is its key or tap again, not a word on the next item
 const AHEAD = 3; // items fetched ahead: enough for a tunnel, few enough to keep nobody waiting for them
 const MOST_TRIES = 12; // of fetching at once
-const LONGEST_LOOK = 86_400; // seconds; the server takes no more, and a screen that stood there for a weekend was not read
+export const LONGEST_LOOK = 86_400; // seconds; the server takes no more, and a screen that stood there for a weekend was not read
 const LATE = ["write", "edit", "step"]; // kinds of work that count also when the item went to somebody else: they take long
 
 export function toast(text) {
@@ -133,7 +133,7 @@ export class Work {
   }
 
   /** Puts the first item on the screen. `said`: what was said of it before it was taken back. */
-  display(said = {}) {
+  display(said = this.items[0].said ?? {}) {
     const [item] = this.items;
     this.current = null; // until all of it stands there
     for (const place of ["waiting", "empty"]) byId(place).hidden = true;

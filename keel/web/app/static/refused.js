@@ -11,6 +11,12 @@ export function refuse(name, about, why) {
   showRefused();
 }
 
+/** It counts after all. */
+export function withdraw(name) {
+  drop(PREFIX + name);
+  showRefused();
+}
+
 const element = (tag, properties, ...children) => {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);

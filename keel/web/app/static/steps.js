@@ -1,13 +1,13 @@
 // A reply, one step at a time. Labels, times and reasons are kept as a line of text each, as what is typed is: a reload
 // loses none of them, and what the server will not count can be read.
 
-import { GUIDELINE, Work, byId, keys, settled, toast } from "./common.js";
-import { refuse } from "./refused.js";
+import { GUIDELINE, LONGEST_LOOK, Work, byId, keys, settled, toast } from "./common.js";
+import { refuse, withdraw } from "./refused.js";
 import { keep, read } from "./storage.js";
 import { PERSON } from "./wire.js";
 
 const WORDS = { good: "Good", neutral: "Neutral", bad: "Bad", unsure: "Unsure" };
-const SHOWS = `keel-reference-${PERSON}`; // whether this person wants reference answers shown
+const SHOWS = `shows-reference-${PERSON}`; // whether this person wants reference answers shown; no work that a closing tab may lose
 const [list, marks, mistake, correction, note] = ["steps", "marks", "mistake", "correction", "note"].map(byId);
 const chips = [...mistake.querySelectorAll("[name=reasons]")];
 const buttons = [...document.querySelectorAll("[data-mark]")];
@@ -15,7 +15,8 @@ const buttons = [...document.querySelectorAll("[data-mark]")];
 let said = blank(0); // of the item on the screen
 
 function blank(count) {
-  return { labels: Array(count).fill(null), spent: Array(count).fill(0), reasons: [], seen: false, at: 0, since: 0 };
+  const [labels, spent] = [Array(count).fill(null), Array(count).fill(0)];
+  return { labels, spent, reasons: [], seen: false, at: 0, since: 0, of: -1, others: {} };
 }
 
 const firstBad = () => said.labels.indexOf("bad");
@@ -26,7 +27,7 @@ const judged = () => (firstBad() < 0 ? said.labels : said.labels.slice(0, firstB
 function written({ labels, spent, reasons, seen }) {
   const lines = labels.map((label, i) => `${i + 1} ${label ?? "-"} (${(spent[i] ?? 0).toFixed(2)} s)`);
   const known = lines.filter((_, i) => labels[i] || spent[i]);
-  if (!labels.some(Boolean)) return ""; // nothing was said
+  if (!labels.some(Boolean) && !seen) return ""; // nothing was said
   return [...known, ...(reasons.length ? [`why: ${reasons.join(", ")}`] : []), ...(seen ? ["saw the reference answer"] : [])].join("\n");
 }
 
@@ -41,6 +42,7 @@ function understood(text, count) {
   }
   const open = found.labels.indexOf(null);
   const bad = found.labels.indexOf("bad");
+  found.of = bad;
   found.at = bad >= 0 ? bad : open >= 0 ? open : count - 1;
   return found;
 }
@@ -59,9 +61,9 @@ function show(item, before) {
   byId("mistake-place").append(mistake); // out of the list, which is made anew
   list.replaceChildren(...item.steps.map(row));
   said = blank(item.steps.length);
-  if (before.labels && before.marks === undefined) before.marks = written({ ...before, spent: before.step_seconds ?? [], seen: false });
+  if (before.labels && before.marks === undefined) before.marks = written({ ...before, spent: before.step_seconds ?? [], seen: before.reference_shown ?? false });
   byId("reference").hidden = item.reference === null;
-  byId("answer").innerHTML = item.reference ?? "";
+  byId("answer").textContent = item.reference ?? "";
 }
 
 function row(text, i) {
@@ -118,7 +120,7 @@ function turnReference() {
 /** The time since the last look belongs to the step that was looked at. */
 function timed() {
   const now = work.clock.seconds;
-  said.spent[said.at] += Math.max(0, now - said.since);
+  said.spent[said.at] = Math.min(LONGEST_LOOK, said.spent[said.at] + Math.max(0, now - said.since));
   said.since = now;
 }
 
@@ -145,6 +147,7 @@ function label(mark) {
   }
   timed();
   said.labels[said.at] = mark;
+  moved();
   const next = judged().findIndex((one, i) => i > said.at && !one);
   if (mark !== "bad" && next >= 0) go(next);
   else {
@@ -153,6 +156,24 @@ function label(mark) {
     if (mark === "bad") mistake.scrollIntoView({ block: "nearest" });
   }
   kept();
+}
+
+/** Why a step is bad, and what should stand in its place, is said of that step: when another one is the first bad one,
+ * it waits until that one is again. What was typed is in the list until then. */
+function moved() {
+  const bad = firstBad();
+  if (bad < 0 || bad === said.of) return;
+  const before = said.of;
+  said.of = bad;
+  if (before < 0) return;
+  const [line, other] = [correction.value, said.others[bad] ?? { line: "", reasons: [] }];
+  said.others[before] = { line, reasons: said.reasons };
+  [said.reasons, correction.value] = [other.reasons, other.line];
+  correction.dispatchEvent(new Event("input"));
+  const { prompt, id } = work.current;
+  if (said.others[bad]) withdraw(`${id}-step-${bad + 1}`); // a reload would have left it there alone
+  const why = `It was written for step ${before + 1}, and step ${bad + 1} is the first bad one`;
+  if (line.trim()) refuse(`${id}-step-${before + 1}`, { what: "What you wrote", prompt, text: line.trim() }, why);
 }
 
 function reason(chip) {
@@ -186,7 +207,7 @@ function send(outcome) {
     note: ["give_up", "bad_problem"].includes(outcome) ? note.value : "",
     reference_shown: said.seen,
     step_seconds: said.spent.map((seconds) => Math.round(100 * seconds) / 100),
-    seconds: Math.round(100 * said.spent.reduce((sum, one) => sum + one, 0)) / 100,
+    seconds: Math.min(LONGEST_LOOK, Math.round(100 * said.spent.reduce((sum, one) => sum + one, 0)) / 100),
     guideline: GUIDELINE,
   };
   const what = { solution: "No bad step", found_error: `Step ${bad + 1} is bad`, give_up: "Given up", bad_problem: "Bad problem" }[outcome];
