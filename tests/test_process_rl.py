@@ -114,6 +114,51 @@ def test_a_token_of_two_steps_and_bytes_that_are_no_text_are_no_error(chat: Chat
     assert len(reply_ends(chat.decode, broken, split_reply(marker, broken)[0])) == 3
 
 
+def test_a_step_ends_with_the_last_byte_of_its_last_sign(chat: Chat) -> None:
+    """Held against every beginning of the reply, read by itself."""
+    alone: dict[int, int] = {}
+    for text in ("to √ salt ü\ngood", "a≈\n日本\n\n語", "é\né", "sail ü in in", "a\ufffd\nb"):
+        for how in (Steps(), Steps(by="marker", marker="in")):
+            one = reply(chat, text, finished=False)
+            steps, _ = split_reply(how, one)
+            read = ["".join(chat.decode(one.ids[:k]).split()) for k in range(len(one.ids) + 1)]
+            wanted = ["".join("".join(steps[: k + 1]).split()) for k in range(len(steps))]
+            slowly = [next(k for k, said in enumerate(read) if said.startswith(want)) - 1 for want in wanted]
+            assert list(reply_ends(chat.decode, one, steps, alone)) == slowly
+
+
+def test_the_ends_of_a_long_reply_are_found_by_reading_it_once(chat: Chat) -> None:
+    one = reply(chat, "sails from the captain\n" * 100)
+    steps, _ = split_reply(Steps(), one)
+    read = 0
+
+    def counted(ids: Sequence[int]) -> str:
+        nonlocal read
+        read += len(ids)
+        return chat.decode(ids)
+
+    ends = reply_ends(counted, one, steps)
+    assert len(ends) == 100
+    assert read < 4 * len(one.ids)  # the reply, a few times over, and not once for each step
+
+
+def test_a_reply_that_says_nothing_has_its_progress_at_its_end(chat: Chat) -> None:
+    replies = [reply(chat, " \n"), reply(chat, "go", finished=False), reply(chat, "bad")]
+    found = ProcessTermScorer(term(start=0.5), ByWord(), decode=chat.decode).score([prompt(0)] * 3, replies)
+    assert [[step.value for step in steps] for steps in found.steps] == [[-0.5], [-0.5], [pytest.approx(-0.4)]]
+    assert [steps[0].end for steps in found.steps] == [len(one.ids) - 1 for one in replies]
+    assert [len(trace.tokens) for trace in found.traces] == [0, 1, 1]  # it has no step all the same
+
+
+def test_a_shut_gate_is_no_better_than_a_wrong_answer(chat: Chat) -> None:
+    verify = {"kind": "verify", "wrong": -1.0, "unreadable": -0.5}
+    gated = term(form="gated", outcome=verify, bound=0.5)
+    outcome = PythonScorer(lambda _, text: 1.0 if "good" in text else -1.0)
+    replies = [reply(chat, "go"), reply(chat, "good\nbad"), reply(chat, "good\ngo")]
+    found = ProcessTermScorer(gated, ByWord(), outcome=outcome, decode=chat.decode).score([prompt(0)] * 3, replies)
+    assert found.reply_N.tolist() == [-1.0, -1.0, 1.0]
+
+
 def test_the_last_step_of_a_cut_reply_is_not_judged(chat: Chat) -> None:
     scorer = ByWord()
     replies = [
