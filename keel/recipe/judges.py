@@ -61,6 +61,11 @@ OutcomeRef = Annotated[PythonRef | RewardModelRef | VerifyRef | FormatRef | Rand
 StepForm = Literal["progress", "min", "sum", "gated"]
 
 
+def right_above(source: object) -> float:
+    """Above what score of a source a reply is right: half-way to what a verifier says of others, else 1/2."""
+    return source.right_above if isinstance(source, VerifyRef) else 0.5
+
+
 class ProcessTerm(Strict):
     """A reward for the steps of a reply, made of what a process reward model (or a function) says of each
     (``keel.reward.process_forms`` has the formulas)."""

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from keel.recipe.judges import CheckRef, ProcessTerm
+from keel.recipe.judges import CheckRef, ProcessTerm, right_above
 from keel.recipe.steps import Steps
 from keel.reward.process_forms import BASELINES, earned
 from keel.reward.trace import Trace
@@ -106,6 +106,8 @@ class ProcessTermScorer:
             unmatched=sum(self._pattern.search(step) is None for step in said) if self._pattern else None,
             thinking=self._thinking(completion),
             outcome=outcome,
+            bound=self.term.bound,
+            right_above=right_above(self.term.outcome),
         )
 
     def _thinking(self, completion: Completion) -> int | None:
@@ -196,13 +198,12 @@ def _held(decode: Decode, ids: Sequence[int], parts: Sequence[str], alone: dict[
 
 
 def _whole_sign(decode: Decode, ids: Sequence[int], begin: int, end: int) -> int:
-    """``end``, or where a character ends of which it is the first bytes."""
-    read = _signs(decode(ids[begin:end]))
-    if read.endswith(_BROKEN):
-        for further in range(end + 1, min(end + 3, len(ids)) + 1):
-            more = _signs(decode(ids[begin:further]))
-            if len(more) == len(read) and not more.endswith(_BROKEN):
-                return further
+    """``end``, or where a character ends of which it is the first bytes: it goes on with bytes that add no sign."""
+    signs = len(_signs(decode(ids[begin:end])))
+    while end < len(ids) and _signs(decode(ids[begin:end])).endswith(_BROKEN):
+        if not decode(ids[end : end + 1]).endswith(_BROKEN) or len(_signs(decode(ids[begin : end + 1]))) != signs:
+            break
+        end += 1
     return end
 
 

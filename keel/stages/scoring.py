@@ -16,6 +16,7 @@ from keel.recipe.judges import (
     PythonRef,
     RewardModelRef,
     RewardTerm,
+    right_above,
 )
 from keel.recipe.steps import PythonStepsRef, StepsRef
 from keel.recipe.verify import VerifyRef
@@ -54,7 +55,8 @@ def mixed_scorer(
         else:
             scorer = _outcome_scorer(term.source, context, precision, roles)
         right = isinstance(term.source, PythonRef | VerifyRef)
-        parts.append(RewardPart(scorer, term.weight, source_name(term.source), right))
+        name = source_name(term.source)
+        parts.append(RewardPart(scorer, term.weight, name, right, right_above(term.source)))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
@@ -82,7 +84,7 @@ def _process_scorer(
         )
     scorer = ProcessTermScorer(term, scores, steps, outcome, decode)
     if term.card is not None:
-        card_of_steps(term.card, scores, scorer.steps, context)
+        card_of_steps(term.card, scores, scorer.steps, "last" if term.form == "progress" else "lowest", context)
     return scorer
 
 
