@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from test_stages import run, write_jsonl
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
+from keel.check.data import data_findings
+from keel.check.models import _process_models
+from keel.data.chat import Chat
 from keel.eval.process_card import (
     known_right,
     process_card,
@@ -28,6 +31,7 @@ from keel.eval.process_card import (
 from keel.recipe.eval import EvalStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.process_card import ProcessCard
+from keel.recipe.recipe import Recipe
 from keel.recipe.steps import Steps
 from keel.types import Message, Prompt, StepLabels, UserError
 
@@ -143,7 +147,6 @@ def test_a_number_too_long_to_reckon_with_stays() -> None:
     assert re.fullmatch(rf"{long} then \d+", reply[1])
     assert reply[1] != f"{long} then 7"
     assert wrong_number((f"so = {long}",), Random(0)) is None
-
 
 
 def test_replies_known_to_be_right() -> None:
@@ -273,6 +276,30 @@ def test_replies_that_nobody_knows_to_be_right_are_refused(tmp_path: Path) -> No
         run(made, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"prompt": "a", "completions": ["1\n", "2"], "labels": [1, None]}], "is whole with all its steps labelled right"),
+    ([{"prompt": "a", "completions": ["1\n", "2"], "labels": [1]}], "expected a list of 2 labels"),
+    ([{"question": "a", "answer": "b"}], "columns are question, answer"),
+])  # fmt: skip
+def test_the_check_reads_a_cards_file(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    made = recipe(tmp_path, "sums")
+    write_jsonl(tmp_path / "steps.jsonl", rows)
+    found = data_findings(Recipe.model_validate(made), Chat(tiny_tokenizer()), 64)
+    errors = [str(one) for one in found if one.level == "error"]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_the_check_refuses_a_folder_that_is_no_process_reward_model(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "sums")
+    source = made["stages"][0]["rewards"][0]["source"]
+    del source["scorer"]
+    source["model"] = made["model"]["path"]
+    loaded = Recipe.model_validate(made)
+    with pytest.raises(UserError):
+        _process_models(loaded.stages[0], loaded)
+
+
 def test_what_a_card_names_counts_and_to_force_computes_nothing_again(tmp_path: Path) -> None:
     made = recipe(tmp_path, "sums")["stages"][0]
     stage = GrpoStage.model_validate(made)
@@ -300,5 +327,5 @@ def test_a_process_reward_model_is_trained_tried_and_learned_from(tmp_path: Path
     assert 0 < rows[0]["process/min"] < 1
     assert (tmp_path / "run" / "it" / "process_card.json").exists()
     source |= {"steps": {"by": "blank_line"}}
-    with pytest.raises(UserError, match="cuts replies otherwise than prm was trained to judge them"):
+    with pytest.raises(ValidationError, match="cuts replies otherwise than its model was trained to judge them"):
         run(made, tmp_path / "run")

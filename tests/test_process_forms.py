@@ -54,7 +54,7 @@ def test_progress_pays_no_less_for_a_try_than_for_none() -> None:
 
 
 def test_a_groups_baseline_takes_the_start_out() -> None:
-    """One reply has nothing to score: what it and the others learn is the same whatever p_0 is, and it comes out lowest."""
+    """One reply has nothing to score: whatever p_0 is, all learn the same, and it comes out lowest."""
 
     def advantages(start: float) -> list[float]:
         scores = [[], [0.2], [0.3, 0.4]]

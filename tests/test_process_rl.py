@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from test_grpo_runs import PROMPTS, Killed
 from test_stages import run, write_jsonl
@@ -16,6 +17,7 @@ from tiny import prompt, save_tiny, tiny_tokenizer
 from keel.data.chat import Chat
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import ProcessTerm
+from keel.recipe.recipe import Recipe
 from keel.recipe.steps import Steps
 from keel.recipe.verify import VerifyRef
 from keel.reward.process_term import ProcessTermScorer, reply_ends, split_reply
@@ -25,6 +27,7 @@ from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
 from keel.train.online import make_rollouts
 from keel.train.optim import make_optimizer
+from keel.train.rollouts import Shaped
 from keel.train.trace_figures import trace_figures
 from keel.types import Completion, Prompt, Step, UserError
 
@@ -316,6 +319,41 @@ def stage(**settings: Any) -> GrpoStage:
     common: dict[str, Any] = {"name": "grpo", "model": "base", "rewards": [{"source": SOURCE}], "group_size": 4}
     common |= {"rollout_batch": 32, "sampling": {"max_new_tokens": 10}}
     return GrpoStage.model_validate({**common, **settings})
+
+
+def test_a_clip_that_cuts_what_steps_change_is_refused() -> None:
+    for form in ("progress", "min"):
+        with pytest.raises(ValidationError, match="so that steps no longer add up"):
+            stage(rewards=[{"source": {**SOURCE, "form": form}, "weight": 0.5}], reward_clip=0.4)
+        stage(rewards=[{"source": {**SOURCE, "form": form}, "weight": 0.5}], reward_clip=0.5)
+    stage(rewards=[{"source": {**SOURCE, "form": "sum"}}], reward_clip=0.4)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"level": "outcome"}, "grpo.rewards.0.source: prm is an outcome reward model"),
+    ({"steps": {"by": "blank_line"}}, "grpo.rewards.0.source: it cuts replies otherwise than its model"),
+])  # fmt: skip
+def test_a_model_that_cannot_score_these_steps_is_refused_before_it_is_trained(
+    settings: dict[str, Any], message: str
+) -> None:
+    prm = {"kind": "process_reward", "name": "prm", "model": "base", "labels": "steps.jsonl", **settings}
+    source = {"kind": "process", "model": "prm", "steps": {"by": "line"}}
+    rl = stage(rewards=[{"source": source}]).model_dump(mode="json")
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({"model": {"path": "x"}, "stages": [prm, rl]})
+
+
+def test_what_is_only_watched_gives_no_group_a_signal() -> None:
+    """With combine: each every reward has its own advantages; one of weight 0 adds none."""
+    rewards = [{"source": {"kind": "python", "ref": f"x:{name}"}, "weight": w} for name, w in zip("ab", (1, 0))]
+    config = stage(rewards=rewards, combine="each", no_spread="drop", beta=0)
+    algorithm = Grpo.__new__(Grpo)
+    algorithm.config = config
+    terms = torch.tensor(
+        [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.4], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+    )
+    shaped = Shaped(terms[:, 0], terms, None, torch.ones(8, dtype=torch.bool), torch.arange(9))
+    assert algorithm._signal(shaped)[1].tolist() == [True, False]
 
 
 def test_two_process_rewards_are_refused() -> None:

@@ -3,9 +3,9 @@ right are changed and scored again (bounds: ``keel.recipe.process_card``).
 
 What must be seen: a number of one step, changed. What must not: other wording, a true step said twice, thanks at the
 end. Those changes are made to the right reply and to its copy with the wrong number, where style could hide the error
-(arXiv 2603.06621: most of what a policy gained on such models was style). They are measured by what the reward pays for:
-``progress`` pays for the last step's score, whatever stands before it, the other forms for the lowest.
-Pure: seed in, numbers out.
+(arXiv 2603.06621: most of what a policy gained on such models was style). They are measured by what the reward pays
+for: ``progress`` for the last step's score, whatever stands before it, the other forms for the lowest. Pure: seed in,
+numbers out.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def _broken(card: dict[str, Any], bounds: ProcessCard) -> list[str]:
     for kind, change in card["changes"].items():
         if change["mean"] >= bounds.max_change:
             found.append(
-                f"{_SAID[kind]} changes a reply's {card['measure']} score by {change['mean']:.2f} on average, and max_change is "
-                f"{bounds.max_change:g}"
+                f"{_SAID[kind]} changes a reply's {card['measure']} score by {change['mean']:.2f} on average, and "
+                f"max_change is {bounds.max_change:g}"
             )
     return found
 

@@ -130,6 +130,20 @@ class ProcessTerm(Strict):
         return self
 
 
+def judges_steps(place: str, term: ProcessTerm, steps: Steps, outcome: bool) -> None:
+    """ValueError where what a process reward names cannot score its steps. ``steps``, ``outcome``: as the model was
+    trained."""
+    if outcome:
+        raise ValueError(
+            f"{place}: {term.scores.model if isinstance(term.scores, ProcessRef) else ''} is an outcome reward model "
+            "(level: outcome): of steps before the last it learned nothing; name one with level: steps"
+        )
+    if term.steps is not None and term.steps != steps:
+        raise ValueError(
+            f"{place}: it cuts replies otherwise than its model was trained to judge them; leave the reward's steps out"
+        )
+
+
 class RewardTerm(Strict):
     """One source of reward, with its weight in the sum. A process reward of weight 0 is only watched."""
 

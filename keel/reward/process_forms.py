@@ -49,8 +49,8 @@ def earned(
     start: float = 0.5,
     wrong: float = 0.0,
 ) -> Earned:
-    """What a reply with these steps' ``scores`` earns. ``start``: p_0; ``wrong``: what the outcome is of a wrong answer,
-    where that is known.
+    """What a reply with these steps' ``scores`` earns. ``start``: p_0; ``wrong``: the outcome of a wrong answer, where
+    that is known.
 
     For a reply without a step that can be scored (nothing was written, or it was cut within the first one) no step
     vouches: that is a score of 0, and a gate stays shut.

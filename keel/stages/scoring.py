@@ -16,6 +16,7 @@ from keel.recipe.judges import (
     PythonRef,
     RewardModelRef,
     RewardTerm,
+    judges_steps,
     right_above,
 )
 from keel.recipe.steps import PythonStepsRef, StepsRef
@@ -76,12 +77,13 @@ def _process_scorer(
 ) -> ProcessTermScorer:
     outcome = None if term.outcome is None else _outcome_scorer(term.outcome, context, precision, roles)
     scores = step_scorer(term.scores, context, precision)
-    steps = scores.steps if isinstance(scores, ProcessScorer) else None
-    if None not in (term.steps, steps) and term.steps != steps:
-        raise UserError(
-            f"stage {context.stage_dir.name}: its process reward cuts replies otherwise than {source_name(term)} was "
-            "trained to judge them; leave the reward's steps out"
-        )
+    steps = None
+    if isinstance(scores, ProcessScorer):
+        steps = scores.steps
+        try:
+            judges_steps(f"stage {context.stage_dir.name}", term, steps, scores.level == "outcome")
+        except ValueError as error:
+            raise UserError(str(error)) from error
     scorer = ProcessTermScorer(term, scores, steps, outcome, decode)
     if term.card is not None:
         card_of_steps(term.card, scores, scorer.steps, "last" if term.form == "progress" else "lowest", context)
