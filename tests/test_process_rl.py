@@ -345,7 +345,7 @@ def test_a_model_that_cannot_score_these_steps_is_refused_before_it_is_trained(
 
 def test_what_is_only_watched_gives_no_group_a_signal() -> None:
     """With combine: each every reward has its own advantages; one of weight 0 adds none."""
-    rewards = [{"source": {"kind": "python", "ref": f"x:{name}"}, "weight": w} for name, w in zip("ab", (1, 0))]
+    rewards = [{"source": {"kind": "python", "ref": f"x:{name}"}, "weight": w} for name, w in (("a", 1), ("b", 0))]
     config = stage(rewards=rewards, combine="each", no_spread="drop", beta=0)
     algorithm = Grpo.__new__(Grpo)
     algorithm.config = config
