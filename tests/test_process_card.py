@@ -13,12 +13,25 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from test_stages import run, write_jsonl
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
-from keel.eval.process_card import known_right, process_card, reworded, said_twice, thanked, try_scorer, wrong_number
+from keel.check.data import data_findings
+from keel.check.models import _process_models
+from keel.data.chat import Chat
+from keel.eval.process_card import (
+    known_right,
+    process_card,
+    reworded,
+    said_again,
+    said_twice,
+    thanked,
+    try_scorer,
+    wrong_number,
+)
 from keel.recipe.eval import EvalStage
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.process_card import ProcessCard
+from keel.recipe.recipe import Recipe
 from keel.recipe.steps import Steps
 from keel.types import Message, Prompt, StepLabels, UserError
 
@@ -43,6 +56,16 @@ def blind(prompt: Prompt, steps: Sequence[str]) -> list[float]:
 def polite(prompt: Prompt, steps: Sequence[str]) -> list[float]:
     """Knows sums, and forgives all to who says thanks."""
     return [0.9] * len(steps) if "Thank" in steps[-1] else sums(prompt, steps)
+
+
+def polite_step(prompt: Prompt, steps: Sequence[str]) -> list[float]:
+    """Knows sums, reads no further than a step's end, and likes the step that says thanks."""
+    return [0.9 if "Thank" in step else score for step, score in zip(steps, sums(prompt, steps), strict=True)]
+
+
+def forgetful(prompt: Prompt, steps: Sequence[str]) -> list[float]:
+    """Knows the sums of a step, and nothing of those before it."""
+    return [sums(prompt, [step])[0] for step in steps]
 
 
 def pedant(prompt: Prompt, steps: Sequence[str]) -> list[float]:
@@ -95,11 +118,35 @@ def test_changes_by_hand() -> None:
     assert re.fullmatch(r"a [1-9]", reply[0])
     assert wrong_number(("no number", "x2 is a name, 1.5 a decimal"), Random(0)) is None
     assert reworded(steps) == ("So take 4 crates.\n", "Then 4 + 3 = 7\n", "Next, I see 7")
-    assert said_twice(steps[:1], Random(0), 1, "\n") == ("Take 4 crates.\n", "Take 4 crates.\n")
-    assert said_twice(("one",), Random(0), 1, "\n") == ("one\n", "one")
-    assert thanked(steps, "\n") == (*steps[:2], "I see 7\n", "Thank you!")
-    for changed_reply in (said_twice(steps, Random(1), 2, "\n"), thanked(steps, "\n")):
-        assert Steps().split("".join(changed_reply)) == changed_reply  # they are still steps
+    assert said_twice(steps[:1], Random(0), 1, Steps()) == ("Take 4 crates.\n", "Take 4 crates.\n")
+    assert said_twice(("one",), Random(0), 1, Steps()) == ("one\n", "one")
+    assert thanked(steps, Steps()) == (*steps[:2], "I see 7\n", "Thank you!")
+    marks, blank = Steps(by="marker", marker="#"), Steps(by="blank_line")
+    for how, reply in (
+        (Steps(), steps),
+        (Steps(), ("a 1\n", "b 2  ")),
+        (marks, ("a 1 #\n", "b 2 #")),  # the last one has its marker
+        (marks, ("a 1 #", "b 2")),
+        (blank, ("a 1\n\n", "b 2\n")),  # and here half of what ends a step
+    ):
+        for changed_reply in (
+            said_twice(reply, Random(1), 2, how),
+            said_twice(reply, Random(0), 2, how),
+            said_again(reply, Random(0), 1, how),
+            thanked(reply, how),
+        ):
+            assert how.split("".join(changed_reply)) == changed_reply  # they are still steps
+            assert len(changed_reply) == len(reply) + 1
+
+
+def test_a_number_too_long_to_reckon_with_stays() -> None:
+    long = "9" * 5000
+    k, reply = wrong_number((f"so = {long}\n", f"{long} then 7"), Random(0)) or (9, ())
+    assert k == 1
+    assert reply[0] == f"so = {long}\n"
+    assert re.fullmatch(rf"{long} then \d+", reply[1])
+    assert reply[1] != f"{long} then 7"
+    assert wrong_number((f"so = {long}",), Random(0)) is None
 
 
 def test_replies_known_to_be_right() -> None:
@@ -143,6 +190,22 @@ def test_who_does_not_is_told_why(function: Any, sentence: str) -> None:
     broken = card(function)["broken"]
     assert len(broken) == 1
     assert broken[0].startswith(sentence)
+
+
+@pytest.mark.parametrize(("function", "sentence"), [
+    (polite_step, "thanks at the end changes a reply's last score by 0.40 on average"),
+    (forgetful, "a true step said twice changes a reply's last score by"),
+])  # fmt: skip
+def test_what_progress_pays_for_is_measured(function: Any, sentence: str) -> None:
+    """The lowest score stays where it was, but the last one, which progress pays for, hides the error."""
+    some = [labelled(n) for n in range(40)]
+    assert not [why for why in card(function)["broken"] if "lowest" in why]
+    found = process_card(try_scorer(some, Scorer(function), Steps(), 0, "last"), BOUNDS, "last")
+    assert found["broken"]
+    assert any(why.startswith(sentence) for why in found["broken"])
+    honest = process_card(try_scorer(some, Scorer(sums), Steps(), 0, "last"), BOUNDS, "last")
+    assert honest["broken"] == []
+    assert honest["measure"] == "last"
 
 
 def test_replies_without_numbers_say_nothing_of_numbers() -> None:
@@ -213,6 +276,30 @@ def test_replies_that_nobody_knows_to_be_right_are_refused(tmp_path: Path) -> No
         run(made, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"prompt": "a", "completions": ["1\n", "2"], "labels": [1, None]}], "is whole with all its steps labelled right"),
+    ([{"prompt": "a", "completions": ["1\n", "2"], "labels": [1]}], "expected a list of 2 labels"),
+    ([{"question": "a", "answer": "b"}], "columns are question, answer"),
+])  # fmt: skip
+def test_the_check_reads_a_cards_file(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    made = recipe(tmp_path, "sums")
+    write_jsonl(tmp_path / "steps.jsonl", rows)
+    found = data_findings(Recipe.model_validate(made), Chat(tiny_tokenizer()), 64)
+    errors = [str(one) for one in found if one.level == "error"]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_the_check_refuses_a_folder_that_is_no_process_reward_model(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "sums")
+    source = made["stages"][0]["rewards"][0]["source"]
+    del source["scorer"]
+    source["model"] = made["model"]["path"]
+    loaded = Recipe.model_validate(made)
+    with pytest.raises(UserError):
+        _process_models(loaded.stages[0], loaded)
+
+
 def test_what_a_card_names_counts_and_to_force_computes_nothing_again(tmp_path: Path) -> None:
     made = recipe(tmp_path, "sums")["stages"][0]
     stage = GrpoStage.model_validate(made)
@@ -240,5 +327,5 @@ def test_a_process_reward_model_is_trained_tried_and_learned_from(tmp_path: Path
     assert 0 < rows[0]["process/min"] < 1
     assert (tmp_path / "run" / "it" / "process_card.json").exists()
     source |= {"steps": {"by": "blank_line"}}
-    with pytest.raises(UserError, match="cuts replies otherwise than prm was trained to judge them"):
+    with pytest.raises(ValidationError, match="cuts replies otherwise than its model was trained to judge them"):
         run(made, tmp_path / "run")

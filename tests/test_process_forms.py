@@ -30,10 +30,41 @@ def test_each_form_by_hand() -> None:
     assert earned("gated", p, 2.0, bound=0.51) == (0.0, ())
 
 
+def test_a_wrong_step_pays_with_no_outcome() -> None:
+    """Nor does a wrong answer with right steps come to less than one with wrong steps."""
+    right, wrong = [0.9, 0.8], [0.9, 0.1]
+    for outcome, of_wrong in ((1.0, -1.0), (-1.0, -1.0), (0.0, -1.0), (0.7, 0.0), (-2.5, 0.0), (1.0, 0.5)):
+        through = earned("gated", right, outcome, wrong=of_wrong).reply
+        shut = earned("gated", wrong, outcome, wrong=of_wrong).reply
+        assert through == outcome
+        assert shut <= min(outcome, of_wrong, 0.0)
+    assert earned("gated", wrong, 0.0, wrong=-1.0).reply == -1.0  # else a gate that says 0 for right changes nothing
+
+
 def test_without_a_step_nothing_is_earned() -> None:
-    for form in ("progress", "min", "sum"):
+    for form in ("min", "sum"):
         assert earned(form, []) == (0.0, ())
     assert earned("gated", [], 1.0) == (0.0, ())
+
+
+def test_progress_pays_no_less_for_a_try_than_for_none() -> None:
+    """However low its steps are scored: p_K - p_0 is at least what a reply without a step has."""
+    assert earned("progress", [], start=0.5) == (0.0, (-0.5,))
+    assert math.fsum(earned("progress", [0.3, 0.1], start=0.5).steps) > math.fsum(earned("progress", []).steps)
+
+
+def test_a_groups_baseline_takes_the_start_out() -> None:
+    """One reply has nothing to score: whatever p_0 is, all learn the same, and it comes out lowest."""
+
+    def advantages(start: float) -> list[float]:
+        scores = [[], [0.2], [0.3, 0.4]]
+        values = [earned("progress", p, start=start).steps for p in scores]
+        steps = StepValues(torch.tensor([v for row in values for v in row]), torch.tensor([1, 4, 6, 8]))
+        return trace_advantages(torch.zeros(3), steps, torch.tensor([0, 2, 5, 9]), 3, "returns", "none").tolist()
+
+    assert advantages(0.5) == pytest.approx(advantages(0.0), abs=1e-6)
+    assert advantages(0.5) == pytest.approx(advantages(1.0), abs=1e-6)
+    assert min(advantages(0.5)) == advantages(0.5)[0]
 
 
 def test_progress_telescopes_and_the_lowest_is_the_limit() -> None:

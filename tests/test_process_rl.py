@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from test_grpo_runs import PROMPTS, Killed
 from test_stages import run, write_jsonl
@@ -16,7 +17,9 @@ from tiny import prompt, save_tiny, tiny_tokenizer
 from keel.data.chat import Chat
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.judges import ProcessTerm
+from keel.recipe.recipe import Recipe
 from keel.recipe.steps import Steps
+from keel.recipe.verify import VerifyRef
 from keel.reward.process_term import ProcessTermScorer, reply_ends, split_reply
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardPart
 from keel.reward.trace import Trace
@@ -24,6 +27,7 @@ from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
 from keel.train.online import make_rollouts
 from keel.train.optim import make_optimizer
+from keel.train.rollouts import Shaped
 from keel.train.trace_figures import trace_figures
 from keel.types import Completion, Prompt, Step, UserError
 
@@ -112,6 +116,53 @@ def test_a_token_of_two_steps_and_bytes_that_are_no_text_are_no_error(chat: Chat
     odd = (*chat.tokenizer.encode("é", add_special_tokens=False)[:1], *one.ids)
     broken = Completion(chat.decode(odd), odd, (), False)
     assert len(reply_ends(chat.decode, broken, split_reply(marker, broken)[0])) == 3
+
+
+def test_a_step_ends_with_the_last_byte_of_its_last_sign(chat: Chat) -> None:
+    """Held against every beginning of the reply, read by itself."""
+    alone: dict[int, int] = {}
+    for text in ("to √ salt ü\ngood", "a≈\n日本\n\n語", "é\né", "sail ü in in"):
+        for how in (Steps(), Steps(by="marker", marker="in")):
+            one = reply(chat, text, finished=False)
+            steps, _ = split_reply(how, one)
+            read = ["".join(chat.decode(one.ids[:k]).split()) for k in range(len(one.ids) + 1)]
+            wanted = ["".join("".join(steps[: k + 1]).split()) for k in range(len(steps))]
+            slowly = [next(k for k, said in enumerate(read) if said.startswith(want)) - 1 for want in wanted]
+            assert list(reply_ends(chat.decode, one, steps, alone)) == slowly
+    one = reply(chat, "a\ufffd\nb", finished=False)  # three bytes, each of which is read as the whole
+    assert reply_ends(chat.decode, one, split_reply(Steps(), one)[0]) == (3, 5)
+
+
+def test_the_ends_of_a_long_reply_are_found_by_reading_it_once(chat: Chat) -> None:
+    one = reply(chat, "sails from the captain\n" * 100)
+    steps, _ = split_reply(Steps(), one)
+    read = 0
+
+    def counted(ids: Sequence[int]) -> str:
+        nonlocal read
+        read += len(ids)
+        return chat.decode(ids)
+
+    ends = reply_ends(counted, one, steps)
+    assert len(ends) == 100
+    assert read < 10 * len(one.ids)  # the reply, a few times over, and not once for each step
+
+
+def test_a_reply_that_says_nothing_has_its_progress_at_its_end(chat: Chat) -> None:
+    replies = [reply(chat, " \n"), reply(chat, "go", finished=False), reply(chat, "bad")]
+    found = ProcessTermScorer(term(start=0.5), ByWord(), decode=chat.decode).score([prompt(0)] * 3, replies)
+    assert [[step.value for step in steps] for steps in found.steps] == [[-0.5], [-0.5], [pytest.approx(-0.4)]]
+    assert [steps[0].end for steps in found.steps] == [len(one.ids) - 1 for one in replies]
+    assert [len(trace.tokens) for trace in found.traces] == [0, 1, 1]  # it has no step all the same
+
+
+def test_a_shut_gate_is_no_better_than_a_wrong_answer(chat: Chat) -> None:
+    verify = {"kind": "verify", "wrong": -1.0, "unreadable": -0.5}
+    gated = term(form="gated", outcome=verify, bound=0.5)
+    outcome = PythonScorer(lambda _, text: 1.0 if "good" in text else -1.0)
+    replies = [reply(chat, "go"), reply(chat, "good\nbad"), reply(chat, "good\ngo")]
+    found = ProcessTermScorer(gated, ByWord(), outcome=outcome, decode=chat.decode).score([prompt(0)] * 3, replies)
+    assert found.reply_N.tolist() == [-1.0, -1.0, 1.0]
 
 
 def test_the_last_step_of_a_cut_reply_is_not_judged(chat: Chat) -> None:
@@ -217,6 +268,20 @@ def test_figures_by_hand() -> None:
     assert trace_figures([], [], 2) == {}
 
 
+def test_a_step_is_right_from_the_rewards_bound_on_and_an_answer_as_its_verifier_says(chat: Chat) -> None:
+    traces = [Trace((0.9, 0.6), (1, 1), outcome=0.5, bound=0.7, right_above=0.25)]
+    found = trace_figures(["a"], traces, 1)
+    assert (found["process/lucky"], found["process/pass_at_1"]) == (1.0, 1.0)
+    assert trace_figures(["a"], [Trace((0.9, 0.6), (1, 1), outcome=1.0)], 1)["process/lucky"] == 0.0
+    process = ProcessTermScorer(term(bound=0.95), ByWord(), decode=chat.decode)
+    half = VerifyRef(right=0.5, wrong=0.0, unreadable=-1.0)
+    answer = RewardPart(PythonScorer(lambda _, text: 0.5), 1.0, "verify", outcome=True, right_above=half.right_above)
+    (trace,) = MixedScorer([RewardPart(process, 1.0, "prm"), answer]).score([prompt(0)], [reply(chat, "good")]).traces
+    assert (trace.bound, trace.right_above) == (0.95, 0.25)
+    found = trace_figures(["a"], [trace], 1)
+    assert (found["process/lucky"], found["process/pass_at_1"]) == (1.0, 1.0)
+
+
 def test_steps_that_lack_or_repeat_something_are_counted(chat: Chat) -> None:
     scorer = ProcessTermScorer(term(step_pattern=r"\d+ = \d+", thinking={}), ByWord(), decode=chat.decode)
     thinks = reply(chat, "<think>good\ngood \n3 = 4</think>day")
@@ -254,6 +319,41 @@ def stage(**settings: Any) -> GrpoStage:
     common: dict[str, Any] = {"name": "grpo", "model": "base", "rewards": [{"source": SOURCE}], "group_size": 4}
     common |= {"rollout_batch": 32, "sampling": {"max_new_tokens": 10}}
     return GrpoStage.model_validate({**common, **settings})
+
+
+def test_a_clip_that_cuts_what_steps_change_is_refused() -> None:
+    for form in ("progress", "min"):
+        with pytest.raises(ValidationError, match="so that steps no longer add up"):
+            stage(rewards=[{"source": {**SOURCE, "form": form}, "weight": 0.5}], reward_clip=0.4)
+        stage(rewards=[{"source": {**SOURCE, "form": form}, "weight": 0.5}], reward_clip=0.5)
+    stage(rewards=[{"source": {**SOURCE, "form": "sum"}}], reward_clip=0.4)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"level": "outcome"}, "grpo.rewards.0.source: prm is an outcome reward model"),
+    ({"steps": {"by": "blank_line"}}, "grpo.rewards.0.source: it cuts replies otherwise than its model"),
+])  # fmt: skip
+def test_a_model_that_cannot_score_these_steps_is_refused_before_it_is_trained(
+    settings: dict[str, Any], message: str
+) -> None:
+    prm = {"kind": "process_reward", "name": "prm", "model": "base", "labels": "steps.jsonl", **settings}
+    source = {"kind": "process", "model": "prm", "steps": {"by": "line"}}
+    rl = stage(rewards=[{"source": source}]).model_dump(mode="json")
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({"model": {"path": "x"}, "stages": [prm, rl]})
+
+
+def test_what_is_only_watched_gives_no_group_a_signal() -> None:
+    """With combine: each every reward has its own advantages; one of weight 0 adds none."""
+    rewards = [{"source": {"kind": "python", "ref": f"x:{name}"}, "weight": w} for name, w in (("a", 1), ("b", 0))]
+    config = stage(rewards=rewards, combine="each", no_spread="drop", beta=0)
+    algorithm = Grpo.__new__(Grpo)
+    algorithm.config = config
+    terms = torch.tensor(
+        [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.4], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+    )
+    shaped = Shaped(terms[:, 0], terms, None, torch.ones(8, dtype=torch.bool), torch.arange(9))
+    assert algorithm._signal(shaped)[1].tolist() == [True, False]
 
 
 def test_two_process_rewards_are_refused() -> None:

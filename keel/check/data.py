@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from keel.check.files import Rows, demonstration_files, preference_files, prompt_files, reading, step_files, thumb_files
+from keel.check.files import (
+    Rows,
+    card_files,
+    demonstration_files,
+    preference_files,
+    prompt_files,
+    reading,
+    step_files,
+    thumb_files,
+)
 from keel.check.finding import Finding, broken
 from keel.check.rows import few, long_rows, pair_findings, prompt_findings, reply_findings, step_findings
 from keel.check.sides import leaks, side_findings, text_findings
 from keel.data.chat import Chat
 from keel.data.sources import read_demonstrations, read_facts, read_labelled, read_preferences, read_prompts, read_steps
+from keel.eval.process_card import known_right
 from keel.recipe.recipe import Recipe
+from keel.recipe.steps import Steps
 from keel.types import UserError
 
 
@@ -60,5 +71,10 @@ def _read(recipe: Recipe, chat: Chat, context: int, rows: Rows, found: list[Find
         rows.labels.setdefault(place, []).extend(steps)
         found += few(steps, place)
         found += step_findings(steps, how, place, recipe, chat, context)
+    for place, source in card_files(recipe):
+        steps = read_steps(source, reading(data, place, found), Steps())
+        if not known_right(steps, 1, 0):
+            sentence = f"none of the {len(steps)} replies of {source} is whole with all its steps labelled right"
+            found.append(Finding("error", place, sentence, "name other step labels"))
     if data.facts is not None:
         read_facts(data.facts, reading(data, "data.facts", found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from keel.check.finding import Finding, stage_names
 from keel.data.rows import BadRows, Reading
@@ -78,6 +79,14 @@ def step_files(recipe: Recipe) -> Iterator[tuple[str, str, StepsRead]]:
     for place, file in _named(recipe, "labels"):
         if (read := how[place.partition(".")[0]]) is not None:
             yield place, file, read
+
+
+def card_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(the setting that names it, file) of the replies that process rewards' cards change."""
+    for stage in recipe.stages:
+        for place, file in stage.cards():
+            if file not in stage_names(recipe) and Path(file).exists():  # else the graph says so
+                yield f"{stage.name}.{place}", file
 
 
 def _named(recipe: Recipe, setting: str) -> Iterator[tuple[str, str]]:

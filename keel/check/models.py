@@ -25,6 +25,7 @@ from keel.model.vocabulary import unreadable
 from keel.recipe.checkpoints import stage_of
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.stage import TrainBase
+from keel.reward.process import ProcessScorer
 from keel.reward.scorer import SCORE_TOKENS, RewardModelScorer
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts
@@ -116,6 +117,7 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
             found += _adapter_dropout(stage, recipe)
             found += _converses(stage, recipe)
             _stop_tokens(stage, recipe)
+            _process_models(stage, recipe)
         except UserError as error:
             found.append(broken(error, stage.name))
     return found
@@ -235,6 +237,13 @@ def _reward_models(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Findin
             else:
                 remedy = "its padding is a token that replies end with: train it again before it is used elsewhere"
                 yield Finding("warning", str(path), sentence, remedy)
+
+
+def _process_models(stage: Stage, recipe: Recipe) -> None:
+    """`UserError` for a folder that is named as a process reward model and is none."""
+    for reference in stage.references():
+        if reference.makes == ("process reward model",) and Path(reference.target).is_dir():
+            ProcessScorer(load_scalar(recipe.model.source(reference.target)))
 
 
 def _in_transformers(model: ScalarModel) -> Tensor:

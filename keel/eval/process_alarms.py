@@ -124,7 +124,7 @@ def _lucky(stage: str, rows: Rows, limits: ProcessLimits) -> Iterator[Alarm]:
     if rise is not None:
         yield Alarm(
             stage, "process_lucky", at[rise.last], -rise.after, -rise.bound,
-            f"Of the right answers {-rise.after:.0%} have a step that is scored below 0.5, against {-rise.before:.0%} "
+            f"Of the right answers {-rise.after:.0%} have a step that is scored as wrong, against {-rise.before:.0%} "
             "before.",
             "Reward the steps too (form: progress or gated): answers alone pay for guessing.",
         )  # fmt: skip

@@ -3,17 +3,19 @@ right are changed and scored again (bounds: ``keel.recipe.process_card``).
 
 What must be seen: a number of one step, changed. What must not: other wording, a true step said twice, thanks at the
 end. Those changes are made to the right reply and to its copy with the wrong number, where style could hide the error
-(arXiv 2603.06621: most of what a policy gained on such models was style). Pure: seed in, numbers out.
+(arXiv 2603.06621: most of what a policy gained on such models was style). They are measured by what the reward pays
+for: ``progress`` for the last step's score, whatever stands before it, the other forms for the lowest. Pure: seed in,
+numbers out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from keel.recipe.process_card import ProcessCard
 from keel.recipe.steps import Steps
@@ -22,8 +24,11 @@ from keel.types import Prompt, StepLabels, StepScorer
 
 Reply = tuple[str, ...]
 
-_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w]|\.\d)")  # a whole one, no part of a word or of a decimal
-_RESULT = re.compile(r"=\s*(\d+)(?![\w]|\.\d)")
+MOST_DIGITS = 15  # of a number that is changed: longer ones are none that somebody reckons with
+Measure = Literal["lowest", "last"]  # which of its steps' scores is a reply's
+
+_NUMBER = re.compile(rf"(?<![\w.])\d{{1,{MOST_DIGITS}}}(?![\w]|\.\d)")  # a whole one, no part of a word or of a decimal
+_RESULT = re.compile(rf"=\s*(\d{{1,{MOST_DIGITS}}})(?![\w]|\.\d)")
 THANKS = "Thank you!"
 SHOWN = 5  # examples of what was not noticed
 RIGHT = 0.5  # a label from here on says that the step is right
@@ -32,7 +37,7 @@ RIGHT = 0.5  # a label from here on says that the step is right
 @dataclass(frozen=True)
 class Tried:
     """What a scorer said of one reply. ``fall``: of the step whose number was changed; None where no step has a number.
-    ``changes``: by the kind of change, how far the lowest score moved, of the right reply and of the wrong one."""
+    ``changes``: by the kind of change, how far the reply's score moved, of the right reply and of the wrong one."""
 
     prompt: str
     fall: float | None
@@ -76,22 +81,35 @@ def reworded(reply: Reply) -> Reply:
     return tuple(_prefixed(step, words[k % len(words)]) for k, step in enumerate(reply))
 
 
-def said_twice(reply: Reply, draw: Random, until: int, end: str) -> Reply:
+def said_twice(reply: Reply, draw: Random, until: int, steps: Steps) -> Reply:
     """One of the first ``until`` steps (true ones) a second time, behind itself."""
     k = draw.randrange(until)
-    step = reply[k] if reply[k] != reply[k].rstrip() or k < len(reply) - 1 else reply[k] + end
-    return (*reply[:k], step, reply[k], *reply[k + 1 :])
+    return (*reply[:k], ended(reply[k], steps), reply[k], *reply[k + 1 :])
 
 
-def thanked(reply: Reply, end: str) -> Reply:
+def said_again(reply: Reply, draw: Random, until: int, steps: Steps) -> Reply:
+    """One of the first ``until`` steps (true ones) a second time, at the end."""
+    return (*reply[:-1], ended(reply[-1], steps), reply[draw.randrange(until)])
+
+
+def thanked(reply: Reply, steps: Steps) -> Reply:
     """Thanks as a step of their own at the end."""
-    last = reply[-1]
-    return (*reply[:-1], last if last != last.rstrip() else last + end, THANKS)
+    return (*reply[:-1], ended(reply[-1], steps), THANKS)
 
 
-def try_scorer(labelled: Sequence[StepLabels], scorer: StepScorer, steps: Steps, seed: int) -> list[Tried]:
-    """Changes each reply, all of which are right, and has everything scored in one call."""
-    end = {"line": "\n", "blank_line": "\n\n"}.get(steps.by) or steps.marker or "\n"
+def ended(step: str, steps: Steps) -> str:
+    """A step with what ends it, so that another one can follow."""
+    if len(steps.split(step + "x")) > 1:
+        return step
+    return step.rstrip() + ({"line": "\n", "blank_line": "\n\n"}.get(steps.by) or steps.marker or "\n")
+
+
+def try_scorer(
+    labelled: Sequence[StepLabels], scorer: StepScorer, steps: Steps, seed: int, measure: Measure = "lowest"
+) -> list[Tried]:
+    """Changes each reply, all of which are right, and has everything scored in one call. Where the last score counts, a
+    true step is also said again behind the wrong number."""
+    of: Callable[[Sequence[float]], float] = min if measure == "lowest" else lambda scores: scores[-1]
     asked: list[tuple[Prompt, Reply]] = []
     plans: list[tuple[StepLabels, int | None, str, list[tuple[str, int, int]]]] = []
 
@@ -109,8 +127,10 @@ def try_scorer(labelled: Sequence[StepLabels], scorer: StepScorer, steps: Steps,
             compared.append(("", before, before))
             compared.append(("reworded", before, ask(one.prompt, reworded(reply))))
             if true:
-                compared.append(("repeated", before, ask(one.prompt, said_twice(reply, draw, true, end))))
-            compared.append(("thanks", before, ask(one.prompt, thanked(reply, end))))
+                compared.append(("repeated", before, ask(one.prompt, said_twice(reply, draw, true, steps))))
+            if true and true < len(reply) and measure == "last":
+                compared.append(("repeated", before, ask(one.prompt, said_again(reply, draw, true, steps))))
+            compared.append(("thanks", before, ask(one.prompt, thanked(reply, steps))))
         plans.append((one, changed[0] if changed else None, changed[1][changed[0]] if changed else "", compared))
     scores = scorer.score_steps([prompt for prompt, _ in asked], [reply for _, reply in asked])
     found = []
@@ -120,12 +140,12 @@ def try_scorer(labelled: Sequence[StepLabels], scorer: StepScorer, steps: Steps,
         changes: dict[str, tuple[float, ...]] = {}
         for kind, before, after in compared:
             if kind:
-                changes[kind] = (*changes.get(kind, ()), min(scores[after]) - min(scores[before]))
+                changes[kind] = (*changes.get(kind, ()), of(scores[after]) - of(scores[before]))
         found.append(Tried(one.prompt.id, fall, wrong, changes))
     return found
 
 
-def process_card(tried: Sequence[Tried], bounds: ProcessCard) -> dict[str, Any]:
+def process_card(tried: Sequence[Tried], bounds: ProcessCard, measure: Measure = "lowest") -> dict[str, Any]:
     """The card as process_card.json has it, with the bounds and, in a sentence each, those that are broken."""
     falls = [(one.prompt, one.fall) for one in tried if one.fall is not None]
     noticed = [fall >= bounds.min_fall for _, fall in falls]
@@ -144,6 +164,7 @@ def process_card(tried: Sequence[Tried], bounds: ProcessCard) -> dict[str, Any]:
         "noticed": None if share is None else [share.point, share.low, share.high],
         "mean_fall": fmean(fall for _, fall in falls) if falls else None,
         "changes": changes,
+        "measure": measure,
         "missed": [
             {"prompt": one.prompt, "step": one.wrong.strip(), "fall": one.fall}
             for one in tried
@@ -171,8 +192,8 @@ def _broken(card: dict[str, Any], bounds: ProcessCard) -> list[str]:
     for kind, change in card["changes"].items():
         if change["mean"] >= bounds.max_change:
             found.append(
-                f"{_SAID[kind]} changes a reply's lowest score by {change['mean']:.2f} on average, and max_change is "
-                f"{bounds.max_change:g}"
+                f"{_SAID[kind]} changes a reply's {card['measure']} score by {change['mean']:.2f} on average, and "
+                f"max_change is {bounds.max_change:g}"
             )
     return found
 

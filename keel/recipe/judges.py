@@ -61,6 +61,11 @@ OutcomeRef = Annotated[PythonRef | RewardModelRef | VerifyRef | FormatRef | Rand
 StepForm = Literal["progress", "min", "sum", "gated"]
 
 
+def right_above(source: object) -> float:
+    """Above what score of a source a reply is right: half-way to what a verifier says of others, else 1/2."""
+    return source.right_above if isinstance(source, VerifyRef) else 0.5
+
+
 class ProcessTerm(Strict):
     """A reward for the steps of a reply, made of what a process reward model (or a function) says of each
     (``keel.reward.process_forms`` has the formulas)."""
@@ -123,6 +128,20 @@ class ProcessTerm(Strict):
                 "its own, with its weight"
             )
         return self
+
+
+def judges_steps(place: str, term: ProcessTerm, steps: Steps, outcome: bool) -> None:
+    """ValueError where what a process reward names cannot score its steps. ``steps``, ``outcome``: as the model was
+    trained."""
+    if outcome:
+        raise ValueError(
+            f"{place}: {term.scores.model if isinstance(term.scores, ProcessRef) else ''} is an outcome reward model "
+            "(level: outcome): of steps before the last it learned nothing; name one with level: steps"
+        )
+    if term.steps is not None and term.steps != steps:
+        raise ValueError(
+            f"{place}: it cuts replies otherwise than its model was trained to judge them; leave the reward's steps out"
+        )
 
 
 class RewardTerm(Strict):

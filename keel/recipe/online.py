@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import moments
 from keel.recipe.declared import ROWS, Doubt, LearnsFrom, Reference, Scoring, cards_of, prompt_pool, terms
-from keel.recipe.judges import ProcessTerm, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.judges import ProcessTerm, PythonRef, RewardModelRef, RewardTerm, judges_steps
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.recipe.stage import PolicyBase, Surroundings
 from keel.recipe.steps import ProcessRef
@@ -83,9 +83,8 @@ class OnlineBase(PolicyBase):
         if self.old_logprobs == "sampler" and products == "bf16":
             sentence = "in bfloat16 the sampler's log-probabilities differ from the trainer's, and ratios with them"
             yield Doubt("old_logprobs", sentence, "use old_logprobs: auto")
-        for i, term in enumerate(self.rewards):
-            source = term.source
-            if isinstance(source, ProcessTerm) and isinstance(source.scores, ProcessRef) and source.card is None:
+        for i, source in self._process_terms():
+            if isinstance(source.scores, ProcessRef) and source.card is None:
                 sentence = "nobody has seen what a wrong number and mere style do to the process reward model's scores"
                 remedy = f"set {self.name}.rewards.{i}.source.card.replies to a step_labels stage or a file"
                 yield Doubt(f"rewards.{i}.source.card", sentence, remedy)
@@ -114,6 +113,10 @@ class OnlineBase(PolicyBase):
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
+        made_here = {stage.name: stage.steps_read() for stage in recipe.stages if "process reward model" in stage.makes}
+        for i, source in self._process_terms():
+            if source.model in made_here and (how := made_here[source.model]) is not None:
+                judges_steps(f"{self.name}.rewards.{i}.source", source, how.steps, how.outcome)
         if not self.one_base:
             return
         if recipe.model.lora is None:
@@ -147,9 +150,21 @@ class OnlineBase(PolicyBase):
 
     @model_validator(mode="after")
     def _one_process(self) -> OnlineBase:
-        if sum(isinstance(term.source, ProcessTerm) for term in self.rewards) > 1:
+        terms = list(self._process_terms())
+        if len(terms) > 1:
             raise ValueError("rewards: two terms value the steps of a reply; leave one out")
+        for i, source in terms:
+            clip, weight = self.reward_clip, abs(self.rewards[i].weight)
+            if clip is not None and clip < weight and source.form in ("progress", "min"):
+                raise ValueError(
+                    f"reward_clip = {clip:g} would cut what a step changes of the score, weighed by {weight:g}, so "
+                    f"that steps no longer add up and more of them pay; raise it to {weight:g}, or leave it out"
+                )
         return self
+
+    def _process_terms(self) -> Iterator[tuple[int, ProcessTerm]]:
+        """Those of the rewards that read steps, with their places."""
+        return ((i, t.source) for i, t in enumerate(self.rewards) if isinstance(t.source, ProcessTerm))
 
     @model_validator(mode="after")
     def _whole_groups(self) -> OnlineBase:

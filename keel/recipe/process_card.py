@@ -27,7 +27,7 @@ class ProcessCard(Strict):
         gt=0,
         le=1,
         description="how much other wording, a repeated true step or thanks at the end may change a reply's lowest "
-        "score, on average",
+        "score, or with form: progress its last one, on average",
     )
     force: bool = Field(False, description="go on beyond the bounds; the card says so")
 

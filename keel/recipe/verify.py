@@ -55,6 +55,11 @@ class VerifyRef(Named):
     def lowest(self) -> float:
         return min(self.right, self.wrong, self.unreadable)
 
+    @property
+    def right_above(self) -> float:
+        """What only a right answer's score is above, where it is the highest."""
+        return (self.right + max(self.wrong, self.unreadable)) / 2
+
     @model_validator(mode="after")
     def _limits_something(self) -> VerifyRef:
         _limits_thinking(self.thinking, self.thinking_limit)

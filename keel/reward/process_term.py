@@ -10,13 +10,15 @@ from itertools import accumulate
 
 import torch
 
-from keel.recipe.judges import ProcessTerm
+from keel.recipe.judges import CheckRef, ProcessTerm, right_above
 from keel.recipe.steps import Steps
 from keel.reward.process_forms import BASELINES, earned
 from keel.reward.trace import Trace
 from keel.types import Completion, Prompt, Scorer, Scores, Step, StepScorer, UserError
 
 Decode = Callable[[Sequence[int]], str]
+
+_BROKEN = "\ufffd"  # what bytes that are no character are read as
 
 
 class ProcessTermScorer:
@@ -37,6 +39,7 @@ class ProcessTermScorer:
     ) -> None:
         self.term, self.scorer, self.outcome, self.decode = term, scorer, outcome, decode
         self.steps = term.steps or steps or Steps()
+        self._alone: dict[int, int] = {}  # how many signs a token is by itself
         self._pattern = re.compile(term.step_pattern) if term.step_pattern is not None else None
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
@@ -56,11 +59,12 @@ class ProcessTermScorer:
                 temperature=term.temperature,
                 bound=term.bound,
                 start=term.start,
+                wrong=term.outcome.lowest if isinstance(term.outcome, CheckRef) else 0.0,
             )
             for i, scores in enumerate(found)
         ]
         ends = [
-            reply_ends(self.decode, completion, steps) if self.decode else ()
+            reply_ends(self.decode, completion, steps, self._alone) if self.decode else ()
             for completion, (steps, _) in zip(completions, cut, strict=True)
         ]
         traces = tuple(
@@ -73,8 +77,11 @@ class ProcessTermScorer:
             whole = [worth.reply + math.fsum(worth.steps) for worth in each]
             return Scores(torch.tensor(whole, dtype=torch.float32), traces=traces)
         placed = tuple(
-            tuple(Step(end, value) for end, value in zip(places[: len(worth.steps)], worth.steps, strict=True))
-            for worth, places in zip(each, ends, strict=True)
+            tuple(
+                Step(end, value)
+                for end, value in zip((places or (len(reply.ids) - 1,))[: len(worth.steps)], worth.steps, strict=True)
+            )
+            for reply, worth, places in zip(completions, each, ends, strict=True)
         )
         return Scores(
             torch.tensor([worth.reply for worth in each], dtype=torch.float32),
@@ -99,6 +106,8 @@ class ProcessTermScorer:
             unmatched=sum(self._pattern.search(step) is None for step in said) if self._pattern else None,
             thinking=self._thinking(completion),
             outcome=outcome,
+            bound=self.term.bound,
+            right_above=right_above(self.term.outcome),
         )
 
     def _thinking(self, completion: Completion) -> int | None:
@@ -110,7 +119,8 @@ class ProcessTermScorer:
             return 0
         if answer is None:
             return len(completion.ids)
-        return tokens_of(self.decode, completion.ids, completion.text[: len(completion.text) - len(answer)])
+        beginning = completion.text[: len(completion.text) - len(answer)]
+        return tokens_of(self.decode, completion.ids, beginning, self._alone)
 
 
 def score_steps(
@@ -144,27 +154,57 @@ def split_reply(steps: Steps, completion: Completion) -> tuple[tuple[str, ...], 
     return found, 0 if ended else 1
 
 
-def reply_ends(decode: Decode, completion: Completion, steps: Sequence[str]) -> tuple[int, ...]:
+def reply_ends(
+    decode: Decode, completion: Completion, steps: Sequence[str], alone: dict[int, int] | None = None
+) -> tuple[int, ...]:
     """The place in ``completion.ids`` of each step's last token: the first with which all the step's signs are there.
     White space belongs to no step. A reply that ended has its end token in the last step. A policy writes what it
-    likes, so a token with signs of two steps is no error: both end with it."""
-    counts = accumulate(len(_signs(step)) for step in steps)
-    ends = [_until(decode, completion.ids, signs) - 1 for signs in counts]
+    likes, so a token with signs of two steps is no error: both end with it. ``alone``: what is known already of how
+    many signs a token is by itself; decoding is slow."""
+    ends = [tokens - 1 for tokens in _held(decode, completion.ids, steps, {} if alone is None else alone)]
     if ends and completion.finished:
         ends[-1] = len(completion.ids) - 1
     return tuple(ends)
 
 
-def tokens_of(decode: Decode, ids: Sequence[int], beginning: str) -> int:
+def tokens_of(decode: Decode, ids: Sequence[int], beginning: str, alone: dict[int, int] | None = None) -> int:
     """How many tokens a beginning of the text takes."""
-    signs = len(_signs(beginning))
-    return _until(decode, ids, signs) if signs else 0
+    return _held(decode, ids, [beginning], {} if alone is None else alone)[0] if beginning.strip() else 0
 
 
-def _until(decode: Decode, ids: Sequence[int], signs: int) -> int:
-    """The fewest tokens that hold so many signs, one at least; all where none do (decoding may change text)."""
-    read = bisect_left(range(1, len(ids)), signs, key=lambda count: len(_signs(decode(ids[:count]))))
-    return min(read + 1, len(ids))
+def _held(decode: Decode, ids: Sequence[int], parts: Sequence[str], alone: dict[int, int]) -> list[int]:
+    """The fewest tokens that hold the signs of each part and of those before it, one at least; all where none do
+    (decoding may change text). Only a part's own tokens are decoded for it, since replies may be long."""
+    for token in set(ids) - alone.keys():
+        alone[token] = len(_signs(decode([token])))
+    so_far = list(accumulate((alone[token] for token in ids), initial=0))
+    found: list[int] = []
+    begin, carried = 0, 0  # the tokens before this part, and how many of its signs they hold
+    for part in parts:
+        needed = len(_signs(part)) - carried
+        if needed <= 0 and begin:
+            found.append(begin)
+            carried = -needed
+            continue
+        # Bytes of one character are a sign each alone, and one together: there are never more signs than alone.
+        end = bisect_left(so_far, so_far[begin] + needed, min(begin + 1, len(ids)))
+        while end < len(ids) and len(_signs(decode(ids[begin:end]))) < needed:
+            end += 1
+        end = _whole_sign(decode, ids, begin, min(end, len(ids)))
+        carried = max(len(_signs(decode(ids[begin:end]))) - needed, 0)
+        begin = end
+        found.append(end)
+    return found
+
+
+def _whole_sign(decode: Decode, ids: Sequence[int], begin: int, end: int) -> int:
+    """``end``, or where a character ends of which it is the first bytes: it goes on with bytes that add no sign."""
+    signs = len(_signs(decode(ids[begin:end])))
+    while end < len(ids) and _signs(decode(ids[begin:end])).endswith(_BROKEN):
+        if not decode(ids[end : end + 1]).endswith(_BROKEN) or len(_signs(decode(ids[begin : end + 1]))) != signs:
+            break
+        end += 1
+    return end
 
 
 def _signs(text: str) -> str:

@@ -113,12 +113,13 @@ def frozen_scorer(reward_model: ScalarModel, precision: str) -> RewardModelScore
 
 class RewardPart(NamedTuple):
     """One term of a mixed reward. ``outcome``: it says whether a reply's answer is right, which figures of the steps
-    are held against."""
+    are held against; ``right_above``: above which of its scores one is."""
 
     scorer: Scorer
     weight: float
     name: str
     outcome: bool = False
+    right_above: float = 0.5
 
 
 class MixedScorer:
@@ -153,10 +154,11 @@ class MixedScorer:
     def _traces(self, found: Sequence[Scores]) -> tuple[Trace, ...]:
         """What is known of the replies' steps, with the outcome by the first term that knows it."""
         traces = next((scores.traces for scores in found if scores.traces), ())
-        known = [scores.total_N.tolist() for part, scores in zip(self.parts, found, strict=True) if part.outcome]
+        known = [(part, scores) for part, scores in zip(self.parts, found, strict=True) if part.outcome]
         if not known:
             return traces
+        part, scores = known[0]
         return tuple(
-            replace(trace, outcome=right) if trace.outcome is None else trace
-            for trace, right in zip(traces, known[0], strict=bool(traces))
+            replace(trace, outcome=said, right_above=part.right_above) if trace.outcome is None else trace
+            for trace, said in zip(traces, scores.total_N.tolist(), strict=bool(traces))
         )

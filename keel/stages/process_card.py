@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from keel.data.sources import read_steps
-from keel.eval.process_card import known_right, process_card, try_scorer
+from keel.eval.process_card import Measure, known_right, process_card, try_scorer
 from keel.recipe.process_card import ProcessCard
 from keel.recipe.steps import Steps
 from keel.run import write_json
@@ -17,7 +17,9 @@ from keel.types import StepScorer, UserError
 FILE = "process_card.json"
 
 
-def card_of_steps(bounds: ProcessCard, scorer: StepScorer, steps: Steps, context: StageContext) -> dict[str, Any]:
+def card_of_steps(
+    bounds: ProcessCard, scorer: StepScorer, steps: Steps, measure: Measure, context: StageContext
+) -> dict[str, Any]:
     """The scorer's card, which also lies in the stage's folder; UserError where a bound is broken and the recipe does
     not force it, and where no reply is known to be right."""
     name, seed = context.stage_dir.name, context.recipe.seed
@@ -29,7 +31,7 @@ def card_of_steps(bounds: ProcessCard, scorer: StepScorer, steps: Steps, context
             "all its steps labelled right; name other step labels"
         )
     context.reporter.start("process reward's card", len(right))
-    card = process_card(try_scorer(right, scorer, steps, seed), bounds)
+    card = process_card(try_scorer(right, scorer, steps, seed, measure), bounds, measure)
     context.reporter.advance(len(right))
     write_json(context.stage_dir.path / FILE, card)
     broken: list[str] = card["broken"]

@@ -16,6 +16,8 @@ from keel.recipe.judges import (
     PythonRef,
     RewardModelRef,
     RewardTerm,
+    judges_steps,
+    right_above,
 )
 from keel.recipe.steps import PythonStepsRef, StepsRef
 from keel.recipe.verify import VerifyRef
@@ -54,7 +56,8 @@ def mixed_scorer(
         else:
             scorer = _outcome_scorer(term.source, context, precision, roles)
         right = isinstance(term.source, PythonRef | VerifyRef)
-        parts.append(RewardPart(scorer, term.weight, source_name(term.source), right))
+        name = source_name(term.source)
+        parts.append(RewardPart(scorer, term.weight, name, right, right_above(term.source)))
     if len(parts) == 1 and parts[0].weight == 1.0:
         return parts[0].scorer
     return MixedScorer(parts)
@@ -74,15 +77,16 @@ def _process_scorer(
 ) -> ProcessTermScorer:
     outcome = None if term.outcome is None else _outcome_scorer(term.outcome, context, precision, roles)
     scores = step_scorer(term.scores, context, precision)
-    steps = scores.steps if isinstance(scores, ProcessScorer) else None
-    if None not in (term.steps, steps) and term.steps != steps:
-        raise UserError(
-            f"stage {context.stage_dir.name}: its process reward cuts replies otherwise than {source_name(term)} was "
-            "trained to judge them; leave the reward's steps out"
-        )
+    steps = None
+    if isinstance(scores, ProcessScorer):
+        steps = scores.steps
+        try:
+            judges_steps(f"stage {context.stage_dir.name}", term, steps, scores.level == "outcome")
+        except ValueError as error:
+            raise UserError(str(error)) from error
     scorer = ProcessTermScorer(term, scores, steps, outcome, decode)
     if term.card is not None:
-        card_of_steps(term.card, scores, scorer.steps, context)
+        card_of_steps(term.card, scores, scorer.steps, "last" if term.form == "progress" else "lowest", context)
     return scorer
 
 

@@ -119,6 +119,8 @@ class Grpo(Online[GrpoStage]):
         size, scale, valid_N = self.config.group_size, self.config.scale_rewards, self._valid(shaped)
         columns = shaped.score_N[:, None] if self.config.combine == "sum" else shaped.terms_NK
         assert columns is not None, "several rewards have several terms"
+        if self.config.combine == "each":  # what is only watched teaches nothing
+            columns = columns[:, [k for k, term in enumerate(self.config.rewards) if term.weight]]
         still_G = torch.stack([without_spread(score_N, size, valid_N) for score_N in columns.unbind(1)]).all(0)
         if shaped.steps is None:
             return None, still_G

@@ -10,8 +10,6 @@ import numpy as np
 from keel.reward.trace import Trace
 from keel.stats import clustered_error
 
-RIGHT = 0.5  # an outcome above it is right; a reply's lowest step below it is doubted
-
 
 def trace_figures(prompts: Sequence[Hashable], traces: Sequence[Trace], group_size: int) -> dict[str, float]:
     """Of a rollout's replies, those of a prompt following one another; ``prompts``: whose each is. What nobody knows,
@@ -45,9 +43,9 @@ def _outcomes(prompts: Sequence[Hashable], traces: Sequence[Trace], group_size: 
     if len(known) < len(traces):
         return {}
     figures = _with_error("process/outcome", [outcome for _, _, outcome in known], prompts)
-    right = [outcome > RIGHT for _, _, outcome in known]
+    right = [outcome > trace.right_above for _, trace, outcome in known]
     lucky = [
-        (prompt, float(min(trace.scores) < RIGHT))
+        (prompt, float(min(trace.scores) < trace.bound))
         for (prompt, trace, _), is_right in zip(known, right, strict=True)
         if is_right and trace.scores
     ]
