@@ -20,6 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 ENTROPY, LENGTH, CUT = "policy/entropy_avg", "completions/mean_length", "completions/clipped_ratio"
 CLIPPED, RATIO, REPETITION = "policy/clipfrac_avg", "val/ratio", "completions/repetition"
 REWARD_CLIPPED = "objective/reward_clipped"
+UNFILLED, SHORT, LEFT = "rollout/unfilled", "rollout/short", "rollout/left"
 START_ROWS = 3  # "at the start" is the median of this many rows
 
 
@@ -36,6 +37,7 @@ class Limits:
     repetition: float = 0.3  # share of repeated 4-grams
     cut: float = 0.2  # rise of the share of completions cut at the length limit
     reward_clipped: float = 0.1  # share of scores that ``reward_clip`` cut
+    unfilled: float = 0.1  # share of a rollout's groups that teach nothing after ``max_resamples``
     # The chance of an alarm in a run whose gold never falls (``keel.eval.falls.largest_fall``).
     gold_false_alarms: float = 0.01
     displacement: float = -0.5  # nats a token by which the chosen replies became less probable
@@ -191,6 +193,19 @@ def _reward_clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     )  # fmt: skip
 
 
+def _unfilled(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    often = ""
+    if (short := _series(rows, SHORT)) and (left := _series(rows, LEFT)):
+        often = (
+            f" {short[-1].value:.0f} of {len(short)} rollouts were left so, with {left[-1].value:.0f} groups in all."
+        )
+    return _above(
+        stage, "unfilled", _series(rows, UNFILLED), limits.unfilled, limits.in_a_row,
+        "After max_resamples tries {:.0%} of a rollout's groups still had equal scores." + often,
+        "Take prompts that are neither too easy nor too hard, a finer reward, or more replies a prompt (group_size).",
+    )  # fmt: skip
+
+
 def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     """Gold ended below what it had been while the proxy ended above: one test of the whole run (keel.eval.falls)."""
     names = (GOLD, f"{GOLD}_se", PROXY)
@@ -244,6 +259,7 @@ RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
     _ratio,
     _repetition,
     _reward_clipped,
+    _unfilled,
     _overoptimised,
     _displaced,
 )

@@ -143,6 +143,10 @@ class StageBase(Strict):
         """The per cents of its run at which it keeps a checkpoint (`keel.recipe.checkpoints`), rising."""
         return ()
 
+    def shows(self) -> int | None:
+        """Of how many prompts its summary holds the models' replies, at most; None: it evaluates none."""
+        return None
+
     def samples(self) -> SamplingConfig | None:
         """How it samples from each language model that it loads; None: not at all."""
         return None
