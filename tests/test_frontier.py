@@ -254,17 +254,20 @@ def test_the_sampled_kl_is_the_exact_one_and_displacement_the_models_own(sft_mod
     assert np.mean(exact) > 0.3
     assert found["sampled/kl"] == pytest.approx(np.mean(exact), abs=4 * (2 * np.mean(exact) / 800) ** 0.5)
 
-    def logp(model: Any, one: Liked) -> tuple[float, int]:
+    def logp(model: Any, one: Liked) -> Tensor:
         row = chat.encode_reply(one.prompt.messages, one.reply, one.finished)
         with torch.no_grad():
             each = model(torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
         picked = each.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
-        return float(picked[torch.tensor(row.mask[1:])].sum()), sum(row.mask)
+        return picked[torch.tensor(row.mask[1:])]
 
-    changes = [(logp(policy, one)[0] - logp(start, one)[0], logp(policy, one)[1]) for one in liked]
-    total = sum(change for change, _ in changes)
+    changes = [logp(policy, one) - logp(start, one) for one in liked]
+    total = float(sum(change.sum() for change in changes))
     assert found["displacement/chosen"] == pytest.approx(total / 15, abs=1e-4)
-    assert found["displacement/chosen_per_token"] == pytest.approx(total / sum(n for _, n in changes), abs=1e-4)
+    assert found["displacement/chosen_per_token"] == pytest.approx(total / sum(map(len, changes)), abs=1e-4)
+    assert found["displacement/sharpest"] == pytest.approx(np.mean([float(c.min()) for c in changes]), abs=1e-4)
+    assert found["displacement/sharpest"] < 0
+    assert list(found["displacement/sharpest_kinds"]) == ["even"]
     assert list(found["displacement/kinds"]) == ["even"]  # eight replies; the odd prompt has seven
     few = asked.model_copy(update={"per_prompt": 2})
     same = measure_offline(

@@ -41,6 +41,7 @@ class Limits:
     # The chance of an alarm in a run whose gold never falls (``keel.eval.falls.largest_fall``).
     gold_false_alarms: float = 0.01
     displacement: float = -0.5  # nats a token by which the chosen replies became less probable
+    sharpest: float = -3.0  # nats by which their hardest hit token did, where they lost as wholes too
     displaced_false_alarms: float = 0.01  # the chance of an alarm in a run where no kind of prompt got worse
 
 
@@ -231,18 +232,27 @@ def _displaced(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     worse (keel.eval.displacement). All kinds share the chance of a false alarm."""
     for row in rows:
         groups: list[Group] = row.get(GROUPS, [])
-        low = [group for group in groups if group.change < limits.displacement]
+        low = [group for group in groups if group.change < limits.displacement or _sharply(group, limits)]
         if not low or (worst := min(low, key=lambda group: group.chance)).chance >= _each(limits, groups):
             continue
         where = f" on prompts of kind {worst.kind}" if worst.kind else ""
         moved = f" ({worst.flags})" if worst.flags else ""
+        value, bound, unit = worst.change, limits.displacement, "a token"
+        if not value < bound:
+            assert worst.sharpest is not None, "it is what makes the group one"
+            value, bound, unit = worst.sharpest, limits.sharpest, "at one token each"
         return Alarm(
-            stage, "displacement", int(row["step"]), worst.change, limits.displacement,
-            f"The chosen replies{where} became less probable, by {-worst.change:.2f} nats a token, and the policy's "
+            stage, "displacement", int(row["step"]), value, bound,
+            f"The chosen replies{where} became less probable, by {-value:.2f} nats {unit}, and the policy's "
             f"own worse: the judge's score went from {worst.before:.2f} to {worst.after:.2f}{moved}.",
             "Leave out pairs of two nearly equal replies, add the chosen replies' own loss, or raise beta.",
         )  # fmt: skip
     return None
+
+
+def _sharply(group: Group, limits: Limits) -> bool:
+    """Where probability leaves a reply it does so at one token, however long the reply is."""
+    return group.sharpest is not None and group.sharpest < limits.sharpest and group.change < 0
 
 
 def _each(limits: Limits, groups: Sequence[Group]) -> float:
