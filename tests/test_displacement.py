@@ -1,5 +1,5 @@
-"""The displacement alarm: the probability of a fall by counting all signs, which rows ring it, and how often it is right
-at other lengths of replies and other numbers of pairs, simulated by numbers of the trainings in test_alarm_runs.py."""
+"""The displacement alarm: the probability of a fall by counting all signs, which rows ring it, and how often it is
+right at other lengths of replies and other numbers of pairs, simulated by numbers of test_alarm_runs.py's trainings."""
 
 from __future__ import annotations
 
