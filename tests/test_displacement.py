@@ -60,13 +60,14 @@ def test_both_must_have_happened_on_the_same_kind_of_prompt() -> None:
     assert "went from 0.90 to 0.50 (harmful 10% -> 50%)" in alarm.message
     assert alarm.remedy.endswith(".")
     assert _only(_measured(-0.9), after, before).value == -0.9  # the fall is seen over all prompts too
-    for measured in (
+    silent: list[dict[str, object]] = [
         _measured(-0.1, harmful=-0.4, fact=-0.9),  # facts were displaced, and are as good as before
         _measured(0.4, harmful=0.4),
         _measured(-0.1, harmless=-9.0),  # a kind that nobody was asked about
         {"steps": 40, "displacement/chosen_per_token": None, "displacement/kinds": {}},
         {"steps": 40},
-    ):
+    ]
+    for measured in silent:
         assert find_alarms("dpo", [displacement_row(measured, after, before)]) == []
     assert find_alarms("dpo", [displacement_row(_measured(-9.0, harmful=-9.0), before, before)]) == []
     assert find_alarms("dpo", [displacement_row(_measured(-9.0, harmful=-9.0), before, after)]) == []

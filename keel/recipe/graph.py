@@ -55,7 +55,7 @@ def _check_order(place: str, target: str, stage: Stage, names: Sequence[str]) ->
         raise UserError(f"{place}: stage {target!r} comes after {stage.name!r}; put it before, or name an earlier one")
 
 
-def _not_kept(stage: StageBase, percent: int, before: Sequence[StageBase], makes: Collection[Makes]) -> str:
+def _not_kept(stage: Stage, percent: int, before: Sequence[StageBase], makes: Collection[Makes]) -> str:
     """Why there is no checkpoint on ``stage``'s way, and which can be named."""
     if stage.can_keep:
         there = ", ".join([stage.name, *(kept_name(stage.name, other) for other in stage.kept())])
