@@ -175,7 +175,14 @@ def test_pairs_of_near_twins_raise_the_displacement_alarm_and_good_pairs_do_not(
 
 
 def vars_of(group: Group) -> dict[str, Any]:
-    return {"kind": group.kind, "change": group.change, "before": group.before, "after": group.after, "p": group.chance}
+    return {
+        "kind": group.kind,
+        "change": group.change,
+        "sharpest": group.sharpest,
+        "before": group.before,
+        "after": group.after,
+        "p": group.chance,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ over-optimisation

@@ -456,6 +456,7 @@ def test_a_healthy_run_raises_no_alarm() -> None:
         ("ratio", "val/ratio", {4: 0.8}, 4),
         ("repetition", "completions/repetition", {9: 0.5}, 9),
         ("reward_clipped", "objective/reward_clipped", {3: 0.2, 4: 0.2, 5: 0.2}, 5),
+        ("unfilled", "rollout/unfilled", {3: 0.2, 4: 0.2, 5: 0.2}, 5),
     ],
 )
 def test_each_rule_fires_where_its_bound_breaks(name: str, key: str, values: dict[int, float], step: int) -> None:

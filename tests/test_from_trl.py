@@ -30,11 +30,17 @@ def test_every_field_of_a_config_has_a_row(config: str) -> None:
     assert list(rows(config)) == FIELDS[config], "in TRL's order, so that a new one is seen"
 
 
-@pytest.mark.parametrize(("heading", "config"), [("All trainers", "TrainingArguments"), ("RLOOConfig", "RLOOConfig")])
-def test_what_is_named_is_a_field_of_trl(heading: str, config: str) -> None:
-    named = rows(heading)
+def test_what_every_config_inherits_has_a_row_or_is_listed() -> None:
+    """A DPOConfig's fields are its own and those of TrainingArguments."""
+    section = PAGE.split("\n## All trainers\n")[1].split("\n## ")[0]
+    listed = re.findall(r"`(\w+)`", section.split("No counterpart either:\n")[1].split("\n\n`peft_config`")[0])
+    assert sorted([*rows("All trainers"), *listed]) == FIELDS["TrainingArguments"]
+
+
+def test_what_is_named_is_a_field_of_trl() -> None:
+    named = rows("RLOOConfig")
     assert len(named) > 5
-    assert set(named) <= set(FIELDS[config])
+    assert set(named) <= set(FIELDS["RLOOConfig"])
 
 
 def known_settings() -> set[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_run import write_fake_run
+from pydantic import ValidationError
 from rich.console import Console
 from test_report import Page
 from test_stages import data_files, run, write_jsonl
@@ -253,17 +254,20 @@ def test_the_sampled_kl_is_the_exact_one_and_displacement_the_models_own(sft_mod
     assert np.mean(exact) > 0.3
     assert found["sampled/kl"] == pytest.approx(np.mean(exact), abs=4 * (2 * np.mean(exact) / 800) ** 0.5)
 
-    def logp(model: Any, one: Liked) -> tuple[float, int]:
+    def logp(model: Any, one: Liked) -> Tensor:
         row = chat.encode_reply(one.prompt.messages, one.reply, one.finished)
         with torch.no_grad():
             each = model(torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
         picked = each.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
-        return float(picked[torch.tensor(row.mask[1:])].sum()), sum(row.mask)
+        return picked[torch.tensor(row.mask[1:])]
 
-    changes = [(logp(policy, one)[0] - logp(start, one)[0], logp(policy, one)[1]) for one in liked]
-    total = sum(change for change, _ in changes)
+    changes = [logp(policy, one) - logp(start, one) for one in liked]
+    total = float(sum(change.sum() for change in changes))
     assert found["displacement/chosen"] == pytest.approx(total / 15, abs=1e-4)
-    assert found["displacement/chosen_per_token"] == pytest.approx(total / sum(n for _, n in changes), abs=1e-4)
+    assert found["displacement/chosen_per_token"] == pytest.approx(total / sum(map(len, changes)), abs=1e-4)
+    assert found["displacement/sharpest"] == pytest.approx(np.mean([float(c.min()) for c in changes]), abs=1e-4)
+    assert found["displacement/sharpest"] < 0
+    assert list(found["displacement/sharpest_kinds"]) == ["even"]
     assert list(found["displacement/kinds"]) == ["even"]  # eight replies; the odd prompt has seven
     few = asked.model_copy(update={"per_prompt": 2})
     same = measure_offline(
@@ -282,6 +286,9 @@ def _stage(**settings: Any) -> DpoStage:
 
 def test_when_a_checkpoint_is_due() -> None:
     assert DpoStage(name="dpo", keep=3).kept() == (25, 50, 75)
+    # Runs were made with either, and their fingerprints hold what was written (docs/recipes.md).
+    assert DpoStage(name="dpo", keep=3).settings()["keep"] == 3
+    assert DpoStage(name="dpo", keep=[25, 50, 75]).settings()["keep"] == [25, 50, 75]
     assert DpoStage(name="dpo", keep=[50, 10, 50]).kept() == (10, 50)
     assert due(_stage(keep=3), 40) == {10: 25, 20: 50, 30: 75}
     assert due(_stage(keep=[1]), 40) == {1: 1}
@@ -397,6 +404,34 @@ def _recipe(tmp_path: Path, **evaluation: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            "sft@50",
+            "sft is a stage of kind sft, which keeps no checkpoints on its way; name one of base, sft, dpo, dpo@20, "
+            "dpo@50, ipo",
+        ),
+        ("dpo@30", "dpo keeps no checkpoint at 30%; name one of dpo, dpo@20, dpo@50, or set dpo.keep=[20,30,50]"),
+        (
+            "sft@100",
+            "'sft@100' is no checkpoint, as what follows @ is no whole per cent from 1 to 99; the stages there",
+        ),
+    ],
+)
+def test_a_checkpoint_that_no_stage_keeps_is_one_sentence(model: str, sentence: str, tmp_path: Path) -> None:
+    """What it tells people to do can be done: SFT refuses ``keep``."""
+    tree = _recipe(tmp_path)
+    rewards = [{"source": {"kind": "python", "ref": "keel.harbor.judge:judge"}}]
+    tree["stages"][3] = {"kind": "grpo", "name": "grpo", "model": model, "rewards": rewards}
+    recipe = Recipe.model_validate(tree)
+    with pytest.raises(UserError) as error:
+        parents(recipe, recipe.stages[3])
+    assert str(error.value).startswith(f"grpo.model: {sentence}")
+    with pytest.raises(ValidationError, match="its way has no fixed parts"):
+        Recipe.model_validate({**tree, "stages": [{**tree["stages"][0], "keep": [50]}, *tree["stages"][1:3]]})
+
+
 def test_checkpoints_are_named_in_recipes(tmp_path: Path) -> None:
     tree = _recipe(tmp_path, frontier={"models": {"dpo": ["dpo"], "late": ["dpo@50"], "ipo": ["ipo"]}})
     recipe = Recipe.model_validate(tree)
@@ -415,7 +450,9 @@ def test_checkpoints_are_named_in_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval\.models\.0: dpo keeps no checkpoint at 30%; name one of dpo, dpo@20,"):
         parents(Recipe.model_validate(tree), Recipe.model_validate(tree).stages[3])
     tree["stages"][3]["models"] = ["sft@50"]
-    with pytest.raises(UserError, match=r"sft keeps no checkpoint at 50%"):
+    with pytest.raises(
+        UserError, match=r"sft, which keeps no checkpoints on its way; name one of base, sft, dpo, dpo@20, dpo@50"
+    ):
         parents(Recipe.model_validate(tree), Recipe.model_validate(tree).stages[3])
     tree["stages"][3]["models"] = ["reward@50"]
     with pytest.raises(UserError, match="'reward@50' is neither a stage nor a file"):

@@ -13,10 +13,12 @@ from test_train import LikesO, context
 from tiny import prompt, save_tiny
 
 from keel.data.collate import epoch_order
+from keel.eval.alarms import find_alarms
 from keel.recipe.grpo import GrpoStage
 from keel.recipe.grpo_presets import PresetName
 from keel.recipe.sections import OptimConfig
 from keel.reward.scorer import MixedScorer, PythonScorer, RewardPart
+from keel.run import Silent
 from keel.train.drawing import Drawn, Draws, Refilled
 from keel.train.grpo import Grpo, train_grpo
 from keel.train.loop import _update
@@ -73,9 +75,17 @@ def idle(*prompts: int) -> Any:
     return found
 
 
+class Telling(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def draws(source: Source) -> Draws:
-    config: Any = SimpleNamespace(rollout_batch=8, group_size=2, episodes=64)
-    where: Any = SimpleNamespace(seed=3, device="cpu", precision="fp32")
+    config: Any = SimpleNamespace(name="grpo", rollout_batch=8, group_size=2, episodes=64)
+    where: Any = SimpleNamespace(seed=3, device="cpu", precision="fp32", reporter=Telling())
     given: Any = source
     return Draws(given, ByPrompt(), config, where)
 
@@ -97,6 +107,8 @@ def test_places_without_a_signal_go_to_the_next_prompts() -> None:
         "frac_reward_zero_std": 3 / 7,
         "rollout/prompts_drawn": 7 / 4,
         "rollout/unfilled": 0.0,
+        "rollout/short": 0.0,
+        "rollout/left": 0.0,
         "objective/scores_drawn": sum(n if n % 2 else 2 * n for n in order[:4]) / 4,  # with their steps
     }
     assert len({e.completion.text.split()[1] for e in drawn.episodes}) == 3  # seeds of their own
@@ -116,6 +128,32 @@ def test_filling_up_has_an_end() -> None:
     assert [len(call) for call in source.calls] == [4, 4, 4, 4]
     assert len(drawn.episodes) == 8  # a rollout is whole, and says what is missing
     assert drawn.figures["rollout/unfilled"] == drawn.figures["frac_reward_zero_std"] == 1.0
+
+
+def test_what_is_left_is_counted_over_the_run_and_said_once() -> None:
+    def made(*still: int) -> Refilled:
+        return Refilled(draws(Source(10)), idle(*still), 1)
+
+    fine = made()
+    fine.rollout(0)
+    assert (fine.short, fine.left, fine.context.reporter.notes) == (0, 0, [])  # type: ignore[attr-defined]
+    first = made(*range(10))
+    figures = [first.rollout(n).figures for n in range(2)]
+    assert [(f["rollout/short"], f["rollout/left"]) for f in figures] == [(1.0, 4.0), (2.0, 8.0)]
+    (note,) = first.context.reporter.notes  # type: ignore[attr-defined]
+    assert note.startswith("grpo: after max_resamples = 1 tries 4 of a rollout's 4 groups still have equal scores")
+    resumed = made(*range(10))
+    resumed.load_state_dict(first.state_dict())
+    figures = [resumed.rollout(2).figures]
+    assert (figures[0]["rollout/short"], figures[0]["rollout/left"]) == (3.0, 12.0)
+    assert resumed.context.reporter.notes == []  # type: ignore[attr-defined]
+    resumed.load_state_dict({"drawn": 8})  # of an earlier Keel
+    assert (resumed.drawn, resumed.short, resumed.left) == (8, 0, 0)
+    rows = [{"step": n, "rollout/unfilled": 0.25, "rollout/short": n + 1.0, "rollout/left": n + 1.0} for n in range(4)]
+    (alarm,) = find_alarms("grpo", rows)
+    assert (alarm.name, alarm.step, alarm.value, alarm.bound) == ("unfilled", 2, 0.25, 0.1)
+    assert alarm.message.endswith("equal scores. 4 of 4 rollouts were left so, with 4 groups in all.")
+    assert find_alarms("grpo", [row | {"rollout/unfilled": 0.05} for row in rows]) == []
 
 
 def test_rollouts_that_need_no_filling_are_those_without_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -179,6 +180,30 @@ def test_gold_items_measure_and_train_nothing(file_store: Store, tmp_path: Path)
     assert (bo.up, bo.gold, bo.with_others, bo.compared) == (0, 1, 0, 7)
 
 
+def test_a_reviewers_word_is_on_judged_comparisons_alone(file_store: Store) -> None:
+    """On anything else it would change nothing that is trained on, and say nothing of it."""
+    store = file_store
+    fill(store, 1, replies=2)
+    prepare(store)
+    manage, labelling, boss = Manage(store), Labelling(store), person(store, "boss", "reviewer")
+    manage.ask_for("thumb", 1, 2, "admin")
+    for name in ("ann", "bo"):
+        who = person(store, name)
+        while (screen := labelling.next(who, "thumb")) is not None:
+            labelling.thumb(who, screen.id, up(name == "ann"))
+    (item, _) = manage.browse("thumb", None, False, 0)
+    with pytest.raises(UserError, match=r"is no comparison \(thumb\), and only those have a last word; take it out"):
+        manage.adjudicate(item["id"], "first", "", boss)
+    assert manage.disagreements() == []
+    assert len(given(store)) == 4  # both people's, of each reply
+    (pair,) = manage.browse("compare", None, False, 0)  # of the two replies that have thumbs
+    with pytest.raises(UserError, match="nobody has judged comparison"):
+        manage.adjudicate(pair["id"], "first", "", boss)
+    assert manage.settled() == []
+    manage.take_out("item", str(item["id"]), "", None, person(store, "admin", "admin"))
+    assert [one.out for one in given(store)].count(True) == 2
+
+
 def test_a_round_trip_through_two_stores_loses_nothing(file_store: Store, tmp_path: Path) -> None:
     store = file_store
     fill(store, 3, replies=2)
@@ -245,6 +270,25 @@ def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "some of the files hold thumbs and some votes" in capsys.readouterr().err
     assert main(["export", db, out, "--thumbs", "--form", "openai"]) == 2
     assert "OpenAI has no form for thumbs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"label": math.nan}, "label"),
+        ({"kto_tag": math.nan}, "kto_tag"),
+        ({"label": math.nan, "rating": 5}, "label"),
+        ({"rating": math.nan}, "rating"),
+    ],
+)
+def test_a_label_that_is_nan_is_one_sentence(row: dict[str, Any], field: str, tmp_path: Path) -> None:
+    file = tmp_path / "thumbs.jsonl"
+    good = {"prompt": "Why?", "completion": "So.", "label": True, "rating": math.nan}  # a number that is missing
+    file.write_text("".join(json.dumps(one) + "\n" for one in (good, {"prompt": "Why?", "completion": "No.", **row})))
+    with pytest.raises(UserError) as error:
+        read_labelled(file, bounds=(2.0, 4.0))
+    problem = f"  {file}, line 2: field '{field}': expected a label, got NaN; write null where there is none"
+    assert str(error.value).split("\n")[1:] == [problem]
 
 
 def test_over_http(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from keel.harbor.facts import World as Harbor
 from keel.harbor.prompts import make_prompts
 from keel.harbor.replies import read
 from keel.pipeline.run import Runner
-from keel.recipe.recipe import STAGES, Stage
+from keel.recipe.recipe import STAGES, Recipe, Stage
 from keel.run import RunDir, Silent
 from keel.stages.context import StageContext
 from keel.stats import t_interval, t_quantile
@@ -606,6 +606,33 @@ def test_replies_are_read_prompt_by_prompt(tmp_path: Path) -> None:
         "b": {"score": 0.5, "correct": 0.0},
     }
     assert list(found["a"]["score"]["rows"].values()) == [[1.0, 1.0], [0.0, 1.0]]
+
+
+def test_replies_are_all_there_or_refused(tmp_path: Path) -> None:
+    """Ten prompts are kept by default, and a figure of these is not that of all."""
+    file = tmp_path / "heldout.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{n}"}) + "\n" for n in range(12)))
+    evaluation: dict[str, Any] = {"kind": "eval", "name": "ev", "models": ["base"], "baseline": "base"}
+    recipe: dict[str, Any] = {"model": {"path": "base"}, "data": {"heldout_prompts": str(file)}, "stages": [evaluation]}
+    tree: dict[str, Any] = {
+        "name": "kept", "asks": "Is all there?", "minutes": 1, "seeds": [0], "recipe": recipe,
+        "grid": {"arm": {"one": {}}}, "quick": {"minutes": 1},
+        "figures": {"score": {"measure": "keel.study.measures:replies", "place": "base.score", "title": "score"}},
+    }  # fmt: skip
+    study = tmp_path / "kept.yaml"
+    study.write_text(json.dumps(tree))
+    sentence = (
+        r"ev\.show: .* needs the replies to all 12 prompts, and the evaluation keeps those to 10; set ev\.show=12"
+    )
+    with pytest.raises(UserError, match=f"arm one: {sentence}"):
+        units_of(read_study(str(study)), tmp_path / "out", make_world)
+    evaluation["show"] = 12
+    study.write_text(json.dumps(tree))
+    assert len(units_of(read_study(str(study)), tmp_path / "out", make_world)) == 1
+    run = RunDir(tmp_path / "run")
+    run.write_summary({"samples": [{}] * 10, "stages": {"base": {"prompts": 12}}})
+    with pytest.raises(UserError, match=sentence):
+        replies(run, Recipe.model_validate(recipe))
 
 
 # -------------------------------------------------------------------------------------------------------- the harbor

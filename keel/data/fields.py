@@ -39,6 +39,7 @@ class Fields(Mapping[str, Any]):
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = {name: value for name, value in values.items() if not _is_null(value)}
+        self._nan = frozenset(name for name, value in values.items() if value is not None and _is_null(value))
         self._taken: set[str] = set()
         self._passed_over: dict[str, None] = {}
 
@@ -58,6 +59,11 @@ class Fields(Mapping[str, Any]):
     def pass_over(self, names: Iterable[str]) -> None:
         """Fields inside a column (``messages[].time``) that nobody needs."""
         self._passed_over.update(dict.fromkeys(names))
+
+    def refuse_nan(self, names: Iterable[str]) -> None:
+        """RowError for the first of ``names`` whose value is NaN, where a number that is missing is no answer."""
+        if wrong := next((name for name in names if name in self._nan), None):
+            raise RowError(f"field '{wrong}': expected a label, got NaN; write null where there is none")
 
     @property
     def untaken(self) -> list[str]:

@@ -29,8 +29,10 @@ def labelled(row: Fields, bounds: Bounds | None) -> LabelledCompletion:
     """``prompt``+``completion``, ``messages`` or ``conversations`` that end with the reply, or
     ``instruction``+``output``, with a ``label`` (or ``kto_tag``), else with a ``rating`` (or ``score``), which needs
     ``bounds``. Optional ``annotator`` and ``finished`` (false: the reply was cut at the length limit)."""
+    row.refuse_nan(THUMBS)
     judged = [field for field in (*THUMBS, *RATINGS) if row.get(field, "") != ""]
     if not judged:
+        row.refuse_nan(RATINGS)
         raise UnknownForm
     messages, reply = _answered(row)
     if row.get("gold", "") != "" or flag(row, "out", default=False):

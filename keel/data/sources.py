@@ -323,6 +323,7 @@ def _preference(row: Fields) -> Preference:
         raise UnknownForm
     if row.get("gold") or flag(row, "out", default=False):
         raise LeftOut
+    row.refuse_nan(("tie", *PROBABILITY))
     prompt = prompt_of(row, messages, name(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
     margin = number(row, "margin", low=0.0, default=0.0)

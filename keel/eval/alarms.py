@@ -20,6 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 ENTROPY, LENGTH, CUT = "policy/entropy_avg", "completions/mean_length", "completions/clipped_ratio"
 CLIPPED, RATIO, REPETITION = "policy/clipfrac_avg", "val/ratio", "completions/repetition"
 REWARD_CLIPPED = "objective/reward_clipped"
+UNFILLED, SHORT, LEFT = "rollout/unfilled", "rollout/short", "rollout/left"
 START_ROWS = 3  # "at the start" is the median of this many rows
 
 
@@ -36,9 +37,11 @@ class Limits:
     repetition: float = 0.3  # share of repeated 4-grams
     cut: float = 0.2  # rise of the share of completions cut at the length limit
     reward_clipped: float = 0.1  # share of scores that ``reward_clip`` cut
+    unfilled: float = 0.1  # share of a rollout's groups that teach nothing after ``max_resamples``
     # The chance of an alarm in a run whose gold never falls (``keel.eval.falls.largest_fall``).
     gold_false_alarms: float = 0.01
     displacement: float = -0.5  # nats a token by which the chosen replies became less probable
+    sharpest: float = -3.0  # nats by which their hardest hit token did, where they lost as wholes too
     displaced_false_alarms: float = 0.01  # the chance of an alarm in a run where no kind of prompt got worse
 
 
@@ -191,6 +194,19 @@ def _reward_clipped(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     )  # fmt: skip
 
 
+def _unfilled(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
+    often = ""
+    if (short := _series(rows, SHORT)) and (left := _series(rows, LEFT)):
+        often = (
+            f" {short[-1].value:.0f} of {len(short)} rollouts were left so, with {left[-1].value:.0f} groups in all."
+        )
+    return _above(
+        stage, "unfilled", _series(rows, UNFILLED), limits.unfilled, limits.in_a_row,
+        "After max_resamples tries {:.0%} of a rollout's groups still had equal scores." + often,
+        "Take prompts that are neither too easy nor too hard, a finer reward, or more replies a prompt (group_size).",
+    )  # fmt: skip
+
+
 def _overoptimised(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     """Gold ended below what it had been while the proxy ended above: one test of the whole run (keel.eval.falls)."""
     names = (GOLD, f"{GOLD}_se", PROXY)
@@ -216,18 +232,27 @@ def _displaced(stage: str, rows: Rows, limits: Limits) -> Alarm | None:
     worse (keel.eval.displacement). All kinds share the chance of a false alarm."""
     for row in rows:
         groups: list[Group] = row.get(GROUPS, [])
-        low = [group for group in groups if group.change < limits.displacement]
+        low = [group for group in groups if group.change < limits.displacement or _sharply(group, limits)]
         if not low or (worst := min(low, key=lambda group: group.chance)).chance >= _each(limits, groups):
             continue
         where = f" on prompts of kind {worst.kind}" if worst.kind else ""
         moved = f" ({worst.flags})" if worst.flags else ""
+        value, bound, unit = worst.change, limits.displacement, "a token"
+        if not value < bound:
+            assert worst.sharpest is not None, "it is what makes the group one"
+            value, bound, unit = worst.sharpest, limits.sharpest, "at one token each"
         return Alarm(
-            stage, "displacement", int(row["step"]), worst.change, limits.displacement,
-            f"The chosen replies{where} became less probable, by {-worst.change:.2f} nats a token, and the policy's "
+            stage, "displacement", int(row["step"]), value, bound,
+            f"The chosen replies{where} became less probable, by {-value:.2f} nats {unit}, and the policy's "
             f"own worse: the judge's score went from {worst.before:.2f} to {worst.after:.2f}{moved}.",
             "Leave out pairs of two nearly equal replies, add the chosen replies' own loss, or raise beta.",
         )  # fmt: skip
     return None
+
+
+def _sharply(group: Group, limits: Limits) -> bool:
+    """Where probability leaves a reply it does so at one token, however long the reply is."""
+    return group.sharpest is not None and group.sharpest < limits.sharpest and group.change < 0
 
 
 def _each(limits: Limits, groups: Sequence[Group]) -> float:
@@ -244,6 +269,7 @@ RULES: tuple[Callable[[str, Rows, Limits], Alarm | None], ...] = (
     _ratio,
     _repetition,
     _reward_clipped,
+    _unfilled,
     _overoptimised,
     _displaced,
 )

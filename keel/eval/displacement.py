@@ -26,12 +26,14 @@ Rows = Sequence[Sequence[GradedReply]]
 
 @dataclass(frozen=True)
 class Group:
-    """The prompts of a kind ("" for all). ``change``: of the chosen replies' log-probability, nats a token; ``before``,
+    """The prompts of a kind ("" for all). ``change``: of the chosen replies' log-probability, nats a token;
+    ``sharpest``: of the token of each that lost most, None where an earlier Keel did not measure it; ``before``,
     ``after``: the judge's mean score of the start and of the policy; ``chance``: how probable a fall so large is where
     none is; ``flags``: the judge's finding that moved most, in words."""
 
     kind: str
     change: float
+    sharpest: float | None
     before: float
     after: float
     chance: float
@@ -45,15 +47,17 @@ def displacement_row(
     (``keel.train.offline.measure_offline``); both models answered the same prompts. Without a change there are no
     groups."""
     changes = {"": measured.get("displacement/chosen_per_token"), **measured.get("displacement/kinds", {})}
+    sharpest = {"": measured.get("displacement/sharpest"), **measured.get("displacement/sharpest_kinds", {})}
     groups = [
         group
         for kind, change in changes.items()
-        if change is not None and (group := _group(kind, change, policy.replies, start.replies)) is not None
+        if change is not None
+        and (group := _group(kind, change, sharpest.get(kind), policy.replies, start.replies)) is not None
     ]
     return {"step": int(measured.get("steps", 0)), GROUPS: groups}
 
 
-def _group(kind: str, change: float, policy: Rows, start: Rows) -> Group | None:
+def _group(kind: str, change: float, sharpest: float | None, policy: Rows, start: Rows) -> Group | None:
     rows = [(a, b) for a, b in zip(policy, start, strict=True) if kind in ("", a[0].prompt.kind)]
     scores = [(_score(a), _score(b)) for a, b in rows]
     both = [(after, before) for after, before in scores if after is not None and before is not None]
@@ -62,7 +66,7 @@ def _group(kind: str, change: float, policy: Rows, start: Rows) -> Group | None:
     after_N, before_N = (np.array(column) for column in zip(*both, strict=True))
     chance = chance_of_fall(after_N - before_N)
     moved = _most_moved([row for row, _ in rows], [row for _, row in rows])
-    return Group(kind, change, float(before_N.mean()), float(after_N.mean()), chance, moved)
+    return Group(kind, change, sharpest, float(before_N.mean()), float(after_N.mean()), chance, moved)
 
 
 def chance_of_fall(difference_N: np.ndarray, seed: int = 0) -> float:

@@ -186,6 +186,9 @@ class EvalStage(StageBase):
         for name in (*self.models, self.baseline, *drawn, self.against, *searched):
             yield ModelUse(name)
 
+    def shows(self) -> int:
+        return self.show
+
     def searches(self) -> Mapping[str, SearchConfig]:
         return self.search
 

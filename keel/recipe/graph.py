@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from keel.recipe.checkpoints import kept_name, stage_of
-from keel.recipe.declared import StoreRead
+from keel.recipe.declared import Makes, StoreRead
 from keel.recipe.recipe import Recipe, Stage, kinds_making
 from keel.recipe.stage import StageBase
 from keel.types import UserError
@@ -37,14 +37,14 @@ def parents(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
                     f"{place}: {named!r} is a stage of kind {made.kind}, and this needs one of kind "
                     f"{' or '.join(kinds)}; name another stage"
                 )
-            if percent is not None:
-                _check_kept(place, made, percent)
+            if percent is not None and percent not in made.kept():
+                raise UserError(f"{place}: {_not_kept(made, percent, before, reference.makes)}")
             found.add(named)
         elif target == "base":
             if "policy" not in reference.makes:
                 raise UserError(f"{place}: 'base' is no {' or '.join(kinds)} stage; {stages_there(recipe)}")
         elif not Path(target).exists() and not target.startswith("hub:"):
-            raise UserError(f"{place}: {target!r} is neither a stage nor a file or folder; {stages_there(recipe)}")
+            raise UserError(f"{place}: {_nothing(target, names)}; {stages_there(recipe)}")
     return tuple(name for name in names if name in found)
 
 
@@ -55,13 +55,26 @@ def _check_order(place: str, target: str, stage: Stage, names: Sequence[str]) ->
         raise UserError(f"{place}: stage {target!r} comes after {stage.name!r}; put it before, or name an earlier one")
 
 
-def _check_kept(place: str, stage: StageBase, percent: int) -> None:
-    if percent not in stage.kept():
+def _not_kept(stage: Stage, percent: int, before: Sequence[StageBase], makes: Collection[Makes]) -> str:
+    """Why there is no checkpoint on ``stage``'s way, and which can be named."""
+    if stage.can_keep:
         there = ", ".join([stage.name, *(kept_name(stage.name, other) for other in stage.kept())])
-        raise UserError(
-            f"{place}: {stage.name} keeps no checkpoint at {percent}%; name one of {there}, or set "
-            f"{stage.name}.keep=[{percent}]"
+        asked = ",".join(map(str, sorted({*stage.kept(), percent})))
+        return (
+            f"{stage.name} keeps no checkpoint at {percent}%; name one of {there}, or set {stage.name}.keep=[{asked}]"
         )
+    fit = [one for one in before if set(makes) & set(one.makes)]
+    names = [name for one in fit for name in (one.name, *(kept_name(one.name, percent) for percent in one.kept()))]
+    there = ", ".join([*(["base"] if "policy" in makes else []), *names])
+    return f"{stage.name} is a stage of kind {stage.kind}, which keeps no checkpoints on its way; name one of {there}"
+
+
+def _nothing(target: str, names: Sequence[str]) -> str:
+    """What is wrong with a name that is nobody's."""
+    stage, at, _ = target.partition("@")
+    if at and stage in names:
+        return f"{target!r} is no checkpoint, as what follows @ is no whole per cent from 1 to 99"
+    return f"{target!r} is neither a stage nor a file or folder"
 
 
 def store_read(recipe: Recipe, stage: StageBase) -> StoreRead:

@@ -17,6 +17,7 @@ class SftStage(OfflineBase):
     learns_from: ClassVar[LearnsFrom | None] = "demonstrations"
     later: ClassVar[frozenset[str]] = frozenset({"mix"})
     gives_template: ClassVar[bool] = True
+    can_keep: ClassVar[bool] = False
 
     kind: Literal["sft"] = "sft"
     demonstrations: str | list[str] | None = Field(

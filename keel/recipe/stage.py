@@ -61,6 +61,7 @@ class StageBase(Strict):
     of_what_is_there: ClassVar[bool] = False  # it takes what the earlier stages have made so far, and waits for none
     gives_template: ClassVar[bool] = False  # its model has a chat template, whatever it starts from
     compares_models: ClassVar[bool] = False  # the models that it loads are asked the same
+    can_keep: ClassVar[bool] = False  # it takes ``keep``: checkpoints on its way
     weights_on_disk: ClassVar[int] = 0  # float32 copies of the model in its folder while it works, but for those kept
     # Settings that this class got after runs had been made. At their defaults they do what was done before, and a
     # fingerprint leaves them out, so that those runs still stand.
@@ -141,6 +142,10 @@ class StageBase(Strict):
     def kept(self) -> tuple[int, ...]:
         """The per cents of its run at which it keeps a checkpoint (`keel.recipe.checkpoints`), rising."""
         return ()
+
+    def shows(self) -> int | None:
+        """Of how many prompts its summary holds the models' replies, at most; None: it evaluates none."""
+        return None
 
     def samples(self) -> SamplingConfig | None:
         """How it samples from each language model that it loads; None: not at all."""
@@ -252,11 +257,12 @@ class PolicyBase(TrainBase):
 
     makes: ClassVar[tuple[Makes, ...]] = ("policy",)
     later: ClassVar[frozenset[str]] = frozenset({"keep"})
+    can_keep: ClassVar[bool] = True
 
     keep: Keep = Field(
         0,
         description="checkpoints on the way, called NAME@PERCENT: how many, evenly spaced, or a list of per cents of "
-        "the run",
+        "the run. To write the one as the other runs the stage again",
     )
     ptx: PtxConfig | None = Field(None, description="pretraining text mixed into every step; default: none")
 

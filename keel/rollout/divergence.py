@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat import Chat
@@ -57,11 +57,18 @@ def sequence_logps(
     models: Sequence[nn.Module], rows: Sequence[Encoded], device: str, precision: Precision
 ) -> list[list[float]]:
     """The log-probability (nats) of each row's masked tokens together, under each model: [N][models]."""
+    found = token_logps(models, rows, device, precision)
+    return [[float(logp_C.double().sum()) for logp_C in row] for row in found]
+
+
+def token_logps(
+    models: Sequence[nn.Module], rows: Sequence[Encoded], device: str, precision: Precision
+) -> list[list[Tensor]]:
+    """The same of each masked token: [N][models], of [C] each."""
 
     def logprobs(model: nn.Module) -> Pass:
         return lambda batch: token_logprobs(model, batch).logp_C
 
     batches = micro_batches_by_prompt(rows, TOKENS)
     with autocast(device, precision):
-        found = measure(rows, batches, [logprobs(model) for model in models], device, pack_by_prompt)
-    return [[float(logp_C.double().sum()) for logp_C in row] for row in found]
+        return measure(rows, batches, [logprobs(model) for model in models], device, pack_by_prompt)

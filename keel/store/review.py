@@ -10,7 +10,7 @@ from sqlalchemy import Connection, case, func, insert, select, update
 
 from keel.store.people_tables import adjudications, aspect_ratings, flags
 from keel.store.sides import InStore
-from keel.store.tables import annotators, event, events, items
+from keel.store.tables import annotators, assignments, event, events, items
 from keel.types import UserError
 
 
@@ -52,8 +52,19 @@ def adjudicate(
     """A reviewer's last word on an item, or (None) none any more; an earlier one is taken back."""
     if choice not in (None, "first", "second", "tie"):
         raise UserError(f"the choice {choice!r} is unknown; give first, second or tie")
-    if connection.execute(select(items.c.id).where(items.c.id == item_id, items.c.kind == "compare")).first() is None:
+    kind = connection.execute(select(items.c.kind).where(items.c.id == item_id)).scalar_one_or_none()
+    if kind is None:
         raise UserError(f"there is no comparison {item_id}")
+    if kind != "compare":
+        raise UserError(
+            f"item {item_id} is no comparison ({kind}), and only those have a last word; take it out of use, or make "
+            "it a gold item, and what was said of it trains nothing"
+        )
+    if choice is not None and not _judged(connection, item_id):
+        raise UserError(
+            f"nobody has judged comparison {item_id}, so there are no votes whose place a last word could take; judge "
+            "it yourself"
+        )
     standing = adjudications.c.item_id == item_id, adjudications.c.undone_at.is_(None)
     old = connection.execute(select(adjudications.c.choice).where(*standing)).scalar_one_or_none()
     connection.execute(update(adjudications).where(*standing).values(undone_at=now))
@@ -63,6 +74,12 @@ def adjudicate(
         row = {"item_id": item_id, "annotator_id": annotator_id, "created": now}
         connection.execute(insert(adjudications), row | new)
     connection.execute(insert(events), event(now, actor, "adjudicated", "item", item_id, old and {"choice": old}, new))
+
+
+def _judged(connection: Connection, item_id: int) -> bool:
+    """Whether a vote on the item stands."""
+    given = assignments.c.item_id == item_id, assignments.c.state == "judged"
+    return connection.execute(select(assignments.c.id).where(*given).limit(1)).first() is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from keel.recipe.recipe import Recipe
 from keel.report.wording import number
 from keel.reward.python_ref import load_python
 from keel.run import RunDir, hash_config, read_json, write_json
+from keel.study.measures import check_replies, replies
 from keel.study.plan import Curves, Figure, Study
 from keel.types import UserError
 
@@ -56,6 +57,12 @@ def check_places(study: Study, recipe: Recipe) -> None:
             raise UserError(
                 f"curves: {curves.place!r} is no place; write STAGE.KEY, where the stages are {', '.join(stages)}"
             )
+
+
+def check_kept(study: Study, recipe: Recipe) -> None:
+    """`UserError` where a run of ``recipe``, whose data are there, would not keep what a figure is measured of."""
+    if any(load_python(figure.measure) is replies for figure in study.figures.values() if figure.measure is not None):
+        check_replies(recipe)
 
 
 def read_figures(study: Study, recipe: Recipe, run: RunDir) -> dict[str, Value]:

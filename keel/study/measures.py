@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keel.data.sources import read_prompts
 from keel.recipe.recipe import Recipe
 from keel.run import RunDir
+from keel.types import UserError
 
 FEATURES = ("score", "reward")
 RESAMPLES = 1000
@@ -16,11 +19,16 @@ RESAMPLES = 1000
 
 def replies(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the run's evaluation says of each model's replies, prompt by prompt: the judge's ``score``, the ``reward``,
-    and its flags (``correct``, ...), each over the prompts that have it. The evaluation keeps as many prompts as
-    ``eval.show`` says: set it to at least as many as there are.
+    and its flags (``correct``, ...), each over the prompts that have it. `UserError` where the evaluation kept fewer
+    prompts (``show``) than it asked.
     """
     table: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for number, sample in enumerate(run.summary().get("samples", ())):
+    summary = run.summary()
+    samples = summary.get("samples", ())
+    asked = max((int(figures.get("prompts", 0)) for figures in summary.get("stages", {}).values()), default=0)
+    if len(samples) < asked:
+        raise UserError(f"{run.path}: {_too_few(_evaluation(recipe) or 'eval', len(samples), asked)}")
+    for number, sample in enumerate(samples):
         group = f"{number} {sample['prompt']}"
         for model, reply in sample["replies"].items():
             said = {name: reply[name] for name in FEATURES} | reply["flags"]
@@ -33,6 +41,33 @@ def replies(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:
         }
         for model, named in table.items()
     }
+
+
+def check_replies(recipe: Recipe) -> None:
+    """`UserError` where it can be seen before anything is computed that ``replies`` would lack some: where the
+    evaluation's prompts lie in a file that is there."""
+    name = _evaluation(recipe)
+    if name is None:
+        return
+    stage = recipe.stage(name)
+    file, kept = stage.files().get("prompts") or recipe.data.heldout_prompts, stage.shows()
+    if kept is None or not isinstance(file, str) or not Path(file).expanduser().exists():
+        return
+    asked = len(read_prompts(file))
+    if kept < asked:
+        raise UserError(_too_few(name, kept, asked))
+
+
+def _evaluation(recipe: Recipe) -> str | None:
+    """The stage whose summary is the run's: the last that evaluates."""
+    return next((stage.name for stage in reversed(recipe.stages) if stage.shows() is not None), None)
+
+
+def _too_few(name: str, kept: int, asked: int) -> str:
+    return (
+        f"{name}.show: keel.study.measures:replies needs the replies to all {asked} prompts, and the evaluation keeps "
+        f"those to {kept}; set {name}.show={asked} or more"
+    )
 
 
 def frontier(run: RunDir, recipe: Recipe) -> dict[str, dict[str, Any]]:

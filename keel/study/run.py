@@ -21,7 +21,7 @@ from keel.check.finding import Finding
 from keel.pipeline.run import Runner, Step, plan, run_pipeline
 from keel.recipe.recipe import Recipe
 from keel.run import RunDir, atomic_dir
-from keel.study.figures import Value, check_places, read_curves, read_figures
+from keel.study.figures import Value, check_kept, check_places, read_curves, read_figures
 from keel.study.plan import Harbor, Plan, World, arm_recipe
 from keel.types import Reporter, UserError
 
@@ -54,6 +54,10 @@ def units_of(made: Plan, out: Path, make_world: MakeWorld) -> list[Unit]:
         store = f"sqlite:///{(out / f'seed{seed}' / 'feedback.db').resolve()}"
         for arm in made.arms:
             recipe = arm_recipe(made, arm, seed, store, world)
+            try:
+                check_kept(made.study, recipe)
+            except UserError as error:
+                raise UserError(f"{made.origin}: arm {arm}: {error}") from error
             units.append(Unit(arm, seed, recipe, RunDir(run_folder(out, arm, seed), recipe.logging)))
     return units
 

@@ -92,13 +92,14 @@ class Refilled(Draws):
     3.2, "dynamic sampling"), ``tries`` times at most: what is still without a signal then stays as it is.
 
     How many prompts a rollout takes depends on what was sampled, so ``drawn``, the number of all prompts so far, is a
-    part of a run's state: with it a resumed run goes on with the same ones.
+    part of a run's state: with it a resumed run goes on with the same ones. So are ``short`` and ``left``: how many
+    rollouts the bound left without a signal in some places, and in how many places.
     """
 
     def __init__(self, draws: Draws, without_signal: Callable[[Drawn], Sequence[bool]], tries: int) -> None:
         super().__init__(draws.source, draws.scorer, draws.config, draws.context)
         self.without_signal, self.tries = without_signal, tries
-        self.drawn = 0
+        self.drawn = self.short = self.left = 0
         self.stream = EpochSchedule(len(draws.source.prompts), self.prompts, math.inf, draws.context.seed)
 
     def rollout(self, iteration: int) -> Drawn:
@@ -115,11 +116,14 @@ class Refilled(Draws):
             wasted += sum(found)
             for place, group, nothing in zip(empty, more.groups(size), found, strict=True):
                 groups[place], still[place] = group, nothing
+        self._count(sum(still))
         figures = {
             "episodes": float(self.drawn * size),
             "frac_reward_zero_std": wasted / (self.drawn - before),
             "rollout/prompts_drawn": (self.drawn - before) / self.prompts,
             "rollout/unfilled": sum(still) / self.prompts,
+            "rollout/short": float(self.short),
+            "rollout/left": float(self.left),
             "objective/scores_drawn": float(first.scores.total_N.float().mean()),
             **self.trace_figures(first),
         }
@@ -130,8 +134,22 @@ class Refilled(Draws):
         self.drawn += count
         return self.of(prompts, seed)
 
+    def _count(self, left: int) -> None:
+        """Counts the places of a rollout that were left; the first time a line says so."""
+        if not left:
+            return
+        self.short += 1
+        self.left += left
+        if self.short == 1:
+            self.context.reporter.note(
+                f"{self.config.name}: after max_resamples = {self.tries} tries {left} of a rollout's {self.prompts} "
+                "groups still have equal scores and teach nothing; take prompts that are neither too easy nor too "
+                "hard, or a finer reward (rollout/short and rollout/left count on)"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn}
+        return {"drawn": self.drawn, "short": self.short, "left": self.left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.drawn = int(state["drawn"])
+        self.short, self.left = int(state.get("short", 0)), int(state.get("left", 0))  # an earlier Keel's has neither

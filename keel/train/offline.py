@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy
@@ -16,7 +16,7 @@ from keel.model.packed import compute_alike
 from keel.recipe.offline import MeasureConfig
 from keel.recipe.sections import Source
 from keel.rollout.collect import stop_token_ids
-from keel.rollout.divergence import asked_alike, log_ratios, own_replies, sequence_logps
+from keel.rollout.divergence import asked_alike, log_ratios, own_replies, token_logps
 from keel.rollout.episodes import encode_prompts
 from keel.rollout.sampler import make_sampler
 from keel.stats import clustered_error
@@ -52,7 +52,9 @@ def measure_offline(
     sampled/mean_length (tokens, the end included), sampled/finished_rate, sampled/replies: of these replies.
     displacement/chosen: by how much the log-probability of the liked replies changed, mean over replies, in nats;
     displacement/chosen_per_token: the same over all their tokens, displacement/kinds: by the kind of prompt.
-    Both are left out without ``liked``, and None where ``start`` cannot read them.
+    displacement/sharpest, displacement/sharpest_kinds: the change of the token of a reply that lost most, mean over
+    replies.
+    All are left out without ``liked``, and None where ``start`` cannot read them.
     """
     model, tokenizer = load_policy(policy, device=context.device, products=context.precision)
     reference, reads = load_policy(start, device=context.device, products=context.precision)
@@ -91,19 +93,48 @@ def _displacement(
     rows = [(one.prompt.kind, row) for one, row in zip(some, encoded, strict=True) if len(row.ids) <= longest]
     if not rows:
         return _no_displacement()
-    logps = sequence_logps([model, reference], [row for _, row in rows], context.device, context.precision)
-    changes = [(kind, ours - theirs, row.predicted) for (kind, row), (ours, theirs) in zip(rows, logps, strict=True)]
-    kinds = {kind: [c for c in changes if c[0] == kind] for kind in dict.fromkeys(kind for kind, *_ in changes)}
+    logps = token_logps([model, reference], [row for _, row in rows], context.device, context.precision)
+    return displacement_figures([Change.of(kind, *both) for (kind, _), both in zip(rows, logps, strict=True)])
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one liked reply: of all its ``tokens`` together in ``nats``, of the one that lost most."""
+
+    kind: str
+    nats: float
+    tokens: int
+    sharpest: float
+
+    @staticmethod
+    def of(kind: str, ours_C: Tensor, theirs_C: Tensor) -> Change:
+        nats = float(ours_C.double().sum()) - float(theirs_C.double().sum())
+        return Change(kind, nats, len(ours_C), float((ours_C.double() - theirs_C.double()).min()))
+
+
+def displacement_figures(changes: Sequence[Change]) -> dict[str, Any]:
+    """What the summary says of the liked replies (`measure_offline`)."""
+    by_kind: dict[str, list[Change]] = {}
+    for change in changes:
+        by_kind.setdefault(change.kind, []).append(change)
+    kinds = {kind: some for kind, some in by_kind.items() if kind and len(some) >= FEWEST}
     return {
-        "displacement/chosen": math.fsum(change for _, change, _ in changes) / len(changes),
+        "displacement/chosen": math.fsum(change.nats for change in changes) / len(changes),
         "displacement/chosen_per_token": _per_token(changes),
-        "displacement/kinds": {k: _per_token(some) for k, some in kinds.items() if k and len(some) >= FEWEST},
+        "displacement/kinds": {kind: _per_token(some) for kind, some in kinds.items()},
+        "displacement/sharpest": _sharpest(changes),
+        "displacement/sharpest_kinds": {kind: _sharpest(some) for kind, some in kinds.items()},
     }
 
 
-def _per_token(changes: Sequence[tuple[str, float, int]]) -> float:
-    return math.fsum(change for _, change, _ in changes) / sum(tokens for *_, tokens in changes)
+def _per_token(changes: Sequence[Change]) -> float:
+    return math.fsum(change.nats for change in changes) / sum(change.tokens for change in changes)
+
+
+def _sharpest(changes: Sequence[Change]) -> float:
+    return math.fsum(change.sharpest for change in changes) / len(changes)
 
 
 def _no_displacement() -> dict[str, Any]:
-    return {"displacement/chosen": None, "displacement/chosen_per_token": None, "displacement/kinds": {}}
+    none = ("displacement/chosen", "displacement/chosen_per_token", "displacement/sharpest")
+    return {**dict.fromkeys(none), "displacement/kinds": {}, "displacement/sharpest_kinds": {}}
