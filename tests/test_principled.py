@@ -201,8 +201,12 @@ def test_reasons_are_sampled_as_the_recipe_says(serve: Callable[..., Server]) ->
         ({"votes_asked": 3, "constitution": "harbor"}, "votes_asked is of an endpoint"),
         ({"thought": {}, "constitution": "harbor"}, "leave thought out"),
         (
-            {"judge": {"kind": "endpoint", "url": "http://h/v1", "model": "m"}, "thought": {"stop": ["."]},
-             "constitution": "harbor"}, "would end an endpoint's answer before its letter",
+            {
+                "judge": {"kind": "endpoint", "url": "http://h/v1", "model": "m"},
+                "thought": {"stop": ["."]},
+                "constitution": "harbor",
+            },
+            "would end an endpoint's answer before its letter",
         ),
         ({"clamp": [0.6, 0.9], "constitution": "harbor"}, "one below and one above a half"),
     ],
@@ -295,7 +299,11 @@ def test_no_answer_of_an_endpoint_is_asked_for_twice_after_the_run_was_stopped(
     sample, ai, _ = recipe["stages"]
     judge = {"kind": "endpoint", "url": serve(answer).url, "model": "m", "key_env": "TEST_JUDGE_KEY"}
     plain = {"kind": "annotate", "name": "plain", "responses": "sample", "judge": judge}
-    recipe["stages"] = [sample, {**ai, "judge": judge, "card": {"against": {"ref": f"{tmp_path / 'f.py'}:worth"}}}, plain]
+    recipe["stages"] = [
+        sample,
+        {**ai, "judge": judge, "card": {"against": {"ref": f"{tmp_path / 'f.py'}:worth"}}},
+        plain,
+    ]
     recipe["stages"][1]["card"] |= {"pairs": 3, "force": True}
     for more in (3, 9, 30, 3, 1000):
         until[0] = len(answered) + more
