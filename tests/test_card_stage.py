@@ -120,7 +120,7 @@ def test_a_language_model_is_looked_at_for_its_own_and_for_likely_replies(
     monkeypatch.setattr(stage, "judge_card", lambda pairs, *a, **k: judge_card(seen.extend(pairs) or pairs, *a, **k))
     tree = recipe(tmp_path, "good")
     base = tiny_llama()
-    base.get_input_embeddings().weight.data *= 20  # else all tokens are about as likely
+    base.get_input_embeddings().weight.data *= 6  # else all tokens are about as likely
     base.save_pretrained(tmp_path / "base")
     sample, annotate = tree["stages"]
     tree["stages"] = [sample | {"per_prompt": 2}, annotate | {"judge": {"kind": "language_model", "model": "base"}}]
@@ -129,7 +129,7 @@ def test_a_language_model_is_looked_at_for_its_own_and_for_likely_replies(
     card = done.stage("annotate").summary()["card"]
     lines = (done.path / "annotate" / "card_answers.jsonl").read_text().splitlines()
     said = {row["key"]: row["said"] for row in map(json.loads, filter(None, lines))}
-    assert card["pairs"] == len(said) == len(seen) > 15
+    assert card["pairs"] == len(said) == len(seen) > 10
     assert {one.own for one in seen} == {(True, True)}
     chat = Chat(tiny_tokenizer())
     with Store(done.store_url) as store:

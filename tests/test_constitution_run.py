@@ -1,4 +1,4 @@
-"""Constitutions and cards in a run, with runners that only write down what they were given: what is used, what stands."""
+"""Constitutions and cards in a run, with runners that write down what they are given: what is used, what stands."""
 
 from __future__ import annotations
 

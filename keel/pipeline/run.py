@@ -156,12 +156,12 @@ def _record_totals(run: RunDir) -> None:
         seconds = {name: entry["seconds"] for name, entry in stages.items()}
         peak = max(entry.get("peak_rss_mb", 0.0) for entry in stages.values())
         cards = {name: card for name in stages if (card := run.stage(name).summary().get("card"))}
-        others = [alarm for alarm in summary.get("alarms", []) if alarm["stage"] not in cards]
-        told = (
-            {"alarms": others + [alarm for card in cards.values() for alarm in card.get("alarms", [])]} if cards else {}
+        if cards:
+            alarms = [alarm for alarm in summary.get("alarms", []) if alarm["stage"] not in cards]
+            summary["alarms"] = alarms + [alarm for card in cards.values() for alarm in card.get("alarms", [])]
+        run.write_summary(
+            summary | {"seconds": seconds | {"total": round(sum(seconds.values()), 3)}, "peak_rss_mb": peak}
         )
-        total = seconds | {"total": round(sum(seconds.values()), 3)}
-        run.write_summary(summary | told | {"seconds": total, "peak_rss_mb": peak})
 
 
 def _kept_entries(run: RunDir, recipe: Recipe) -> dict[str, Any]:

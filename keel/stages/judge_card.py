@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from keel.endpoint import Kept, key
+from keel.endpoint import key
 from keel.eval.judge_card import Card, judge_card, scored_pair
 from keel.eval.judge_effects import JudgedPair
 from keel.eval.reply_alarms import judge_alarms
