@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,9 @@ def test_no_answer_of_an_endpoint_is_asked_for_twice_after_the_run_was_stopped(
             folder = run(recipe, tmp_path / "run")
         except UserError as error:
             assert "no more money" in str(error)  # noqa: PT017
+        for thread in threading.enumerate():  # what was under way is kept, too
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join()
     assert len(answered) == len(set(answered))
     with Store(folder.store_url) as store:
         votes = store.judgements()
