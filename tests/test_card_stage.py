@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import permutations
@@ -18,7 +19,7 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from keel.data.chat import Chat
 from keel.endpoint import key
-from keel.eval.judge_card import judge_card
+from keel.eval.judge_card import Card, judge_card
 from keel.eval.judge_effects import JudgedPair
 from keel.recipe.annotate import AnnotateStage
 from keel.recipe.constitution import Principle
@@ -117,7 +118,12 @@ def test_a_language_model_is_looked_at_for_its_own_and_for_likely_replies(
 ) -> None:
     """All replies are by the judge's own model; how likely each is to it, its transformers forward says."""
     seen: list[JudgedPair] = []
-    monkeypatch.setattr(stage, "judge_card", lambda pairs, *a, **k: judge_card(seen.extend(pairs) or pairs, *a, **k))
+
+    def looked_at(pairs: Sequence[JudgedPair], *rest: Any, **named: Any) -> Card:
+        seen.extend(pairs)
+        return judge_card(pairs, *rest, **named)
+
+    monkeypatch.setattr(stage, "judge_card", looked_at)
     tree = recipe(tmp_path, "good")
     base = tiny_llama()
     base.get_input_embeddings().weight.data *= 6  # else all tokens are about as likely

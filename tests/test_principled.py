@@ -349,7 +349,9 @@ def test_hard_labels_have_no_probability_and_erasing_a_reply_erases_what_was_ask
             assert sum(held) == 6, column  # of the prompt whose reply is gone no text is left
         for label in found:
             if "one" in label.asked:
-                first, second = (json.loads(text[text.index("{") :]) for text in (label.asked, label.asked_second))
+                first, second = (
+                    json.loads(text[text.index("{") :]) for text in (label.asked, label.asked_second or "")
+                )
                 assert (first["A"], first["B"]) == (second["B"], second["A"])
                 assert (label.thought, label.thought_second) == (f"{first['A']} is fine", f"{second['A']} is fine")
 
