@@ -71,6 +71,10 @@ RECORDS = [
     ),
     _record("p5", "Is the tide high?", "Aye.", _revision("courteous", "Curt.", "Aye. Fair winds.")),
 ]
+ALARM = {
+    "stage": "ai_labels", "name": "order_flips", "step": None, "value": 0.3, "bound": 0.25,
+    "message": "Of the judge: its choice turned with the order.", "remedy": "Take a stronger judge.",
+}  # fmt: skip
 SUMMARIES: dict[str, dict[str, Any]] = {
     "critique": {
         "prompts": 480,
@@ -89,6 +93,9 @@ SUMMARIES: dict[str, dict[str, Any]] = {
             "against": "people",
             "agreement": [0.842, 0.79, 0.884],
             "ece": 0.043,
+            "brier": 0.187,
+            "untold": {"own": "0 pairs differ in it, of the 30 that it takes"},
+            "alarms": [ALARM],
             "flips": [0.182, 0.139, 0.234],
             "effects": {
                 "length": [0.14, 0.08, 0.2],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ from labelling_world import World, fill, person, token
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from keel.cli import label
 from keel.recipe.constitution import Constitution, read_constitution
-from keel.store import Store, Unavailable, ai_labels, constitutions, principles, removals
+from keel.run import RunDir, write_json
+from keel.store import Store, Unavailable, ai_labels, constitutions, lineage, principles, removals, work
 from keel.store.ai_labels import AiLabel
 from keel.store.people_tables import constitutions as table
 from keel.store.records import NewVote
 from keel.types import UserError
+from keel.web.service.constitutions import Constitutions
 
 
 @pytest.fixture
@@ -173,37 +177,119 @@ def test_a_skipped_question_comes_again_only_once_that_is_taken_back(store: Stor
 
 def labelled(store: Store) -> str:
     """A person and a model on one pair: the model's label under `kind` says the left reply, whichever it is."""
-    model = store.add_annotator("judge", "model")
+    return labelled_by(store, "judge", 0.9, 0.3)
+
+
+def labelled_by(store: Store, judge: str, first: float, second: float) -> str:
+    model = store.add_annotator(judge, "model")
     theirs = store.next_assignment(model, seeded=True)
     assert theirs is not None
     mark = token()
     vote = store.submit(theirs.id, NewVote("left", token=mark, probability=0.8))
     hash = two().principles[0].hash
     with store.transaction(writes=True) as c:
-        label = AiLabel("kind", hash, "house", two().hash, 0.9, 0.3, "as it was sent", "what it thought")
-        ai_labels.add(c, vote, [label], store.now)
+        texts = "as it was sent", "what it thought", "sent the other way", "what it thought then"
+        one = AiLabel("kind", hash, "house", two().hash, first, second, *texts)
+        ai_labels.add(c, vote, [one], store.now)
     return mark
 
 
 def test_agreement_and_flips_by_principle(store: Store) -> None:
-    fill(store, 1, overlap=2)
+    fill(store, 1, overlap=3)
     ann = person(store, "ann")
     labelled(store)
+    labelled_by(store, "other", 0.1, 0.2)
     assignment = store.next_assignment(ann.annotator_id)
     assert assignment is not None
     with store.transaction(writes=False) as c:
         shown = c.execute(text("SELECT shown FROM assignments ORDER BY id")).scalars().all()
-    same = shown[0] == shown[1]
+    same = shown[0] == shown[2]
     store.submit(assignment.id, NewVote("left" if same else "right", token=token()))
     kind, true = two().principles
     with store.transaction(writes=False) as c:
         found = principles.figures(c, [kind, true])
-    agreement, flips = found[kind.hash].agreement, found[kind.hash].flips
-    assert agreement is not None
-    assert flips is not None
-    assert (agreement.point, flips.point) == (1.0, 1.0)
-    assert (found[kind.hash].labels, found[true.hash].labels) == (1, 0)
-    assert (found[true.hash].agreement, found[true.hash].flips) == (None, None)
+    shares = [(one.judge, one.labels, one.agreement, one.flips) for one in found[kind.hash].judged]
+    told = [(name, n, a and a.point, f and f.point) for name, n, a, f in shares]
+    # "judge" says the reply that is left for it, which ann prefers; "other" the right one of what it was shown
+    other = float(shown[1] != shown[0])
+    assert told == [("judge", 1, 1.0, 1.0), ("other", 1, other, 0.0)]
+    assert found[true.hash].judged == ()
+
+
+def test_draws_count_for_a_principle_whatever_else_stood_beside_it(tmp_path: Path) -> None:
+    """Two stages drew `kind`, from constitutions of different names and hashes; one drew another `true`."""
+    house, other = two(), two().model_copy(update={"name": "annex"})
+    changed = house.principles[1].model_copy(update={"text": "Say what you know."})
+    other = other.model_copy(update={"principles": [house.principles[0], changed]})
+    run = RunDir(tmp_path / "run")
+    for name, read, drawn in (("a", house, {"kind": 3, "true": 1}), ("b", other, {"kind": 4, "true": 9})):
+        summary = {"constitution": {"name": read.name, "hash": read.hash}, "drawn": drawn, "changed": {"kind": 2}}
+        run.stage(name).begin("f")
+        write_json(run.stage(name).path / "constitution.json", read.model_dump(mode="json"))
+        run.stage(name).finish(summary)
+        run.manifest.update_stage(name, {"kind": "critique"})
+    with Store(tmp_path / "feedback.db") as store:
+        used = Constitutions(store, lambda: label._critiques([str(run.path)])).used()
+    kind, true = (one.hash for one in house.principles)
+    assert used == {kind: (7, 4), true: (1, 0), changed.hash: (9, 0)}
+
+
+def test_figures_stand_by_judge(tmp_path: Path) -> None:
+    with Store(tmp_path / "feedback.db") as store:
+        world = World(store, items=1, overlap=2)
+        published(store, person(store, "author", "admin").annotator_id)
+        labelled(store)
+        eve = world.client("eve", "reviewer")
+        assert "Labels of judge" not in eve.get("/manage/constitution").text  # the only one
+        labelled_by(store, "other", 0.1, 0.2)
+        page = eve.get("/manage/constitution").text
+        assert all(one in page for one in ("Labels of judge", "Labels of other", "Agrees with people: other"))
+
+
+def test_what_was_taken_out_is_not_shown_again_by_an_undo(store: Store) -> None:
+    fill(store, 2)
+    ann = person(store, "ann")
+    who = ann.annotator_id
+    published(store, who)
+    asked = []
+    with store.transaction(writes=True) as c:
+        for _ in range(2):
+            one = principles.next_question(c, who, (), store.now)
+            assert one is not None
+            principles.answer(c, who, one.handle, "kept", token(), store.now)
+            asked.append(one)
+        ids = [c.execute(text("SELECT id FROM responses WHERE text = :t"), {"t": one.reply}).scalar() for one in asked]
+        assert ids[0] != ids[1] or asked[0].principle != asked[1].principle
+        removals.take_out(c, "response", ids[1], "", None, store.now)
+        back = principles.undo(c, who, None, store.now)
+        if ids[0] == ids[1]:
+            assert back is None
+        else:
+            assert back is not None
+            assert (back.reply, back.principle) == (asked[0].reply, asked[0].principle)
+        assert principles.undo(c, who, asked[1].handle, store.now) is None
+    votes = []
+    while (held := store.next_assignment(who)) is not None:
+        votes.append(held)
+        store.submit(held.id, NewVote("left", token=token()))
+    with store.transaction(writes=True) as c:
+        for vote in votes:
+            removals.take_out(c, "item", vote.item_id, "", None, store.now)
+        undone = work.undo_last(c, "compare", who, guideline=None, now=store.now, lease=timedelta(minutes=5))
+    assert votes
+    assert undone is None
+
+
+def test_why_stands_beside_votes_that_have_one(store: Store) -> None:
+    fill(store, 1, overlap=2)
+    mark, plain = labelled(store), token()
+    model = store.add_annotator("scores alone", "model")
+    theirs = store.next_assignment(model, seeded=True)
+    assert theirs is not None
+    store.submit(theirs.id, NewVote("left", token=plain, probability=0.8))
+    with store.transaction(writes=False) as c:
+        entries = lineage.texts(c, list(lineage.works(c).values()))
+    assert {entry["work"].token: entry["why"] for entry in entries} == {mark: True, plain: False}
 
 
 def test_why_is_refused_to_annotators_and_before_ones_own_vote(tmp_path: Path) -> None:
@@ -215,6 +301,7 @@ def test_why_is_refused_to_annotators_and_before_ones_own_vote(tmp_path: Path) -
         assert ann.get(f"/manage/why?vote={mark}").status_code == 403
         told = eve.get(f"/manage/why?vote={mark}").text
         assert all(one in told for one in ("as it was sent", "what it thought", "90%", "30%", "version 1"))
+        assert all(one in told for one in ("sent the other way", "what it thought then"))
         item = eve.api("next", {"kind": "compare", "holding": []}).json()["item"]
         assert "waits for your own vote" in eve.get(f"/manage/why?vote={mark}").text
         eve.api("judge", {"assignment": item["id"], "token": token(), "choice": "left"})

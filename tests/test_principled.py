@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Table:
     def prefer(self, asked: Sequence[Asked]) -> list[Said | None]:
         self.asked += asked
         found = [self.table.get((one.principle.id, one.first)) for one in asked]
-        return [None if p is None else Said(p, one.question()) for one, p in zip(asked, found, strict=True)]
+        said = zip(asked, found, strict=True)
+        return [None if p is None else Said(p, one.question(), f"{one.first} is fine") for one, p in said]
 
 
 def comparer(feedback: Any, per_pair: int = 1, bounds: tuple[float, float] = (0.0, 1.0)) -> PrincipledComparer:
@@ -174,6 +176,20 @@ def test_an_endpoint_that_is_busy_talks_nonsense_and_thinks(serve: Callable[...,
         compared(endpoint(serve(lambda *_: chat_reply("Bananas."))))
 
 
+def test_reasons_are_sampled_as_the_recipe_says(serve: Callable[..., Server]) -> None:
+    server = serve(lambda *_: chat_reply("A"))
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9, top_k=20, min_p=0.05, max_new_tokens=77)
+    compared(endpoint(server, votes=2, thought=sampling))
+    wanted = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "max_tokens": 77}
+    assert len(server.requests) == 4
+    for body in server.requests:
+        assert {name: body[name] for name in wanted} == wanted
+    server = serve(lambda body, _: (400, {}, "no temperature here") if "temperature" in body else chat_reply("A"))
+    compared(endpoint(server, thought=SamplingConfig()))  # which is what such a server has by itself
+    with pytest.raises(UserError, match="no temperature here"):
+        compared(endpoint(server, thought=sampling))
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -185,6 +201,14 @@ def test_an_endpoint_that_is_busy_talks_nonsense_and_thinks(serve: Callable[...,
         ({"judge": {"kind": "python_feedback", "ref": "m:f"}}, "asked under a principle"),
         ({"votes_asked": 3, "constitution": "harbor"}, "votes_asked is of an endpoint"),
         ({"thought": {}, "constitution": "harbor"}, "leave thought out"),
+        (
+            {
+                "judge": {"kind": "endpoint", "url": "http://h/v1", "model": "m"},
+                "thought": {"stop": ["."]},
+                "constitution": "harbor",
+            },
+            "would end an endpoint's answer before its letter",
+        ),
         ({"clamp": [0.6, 0.9], "constitution": "harbor"}, "one below and one above a half"),
     ],
 )
@@ -202,6 +226,9 @@ def test_reasons_hold_probabilities_near_a_half() -> None:
 FEEDBACK = """
 def longer(prompt, first, second, principle):
     return 0.9 if len(first) > len(second) else 0.2 if len(first) < len(second) else 0.5
+
+def worth(prompt, text):
+    return float(len(text))
 """
 CONSTITUTION_FILE = """name: tiny
 principles:
@@ -257,6 +284,44 @@ def test_votes_lead_back_to_principles(
     assert "on prompts of kind harmful: 0 votes of people, 0 votes of simulated" in told
 
 
+def test_no_answer_of_an_endpoint_is_asked_for_twice_after_the_run_was_stopped(
+    tmp_path: Path, recipe: dict[str, Any], serve: Callable[..., Server]
+) -> None:
+    """The server refuses the key after some answers, in either stage: what it had answered stands."""
+    answered: list[str] = []
+    until = [3]
+
+    def answer(body: dict[str, Any], _: int) -> Reply:
+        if len(answered) >= until[0]:
+            return (401, {}, "no more money")
+        answered.append(json.dumps(body["messages"]))
+        return chat_reply("A" if len(answered) % 3 else "B")
+
+    sample, ai, _ = recipe["stages"]
+    judge = {"kind": "endpoint", "url": serve(answer).url, "model": "m", "key_env": "TEST_JUDGE_KEY"}
+    plain = {"kind": "annotate", "name": "plain", "responses": "sample", "judge": judge}
+    recipe["stages"] = [
+        sample,
+        {**ai, "judge": judge, "card": {"against": {"ref": f"{tmp_path / 'f.py'}:worth"}}},
+        plain,
+    ]
+    recipe["stages"][1]["card"] |= {"pairs": 3, "force": True}
+    for more in (3, 9, 30, 3, 1000):
+        until[0] = len(answered) + more
+        try:
+            folder = run(recipe, tmp_path / "run")
+        except UserError as error:
+            assert "no more money" in str(error)  # noqa: PT017
+        for thread in threading.enumerate():  # what was under way is kept, too
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join()
+    assert len(answered) == len(set(answered))
+    with Store(folder.store_url) as store:
+        votes = store.judgements()
+    assert 2 * len(votes) == len(answered)  # both orders; those of the card are the stage's own pairs
+    assert not (folder.path / "ai" / "state").exists()
+
+
 def test_hard_labels_have_no_probability_and_erasing_a_reply_erases_what_was_asked(tmp_path: Path) -> None:
     table = Table({(p.id, text): p_ for p in CONSTITUTION.principles for text, p_ in (("one", 0.8), ("two", 0.3))})
     with Store(tmp_path / "a.db") as store:
@@ -276,9 +341,19 @@ def test_hard_labels_have_no_probability_and_erasing_a_reply_erases_what_was_ask
             erase_response(connection, store.responses()[0].id, 1, "judge False", store.now)
         with store.transaction(writes=False) as connection:
             labels = ai_labels.of(connection, [vote.token for vote in (*soft, *flat)])
-        asked = [label.asked for some in labels.values() for label in some]
-        assert len(asked) == 8
-        assert sum("one" in text for text in asked) == 6  # of the prompt whose reply is gone no text is left
+        found = [label for some in labels.values() for label in some]
+        assert len(found) == 8
+        for column in ("asked", "thought", "asked_second", "thought_second"):
+            texts = [getattr(label, column) for label in found]
+            held = [any(reply in text for reply in ("one", "two")) for text in texts]
+            assert sum(held) == 6, column  # of the prompt whose reply is gone no text is left
+        for label in found:
+            if "one" in label.asked:
+                first, second = (
+                    json.loads(text[text.index("{") :]) for text in (label.asked, label.asked_second or "")
+                )
+                assert (first["A"], first["B"]) == (second["B"], second["A"])
+                assert (label.thought, label.thought_second) == (f"{first['A']} is fine", f"{second['A']} is fine")
 
 
 def test_a_preference_model_learns_from_people_and_from_principles(tmp_path: Path, recipe: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from constitutional_run import write_constitutional_run
+from constitutional_run import ALARM, write_constitutional_run
 from fake_run import write_fake_run
 
 from keel.report import build_report
@@ -94,6 +94,13 @@ def test_ai_labels_beside_peoples(run_dir: Path) -> None:
     facts = {fact.label: fact.value for fact in label.facts}
     assert facts["Agrees with people"] == "84.2% (79–88%)"
     assert facts["Turned with the order"] == "18.2% (14–23%)"
+    assert (facts["Expected calibration error"], facts["Brier score"]) == ("0.043", "0.187")
+    page = _page(run_dir)
+    told = "its own reply (0 pairs differ in it, of the 30 that it takes)."
+    assert f"What the card cannot tell of the judge’s taste for: {told}" in page
+    assert page.count("Of the judge: its choice turned with the order.") == 1
+    (run_dir / "summary.json").write_text(json.dumps({"alarms": [ALARM]}))  # where it stands when the run is over
+    assert _page(run_dir).count("Of the judge: its choice turned with the order.") == 1
     assert label.effects is not None
     assert re.findall(r'<th scope="row">(.*?)</th>', label.effects) == [
         "a longer reply (by 120 characters)",

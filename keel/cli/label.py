@@ -16,8 +16,10 @@ from keel.cli.finished import answering, find_model, loading, recipe_of, trained
 from keel.cli.retrain import Retraining
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
+from keel.recipe.constitution import CONSTITUTION, Constitution
 from keel.recipe.sections import SamplingConfig, Source
 from keel.run import RunDir, Silent, StageDir
+from keel.run.files import read_json
 from keel.store import Store
 from keel.types import Completion, Message, Prompt, UserError
 from keel.web.service.sources import SampledModel
@@ -73,15 +75,18 @@ def label(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _critiques(runs: Sequence[str]) -> list[dict[str, Any]]:
-    """The summaries of the runs' stages that criticise and revise by a constitution."""
+def _critiques(runs: Sequence[str]) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """Of the runs' stages that criticise and revise by a constitution: the hash of each of its principles, and the
+    summary."""
     found = []
     for path in runs:
         run = RunDir(path)
         for name in run.manifest.read().get("stages", {}):
-            summary = run.stage(name).summary()
-            if "drawn" in summary and "constitution" in summary:
-                found.append(summary)
+            folder = run.stage(name)
+            summary = folder.summary()
+            if "drawn" in summary and (folder.path / CONSTITUTION).exists():
+                read = Constitution.model_validate(read_json(folder.path / CONSTITUTION))
+                found.append(({one.id: one.hash for one in read.principles}, summary))
     return found
 
 

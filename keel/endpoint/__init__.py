@@ -6,3 +6,5 @@ from keel.endpoint.answer import Unreadable as Unreadable
 from keel.endpoint.client import MISSING_BOUND as MISSING_BOUND
 from keel.endpoint.client import Endpoint as Endpoint
 from keel.endpoint.client import Question as Question
+from keel.endpoint.kept import Kept as Kept
+from keel.endpoint.kept import key as key

@@ -54,7 +54,7 @@ class Card:
             "effects": {name: list(effect) for name, effect in self.effects.items()},
             "untold": self.untold,
             "steps": self.steps,
-            "bounds": bounds.model_dump(mode="json", exclude={"against", "pairs"}),
+            "bounds": bounds.bounds(),
             "broken": broken(self, bounds),
         }
 

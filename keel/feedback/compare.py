@@ -6,8 +6,9 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from keel.endpoint import Answer, Endpoint, Question, Token, Unreadable
+from keel.endpoint import Answer, Endpoint, Kept, Question, Token, Unreadable, key
 from keel.feedback.opinion import Opinion
 from keel.feedback.simulated import SimulatedAnnotator
 from keel.recipe.judges import EndpointRef
@@ -68,10 +69,18 @@ class EndpointComparer:
     else the letter, as a probability of 1 or 0. The opinion's probability is the mean of both orders: letters that
     turn with the order make a tie. ``ref.instructions`` replaces the system prompt; it must ask for the letter, alone
     or on a last line (what stands before it is the reason). A pair that lacks an answer in one order has no opinion.
+    ``kept``: a file where answers are written as they come, and looked up.
     """
 
-    def __init__(self, ref: EndpointRef, place: str, reporter: Reporter, endpoint: Endpoint | None = None) -> None:
-        self.reporter = reporter
+    def __init__(
+        self,
+        ref: EndpointRef,
+        place: str,
+        reporter: Reporter,
+        endpoint: Endpoint | None = None,
+        kept: Path | None = None,
+    ) -> None:
+        self.reporter, self._kept = reporter, Kept(kept)
         self.endpoint = endpoint or Endpoint(ref, "annotator", "comparisons have no answer", place)
         self._instructions = ref.instructions or INSTRUCTIONS
 
@@ -81,14 +90,28 @@ class EndpointComparer:
         questions = []
         for prompt, a, b in zip(prompts, left, right, strict=True):
             questions += [self._question(prompt, a, b), self._question(prompt, b, a)]
-        self.reporter.start("comparing", len(questions))
-        answers = self.endpoint.ask_many(questions, lambda _, answer: read_letter(answer), self.reporter)
+        answers = letters(self.endpoint, questions, self._kept, self.reporter)
         return [_combined(answers[i], answers[i + 1]) for i in range(0, len(answers), 2)]
 
     def _question(self, prompt: Prompt, a: Completion, b: Completion) -> Question:
         settings = {"temperature": 0, "logprobs": True, "top_logprobs": TOP}
         messages = (Message("system", self._instructions), Message("user", material(prompt, a.text, b.text)))
         return Question(messages, f"compare replies to prompt {prompt.id!r}", settings, frozenset(settings))
+
+
+def letters(
+    endpoint: Endpoint, questions: Sequence[Question], kept: Kept, reporter: Reporter, times: int = 1
+) -> list[tuple[float, str] | None]:
+    """What `read_letter` makes of each question's answer; None for one that could not be had. The same question stands
+    there ``times`` in a row, and is asked so often; one that was answered before is not asked again."""
+    reporter.start("comparing", len(questions))
+    keys = [
+        key(endpoint.shown, endpoint.ref.model, [message.content for message in question.messages], i % times)
+        for i, question in enumerate(questions)
+    ]
+    kept.ask(endpoint, dict(zip(keys, questions, strict=True)), read_letter, reporter)
+    found = [kept.get(one) for one in keys]
+    return [None if one is None else (one[0], one[1]) for one in found]
 
 
 # A line with the letter alone, perhaps behind "Answer:", in marks or in JSON.

@@ -10,10 +10,11 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-from keel.endpoint import Endpoint, Question
-from keel.feedback.compare import TOP, material, read_letter
+from keel.endpoint import Endpoint, Kept, Question
+from keel.feedback.compare import TOP, letters, material
 from keel.feedback.model_comparer import LanguageModelComparer
 from keel.feedback.opinion import Opinion
 from keel.model.modules import context_length
@@ -21,7 +22,7 @@ from keel.recipe.constitution import Constitution, Principle, draw
 from keel.recipe.judges import EndpointRef
 from keel.recipe.sections import SamplingConfig
 from keel.rollout.tokens import stream_key
-from keel.rollout.writer import Writer
+from keel.rollout.writer import Writer, sampling_settings
 from keel.stats import sigmoid
 from keel.store.ai_labels import AiLabel
 from keel.types import Completion, Message, Prompt, Reporter, UserError
@@ -147,20 +148,22 @@ class ModelFeedback:
 
 class EndpointFeedback:
     """A language model behind an OpenAI-compatible endpoint: P(A) of the token where its letter stands, or, where the
-    server gives no log-probabilities, the share of A among ``votes`` answers at temperature 1."""
+    server gives no log-probabilities, the share of A among ``votes`` answers at temperature 1. With ``thought`` its
+    reasons and the letter behind them are one answer, which is sampled so. ``kept``: a file where answers are written
+    as they come, and looked up."""
 
     def __init__(
         self, ref: EndpointRef, place: str, reporter: Reporter, thought: SamplingConfig | None, votes: int = 1,
-        endpoint: Endpoint | None = None,
+        endpoint: Endpoint | None = None, kept: Path | None = None,
     ) -> None:  # fmt: skip
-        self.reporter, self.votes = reporter, votes
+        self.reporter, self.votes, self._kept = reporter, votes, Kept(kept)
         self.endpoint = endpoint or Endpoint(ref, "judge", "comparisons have no answer", place)
         self._system = Message("system", f"{FRAME}\n{AT_ONCE if thought is None else THINK}")
-        temperature = 1.0 if votes > 1 else 0.0 if thought is None else thought.temperature
-        self._settings = {"temperature": temperature, "logprobs": True, "top_logprobs": TOP}
-        self._optional = frozenset({"logprobs", "top_logprobs"} | (set() if votes > 1 else {"temperature"}))
-        if thought is not None:
-            self._settings["max_tokens"] = thought.max_new_tokens
+        verdict: dict[str, Any] = {"temperature": 1.0 if votes > 1 else 0.0}
+        self._settings = verdict if thought is None else sampling_settings(thought)
+        self._settings |= {"logprobs": True, "top_logprobs": TOP}
+        may_go = votes == 1 if thought is None else thought.temperature == 1  # what a server has by itself
+        self._optional = frozenset({"logprobs", "top_logprobs"} | ({"temperature"} if may_go else set()))
 
     def prefer(self, asked: Sequence[Asked]) -> list[Said | None]:
         sent = [(self._system, Message("user", one.question())) for one in asked]
@@ -169,8 +172,7 @@ class EndpointFeedback:
             for one, messages in zip(asked, sent, strict=True)
             for _ in range(self.votes)
         ]
-        self.reporter.start("comparing", len(questions))
-        answers = self.endpoint.ask_many(questions, lambda _, answer: read_letter(answer), self.reporter)
+        answers = letters(self.endpoint, questions, self._kept, self.reporter, self.votes)
         groups = [answers[i : i + self.votes] for i in range(0, len(answers), self.votes)]
         return [_share(group, messages) for group, messages in zip(groups, sent, strict=True)]
 
@@ -225,7 +227,7 @@ class PrincipledComparer:
         labels = tuple(
             AiLabel(
                 asked.principle.id, asked.principle.hash, self.constitution.name, self.constitution.hash,
-                first.probability, 1 - second.probability, first.asked, first.thought,
+                first.probability, 1 - second.probability, first.asked, first.thought, second.asked, second.thought,
             )
             for (asked, first), (_, second) in answers
             if first is not None and second is not None

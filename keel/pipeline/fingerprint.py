@@ -11,7 +11,7 @@ import torch
 
 from keel import __version__
 from keel.recipe.checkpoints import stage_of
-from keel.recipe.constitution import principles_of
+from keel.recipe.constitution import Constitution, principles_of, read_constitution
 from keel.recipe.declared import PEOPLE, WITH_PEOPLE, StoreRead
 from keel.recipe.graph import store_read
 from keel.recipe.judges import PythonRef
@@ -30,10 +30,12 @@ def release(version: str) -> str:
 
 
 class Contents:
-    """Content hashes of files and folders, those of an earlier run reused while size and time are unchanged."""
+    """Content hashes of files and folders, those of an earlier run reused while size and time are unchanged; and the
+    constitutions that were read, by what recipes call them: a stage is given what its fingerprint was made of."""
 
     def __init__(self, known: Mapping[str, Any]) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
+        self.constitutions: dict[str, Constitution] = {}
         self._known = known
 
     def of(self, source: str) -> str:
@@ -50,6 +52,12 @@ class Contents:
             self.entries[source] = {"sha256": digest, "stamp": stamp}
         return str(self.entries[source]["sha256"])
 
+    def constitution(self, named: str) -> Constitution:
+        """`UserError` for what is wrong with its file."""
+        if named not in self.constitutions:
+            self.constitutions[named] = read_constitution(named)
+        return self.constitutions[named]
+
     def of_python(self, ref: str) -> str:
         """A hash of the file that a ``module:name`` or ``file.py:name`` reference points into."""
         place, _, name = ref.rpartition(":")
@@ -63,10 +71,19 @@ class Contents:
 
 
 def stage_fingerprint(
-    recipe: Recipe, stage: Stage, above: Mapping[str, str], device: str, contents: Contents, votes: VoteHashes
+    recipe: Recipe,
+    stage: Stage,
+    above: Mapping[str, str],
+    device: str,
+    contents: Contents,
+    votes: VoteHashes,
+    bounds: Mapping[str, Any] | None = None,
 ) -> str:
-    """``above``: the fingerprints of the stages that it uses; ``votes``: of the run's store."""
+    """``above``: the fingerprints of the stages that it uses; ``votes``: of the run's store. ``bounds``: as Keel made
+    it when the bounds of a judge's card counted, of a card with these."""
     settings = stage.settings()
+    if bounds is not None:
+        settings["card"] = {**settings["card"], **bounds}
     for field, named in stage.files().items():
         if isinstance(named, str):
             settings[field] = contents.of(named)
@@ -76,7 +93,8 @@ def stage_fingerprint(
         if stage_of(reference.target)[0] not in above and reference.target != "base":
             settings[f"content of {reference.place}"] = contents.of(reference.target)
     if (use := stage.principles()) is not None:
-        settings["constitution"] = principles_of(use, stage.name)[0].depends_on(use.ids, use.tags)
+        read, _ = principles_of(use, stage.name, contents.constitution(use.constitution))
+        settings["constitution"] = read.depends_on(use.ids, use.tags)
     scored = [one for _, one in stage.scored_by() if isinstance(one, PythonRef | PythonStepsRef)]
     settings["code"] = [contents.of_python(source.ref) for source in scored]
     learned = votes_of(recipe, stage, votes)

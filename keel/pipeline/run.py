@@ -20,6 +20,7 @@ from keel.recipe.graph import ancestors, parents
 from keel.recipe.recipe import Recipe, Stage
 from keel.run import RunDir, peak_rss_mb, resolve_device, seed_rng, versions
 from keel.stages.context import StageContext
+from keel.stages.judge_card import bounds_kept
 from keel.store.trained_on import VoteHashes
 from keel.types import Reporter, UserError
 
@@ -55,11 +56,17 @@ def _plan(recipe: Recipe, run: RunDir, device: str, contents: Contents, votes: V
     for stage in recipe.stages:
         above = {name: fingerprints[name] for name in parents(recipe, stage)}
         fingerprint = stage_fingerprint(recipe, stage, above, device, contents, votes)
+        folder, bounds = run.stage(stage.name), stage.card_bounds()
+        held = None if bounds is None else bounds_kept(folder.path)
+        if held is not None and folder.fingerprint != fingerprint:
+            before = stage_fingerprint(recipe, stage, above, device, contents, votes, held.first)
+            fingerprint = before if folder.fingerprint == before else fingerprint
         fingerprints[stage.name] = fingerprint
-        folder = run.stage(stage.name)
         moved = [name for name in above if any(step.stage.name == name and step.state == "stale" for step in steps)]
         state: Literal["done", "stale", "todo"]
-        if folder.is_done(fingerprint):
+        if folder.is_done(fingerprint) and held is not None and held.last != bounds:
+            state, reason = "todo", "other bounds for its judge's card, which is asked nothing again"
+        elif folder.is_done(fingerprint):
             state, reason = "done", "up to date"
         elif folder.fingerprint == fingerprint:
             state, reason = "todo", "interrupted, goes on from its last saved state"
@@ -133,19 +140,25 @@ def run_pipeline(
                 if on_cached is not None:
                     on_cached(step.stage.name)
                 continue
-            context = StageContext(given, run, run.stage(step.stage.name), reporter, device)
+            folder, read = run.stage(step.stage.name), contents.constitutions
+            context = StageContext(given, run, folder, reporter, device, constitutions=read)
             _run_stage(step, context, runners[step.stage.kind], preflight)
         _record_totals(run)
     return steps
 
 
 def _record_totals(run: RunDir) -> None:
-    """Adds to the run's summary (when a stage wrote one) what no stage can know: every stage's time, and memory."""
+    """Adds to the run's summary (when a stage wrote one) what no stage can know: every stage's time, memory, and the
+    alarms of the cards of judges that label."""
     summary = run.summary()
     if summary:
         stages = run.manifest.read()["stages"]
         seconds = {name: entry["seconds"] for name, entry in stages.items()}
         peak = max(entry.get("peak_rss_mb", 0.0) for entry in stages.values())
+        cards = {name: card for name in stages if (card := run.stage(name).summary().get("card"))}
+        if cards:
+            alarms = [alarm for alarm in summary.get("alarms", []) if alarm["stage"] not in cards]
+            summary["alarms"] = alarms + [alarm for card in cards.values() for alarm in card.get("alarms", [])]
         run.write_summary(
             summary | {"seconds": seconds | {"total": round(sum(seconds.values()), 3)}, "peak_rss_mb": peak}
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,10 +73,21 @@ class AnnotateStage(PrincipledBase):
     )
     card: JudgeCard | None = Field(
         None,
-        description="the judge is measured before it labels: the bounds that it must keep; default: it is not. To set "
-        "force judges nothing again",
+        description="the judge is measured before it labels: the bounds that it must keep; default: it is not. Other "
+        "bounds judge nothing again",
     )
     replies: int | None = Field(None, ge=1, description="ask: thumbs: responses in all, at most; default: every one")
+
+    def settings(self) -> dict[str, Any]:
+        """Its card's bounds are those of every card."""
+        settings = super().settings()
+        if self.card is not None:
+            same = {name: bound for name, bound in JudgeCard().bounds().items() if name in settings["card"]}
+            settings["card"] = {**settings["card"], **same}
+        return settings
+
+    def card_bounds(self) -> dict[str, Any] | None:
+        return None if self.card is None else self.card.bounds()
 
     def references(self) -> Iterator[Reference]:
         yield from super().references()

@@ -20,6 +20,7 @@ from keel.recipe.sections import Strict
 from keel.types import UserError
 
 WHAT = "a constitution is a mapping with name: and principles:"
+CONSTITUTION = "constitution.json"  # in a critique stage's folder: the constitution as it was read
 HASH = 16  # hex digits that are kept of a hash
 
 
@@ -138,15 +139,23 @@ def constitution_file(named: str) -> Path:
     return shipped if shipped.exists() and not Path(named).is_file() else Path(named)
 
 
-def principles_of(use: PrincipleUse, stage: str) -> tuple[Constitution, tuple[Principle, ...]]:
-    """The constitution that ``stage`` uses, and those of its principles that it draws from. `UserError` for what is
-    wrong with the file, and for a name that is not in it."""
-    constitution = read_constitution(use.constitution)
+def principles_of(
+    use: PrincipleUse, stage: str, read: Constitution | None = None
+) -> tuple[Constitution, tuple[Principle, ...]]:
+    """The constitution that ``stage`` uses, and those of its principles that it draws from. ``read``: its file's
+    content, where somebody read it already. `UserError` for what is wrong with the file, for a name that is not in it,
+    and where fewer principles can be drawn than the stage draws together."""
+    constitution, where = read or read_constitution(use.constitution), constitution_file(use.constitution)
     try:
-        return constitution, constitution.chosen(use.ids, use.tags)
+        chosen = constitution.chosen(use.ids, use.tags)
     except ValueError as error:
-        where = constitution_file(use.constitution)
         raise UserError(f"stage {stage}: {error} in {where}; correct the stage's list, or the file") from error
+    if use.at_once > len(chosen):
+        raise UserError(
+            f"{stage}.{use.counted_by} is {use.at_once}, and {len(chosen)} can be drawn from {where} "
+            f"({', '.join(one.id for one in chosen)}); lower it, or let more be drawn"
+        )
+    return constitution, chosen
 
 
 def read_constitution(named: str) -> Constitution:

@@ -64,12 +64,15 @@ class StoreRead:
 class PrincipleUse:
     """A constitution that a stage draws principles from (``keel.recipe.constitution``), and which of them: those named
     or tagged, else all. A change to others leaves the stage's result alone. ``draws``: how many it draws a prompt, at
-    most; None where that is not known before."""
+    most; None where that is not known before. ``at_once``: how many different ones it draws together, by the field
+    ``counted_by``."""
 
     constitution: str
     ids: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     draws: int | None = None
+    at_once: int = 1
+    counted_by: str = ""
 
 
 @dataclass(frozen=True)

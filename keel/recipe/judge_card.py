@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -32,3 +32,7 @@ class JudgeCard(Strict):
     )
     max_ece: float | None = Field(None, ge=0, le=1, description="expected calibration error; default: no bound")
     force: bool = Field(False, description="go on beyond the bounds; the card says so")
+
+    def bounds(self) -> dict[str, Any]:
+        """What the card is held against, as JSON has it: not what is measured."""
+        return self.model_dump(mode="json", exclude={"against", "pairs"})

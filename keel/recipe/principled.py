@@ -47,13 +47,14 @@ class PrincipledBase(StageBase):
         1,
         ge=1,
         description="of an endpoint that gives no log-probabilities: answers a question at temperature 1, whose share "
-        "is the probability",
+        "is the probability; with thought at its temperature",
     )
 
     def principles(self) -> PrincipleUse | None:
         if self.constitution is None:
             return None
-        return PrincipleUse(self.constitution, tuple(self.principle_ids), tuple(self.tags))
+        ids, tags, together = tuple(self.principle_ids), tuple(self.tags), self.principles_per_pair
+        return PrincipleUse(self.constitution, ids, tags, at_once=together, counted_by="principles_per_pair")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -83,6 +84,8 @@ class PrincipledBase(StageBase):
     def _how_it_answers(self) -> PrincipledBase:
         if self.thought is not None and isinstance(self.judge, PythonFeedbackRef):
             raise ValueError("a Python function has no reasons to write; leave thought out")
+        if self.thought is not None and self.thought.stop and isinstance(self.judge, EndpointRef):
+            raise ValueError("thought.stop would end an endpoint's answer before its letter; leave it out")
         if self.votes_asked > 1 and not isinstance(self.judge, EndpointRef):
             raise ValueError("votes_asked is of an endpoint without log-probabilities; leave it out")
         if self.clamp is not None and not 0 <= self.clamp[0] <= 0.5 <= self.clamp[1] <= 1:

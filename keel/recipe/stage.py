@@ -119,6 +119,11 @@ class StageBase(Strict):
         """The constitution that it draws from. Its field is left to the fingerprint, which hashes the principles."""
         return None
 
+    def card_bounds(self) -> dict[str, Any] | None:
+        """The bounds of its judge's card, where what it made stands under any others: they are no part of its settings.
+        When they change it runs again, which asks its judge nothing, and holds the card against them."""
+        return None
+
     def rating_bounds(self) -> tuple[float, float] | None:
         """Between which bounds a rating in its files is neither up nor down."""
         return None

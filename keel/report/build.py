@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -71,9 +73,15 @@ def render(run: RunFiles, heading: str = "") -> str:
         ],
         samples=samples(run, palette),
         watched=any(kind_of(stage.kind).watched for stage in run.stages),
-        alarms=run.summary.get("alarms", []),
+        alarms=_alarms(run),
         lineage=lineage(run),
     )
+
+
+def _alarms(run: RunFiles) -> list[Mapping[str, Any]]:
+    """The run's, those of the judges that label first: the report may be written before they are in its summary."""
+    cards = [alarm for stage in run.stages for alarm in (stage.summary.get("card") or {}).get("alarms", [])]
+    return cards + [alarm for alarm in run.summary.get("alarms", []) if alarm not in cards]
 
 
 @cache

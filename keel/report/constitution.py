@@ -94,12 +94,13 @@ class CritiqueSection:
 
 @dataclass(frozen=True, slots=True)
 class LabelSection:
-    """What one stage's AI labels did, or what its judge's card says. ``broken``: what of the card lies beyond the
-    recipe's bounds."""
+    """What one stage's AI labels did, or what its judge's card says. ``untold``: which effects could not be measured,
+    and why; ``broken``: what of the card lies beyond the recipe's bounds."""
 
     heading: str
     facts: tuple[Fact, ...]
     effects: Markup | None
+    untold: tuple[Fact, ...]
     broken: tuple[str, ...]
 
 
@@ -238,10 +239,13 @@ def _labels(stage: StageFiles) -> LabelSection:
     facts += [Fact(label, said) for label, value in shares if (said := _share(value))]
     if (error := number(card.get("ece"))) is not None:
         facts.append(Fact("Expected calibration error", three_places(error)))
+    if (error := number(card.get("brier"))) is not None:
+        facts.append(Fact("Brier score", three_places(error)))
     effects = _effects(title(stage.name), card.get("effects") or {}, card.get("steps") or {})
     heading = f"{title(stage.name)}: {'the judge’s card' if votes is None else 'AI labels'}"
     heading += f" beside {against}’s labels" if against == "people" and votes is not None else ""
-    return LabelSection(heading, tuple(facts), effects, tuple(card.get("broken", ())))
+    untold = tuple(Fact(_EFFECTS.get(name, phrase(name)), why) for name, why in (card.get("untold") or {}).items())
+    return LabelSection(heading, tuple(facts), effects, untold, tuple(card.get("broken", ())))
 
 
 def _share(value: Any) -> str:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from keel.endpoint import Answer, Endpoint, Question, Unreadable
+from keel.endpoint import Answer, Endpoint, Kept, Question, Unreadable, key
 from keel.recipe.judges import EndpointRef
-from keel.reward.grades import KeptGrades, key
 from keel.reward.python_ref import Grader, grades_of
 from keel.types import Completion, Grade, Message, Prompt, Reporter, Scorer
 
@@ -67,7 +66,7 @@ class EndpointJudge:
         )
         self._instructions = ref.instructions or INSTRUCTIONS
         self.reporter = reporter
-        self._kept = KeptGrades(kept)
+        self._kept = Kept(kept, "score")
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Grade | None]:
         """One Grade a reply, in order, None for one that could not be had. Raises UserError when the server fails, or
@@ -78,16 +77,9 @@ class EndpointJudge:
             material = _material(prompt, reply)
             keys.append(key(self._endpoint.shown, self._endpoint.ref.model, self._instructions, material))
             asked[keys[-1]] = self._question(prompt, material)
-        open_keys = [one for one in asked if self._kept.get(one) is None]
         if self.reporter is not None:
             self.reporter.start("judging", len(asked))
-            if len(open_keys) < len(asked):
-                self.reporter.advance(len(asked) - len(open_keys))
-
-        def keep(i: int, answer: Answer) -> None:
-            self._kept.add(open_keys[i], _score(answer))
-
-        self._endpoint.ask_many([asked[one] for one in open_keys], keep, self.reporter, among=len(asked))
+        self._kept.ask(self._endpoint, asked, _score, self.reporter)
         scores = [self._kept.get(one) for one in keys]
         return [None if score is None else Grade(score) for score in scores]
 

@@ -81,7 +81,7 @@ class EndpointWriter:
         replies = [None if answers is None else answers.get(i) for i in range(len(prompts))]
         places = [i for i, reply in enumerate(replies) if reply is None]
         system = (Message("system", self.ref.instructions),) if self.ref.instructions else ()
-        settings = _settings(sampling)
+        settings = sampling_settings(sampling)
         optional = frozenset({"seed"} | ({"temperature"} if sampling.temperature == 1 else set()))
         questions = [
             Question(
@@ -107,7 +107,7 @@ class EndpointWriter:
         return replies
 
 
-def _settings(sampling: SamplingConfig) -> dict[str, Any]:
+def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
     """Sampling settings by the API's names, those that are off left out. top_k and min_p are of vLLM, SGLang and
     llama.cpp; a server without them refuses the request, and says so."""
     settings: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens}

@@ -33,6 +33,8 @@ from keel.stages.scoring import mixed_scorer, reward_model_scorer
 from keel.store import Response, Store
 from keel.store.records import OWN_QUEUE
 
+ANSWERS = "state/answers.jsonl"  # in the stage's folder, until it is done: what an endpoint answered
+
 
 def run_annotate(stage: AnnotateStage, context: StageContext) -> dict[str, Any]:
     """Has simulated annotators or a model judge sampled responses, in pairs or by themselves, through the queue."""
@@ -108,7 +110,8 @@ def _principled(judge: ComparerRef, stage: AnnotateStage, context: StageContext)
         feedback = PythonFeedback(context.python(PythonRef(ref=judge.ref)), judge.ref)
     elif isinstance(judge, EndpointRef):
         place = f"{stage.name}.judge.url"
-        feedback = EndpointFeedback(judge, place, context.reporter, stage.thought, stage.votes_asked)
+        kept = context.stage_dir.path / ANSWERS
+        feedback = EndpointFeedback(judge, place, context.reporter, stage.thought, stage.votes_asked, kept=kept)
     else:
         assert isinstance(judge, LanguageModelRef), "the recipe allows no other"
         comparer = _language_model(judge, context)
@@ -134,7 +137,8 @@ def _comparer(judge: ComparerRef, stage: AnnotateStage, context: StageContext) -
     if stage.constitution is not None:
         return _principled(judge, stage, context)
     if isinstance(judge, EndpointRef):
-        return EndpointComparer(judge, f"{stage.name}.judge.url", context.reporter)
+        kept = context.stage_dir.path / ANSWERS
+        return EndpointComparer(judge, f"{stage.name}.judge.url", context.reporter, kept=kept)
     if isinstance(judge, LanguageModelRef):
         return _language_model(judge, context)
     assert not isinstance(judge, PythonFeedbackRef), "it is asked under a principle"

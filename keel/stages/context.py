@@ -6,8 +6,8 @@ read besides could change, and the stage would not run again. So that is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +59,8 @@ class StageContext:
     ``recipe.data`` has what the stage's kind declares. ``parent``, ``source`` and ``model_path`` lead to the stages and
     folders that it declares, ``file`` to the files, ``python`` to the functions, ``store_url`` to the store. All else
     is an `UndeclaredRead`.
-    ``reads_as``: the stage whose declaration counts, where it is not the stage's own.
+    ``reads_as``: the stage whose declaration counts, where it is not the stage's own. ``constitutions``: as they were
+    when fingerprints were made, by what the recipe calls them; what is not there is read now.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class StageContext:
     reporter: Reporter
     device: str
     reads_as: str | None = None
+    constitutions: Mapping[str, Constitution] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         data = self.recipe.data
@@ -155,11 +157,12 @@ class StageContext:
         return load_python(ref.ref)
 
     def constitution(self) -> tuple[Constitution, tuple[Principle, ...]]:
-        """The constitution that the stage declares, and those of its principles that it draws from."""
+        """The constitution that the stage declares, and those of its principles that it draws from. An edit of its
+        file since the fingerprints were made is for the next run."""
         use = self.stage.principles()
         if use is None:
             raise _undeclared(self.stage, "a constitution", "principles")
-        return principles_of(use, self.stage.name)
+        return principles_of(use, self.stage.name, self.constitutions.get(use.constitution))
 
     @property
     def store_url(self) -> str:

@@ -11,6 +11,7 @@ from keel.data.chat import Chat
 from keel.model.checkpoint import frozen, load_policy
 from keel.model.modules import context_length
 from keel.precision import pick_precision
+from keel.recipe.constitution import CONSTITUTION
 from keel.recipe.critique import CritiqueStage
 from keel.rollout.collect import stop_token_ids
 from keel.rollout.critique import Chain, Critic, Fits, figures
@@ -24,7 +25,6 @@ from keel.stages.inputs import KEPT, PAIRS, training_prompts, write_demonstratio
 from keel.types import Demonstration, Message, Preference, Prompt, Reporter, UserError
 
 RECORDS = "records.jsonl"  # in the stage's folder: every chain, a line each, with all that was sent and got
-CONSTITUTION = "constitution.json"  # the constitution as it was read, with the examples that were shown
 SAID = "state/said.jsonl"  # what was said so far, until the stage is done
 
 

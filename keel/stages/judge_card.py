@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from keel.endpoint import key
 from keel.eval.judge_card import Card, judge_card, scored_pair
 from keel.eval.judge_effects import JudgedPair
 from keel.eval.reply_alarms import judge_alarms
@@ -22,9 +23,9 @@ from keel.recipe.annotate import AnnotateStage
 from keel.recipe.eval import EvalStage
 from keel.recipe.judge_card import JudgeCard
 from keel.recipe.judges import EndpointRef, LanguageModelRef, PythonRef
-from keel.reward.grades import key
 from keel.reward.judge import JudgeFromPython
 from keel.run import write_json
+from keel.run.files import read_json
 from keel.stages.context import StageContext
 from keel.store import Response, Store
 from keel.store.records import VOTER_KINDS, Judgement
@@ -119,12 +120,33 @@ def _graded(pairs: Sequence[Pair], judge: Judge) -> list[JudgedPair]:
 
 def kept_card(stage: str, card: Card, bounds: JudgeCard, folder: Path, refuse: bool = True) -> dict[str, Any]:
     """The card's summary, written into the folder. ``refuse``: UserError for a judge beyond its bounds."""
-    alarms = judge_alarms(stage, card, bounds.max_effect)
-    summary = card.summary(bounds) | {"alarms": [alarm.as_dict() for alarm in alarms]}
+    alarms, before = judge_alarms(stage, card, bounds.max_effect), bounds_kept(folder)
+    first = bounds.bounds() if before is None else before.first
+    summary = card.summary(bounds) | {"first_bounds": first, "alarms": [alarm.as_dict() for alarm in alarms]}
     write_json(folder / FILE, summary)
     if refuse:
         refuse_beyond(stage, bounds, summary, folder)
     return summary
+
+
+@dataclass(frozen=True, slots=True)
+class BoundsKept:
+    """The bounds that a card in a stage's folder was held against: at ``first``, without what never counted there, and
+    at ``last``."""
+
+    first: dict[str, Any]
+    last: dict[str, Any]
+
+
+def bounds_kept(folder: Path) -> BoundsKept | None:
+    """None where there is no card yet."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    card = read_json(path)
+    first = dict(card.get("first_bounds", card["bounds"]))
+    first.pop("force", None)
+    return BoundsKept(first, dict(card["bounds"]))
 
 
 def refuse_beyond(stage: str, bounds: JudgeCard, summary: Mapping[str, Any], folder: Path) -> None:

@@ -23,7 +23,8 @@ AT_ONCE = 500  # tokens in one query
 class AiLabel:
     """One principle's part of a vote. ``left_first``, ``left_second``: P(the left reply is better), read with it shown
     first, and second. ``asked``: the text as sent in the first order, empty for a Python function; ``thought``: the
-    reasons that were written before the answer."""
+    reasons that were written before the answer. ``asked_second``, ``thought_second``: the same of the second order,
+    which older labels have not."""
 
     principle: str
     principle_hash: str
@@ -33,6 +34,8 @@ class AiLabel:
     left_second: float | None
     asked: str = ""
     thought: str | None = None
+    asked_second: str | None = None
+    thought_second: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,18 @@ def add(connection: Connection, judgement_id: int, labels: Sequence[AiLabel], no
             "p_left_first": label.left_first,
             "p_left_second": label.left_second,
             "asked": storable(label.asked),
-            "thought": None if label.thought is None else storable(label.thought),
+            "thought": _kept(label.thought),
+            "asked_second": _kept(label.asked_second),
+            "thought_second": _kept(label.thought_second),
             "created": now,
         }
         for label in labels
     ]
     connection.execute(insert(ai_labels), rows)
+
+
+def _kept(text: str | None) -> str | None:
+    return None if text is None else storable(text)
 
 
 def of(connection: Connection, tokens: Collection[str]) -> dict[str, list[AiLabel]]:
@@ -81,9 +90,18 @@ def of(connection: Connection, tokens: Collection[str]) -> dict[str, list[AiLabe
         for row in connection.execute(query):
             label = AiLabel(
                 row.principle_id, row.principle_hash, row.constitution, row.constitution_hash, row.p_left_first,
-                row.p_left_second, row.asked, row.thought,
+                row.p_left_second, row.asked, row.thought, row.asked_second, row.thought_second,
             )  # fmt: skip
             found.setdefault(row.token, []).append(label)
+    return found
+
+
+def labelled(connection: Connection, tokens: Collection[str]) -> set[str]:
+    """Those of the votes with these tokens that have labels."""
+    found: set[str] = set()
+    for some in _parts(list(tokens)):
+        query = select(judgements.c.token).distinct().join(ai_labels, ai_labels.c.judgement_id == judgements.c.id)
+        found |= set(connection.execute(query.where(judgements.c.token.in_(some))).scalars())
     return found
 
 

@@ -202,8 +202,9 @@ def _erase_work(connection: Connection, of: Select[Any], now: datetime) -> None:
         told += [(entity, str(id)) for id in connection.execute(select(table.c.id).where(rows)).scalars()]
         connection.execute(update(table).where(rows, table.c[column].is_not(None)).values({column: MARK}))
     judged = ai_labels.c.judgement_id.in_(select(judgements.c.id).where(judgements.c.assignment_id.in_(of)))
-    connection.execute(update(ai_labels).where(judged).values(asked=MARK))  # it holds prompt and replies
-    connection.execute(update(ai_labels).where(judged, ai_labels.c.thought.is_not(None)).values(thought=MARK))
+    for column in ("asked", "thought", "asked_second", "thought_second"):  # they hold prompt and replies
+        kept = judged, ai_labels.c[column].is_not(None)
+        connection.execute(update(ai_labels).where(*kept).values({column: MARK}))
     _blank(connection, told)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
+from keel.store.ai_labels import labelled
 from keel.store.people_tables import rankings, step_labels, thumbs, writings
 from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.review import last_words
@@ -73,7 +74,7 @@ def guideline_dates(connection: Connection) -> dict[str, datetime]:
 def texts(connection: Connection, chosen: Sequence[Work]) -> list[dict[str, Any]]:
     """Each piece of work with all that a reviewer reads of it: ``work``, ``messages``, ``replies`` (dicts of ``text``
     and ``note``: best first for a ranking; what was written, then what was edited), ``said``, ``reason``, ``word`` (a
-    reviewer's last word on the item, or None)."""
+    reviewer's last word on the item, or None), ``why`` (whether it is told what a model was asked for it)."""
     rows: dict[str, Any] = {}
     tokens = [work.token for work in chosen]
     for table in TABLES:
@@ -86,10 +87,10 @@ def texts(connection: Connection, chosen: Sequence[Work]) -> list[dict[str, Any]
     ids = {id for row in rows.values() for id in row["shown"]}
     query = select(responses.c.id, responses.c.text).where(responses.c.id.in_(ids))
     text = {row.id: row.text for row in connection.execute(query)}
-    words = last_words(connection)
+    words, why = last_words(connection), labelled(connection, tokens)
     return [
         {"work": work, "messages": rows[work.token]["messages"], "reason": rows[work.token].get("reason")}
-        | {"word": words.get(work.item_id), **_said(work.kind, rows[work.token], text)}
+        | {"why": work.token in why, "word": words.get(work.item_id), **_said(work.kind, rows[work.token], text)}
         for work in chosen
     ]
 

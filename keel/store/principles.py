@@ -158,8 +158,10 @@ def answer(connection: Connection, annotator_id: int, handle: str, said: Answer,
 
 def undo(connection: Connection, annotator_id: int, handle: str | None, now: datetime) -> Question | None:
     """Takes an answer back (by default this person's last), or the skip of ``handle``, and asks again; None when there
-    is nothing."""
-    mine = select(answers).where(answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None))
+    is nothing. What was taken out of use since is passed over: nobody is shown it again."""
+    mine = select(answers).join(responses, responses.c.id == answers.c.response_id)
+    mine = mine.where(answers.c.annotator_id == annotator_id, answers.c.undone_at.is_(None))
+    mine = mine.where(in_use(responses.c.prompt_id, responses.c.id))
     last = mine.where(answers.c.answer.is_not(None)).order_by(answers.c.created.desc(), answers.c.id.desc()).limit(1)
     done = mine.where(answers.c.handle == handle, answers.c.token.is_not(None))
     row = connection.execute(last if handle is None else done).first()
@@ -201,14 +203,22 @@ def given(connection: Connection) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """Of the labels under one version of one principle: how often people who voted on the same pair agree, and how
-    often the label turns with the order. None where there is nothing to count. ``labels``: how many there are;
-    ``answers``: people's, by answer."""
+class Judged:
+    """Of one judge's labels under one version of one principle: how often people who voted on the same pair agree, and
+    how often the label turns with the order. None where there is nothing to count. ``labels``: how many there are."""
 
+    judge: str
     labels: int
     agreement: Proportion | None
     flips: Proportion | None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one version of one principle. ``judged``: by each judge that labelled under it, by name: one may be good where
+    another is not. ``answers``: people's, by answer."""
+
+    judged: tuple[Judged, ...]
     answers: dict[str, int]
 
 
@@ -222,24 +232,29 @@ def figures(connection: Connection, principles: Sequence[Principle]) -> dict[str
     for row in connection.execute(people.where(items.c.out.is_(False))):
         if row.choice in ("left", "right"):
             votes[row.key].append(row.shown[row.choice == "right"])
-    agree: dict[str, list[tuple[bool, str]]] = defaultdict(list)
-    flips: dict[str, list[tuple[bool, str]]] = defaultdict(list)
-    made: dict[str, int] = defaultdict(int)
-    labels = standing(judgements, ai_labels, assignments.c.shown, items.c.key)
+    agree: dict[tuple[str, str], list[tuple[bool, str]]] = defaultdict(list)
+    flips: dict[tuple[str, str], list[tuple[bool, str]]] = defaultdict(list)
+    made: dict[tuple[str, str], int] = defaultdict(int)
+    labels = standing(judgements, ai_labels, assignments.c.shown, items.c.key, annotators.c.name.label("judge"))
     labels = labels.join(ai_labels, ai_labels.c.judgement_id == judgements.c.id)
     for row in connection.execute(labels.where(ai_labels.c.principle_hash.in_(hashes), items.c.out.is_(False))):
-        made[row.principle_hash] += 1
+        place = row.principle_hash, row.judge
+        made[place] += 1
         said = [p for p in (row.p_left_first, row.p_left_second) if p is not None]
         if len(said) == 2:
-            flips[row.principle_hash].append(((said[0] - 0.5) * (said[1] - 0.5) < 0, row.key))
+            flips[place].append(((said[0] - 0.5) * (said[1] - 0.5) < 0, row.key))
         mean = sum(said) / len(said) if said else 0.5
         if mean != 0.5:
-            agree[row.principle_hash] += [(vote == row.shown[mean < 0.5], row.key) for vote in votes[row.key]]
+            agree[place] += [(vote == row.shown[mean < 0.5], row.key) for vote in votes[row.key]]
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     stands = answers.c.answer.is_not(None), answers.c.undone_at.is_(None), answers.c.principle_hash.in_(hashes)
     for row in connection.execute(select(answers).where(*stands)):
         counts[row.principle_hash][row.answer] += 1
-    return {hash: Figures(made[hash], _share(agree[hash]), _share(flips[hash]), dict(counts[hash])) for hash in hashes}
+    judged: dict[str, list[Judged]] = defaultdict(list)
+    for hash, judge in sorted(made):
+        place = hash, judge
+        judged[hash].append(Judged(judge, made[place], _share(agree[place]), _share(flips[place])))
+    return {hash: Figures(tuple(judged[hash]), dict(counts[hash])) for hash in hashes}
 
 
 def _share(found: Sequence[tuple[bool, str]]) -> Proportion | None:

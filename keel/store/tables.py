@@ -226,6 +226,8 @@ ai_labels = Table(
     Column("asked", Text, nullable=False),  # as sent, in the first order; empty for a Python function
     Column("thought", Text),
     Column("created", UtcDateTime, nullable=False),
+    Column("asked_second", Text),  # as sent, in the second order; NULL: not kept by the Keel that labelled
+    Column("thought_second", Text),
     UniqueConstraint("judgement_id", "principle_id"),
 )
 Index(

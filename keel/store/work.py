@@ -254,10 +254,10 @@ def undo_last(
     """Take back what this annotator did last in this kind of work, a skip included: the assignment, theirs again, and
     what was taken back (judged, skipped); None when there is nothing to take back. ``assignment_id``: what was done
     with this one, whatever came after it; when it is in their hands already, that comes as "held", and sent again an
-    undo takes back nothing else."""
+    undo takes back nothing else. What was taken out of use since is passed over: nobody is shown it again."""
     queue.one_at_a_time(connection, annotator_id)
     did = WORK_TABLES[kind]
-    mine = [assignments.c.annotator_id == annotator_id, items.c.kind == kind]
+    mine = [assignments.c.annotator_id == annotator_id, items.c.kind == kind, items.c.out.is_(False)]
     if assignment_id is not None:
         mine.append(assignments.c.id == assignment_id)
     ids = did.table.c.id

@@ -18,7 +18,7 @@ from keel.store.principles import Answer, Figures, Question
 from keel.store.tables import annotators, assignments, items, judgements
 from keel.types import UserError
 
-Used = Callable[[], Sequence[Mapping[str, Any]]]
+Used = Callable[[], Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Why:
 
 
 class Constitutions:
-    """``used``: the summaries of the run's critique stages."""
+    """``used``: of the run's critique stages, the hash of each principle that they drew from, and their summary."""
 
     def __init__(self, store: Store, used: Used) -> None:
         self._store, self._used = store, used
@@ -99,14 +99,14 @@ class Constitutions:
             newest = constitutions.current(c)
             return principles.figures(c, [p for one in newest for p in one.constitution.principles])
 
-    def used(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """(hash of a constitution, principle) -> how often it was drawn, and how many revisions changed the reply."""
-        found: dict[tuple[str, str], tuple[int, int]] = {}
-        for summary in self._used():
-            hash = str(summary["constitution"]["hash"])
+    def used(self) -> dict[str, tuple[int, int]]:
+        """Hash of a principle -> how often it was drawn, and how many revisions changed the reply: whatever else stood
+        in the constitution, and whatever that was called."""
+        found: dict[str, tuple[int, int]] = {}
+        for hashes, summary in self._used():
             for id, drawn in summary["drawn"].items():
-                before = found.get((hash, id), (0, 0))
-                found[hash, id] = before[0] + drawn, before[1] + summary["changed"].get(id, 0)
+                before = found.get(hashes[id], (0, 0))
+                found[hashes[id]] = before[0] + drawn, before[1] + summary["changed"].get(id, 0)
         return found
 
     # ------------------------------------------------------------------------------------------------ questions

@@ -124,6 +124,7 @@ class Sources:
     ensemble: Ensemble | None = None
     training: Training | None = None
     read_unjudged: Callable[[Path, bool], list[Unjudged]] | None = None  # True: without the answers in its rows
-    critiques: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # summaries of the run's critique stages
+    # of the run's critique stages: the hash of each principle by its id, and the summary
+    critiques: Callable[[], Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]] = tuple
     # what a label on the steps of each reply teaches, by the reply's id
     step_gains: Callable[[Sequence[OpenReply]], Mapping[int, float]] | None = None
