@@ -242,6 +242,9 @@ def test_formulas_are_held_against_formulas() -> None:
     assert verdicts(ref, "x+1", "\\boxed{1+x}", "\\boxed{x+2}") == ["right", "wrong"]
     assert verdicts(ref, "2\\sqrt{3}", "\\boxed{\\sqrt{12}}", "\\boxed{3.46}") == ["right", "wrong"]
     assert verdicts(ref, "1/3", "0.333333333") == ["wrong"]  # by value, not by six digits
+    assert verdicts(ref, "2\\sqrt{3}", "\\boxed{3.4641016}") == ["wrong"]
+    replies = ("#### 5 miles", "\\boxed{> 5}", "\\boxed{5 or 6}", "\\boxed{\\approx 5}")
+    assert verdicts(ref, "5 km", *replies) == ["unreadable"] * 4
 
 
 @needs_math
