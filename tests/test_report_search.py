@@ -14,8 +14,8 @@ def run(summary: dict[str, Any]) -> RunFiles:
 
 def one(accuracy: list[float], generated: int, scored: int) -> dict[str, Any]:
     return {
-        "n": 4, "problems": 10, "accuracy": accuracy, "pass_at_n": 0.9, "generated_tokens": generated, "scored_tokens": scored,
-       
+        "n": 4, "problems": 10, "accuracy": accuracy, "pass_at_n": 0.9,
+        "generated_tokens": generated, "scored_tokens": scored,
         "unanswered": 1, "by_third": {"easy": [1.0, 0.5, 1.0], "middle": None, "hard": [0.0, 0.0, 0.5]},
     }  # fmt: skip
 
