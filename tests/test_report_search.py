@@ -14,7 +14,8 @@ def run(summary: dict[str, Any]) -> RunFiles:
 
 def one(accuracy: list[float], generated: int, scored: int) -> dict[str, Any]:
     return {
-        "problems": 10, "accuracy": accuracy, "pass_at_n": 0.9, "generated_tokens": generated, "scored_tokens": scored,
+        "n": 4, "problems": 10, "accuracy": accuracy, "pass_at_n": 0.9,
+        "generated_tokens": generated, "scored_tokens": scored,
         "unanswered": 1, "by_third": {"easy": [1.0, 0.5, 1.0], "middle": None, "hard": [0.0, 0.0, 0.5]},
     }  # fmt: skip
 
@@ -27,6 +28,7 @@ def test_a_row_a_search_and_a_line_against_tokens() -> None:
                 "search_curve": [
                     {"name": "votes", "how": "majority", "n": 2, "tokens": 50.0, "accuracy": [0.4, 0.1, 0.7]},
                     {"name": "votes", "how": "majority", "n": 4, "tokens": 100.0, "accuracy": [0.5, 0.2, 0.8]},
+                    {"name": "best", "how": "best_of_n", "n": 4, "tokens": 82.6, "accuracy": [0.75, 0.5, 0.9]},
                 ],
             }
         )
@@ -36,7 +38,7 @@ def test_a_row_a_search_and_a_line_against_tokens() -> None:
     assert "Votes from 40% to 50%" in found.plot
     votes, best = found.rows
     assert [cell.text for cell in votes.cells] == ["50%", "90%", "100", "1", "100%", "–", "0%"]
-    assert [cell.text for cell in best.cells][2] == "123"
+    assert [cell.text for cell in best.cells][2] == "83", "of the problems that count, as in the plot; 1,234 are of all"
     assert best.cells[0].detail == "50–90%"
 
 

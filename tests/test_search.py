@@ -26,6 +26,7 @@ from keel.search.picking import Ballot, pick
 from keel.search.ranking import ReplyRanker, StepRanker
 from keel.search.run import Tools, make_grower, pool, search
 from keel.search.sampled import Pool
+from keel.stages.search import make_ballot
 from keel.types import Completion, Message, Prompt, Scores, UserError
 
 CHAT = Chat(tiny_tokenizer())
@@ -212,6 +213,19 @@ def test_costs_are_counted() -> None:
     assert cost(config("lookahead", width=2, expand=2, depth=1)) == (8 + 2 + 4, 4 + 4)
 
 
+def test_what_a_prompt_costs_is_its_own() -> None:
+    """Beside a reply with more room left, one is drawn beyond its own limit: nothing of that is its."""
+
+    def table(question: str, reply: str) -> list[tuple[str, float]]:
+        begun = {"q": "a a a a\n", "r": "b\n"}[question]
+        return [(begun if not reply else "c c c c c c c c c c c c\n", 1.0)]
+
+    made, ranker = config("beam", width=1, expand=1), by_last(lambda text: 0.5)
+    both = find(made, table, asked("q", "r"), limit=10, ranker=ranker)
+    assert [one.generated for one in both] == [10, 10], "one way each, to the limit"
+    assert find(made, table, asked("q"), limit=10, ranker=ranker) == both[:1]
+
+
 def test_a_step_that_no_token_ends_is_cut_out_and_what_follows_is_paid_for() -> None:
     how = Steps(by="marker", marker=";;")
     assert step_ends(CHAT.tokenizer, how) == frozenset()
@@ -341,6 +355,24 @@ def test_votes_and_ties() -> None:
     assert pick([path("a", 0.5), path("b", 0.5)], "best", None, None) == path("a").reply(0.5)
     assert pick([path("none", 1.0)], "majority", None, ballot) is None
     assert pick([], "best", None, None) is None
+
+
+def test_votes_read_behind_the_thinking() -> None:
+    ballot = make_ballot(config("majority", n=2, thinking={}))
+    assert ballot is not None
+    assert ballot.answer_of("<think>it is 5</think>#### 6") == "6"
+    assert ballot.answer_of("<think>it is 5</think>nobody could ever really know that") is None
+    assert ballot.answer_of("<think>it is 5") is None
+    plain = make_ballot(config("majority", n=2))
+    assert plain is not None
+    assert plain.answer_of("<think>it is 5") == "5"
+
+
+@pytest.mark.parametrize("unread", [{"read": "boxed"}, {"thinking": {}}], ids=str)
+def test_how_votes_read_is_no_setting_without_votes(unread: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="has no votes; leave it out"):
+        config("beam", width=2, expand=2, **unread)
+    assert config("beam", width=2, expand=2, pick="majority", **unread).votes
 
 
 def test_a_reward_models_votes_weigh_by_its_logistic_function() -> None:

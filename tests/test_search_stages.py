@@ -19,19 +19,24 @@ from tiny import prompt, save_tiny, tiny_tokenizer
 
 from keel.check import check_recipe
 from keel.cli import main
+from keel.cli.chat import talk
 from keel.data.chat import Chat, install_template
 from keel.data.sources import read_demonstrations
 from keel.eval.search import Marks, Searched, figures, powers_below, thirds
 from keel.model.checkpoint import load_scalar, save
+from keel.recipe.eval import EvalStage
 from keel.recipe.recipe import Recipe
-from keel.recipe.sections import SamplingConfig
+from keel.recipe.sections import SamplingConfig, Source
 from keel.recipe.steps import Steps
+from keel.reward.python_ref import load_python
 from keel.run import RunDir
 from keel.search.growing import Grower
 from keel.search.paths import Costs, Found
 from keel.search.paths import Path as Reply
 from keel.search.revising import CHECK, Revising
 from keel.stages.inputs import KEPT
+from keel.stages.search import Searching
+from keel.store import Store
 from keel.types import Completion, Grade, Message, Prompt, UserError
 
 HERE = str(Path(__file__))
@@ -124,7 +129,7 @@ class Twice:
         texts = [self.chat.tokenizer.decode(ids) for ids in prompts]
         self.asked += texts
         replies = [
-            next((new for old, new in self.second.items() if old in text and CHECK in text), None) or self.first[i]
+            next((new for old, new in self.second.items() if old in text and CHECK in text), self.first[i])
             for i, text in enumerate(texts)
         ]
         encode = self.chat.tokenizer.encode
@@ -143,7 +148,7 @@ def test_a_reply_is_revised_in_a_second_turn() -> None:
         "wrong one": "right yes", "right two": "wrong no", "so good": "it is ..."
     }  # fmt: skip
 
-    def revised(ranker: Any) -> tuple[list[Found], Twice]:
+    def revised(ranker: Any, second: dict[str, str] = second) -> tuple[list[Found], Twice]:
         sampler = Twice(chat, first, second)
         encoded = dict(enumerate(chat.encode_prompts([p.messages for p in prompts])))
         grower = Grower(chat, sampler, frozenset(chat.stop_ids), Steps(), encoded, None, Costs.of(4))
@@ -161,6 +166,9 @@ def test_a_reply_is_revised_in_a_second_turn() -> None:
     assert [one.answer and (one.answer.text, one.answer.reward) for one in gated] == [
         ("right yes", 1.0), ("right two", 1.0), ("so good", 0.0), None
     ]  # fmt: skip
+    silent, _ = revised(None, {"wrong one": ""})
+    assert silent[0].answer is not None
+    assert silent[0].answer.text == "wrong one", "to say nothing is no revision"
     lengths = [len(path.ids) for one in gated[:1] for path in one.paths]
     assert (gated[0].generated, gated[0].scored) == (sum(lengths), sum(lengths))
     assert plain[0].scored == 0
@@ -169,6 +177,59 @@ def test_a_reply_is_revised_in_a_second_turn() -> None:
         Revising(Grower(bare, sampler, frozenset(), Steps(), {}, None, Costs.of(0)), None, [], SamplingConfig(), 0).run(
             []
         )
+
+
+# --------------------------------------------------------------------------------------------- before anything is drawn
+
+
+def evaluation(judge: dict[str, Any], **search: Any) -> EvalStage:
+    return EvalStage.model_validate(
+        {"name": "eval", "models": ["base"], "baseline": "base", "judge": judge, "search": {"some": search}}
+    )
+
+
+@pytest.mark.parametrize("judge", [{"kind": "format", "pattern": ".*"}, {"kind": "random"}], ids=str)
+def test_a_form_or_a_coin_does_not_know_the_answers(judge: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="search counts right answers"):
+        evaluation(judge, how="majority", n=4)
+    assert evaluation({"kind": "verify"}, how="majority", n=4).search
+
+
+@pytest.mark.parametrize(
+    ("search", "wrong"),
+    [({"sampling": {"stop": ["yes no"]}}, "stop: 'yes no' is"),
+     ({"steps": {"by": "blank_line"}}, "otherwise than .*scores was trained to judge"),
+     ({"scorer": {"kind": "python_steps", "ref": f"{HERE}:nowhere"}}, "nowhere")],
+    ids=str,
+)  # fmt: skip
+def test_what_a_search_cannot_have_is_said_before_it(tmp_path: Path, search: dict[str, Any], wrong: str) -> None:
+    base, scorer = save_tiny(tmp_path / "base"), untrained_scorer(tmp_path)
+    given = {"how": "best_of_n", "n": 2, "scorer": {"kind": "process", "model": scorer}} | search
+    context = SimpleNamespace(
+        device="cpu",
+        stage_dir=SimpleNamespace(name="eval"),
+        source=lambda name: Source(str(base if name == "base" else name)),
+        python=lambda ref: load_python(ref.ref),
+    )
+    stage = evaluation({"kind": "verify"}, **given)
+    with pytest.raises(UserError, match=wrong):
+        Searching(stage, context, [], Marks(Judge(), PROMPTS), "fp32").check()  # type: ignore[arg-type]
+
+
+def test_chat_asks_the_model_that_a_search_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def find_model(run: str, stage: str | None) -> None:
+        asked.append(stage)
+        raise UserError("enough")
+
+    monkeypatch.setattr("keel.cli.chat.find_model", find_model)
+    found = evaluation({"kind": "verify"}, how="majority", n=4, model="policy").search["some"]
+    monkeypatch.setattr("keel.cli.chat.find_search", lambda run, name: (None, None, found))
+    for stage, search in ((None, "some"), ("sft", "some"), (None, None)):
+        with pytest.raises(UserError, match="enough"):
+            talk("runs/x", stage, 0.7, 8, search=search)
+    assert asked == ["policy", "sft", None]
 
 
 # -------------------------------------------------------------------------------------------------- through a recipe
@@ -236,8 +297,8 @@ def recipe(tmp: Path) -> dict[str, Any]:
         },
         "stages": [
             {"kind": "sft", "name": "sft", "epochs": 10, "batch_size": 8, "optim": {"lr": 1e-2}},
-            {"kind": "sample", "name": "found", "per_prompt": 1, "sampling": short,
-             "prompts": str(tmp / "prompts.jsonl"), "search": searches["beam"]},
+            {"kind": "sample", "name": "found", "per_prompt": 1, "sampling": {**short, "temperature": 0.5},
+             "prompts": str(tmp / "prompts.jsonl"), "search": {**searches["beam"], "sampling": short}},
             {"kind": "sample", "name": "one", "per_prompt": 1, "sampling": short,
              "prompts": str(tmp / "prompts.jsonl"), "search": searches["plain"]},
             {"kind": "sample", "name": "drawn", "per_prompt": 1, "sampling": short,
@@ -276,6 +337,11 @@ def test_a_recipe_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert len(kept) == 6 - costs["unanswered"] > 0
     assert all(0 < row["reward"] <= 0.9 for row in kept)
     assert len(read_demonstrations(directory.stage("found").path / KEPT)) == len(kept)
+    with Store(directory.store_url) as store, store.session() as session:
+        stored = [one for one in session.responses() if one.fingerprint == directory.stage("found").fingerprint]
+    assert {one.sampling["temperature"] for one in stored if one.sampling} == {1.0}, (
+        "the search's own, by which it drew"
+    )
     one, drawn = (texts(directory, name) for name in ("one", "drawn"))
     assert one == drawn, "of one sample a search is plain sampling"
     shutil.rmtree(directory.stage("eval").path)

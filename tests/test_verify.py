@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 
+from keel.reward.math_verify import formulas
 from keel.reward.values import value_of
 from keel.reward.verify import judge_reply, read_answer, same
 
@@ -195,6 +196,64 @@ def test_the_table_is_long_enough() -> None:
     assert {verdict for *_, verdict in TABLE} == {RIGHT, WRONG, UNREADABLE}
 
 
+# Answers with the right number in them that say another one, or none; and the same right ones written alike.
+ALIKE = [
+    ("53", "#### 5*3", UNREADABLE),  # no emphasis: an operator
+    ("53", "\\boxed{5**3}", UNREADABLE),
+    ("100200", "#### 100 * 200", UNREADABLE),
+    ("1012", "\\boxed{101_2}", UNREADABLE),
+    ("101_2", "\\boxed{101_2}", RIGHT),
+    ("1234567", "1_234_567", RIGHT),
+    ("5", "**5** apples", RIGHT),
+    ("5", "The answer is _5_.", RIGHT),
+    ("5", "The answer is negative 5.", WRONG),
+    ("-5", "The answer is minus 5.", RIGHT),
+    ("-5", "So in the end it is negative 5", RIGHT),
+    ("7", "it is 10 minus 7", RIGHT),  # the last number, as of 10 - 7
+    ("5", "The answer is half of 5.", UNREADABLE),
+    ("5", "The answer is the square root of 5.", UNREADABLE),
+    ("5", "The answer is at least 5.", UNREADABLE),
+    ("5", "The answer is 5 squared.", UNREADABLE),
+    ("5", "The answer is 5 minus two.", UNREADABLE),
+    ("5", "so x < 5", UNREADABLE),
+    ("5", "so x \\ge 5", UNREADABLE),
+    ("500", "#### 5 hundred thousand", UNREADABLE),
+    ("5", "#### 5 thousands", UNREADABLE),
+    ("5", "they pay 5 lakh", UNREADABLE),
+    ("5", "\\boxed{5 pi}", UNREADABLE),
+    ("5", "#### 5 choose two", UNREADABLE),
+    ("5", "#### 5 thirds", UNREADABLE),
+    ("18", "#### 18 plus twelve", UNREADABLE),
+    ("18", "#### 18 is wrong", UNREADABLE),
+    ("5", "#### 5 more than six", UNREADABLE),
+    ("5.5", "#### 5 and a half", RIGHT),
+    ("5", "#### 5 times", RIGHT),
+    ("12", "#### 12 quarters", RIGHT),
+    # letters on a number are variables, where they are no unit's
+    ("5", "\\boxed{5y}", UNREADABLE),
+    ("2", "\\boxed{2xy}", UNREADABLE),
+    ("10n", "\\boxed{10}", UNREADABLE),
+    ("10n", "\\boxed{10n}", RIGHT),
+    ("5", "5km/h", RIGHT),
+    ("5", "5m", RIGHT),
+    ("5", "5apples", RIGHT),
+    ("5", "20 / 4 = 5 apples a day", RIGHT),
+    # commas with blanks part a list
+    ("100, 200", "(100, 200)", RIGHT),
+    ("100, 200", "100 and 200", RIGHT),
+    ("10, 120", "\\boxed{10,120}", UNREADABLE),
+    ("10120", "\\boxed{10, 120}", WRONG),
+    ("no", "No, they are not.", RIGHT),
+    ("yes", "Yes, not.", WRONG),
+    ("8", "The answer is half of 16, which is 8", UNREADABLE),
+]
+
+
+@pytest.mark.parametrize(("known", "reply", "verdict"), ALIKE)
+def test_what_is_written_alike_is_told_apart(known: str, reply: str, verdict: str) -> None:
+    assert judge_reply(known, reply) == verdict
+
+
 # What others' verifiers made of these, as their users reported: right answers that scored 0, wrong ones that scored 1.
 PEERS = [
     ("72", "The answer is 72, in total, so the farmer earns that much.", RIGHT),  # HELM 4337: a comma as the number
@@ -339,3 +398,22 @@ def ways(number: Fraction) -> list[str]:
         f"{sign}\\frac{{{size.numerator}}}{{{size.denominator}}}",
     ]
     return [*found, f"{sign}{whole} {part.numerator}/{part.denominator}"] if part and whole else found
+
+
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [("5 km", "5 miles"), ("5", "> 5"), ("5", "\\approx 5"), ("x \\le 5", "5x"), ("5", "5}{6"), ("1, 2, 3", "3, 2, 1"),
+     ("x+1", "x+1 or x+2"), ("5", "less than 5"), ("3.5", "3,5"), ("no", "on"), ("3:4", "6:8"), ("5", "\\text{not }x")],
+)  # fmt: skip
+def test_what_is_no_formula_is_computed_by_nobody(known: str, given: str) -> None:
+    assert not formulas(known, given)
+
+
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [("x+1", "1+x"), ("5", "\\sqrt{25}"), ("2\\pi", "2π"), ("x \\le 5", "x ≤ 5"), ("120", "5!"), ("5", "9^{9^{9}}"),
+     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1 \\\\ 2\\end{pmatrix}"),
+     ("\\sin(\\pi/3)", "\\frac{\\sqrt{3}}{2}")],
+)  # fmt: skip
+def test_formulas_are_known_by_their_signs(known: str, given: str) -> None:
+    assert formulas(known, given)

@@ -117,6 +117,11 @@ def test_the_answer_is_read_behind_the_thinking() -> None:
     assert verdicts(ref, "5", *replies, "#### 6</think>#### 5", "</think>") == [
         "wrong", "right", "unreadable", "right", "right", "unreadable",
     ]  # fmt: skip
+    # Thinking that never ends has no answer, wherever it begins: behind some words, or behind an answer.
+    assert verdicts(ref, "5", "Well. <think>#### 5", "<think>6</think>5\n<think>#### 5") == ["unreadable"] * 2
+    assert verdicts(ref, "5", "Well. <think>6</think>5", "<think>6</think>7<think>8</think>5") == ["right"] * 2
+    opened = VerifyRef(thinking=Thinking(opened=True))
+    assert verdicts(opened, "5", "it is 5\n#### 5", "it is 6</think>#### 5") == ["unreadable", "right"]
     own = VerifyRef(thinking=Thinking(open="[THINK]", close="[/THINK]"))
     assert verdicts(own, "5", "[THINK]6[/THINK] 5", "[THINK]6 or 5") == ["right", "unreadable"]
 
@@ -242,6 +247,9 @@ def test_formulas_are_held_against_formulas() -> None:
     assert verdicts(ref, "x+1", "\\boxed{1+x}", "\\boxed{x+2}") == ["right", "wrong"]
     assert verdicts(ref, "2\\sqrt{3}", "\\boxed{\\sqrt{12}}", "\\boxed{3.46}") == ["right", "wrong"]
     assert verdicts(ref, "1/3", "0.333333333") == ["wrong"]  # by value, not by six digits
+    assert verdicts(ref, "2\\sqrt{3}", "\\boxed{3.4641016}") == ["wrong"]
+    replies = ("#### 5 miles", "\\boxed{> 5}", "\\boxed{5 or 6}", "\\boxed{\\approx 5}")
+    assert verdicts(ref, "5 km", *replies) == ["unreadable"] * 4
 
 
 @needs_math

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from keel.cli.finished import answering, find_model, loading
-from keel.cli.searching import SearchTalker, shown
+from keel.cli.searching import SearchTalker, find_search, shown
 from keel.data.chat import Chat
 from keel.model.checkpoint import load_policy
 from keel.model.held import is_held
@@ -92,6 +92,8 @@ def talk(
 ) -> int:
     """Reads lines until the end of the input; returns the exit code. The rest of how the model answers is the recipe's
     (`answering`), the device too where none is named. ``search``: the recipe's search that answers."""
+    if stage is None and search is not None:  # the search says whose replies it goes through
+        stage = getattr(find_search(run, search)[2], "model", None)
     name, source = find_model(run, stage)
     console = Console()
     how = answering(run, name)
@@ -132,6 +134,10 @@ def talk(
                 reply: str | None = _print_stream(talker.reply([*system, *turns]))
             else:
                 reply = _print_found(talker.find([*system, *turns]), console)
+        except KeyboardInterrupt:  # of a search: nothing of it is a reply
+            turns.pop()
+            console.print("[dim] ... (stopped; nothing was found)[/]")
+            continue
         except UserError as error:
             turns.pop()
             console.print(f"[red]{error}[/] [dim](/reset starts a new one)[/]")

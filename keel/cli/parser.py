@@ -115,7 +115,7 @@ def _chat(commands: Commands) -> None:
     chat.add_argument("--stage", default=None, metavar="NAME", help="whose model (default: the last one trained)")
     chat.add_argument(
         "--search", default=None, metavar="NAME", help="answer by a search of the recipe: one of an eval stage's, or a "
-        "sample stage's name; its steps are shown with their scores"
+        "sample stage's name; its steps are shown with their scores; its own sampling, if any, overrules what follows"
     )  # fmt: skip
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")

@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, cards_of, prompt_pool, terms
 from keel.recipe.judge_card import JudgeCard
-from keel.recipe.judges import EndpointRef, JudgeRef, MixedRef, PythonRef, RewardModelRef, RewardTerm
+from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase, Surroundings
+from keel.recipe.verify import VerifyRef
 
 
 class FrontierConfig(Strict):
@@ -216,7 +217,7 @@ class EvalStage(StageBase):
 
     @model_validator(mode="after")
     def _search_is_counted(self) -> EvalStage:
-        if self.search and (self.judge is None or isinstance(self.judge, RewardModelRef | MixedRef | EndpointRef)):
+        if self.search and not isinstance(self.judge, PythonRef | VerifyRef):
             raise ValueError(
                 "search counts right answers, and scores say nothing of that; set judge to what knows the answers, "
                 "{kind: python, ref: ...} or {kind: verify, ...}, or leave search out"

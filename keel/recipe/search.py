@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from keel.recipe.declared import Scoring
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.sections import SamplingConfig, Strict
-from keel.recipe.steps import Aggregate, ProcessRef, PythonStepsRef, Steps
+from keel.recipe.steps import Aggregate, ProcessRef, PythonStepsRef, Steps, Thinking
 
 How = Literal["best_of_n", "majority", "weighted", "beam", "dvts", "lookahead", "revise"]
 Pick = Literal["best", "majority", "weighted"]
@@ -18,11 +18,11 @@ Read = Literal["auto", "last_number", "marked", "boxed"]
 
 # Whole replies are sampled, and one is picked of them so.
 SAMPLED: dict[How, Pick] = {"best_of_n": "best", "majority": "majority", "weighted": "weighted"}
-_TREE = {"max_steps", "scorer", "aggregate", "steps", "pick", "read"}
+_TREE = {"max_steps", "scorer", "aggregate", "steps", "pick", "read", "thinking"}
 _TAKES: dict[How, set[str]] = {
     "best_of_n": {"n", "scorer", "aggregate", "steps"},
-    "majority": {"n", "read"},
-    "weighted": {"n", "scorer", "aggregate", "steps", "read"},
+    "majority": {"n", "read", "thinking"},
+    "weighted": {"n", "scorer", "aggregate", "steps", "read", "thinking"},
     "beam": {"width", "expand", *_TREE},
     "dvts": {"n", "width", *_TREE},
     "lookahead": {"width", "expand", "depth", *_TREE},
@@ -67,6 +67,7 @@ class SearchConfig(Strict):
         None, description="beam, dvts, lookahead: which of the finished ones answers; default: best"
     )
     read: Read = Field("auto", description="how votes read the answer in a reply")
+    thinking: Thinking | None = Field(None, description="votes read the answer behind the thinking alone")
     sampling: SamplingConfig | None = Field(None, description="default: the stage's")
     seed: int | None = Field(None, ge=0, description="of the samples; default: the stage's")
 
@@ -119,6 +120,11 @@ class SearchConfig(Strict):
         if self.pick in ("majority", "weighted") and self.trees[0] * self.trees[1] == 1:
             raise ValueError(
                 f"pick: {self.pick} is a vote, and one beam ends in one reply; widen it, or leave pick out"
+            )
+        unread = next((name for name in ("read", "thinking") if getattr(self, name) != fields[name].default), None)
+        if unread is not None and not self.votes:
+            raise ValueError(
+                f"{unread} is how votes read answers, and pick: best has no votes; leave it out, or set pick"
             )
         if self.sampling is not None:
             self.check_sampling(self.sampling, "sampling")

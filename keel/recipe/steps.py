@@ -76,14 +76,19 @@ class Thinking(Strict):
 
     open: str = Field("<think>", min_length=1)
     close: str = Field("</think>", min_length=1)
+    opened: bool = Field(
+        False, description="the model's template opens it: a reply without the closing mark is thinking that never ends"
+    )
 
     def split(self, text: str) -> tuple[str | None, str | None]:
-        """(what was thought, the answer). Thought is None where the reply has none; the answer is None where the
-        thinking never ends. A template may have opened it already: what stands before the first closing mark is
-        thought."""
-        before, closed, answer = text.partition(self.close)
-        opened = before.lstrip().startswith(self.open)
-        thought = before.lstrip()[len(self.open) :] if opened else before
-        if closed:
-            return thought, answer
-        return (thought, None) if opened else (None, text)
+        """(what was thought, the answer). Thought is None where the reply has none; the answer is None where thinking
+        never ends, wherever it began. What stands before the last closing mark is thought: a template may have opened
+        it."""
+        before, closed, answer = text.rpartition(self.close)
+        if self.open in answer or (self.opened and not closed):
+            return self._without_mark(text), None
+        return (self._without_mark(before), answer) if closed else (None, text)
+
+    def _without_mark(self, thought: str) -> str:
+        begun = thought.lstrip()
+        return begun[len(self.open) :] if begun.startswith(self.open) else thought

@@ -43,18 +43,20 @@ def searches(run: RunFiles) -> SearchSection | None:
     found = run.summary.get("search")
     if not found:
         return None
+    curve = run.summary.get("search_curve", ())
+    tokens = {(row["name"], row["n"]): row["tokens"] for row in curve}  # a problem that counts; the sums are of all
     colours = {name: 1 + i % (COLOURS - 1) for i, name in enumerate(found)}
     columns = ("right", "a right one is among them", "tokens a problem", "no answer", *THIRDS)
     return SearchSection(
-        plot=_plot(run.summary.get("search_curve", ()), colours),
+        plot=_plot(curve, colours),
         columns=columns,
-        rows=tuple(SearchRow(title(name), colours[name], _cells(one)) for name, one in found.items()),
+        rows=tuple(
+            SearchRow(title(name), colours[name], _cells(one, tokens[name, one["n"]])) for name, one in found.items()
+        ),
     )
 
 
-def _cells(one: Mapping[str, Any]) -> tuple[SearchCell, ...]:
-    problems = max(1, int(one["problems"]))
-    tokens = (one["generated_tokens"] + one["scored_tokens"]) / problems
+def _cells(one: Mapping[str, Any], tokens: float) -> tuple[SearchCell, ...]:
     return (
         _share(one["accuracy"]),
         SearchCell(percent(one["pass_at_n"])),

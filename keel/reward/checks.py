@@ -101,8 +101,12 @@ class Verify:
         given = [self._read(reply) for reply in completions]
         found = [_exactly(a, b) for a, b in zip(known, given, strict=True)]
         if self._math is not None:
-            open_ = [i for i, verdict in enumerate(found) if verdict == "unreadable" and given[i] is not None]
-            for i, verdict in zip(open_, self._math.map([(known[i], given[i]) for i in open_]), strict=True):
+            asked = [
+                (i, (a, b))
+                for i, (a, b, verdict) in enumerate(zip(known, given, found, strict=True))
+                if verdict == "unreadable" and b is not None and math_verify.formulas(a, b)
+            ]
+            for (i, _), verdict in zip(asked, self._math.map([pair for _, pair in asked]), strict=True):
                 found[i] = verdict or "unreadable"
         return found
 

@@ -24,7 +24,8 @@ _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 
 _LATEX = [
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\[!,;: ]|\\q?quad\b|~"), " "),
+    (re.compile(r"\\!"), ""),  # what moves signs together
+    (re.compile(r"\\[,;: ]|\\q?quad\b|~"), " "),
     (re.compile(r"\\(?:left|right|displaystyle|limits)\b(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dtc]frac\b|\\frac\b(?=[^a-zA-Z])|\\[dtc]frac(?=\d)"), r"\\frac"),
     (re.compile(r"\\(?:times|cdot)\b"), "x"),
@@ -33,7 +34,7 @@ _LATEX = [
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname|textrm)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\[()\[\]]"), " "),
 ]
-_THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3})((?:,\s?\d{3})+)(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?![\d,])")
 _GROUPED = re.compile(r"(?<!\d)\d{1,3}(?: \d{3})+(?![\d ]*\d)|(?<!\d)\d{1,3}(?:[_']\d{3})+(?!\d)")
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
@@ -45,7 +46,8 @@ _FRAC = re.compile(r"([+-]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))\s
 _LETTERS = "a-zA-Zµμ²³°€£¥₹$"
 _UNIT = re.compile(rf"[{_LETTERS}%][{_LETTERS}.]*(?:[ /*·-]+[{_LETTERS}]+|\s*\^\s*\{{?[+-]?[1-3]\}}?)*")
 _END = re.compile(r"(?:\s*(?:(?<![\d)])!|[.?;:,]))+$")  # an exclamation mark behind a number is a factorial
-_MARKUP = re.compile(r"[*_`$]{1,3}")
+_MARKUP = re.compile(r"[*_`$]+")
+_NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d.])", re.IGNORECASE)
 
 _CURRENCIES = {
     "$": "dollar", "us$": "dollar", "usd": "dollar", "dollars": "dollar", "dollar": "dollar", "bucks": "dollar",
@@ -54,33 +56,40 @@ _CURRENCIES = {
 }  # fmt: skip
 _SYMBOLS = re.compile(r"^([+-]?)\s*(us\$|\$|€|£|¥|₹|usd|eur|gbp)\s*(?=[+-]?[\d.\\])", re.IGNORECASE)
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_UNSURE_UNITS = {
-    "k",
-    "K",
-    "M",
-    "B",
-    "bn",
-    "mn",
-    "mio",
-    "e",
-    "E",
-    "x",
-    "i",
-    "dozen",
-    "dozens",
-    "half",
-    "and",
-    "or",
-    "to",
-}
 _SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 _WORDS = {word: Fraction(i) for i, word in enumerate(_SMALL)}
+
+
+def words_of(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What stands behind a number and is no unit: it changes the number, takes it back, or names another.
+CHANGES = words_of(
+    "plus minus over divided squared cubed factorial choose mod modulo pi sqrt root log ln exp sin cos tan half halves "
+    "third thirds fourths fifths sixths eighths tenth tenths hundredth hundredths thousandth thousandths dozen dozens "
+    "score gross lakh lakhs crore crores bn mn tn mil mio mln grand"
+) | (_SCALES.keys() | {f"{scale}s" for scale in _SCALES})
+_NO_UNIT = words_of(
+    "and or nor to by than inf infinity not no never wrong incorrect false maybe perhaps but except without unknown "
+    "thirty forty fifty sixty seventy eighty ninety"
+) | (CHANGES | (_WORDS.keys() - {"one"}))
+# Of one letter these alone are units; right behind a digit, these alone of two or three. Other letters are variables.
+_LETTER_UNITS = frozenset("gmshlLNJWVACF°€£¥₹$%")
+_SHORT_UNITS = _LETTER_UNITS | words_of(
+    "mm cm dm km nm µm μm um in ft yd mi mg kg lb lbs oz ms min hr hrs ml mL cl dl kJ kW kWh Hz kHz MHz GHz Pa kPa mol "
+    "cal mph kph bps KB MB GB TB am pm AM PM rpm usd USD eur EUR gbp GBP jpy JPY inr INR ct cts pt pts pcs deg rad "
+    "st nd rd th m² m³ cm² cm³ km² mm² °C °F"
+)
 _VULGAR = {c: unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
-_SPOKEN = re.compile(r"(yes|no|true|false)(?:$|[,.;:!](?!.*\b(?:yes|no|not|true|false)\b)[^\d]*$)", re.IGNORECASE)
+_SPOKEN = re.compile(
+    r"(?:(yes|true)(?=$|[,.;:!](?!.*\bnot\b))|(no|false))(?:$|[,.;:!](?!.*\b(?:yes|no|true|false)\b)[^\d]*$)",
+    re.IGNORECASE,
+)
 _ANOTHER = re.compile(r"\b(?:or|and)\s+\(?[a-j]\b|\([a-j]\)", re.IGNORECASE)
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:option|choice|answer|letter)\s+)?(?:\(([A-Ja-j])\)|\[([A-Ja-j])\]|([A-Ja-j]))(?:$|[.):](?:\s.*)?$|(?<=[)\]])\s.*$)",
@@ -144,22 +153,34 @@ def _plain(text: str) -> str:
     text = text.strip()
     currency = _SYMBOLS.match(text.strip("*_` "))
     if currency is None:  # a dollar sign before a number is money, around it mathematics
-        text = _MARKUP.sub("", text)
+        text = _unmarked(text)
     elif text.count("$") == 2 and text.strip("*_` ").endswith("$"):
         text = text.replace("$", "")
     else:
-        text = re.sub(r"[*_`]{1,3}", "", text)
+        text = _unmarked(text, but="$")
     text = re.sub(r"\s+", " ", text).strip().strip("\"'“”‘’")
+    text = re.sub(r"(?<=\d) and (?:a|one) half\b", " 1/2", text)
     return _END.sub("", text).strip()
+
+
+def _unmarked(text: str, but: str = "") -> str:
+    """Without marks of emphasis and of mathematics. Between two numbers they are operators (``5*3``, ``101_2``)."""
+
+    def put(found: re.Match[str]) -> str:
+        before, behind = text[: found.start()].rstrip()[-1:], text[found.end() :].lstrip()[:1]
+        return found[0] if before.isdigit() and behind.isdigit() else "".join(c for c in found[0] if c in but)
+
+    return _MARKUP.sub(put, text)
 
 
 def _value(text: str, depth: int) -> Value | None:
     unnamed = re.sub(r"^[a-zA-Z]\w{0,2}\s*(?:=|\\in\b)\s*", "", text) or text
+    unnamed = _NEGATIVE.sub("-", unnamed)
     number = _quantity(unnamed)
     if number is not None:
         return number
     if spoken := _SPOKEN.match(text):
-        return Value("truth", _TRUTH[spoken[1].casefold()])
+        return Value("truth", _TRUTH[(spoken[1] or spoken[2]).casefold()])
     if unnamed[0] + unnamed[-1] in ("()", "{}") and "," not in text and ";" not in text and _whole(unnamed):
         inner = unnamed[1:-1].strip()
         return _value(inner, depth + 1) if inner and depth < 3 else None
@@ -236,7 +257,7 @@ def _quantity(text: str) -> Value | None:
         if number is None:
             continue
         rest = text[end:].strip().lstrip("-").strip()
-        return _with_unit(text, number, rest, unit)
+        return _with_unit(text, number, rest, unit, attached=text[end:].startswith(rest))
     return None
 
 
@@ -251,7 +272,7 @@ def _ends(text: str, end: int) -> list[int]:
     return places
 
 
-def _with_unit(text: str, number: Fraction, rest: str, unit: str) -> Value | None:
+def _with_unit(text: str, number: Fraction, rest: str, unit: str, attached: bool) -> Value | None:
     scale = rest.split(" ", 1)
     if scale[0].lower() in _SCALES:
         number, rest = number * 10 ** _SCALES[scale[0].lower()], (scale[1] if len(scale) > 1 else "")
@@ -259,10 +280,22 @@ def _with_unit(text: str, number: Fraction, rest: str, unit: str) -> Value | Non
         return Value("number", text, number, unit)
     if rest.lower() in ("%", "percent", "per cent", "percents"):
         return None if unit else Value("number", text, number, "%")
-    words = rest.split()
-    if not _UNIT.fullmatch(rest) or len(words) > 4 or _UNSURE_UNITS & set(words):
+    if not _UNIT.fullmatch(rest) or not _names_unit(rest, attached):
         return None
     return Value("number", text, number, _same_unit(unit, rest))
+
+
+def _names_unit(text: str, attached: bool) -> bool:
+    """Whether words name a unit. ``attached``: nothing stands between the first one and the number's last digit."""
+    if len(text.split()) > 4:
+        return False
+    words = re.findall(r"[^\W\d_]+[²³]?|[°€£¥₹$%][A-Z]?", text)
+    if any(
+        word.casefold() in _NO_UNIT or (len(word) == 1 and word not in _LETTER_UNITS | {"a", "A"}) for word in words
+    ):
+        return False
+    first = words[0]
+    return first in _SHORT_UNITS or len(first) > 3 or (not attached and len(first) > 1)
 
 
 def _same_unit(unit: str, rest: str) -> str:

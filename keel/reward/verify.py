@@ -6,7 +6,7 @@ import re
 
 from keel.data.answers import BOX, MARK, OPEN, boxed
 from keel.recipe.verify import ReadAs
-from keel.reward.values import LONGEST, Value, Verdict, plain_digits, value_of
+from keel.reward.values import CHANGES, LONGEST, Value, Verdict, plain_digits, value_of
 
 _TAIL = 20_000  # characters at a reply's end in which its answer is looked for
 _CUT = OPEN  # stands where a reply was cut at the length limit: a number there may have gone on
@@ -26,6 +26,14 @@ _OTHERWISE = re.compile(
     r"\b(?:not|neither|nor|never|less|fewer|more|greater|over|under|between)\b|n't\b", re.IGNORECASE
 )
 _EITHER = re.compile(r"\d\S*(?:\s+\w+)?\s+or\s*$")  # before a number: another that might be meant
+# Before a number, with no comma between: what is said is not that number.
+_CHANGED = re.compile(
+    r"(?:[<>≤≥≠±]|\\(?:l(?:e|t|eq|eqslant)|g(?:e|t|eq|eqslant)|neq?|pm|mp)\b|\b(?:half|twice|thrice|double|triple|root|plus|"
+    r"minus|negative|times|(?:thir|four|fif|ten)ths?|quarters?|reciprocal|inverse|opposite|least|most)\b)[^,\d]*$",
+    re.IGNORECASE,
+)
+_BELOW_ZERO = re.compile(r"(?<![\d)}])(\s|^)(?:negative|minus)\s+$", re.IGNORECASE)  # before a number: it is its sign
+_RELATION = re.compile(r"(?:[<>≤≥≠±]|\\(?:l(?:e|t|eq|eqslant)|g(?:e|t|eq|eqslant)|neq?|pm|mp))\s*$")
 
 
 # ---------------------------------------------------------------------------------------------------- from a reply
@@ -68,8 +76,20 @@ def _phrase(text: str) -> str | None:
     if _OTHERWISE.search(sentence):
         return sentence
     equal = sentence.rsplit("=", 1)[-1] if "=" in sentence else sentence
-    numbers = [found[0] for found in _NUMBERS.finditer(equal)]
-    return numbers[0] if len(numbers) == 1 and _CUT not in sentence else sentence
+    numbers = list(_NUMBERS.finditer(equal))
+    if len(numbers) != 1 or _CUT in sentence:
+        return sentence
+    before = equal[: numbers[0].start()]
+    if _BELOW_ZERO.search(before):
+        return f"-{numbers[0][0]}"
+    changed = _CHANGED.search(before) or _changed_behind(equal, numbers[0].end())
+    return sentence if changed else numbers[0][0]
+
+
+def _changed_behind(text: str, end: int) -> bool:
+    """Whether the word behind a number makes another one of it: 5 squared, 5 lakh."""
+    word = re.match(r"[ -]([a-zA-Z]+)", text[end : end + 20])
+    return word is not None and word[1].casefold() in CHANGES
 
 
 def _last_number(text: str) -> str | None:
@@ -78,11 +98,15 @@ def _last_number(text: str) -> str | None:
         pass
     if last is None:
         return None
-    either = _EITHER.search(text, max(0, last.start() - 40), last.start())
-    if either is not None:
-        return text[either.start() : last.end()]
+    before = text[max(0, last.start() - 40) : last.start()]
+    for other in (_EITHER, _RELATION):
+        if found := other.search(before):
+            return before[found.start() :] + last[0]
     behind = text[last.end() :]
-    return last[0] + behind if behind.strip(".,") == _CUT else last[0]
+    if _changed_behind(text, last.end()):
+        return last[0] + behind.split("\n", 1)[0]
+    answer = f"-{last[0]}" if _BELOW_ZERO.search(before) else last[0]
+    return answer + behind if behind.strip(".,") == _CUT else answer
 
 
 def _auto(text: str) -> str | None:
@@ -154,8 +178,10 @@ def _numbers(known: Value, given: Value) -> Verdict:
 
 def _lists(known: Value, given: Value) -> Verdict:
     if not known.items or not given.items:
-        several = known if known.items else given
-        return "unreadable" if several.unsure or "other" in (known.kind, given.kind) else "wrong"
+        several, one = (known, given) if known.items else (given, known)
+        unsure = several.unsure or (one.kind == "number" and "," in one.text)  # its comma may be the list's
+        unknown = "other" in (one.kind, *(item.kind for item in several.items))
+        return "unreadable" if unsure or unknown else "wrong"
     if known.kind == "set" or given.kind == "set":
         return _sets(known, given)
     if known.closed and given.closed and len(known.items) == 2 and known.closed != given.closed:

@@ -82,7 +82,8 @@ class Grower:
             [further(paths[i].stream, len(paths[i].ids) - paths[i].begun) for i in going],
         )
         for i, completion in zip(going, drawn, strict=True):
-            self.costs.drew(paths[i].place, len(completion.ids))
+            # What is beyond its room was drawn because another's is larger: nothing of it is this path's.
+            self.costs.drew(paths[i].place, min(len(completion.ids), rooms[i]))
             grown[i] = self._with(paths[i], completion, rooms[i], wanted[i])
         return grown
 

@@ -17,8 +17,8 @@ CHECK = "Check the lines of your answer. Then write the whole answer again, with
 
 @dataclass(frozen=True)
 class Revising:
-    """The second reply answers where it finished and, with a ``ranker``, scores higher than the first; else the first,
-    where that finished. ``Found.paths`` are the finished ones in this order."""
+    """The second reply answers where it finished, says something and, with a ``ranker``, scores higher than the first;
+    else the first, where that finished and says something. ``Found.paths`` are the finished ones in this order."""
 
     grower: Grower
     ranker: Ranker | None
@@ -61,9 +61,10 @@ class Revising:
     def _found(self, first: Path, second: Path | None) -> Found:
         costs = self.grower.costs
         whole = tuple(path for path in (first, second) if path is not None and path.state == "finished")
-        answer = whole[-1] if whole else None
-        if len(whole) == 2 and self.ranker is not None:
-            answer = max(whole, key=_score)  # of equal ones the first
+        said = [path for path in whole if path.text.strip()]  # to say nothing is no revision
+        answer = said[-1] if said else None
+        if len(said) == 2 and self.ranker is not None:
+            answer = max(said, key=_score)  # of equal ones the first
         return Found(
             None if answer is None else answer.reply(answer.score),
             whole,

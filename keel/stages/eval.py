@@ -51,7 +51,12 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     places = {name: context.source(name) for runs in drawn.values() for names in runs.values() for name in names}
     prompts = heldout_prompts(stage.prompts, context)
     facts = read_facts(recipe.data.facts, reading(context)) if recipe.data.facts else []
-    for source in {**models, **places}.values():  # each may have a tokenizer of its own, and all are asked the same
+    searched = {name: context.source(name) for name in (one.model or stage.baseline for one in stage.search.values())}
+    for source in {
+        **models,
+        **places,
+        **searched,
+    }.values():  # each may have a tokenizer of its own, and all are asked the same
         tokenizer = load_tokenizer(source)
         prompts, _ = encode_prompts(Chat(tokenizer), prompts, recipe.data, context.reporter)
         if recipe.data.facts:
@@ -89,6 +94,7 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     searching = None
     if stage.search:  # that the judge can count what they find is said before anything is sampled
         searching = Searching(stage, context, prompts, Marks(inputs.judge, prompts), precision)
+        searching.check()
     of_people = stage.card is not None and gold is None
     cards = card_of_judge(stage, context, inputs.judge, []) if of_people else None  # before anything is sampled
     summary = evaluate_models(inputs, context.reporter)

@@ -40,20 +40,21 @@ def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     chat = Chat(tokenizer)
     prompts, _ = encode_prompts(chat, training_prompts(stage.prompts, context), recipe.data, context.reporter)
     of_search: dict[str, Any] = {}
+    sampling = (stage.search.sampling if stage.search is not None else None) or stage.sampling
     if stage.search is None:
         replies = _sampled(stage, context, model, chat, prompts, precision)
     else:
         replies, of_search = _searched(stage, stage.search, context, model, chat, prompts, precision)
     everything = [reply for group in replies for reply in group]
     if not everything:
-        why = f"every one was cut at sampling.max_new_tokens = {stage.sampling.max_new_tokens} or "
+        why = f"every one was cut at sampling.max_new_tokens = {sampling.max_new_tokens} or "
         why += "scored below min_reward" if stage.search is None else "says no answer that could be read"
         raise UserError(f"stage {stage.name}: no response is left; {why}; change one of the two")
     fingerprint = context.fingerprint
     with Store(context.store_url) as store, store.session() as session:
         session.add_prompts(prompts)
         for prompt, group in zip(prompts, replies, strict=True):
-            session.add_responses(prompt.id, group, source.path, stage.sampling, fingerprint)
+            session.add_responses(prompt.id, group, source.path, sampling, fingerprint)
     write_kept(context.stage_dir.path / KEPT, prompts, replies)
     rewards = [reply.reward for reply in everything if reply.reward is not None]
     return {

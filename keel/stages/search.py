@@ -10,13 +10,15 @@ from torch import nn
 
 from keel.data.chat import Chat
 from keel.eval.search import Marks, Searched, figures, pass_rates, powers_below
-from keel.model.checkpoint import frozen, load_policy
+from keel.model.checkpoint import frozen, load_policy, load_tokenizer
 from keel.precision import Precision
 from keel.recipe.eval import EvalSearch, EvalStage
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Aggregate, Steps
+from keel.reward.verify import read_answer, same
+from keel.rollout.collect import stop_token_ids
 from keel.rollout.tokens import stream_key
 from keel.search.paths import Path
 from keel.search.picking import Ballot
@@ -24,14 +26,15 @@ from keel.search.ranking import Ranker, ReplyRanker, StepRanker
 from keel.search.run import Tools, pool, search
 from keel.search.sampled import Pool
 from keel.stages.context import StageContext
-from keel.stages.scoring import reward_model_scorer, step_scorer
-from keel.types import Prompt, Reporter
+from keel.stages.scoring import reward_model_scorer, source_name, step_scorer
+from keel.types import Prompt, Reporter, UserError
 
 APART = -(1 << 32)  # of a seed: the baseline's samples that say how hard prompts are, which no search draws
 
 
 def make_ranker(config: SearchConfig, context: StageContext, precision: Precision) -> tuple[Ranker | None, Steps]:
-    """What scores for a search, and where its steps end: a checkpoint's own, where the settings leave them open."""
+    """What scores for a search, and where its steps end: a checkpoint's own, where the settings leave them open.
+    Raises UserError for a checkpoint that was trained to judge other steps."""
     ref = config.scorer
     if isinstance(ref, RewardModelRef):
         return ReplyRanker(reward_model_scorer(ref.model, context, precision)), Steps()
@@ -39,17 +42,25 @@ def make_ranker(config: SearchConfig, context: StageContext, precision: Precisio
         return None, Steps()
     scorer = step_scorer(ref, context, precision)
     aggregate: Aggregate = getattr(scorer, "aggregate", "min") if config.aggregate is None else config.aggregate
-    steps: Steps = getattr(scorer, "steps", Steps()) if config.steps is None else config.steps
-    return StepRanker(scorer, aggregate), steps
+    trained: Steps | None = getattr(scorer, "steps", None)
+    if None not in (config.steps, trained) and config.steps != trained:
+        raise UserError(
+            f"stage {context.stage_dir.name}: its search cuts replies otherwise than {source_name(ref)} was trained to "
+            "judge them; leave the search's steps out"
+        )
+    return StepRanker(scorer, aggregate), config.steps or trained or Steps()
 
 
 def make_ballot(config: SearchConfig) -> Ballot | None:
     """How the votes of a search are counted, where it has any."""
     if not config.votes:
         return None
-    from keel.reward.verify import read_answer, same  # type: ignore[import-not-found,import-untyped]
 
-    return Ballot(lambda text: read_answer(text, config.read), same)
+    def answer_of(text: str) -> str | None:
+        said = text if config.thinking is None else config.thinking.split(text)[1]
+        return None if said is None else read_answer(said, config.read)
+
+    return Ballot(answer_of, same)
 
 
 def make_tools(
@@ -72,6 +83,18 @@ class Searching:
     prompts: Sequence[Prompt]
     marks: Marks
     precision: Precision
+
+    def check(self) -> None:
+        """Raises UserError for what a search names and cannot have, before anything is sampled: stop texts that its
+        model's tokenizer has no token for, a scorer that cannot be read or was trained to judge other steps."""
+        stage, scorers = self.stage, set()
+        for config in stage.search.values():
+            source = self.context.source(config.model or stage.baseline)
+            stop_token_ids(Chat(load_tokenizer(source)), config.sampling or stage.sampling)
+            used = f"{config.scorer} {config.steps}"
+            if used not in scorers:
+                make_ranker(config, self.context, self.precision)
+                scorers.add(used)
 
     def summary(self) -> dict[str, Any]:
         """Runs all of them, each model's in one go."""
