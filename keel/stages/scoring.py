@@ -97,7 +97,7 @@ def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> P
     return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
 
 
-def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm | CheckRef) -> str:
+def source_name(source: OutcomeRef | EndpointRef | ProcessTerm | StepsRef) -> str:
     if isinstance(source, CheckRef):
         return source.named
     named = source.scores if isinstance(source, ProcessTerm) else source

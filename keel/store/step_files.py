@@ -206,7 +206,7 @@ def _there(connection: Connection, tokens: Sequence[str]) -> dict[str, dict[str,
         .join(item_responses, item_responses.c.item_id == items.c.id)
         .join(responses, responses.c.id == item_responses.c.response_id)
     )
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for chunk in chunks(tokens):
         rows = connection.execute(query.where(step_labels.c.token.in_(chunk))).mappings()
         found |= {row["token"]: dict(row) for row in rows}
