@@ -20,13 +20,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 
-# Files that take a minute or more begin first, or one process waits at the end for the other to end one of them. Of
-# those that begin at once, one compiles what is compiled, and the others find it.
+# Files that take ten seconds or more begin first, the longest before all, or one process waits at the end for another's
+# file. Of those that begin at once, one compiles what is compiled, and the others find it.
 LONG = (
-    "test_train.py", "test_label_outbox.py", "test_label_browser.py", "test_check_against_run.py", "test_cli.py",
-    "test_label_kill.py", "test_label_quality.py", "test_kernels.py", "test_label_odd.py", "test_agreement.py",
-    "test_memory.py", "test_label_attack.py", "test_bench_gpu.py", "test_store.py", "test_label_log.py",
-    "test_label_training.py", "test_bench_gpu_correctness.py", "test_label_fuzz.py",
+    "test_label_outbox.py", "test_train.py", "test_label_browser.py", "test_stages.py", "test_dispatch.py",
+    "test_check_against_run.py", "test_cli.py", "test_label_odd.py", "test_label_training.py", "test_kernels.py",
+    "test_label_kill.py", "test_label_routes.py", "test_bench_gpu.py", "test_loop.py", "test_one_base.py",
+    "test_agreement.py", "test_exchange.py", "test_label_attack.py", "test_label_fuzz.py", "test_rollout.py",
+    "test_store.py", "test_kinds.py", "test_ptx.py", "test_grpo.py", "test_best_of_n.py", "test_label_removals.py",
+    "test_feedback.py", "test_memory.py", "test_study.py", "test_label_steps_browser.py", "test_checkpoints.py",
+    "test_label_constitution_browser.py", "test_label_log.py", "test_active.py", "test_import_rules.py",
 )  # fmt: skip
 
 

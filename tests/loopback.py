@@ -14,12 +14,19 @@ from typing import Any
 Reply = tuple[int, dict[str, str], str]  # status, headers, body
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
     """A port that nobody listens on, for a server that is told one, and has it again when it is started again. It lies
-    below those that systems give out by themselves (Linux from 32768, others from 49152): nobody gets it meanwhile."""
+    below those that systems give out by themselves (Linux from 32768, others from 49152): nobody gets it meanwhile.
+    None is given twice: what a browser keeps belongs to its server's port."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
+        if port in _GIVEN:
+            continue
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            _GIVEN.add(port)
             return port
 
 

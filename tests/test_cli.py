@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import BertConfig, BertLMHeadModel, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
-from waiting import eventually
 
 from keel.check import preflight
 from keel.cli import main
@@ -64,32 +63,56 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
-def test_run_killed_and_run_again_ends_with_the_same_weights(
-    folder: Path, keel_command: list[str], subprocess_env: dict[str, str], capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.wide)])
+def test_a_run_that_is_stopped_and_run_again_ends_with_the_same_weights(
+    how: signal.Signals,
+    folder: Path,
+    tmp_path: Path,
+    keel_command: list[str],
+    subprocess_env: dict[str, str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = ["run", str(folder / "recipe.yaml"), "sft.epochs=12"]  # a second or two, in which it can be killed
-    assert main([*run, "--out", str(folder / "whole")]) == 0
+    """By Ctrl-C, which is exit code 130. Stages are killed in test_train.py."""
+    run = ["run", str(folder / "recipe.yaml"), "sft.epochs=12"]  # a second or two, in which it can be stopped
+    assert main([*run, "--out", str(tmp_path / "whole")]) == 0
     said = capfd.readouterr().out
     assert "sft: started" in said
     assert "What each stage did" in said
-    assert f"results: {folder / 'whole'}" in said
+    assert f"results: {tmp_path / 'whole'}" in said
     assert "computing with" in said
 
-    state = folder / "killed" / "sft" / "state" / "state.pt"
+    stopped = RunDir(tmp_path / "stopped")
     for _ in range(5):  # on a busy machine the run may end before this process looks again
-        killed = subprocess.Popen([*keel_command, *run, "--out", str(folder / "killed")], env=subprocess_env)
-        while not state.exists() and killed.poll() is None:
+        process = subprocess.Popen(
+            [*keel_command, *run, "--out", str(stopped.path)],
+            env=subprocess_env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell's background job ignores SIGINT, and so do its children unless told otherwise
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        state = stopped.path / "sft" / "state" / "state.pt"
+        while not state.exists() and process.poll() is None:
             time.sleep(0.005)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
+        process.send_signal(how)
+        said, errors = process.communicate()
         if state.exists():  # a stage that is done has none
             break
-        shutil.rmtree(folder / "killed")
-    assert main([*run, "--out", str(folder / "killed")]) == 0
+        shutil.rmtree(stopped.path)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert said.count("restarting once") == (sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"))
+        assert "interrupted; run the same command to resume" in errors
+        assert "Traceback" not in errors
+        assert stopped.stage("sft").load_state() is not None
+    assert main([*run, "--out", str(stopped.path)]) == 0
     assert "resumed at" in capfd.readouterr().out
-    whole, again = (folder / name / "sft" / "model.safetensors" for name in ("whole", "killed"))
+    whole, again = (tmp_path / name / "sft" / "model.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == again.read_bytes()
-    rows = [[json.loads(line) for line in (folder / n / "sft" / "metrics.jsonl").open()] for n in ("whole", "killed")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / n / "sft" / "metrics.jsonl").open()] for n in ("whole", "stopped")
+    ]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == list(range(len(rows[0])))
 
 
@@ -105,28 +128,6 @@ def test_a_second_run_and_a_single_stage_of_it(folder: Path, tmp_path: Path, cap
     assert main(["sft", "sft.patience=9", "--out", str(tmp_path)]) == 0
     stage = RunDir(tmp_path).manifest.read()["recipe"]["stages"][0]
     assert (stage["epochs"], stage["patience"]) == (0.2, 9)
-
-
-def test_ctrl_c_is_130_and_can_go_on(folder: Path, keel_command: list[str], subprocess_env: dict[str, str]) -> None:
-    arguments = [*keel_command, "run", str(folder / "recipe.yaml"), "sft.epochs=500", "--out", str(folder / "stopped")]
-    process = subprocess.Popen(
-        arguments,
-        env=subprocess_env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell's background job ignores SIGINT, and so do its children unless told otherwise
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    state = folder / "stopped" / "sft" / "state" / "state.pt"
-    eventually(lambda: state.exists() or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert said.count("restarting once") == (sys.platform == "linux" and not os.path.exists("/dev/nvidiactl"))
-    assert "interrupted; run the same command to resume" in errors
-    assert "Traceback" not in errors
-    assert RunDir(folder / "stopped").stage("sft").load_state() is not None
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

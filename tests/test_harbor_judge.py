@@ -425,7 +425,7 @@ def test_export_writes_what_the_pipeline_reads(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- annotators
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.wide) for seed in (1, 2))])
 def test_annotators_agree_as_people_do(seed: int) -> None:
     """Two annotators, sides drawn for each, over pairs such as an SFT model samples; ties left out. Simulated
     judgements, not the closed form. InstructGPT: 72.6 +- 1.5% (training), 77.3 +- 1.3% (held-out)."""

@@ -254,13 +254,12 @@ class _KilledAfter(Silent):
 def test_a_build_is_reproducible_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keel.harbor.build.TOKENIZER_DOCUMENTS", 300)
     build(tmp_path / "a", Silent(), seed=3, settings=TINY)
-    build(tmp_path / "b", Silent(), seed=3, settings=TINY)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "c", _KilledAfter(3), seed=3, settings=TINY)
-    build(tmp_path / "c", Silent(), seed=3, settings=TINY)
-    build(tmp_path / "d", Silent(), seed=4, settings=TINY)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"]
-    assert weights[0] == weights[1] == weights[2] != weights[3]
+        build(tmp_path / "b", _KilledAfter(3), seed=3, settings=TINY)
+    build(tmp_path / "b", Silent(), seed=3, settings=TINY)
+    build(tmp_path / "c", Silent(), seed=4, settings=TINY)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
     assert not (tmp_path / "a" / "build_state.pt").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert model.config.model_type == "llama"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -79,15 +79,15 @@ def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
+@cache
+def walked(file: Path) -> list[ast.AST]:
+    return list(ast.walk(parsed(file)))
+
+
 def imports(file: Path) -> Iterator[Import]:
-    tree = parsed(file)
-    inside = {
-        id(node)
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(f)
-    }
-    for node in ast.walk(tree):
+    functions = [n for n in walked(file) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = [range(f.lineno, (f.end_lineno or f.lineno) + 1) for f in functions]
+    for node in walked(file):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -101,9 +101,11 @@ def imports(file: Path) -> Iterator[Import]:
             ]
             names = below if node.module == "keel" and below else [node.module or ""]
         for name in names:
-            yield Import(file.relative_to(PACKAGE).as_posix(), node.lineno, name, id(node) not in inside)
+            top_level = not any(node.lineno in lines for lines in inside)
+            yield Import(file.relative_to(PACKAGE).as_posix(), node.lineno, name, top_level)
 
 
+@cache
 def all_imports() -> list[Import]:
     return [found for file in sorted(PACKAGE.rglob("*.py")) for found in imports(file)]
 
@@ -236,7 +238,7 @@ def test_no_zip_lets_lists_drift_apart() -> None:
     """Every zip says strict=... (rule 7)."""
     loose = []
     for file in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(parsed(file)):
+        for node in walked(file):
             is_zip = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip"
             if is_zip and not any(keyword.arg == "strict" for keyword in node.keywords):
                 loose.append(f"{file.relative_to(ROOT)}:{node.lineno}")
@@ -284,10 +286,10 @@ def classes_of_stages() -> set[str]:
     return names
 
 
-def asks_for_a_kind(tree: ast.AST, classes: set[str]) -> Iterator[int]:
+def asks_for_a_kind(nodes: Iterable[ast.AST], classes: set[str]) -> Iterator[int]:
     """Lines that branch on a stage's class, or list kinds by name."""
     kinds = {name.removesuffix("Stage").lower() for name in classes if name.endswith("Stage")}
-    for node in ast.walk(tree):
+    for node in nodes:
         where: list[ast.AST] = []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             where = [*node.args[1:]] if node.func.id in ("isinstance", "issubclass") else []
@@ -316,7 +318,7 @@ def test_who_needs_to_know_asks_the_stage() -> None:
     for file in sorted(PACKAGE.rglob("*.py")):
         place = file.relative_to(PACKAGE).as_posix()
         if room(place) not in MAY_KNOW_KINDS and place not in TABLES_OF_KINDS:
-            wrong += [f"keel/{place}:{line}" for line in asks_for_a_kind(parsed(file), classes)]
+            wrong += [f"keel/{place}:{line}" for line in asks_for_a_kind(walked(file), classes)]
     assert wrong == [], "declare it on StageBase, and ask the stage"
 
 
@@ -335,12 +337,12 @@ def test_who_needs_to_know_asks_the_stage() -> None:
     ],
 )
 def test_a_question_for_the_class_is_found(text: str) -> None:
-    assert list(asks_for_a_kind(ast.parse(text), classes_of_stages()))
+    assert list(asks_for_a_kind(ast.walk(ast.parse(text)), classes_of_stages()))
 
 
 def test_another_question_is_not_found() -> None:
     for text in ("isinstance(value, str)", "PpoStage(name='ppo')", "kind == 'reward'", "{'eval', 'test'}"):
-        assert not list(asks_for_a_kind(ast.parse(text), classes_of_stages()))
+        assert not list(asks_for_a_kind(ast.walk(ast.parse(text)), classes_of_stages()))
 
 
 # --------------------------------------------------------------------------------- circles and lengths (rules 7, 8)
@@ -409,7 +411,7 @@ def test_files_and_functions_are_short() -> None:
             continue
         if len(file.read_text(encoding="utf-8").splitlines()) > LONGEST_FILE:
             long_files.append(f"keel/{place}")
-        for node in ast.walk(parsed(file)):
+        for node in walked(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 long_functions += [f"keel/{place}:{node.lineno}"] if lines > LONGEST_FUNCTION else []

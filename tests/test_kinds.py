@@ -299,6 +299,11 @@ with open("prompts.jsonl", "a") as file:
     file.write('{"prompt": "two words"}\\n')
 assert [step.state for step in plan(recipe, run)] == ["stale", "stale"]
 
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+
 TallyStage.reads = lambda self, data: ("on_bad_row",)  # forgets the prompts
 try:
     main(["run", "recipe.yaml", "--out", "run3"])
@@ -341,8 +346,9 @@ def test_a_new_kind_touches_five_files(tmp_path: Path, subprocess_env: dict[str,
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert "stage tally reads data.prompts, which TallyStage does not declare; add it to" in python("-c", TOY_SCRIPT)
-    assert re.search("tally +answer every prompt", python("-m", "keel", "--help"))
+    said = python("-c", TOY_SCRIPT)
+    assert "stage tally reads data.prompts, which TallyStage does not declare; add it to" in said
+    assert re.search("tally +answer every prompt", said)
     kept = json.loads((tmp_path / "run" / "tally" / "demonstrations.jsonl").read_text())
     assert kept["messages"][-1] == {"role": "assistant", "content": "3 words"}
     assert "words counted" in (tmp_path / "run" / "report.html").read_text()

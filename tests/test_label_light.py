@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 HEAVY = "heavy = {'torch', 'transformers', 'numba'} & set(sys.modules)\nassert not heavy, heavy\n"
+
+IMPORTED = "import sys\nimport keel.cli.commands, keel.cli.label, keel.run, keel.store, keel.web.app.create\n"
 
 SERVED = """
 import sys
@@ -42,17 +42,10 @@ assert main(["label", str(out / "run"), "--port", "0"]) == 0
 """
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "import sys\nimport keel.cli.commands, keel.cli.label, keel.run, keel.store, keel.web.app.create\n",
-        SERVED,
-    ],
-    ids=["imported", "served"],
-)
-def test_labelling_needs_no_torch(script: str, tmp_path: Path, subprocess_env: dict[str, str]) -> None:
+def test_labelling_needs_no_torch(tmp_path: Path, subprocess_env: dict[str, str]) -> None:
+    script = IMPORTED + HEAVY + SERVED + HEAVY
     ran = subprocess.run(
-        [sys.executable, "-c", script + HEAVY, str(tmp_path)], capture_output=True, text=True, env=subprocess_env
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=subprocess_env
     )
     assert ran.returncode == 0, ran.stderr
-    assert ("served" in ran.stdout) == (script is SERVED)
+    assert "served" in ran.stdout

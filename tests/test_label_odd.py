@@ -34,7 +34,7 @@ __all__ = ["browser", "chromium", "clock", "served"]
 
 
 def test_a_slow_double_click_is_one_vote(browser: Browser, served: Served) -> None:
-    context, page = owner(browser, served)
+    _, page = owner(browser, served)
     fetched(page)
     page.wait_for_timeout(SETTLED)
     place = page.get_by_role("button", name="Both bad").bounding_box()
@@ -51,7 +51,6 @@ def test_a_slow_double_click_is_one_vote(browser: Browser, served: Served) -> No
     page.mouse.up()
     wait_for_votes(served.store, 2)
     assert [one.prompt.messages[-1].content for one in served.store.judgements()] == asked[:2]
-    context.close()
 
 
 def test_what_is_typed_in_two_windows_is_kept(browser: Browser, served: Served) -> None:
@@ -74,7 +73,6 @@ def test_what_is_typed_in_two_windows_is_kept(browser: Browser, served: Served) 
     (flag,) = eventually(Manage(served.store).flags)
     assert flag["text"] == "a phone number is in it"
     assert flag["messages"][-1]["content"] == asked
-    context.close()
 
 
 def test_a_session_that_ends_in_the_middle_of_a_reply(browser: Browser, served: Served) -> None:
@@ -98,7 +96,6 @@ def test_a_session_that_ends_in_the_middle_of_a_reply(browser: Browser, served: 
     page.evaluate("dispatchEvent(new Event('focus'))")
     expect(page.locator("#offline")).to_be_hidden()
     assert [one.messages[-1].content for one in served.store.demonstrations()] == ["forty minutes of work"]
-    context.close()
 
 
 def test_a_phone_without_a_connection_for_an_hour(browser: Browser, served: Served, clock: Clock) -> None:
@@ -147,11 +144,10 @@ def test_a_phone_without_a_connection_for_an_hour(browser: Browser, served: Serv
         "a reply from the train",
     ]
     page.screenshot(path=SHOTS / "odd-after-an-hour.png")
-    context.close()
 
 
 def test_somebody_is_removed_while_they_hold_items(browser: Browser, served: Served, clock: Clock) -> None:
-    context, page = annotator(browser, served, "Bo")
+    _, page = annotator(browser, served, "Bo")
     fetched(page)
     served.people.change("Bo", "owner", active=False)
     page.wait_for_timeout(SETTLED)
@@ -162,11 +158,10 @@ def test_somebody_is_removed_while_they_hold_items(browser: Browser, served: Ser
     clock.ahead = timedelta(minutes=31)
     give_away(served.store, "cy")  # what they held goes to others
     assert len(served.store.judgements()) == 12
-    context.close()
 
 
 def test_what_is_taken_out_leaves_the_screen_and_its_text_stays(browser: Browser, served: Served) -> None:
-    context, page = owner(browser, served)
+    _, page = owner(browser, served)
     fetched(page)
     question = page.locator("#messages .text").last.inner_text()
     page.locator("#reason").fill("half a thought")
@@ -177,11 +172,10 @@ def test_what_is_taken_out_leaves_the_screen_and_its_text_stays(browser: Browser
     expect(page.locator("#refused pre")).to_have_text("half a thought")
     expect(page.locator("#refused")).to_contain_text("taken out")
     expect(page.locator("#messages")).not_to_contain_text(question)
-    context.close()
 
 
 def test_back_and_forth_between_pages_votes_on_what_is_shown(browser: Browser, served: Served) -> None:
-    context, page = owner(browser, served)
+    _, page = owner(browser, served)
     fetched(page)
     said = [shown(page)]
     press(page, "1")
@@ -198,7 +192,6 @@ def test_back_and_forth_between_pages_votes_on_what_is_shown(browser: Browser, s
     wait_for_votes(served.store, 3)
     assert [one.prompt.messages[-1].content for one in served.store.judgements()] == said
     assert len(set(said)) == 3
-    context.close()
 
 
 def test_a_page_that_stood_open_over_a_weekend_still_votes(browser: Browser, served: Served) -> None:
@@ -214,11 +207,10 @@ def test_a_page_that_stood_open_over_a_weekend_still_votes(browser: Browser, ser
     (vote,) = served.store.judgements()
     assert vote.seconds == 86_400
     expect(page.locator("#refused")).to_be_hidden()
-    context.close()
 
 
 def test_signing_out_with_votes_that_wait_says_so(browser: Browser, served: Served) -> None:
-    context, page = owner(browser, served)
+    _, page = owner(browser, served)
     fetched(page)
     page.route("**/api/**", lambda route: route.abort())
     press(page, "1")
@@ -238,7 +230,6 @@ def test_signing_out_with_votes_that_wait_says_so(browser: Browser, served: Serv
     page.wait_for_function("!Object.keys(localStorage).some((key) => key.startsWith('keel-letter-'))")
     page.get_by_role("button", name="Sign out").click()  # nothing waits: nothing is asked
     page.wait_for_url("**/sign-in")
-    context.close()
 
 
 def shown(page: Page) -> str:

@@ -418,7 +418,7 @@ def test_what_is_erased_is_learned_no_more(store: Store, url: str, tmp_path: Pat
     ids = fill(store, 2)
     ask(store, ids, overlap=2)
     labelling, ann, boss = Labelling(store), person(store, "ann"), person(store, "boss", "admin")
-    for secret in ("call 555 1234", "my name is Ann"):
+    for secret in ("call the harbour master", "my name is Annabella, of the lighthouse"):
         screen = labelling.next(ann, "step")
         assert screen is not None
         labelling.label_steps(ann, screen.id, bad(correction=secret))
@@ -432,8 +432,8 @@ def test_what_is_erased_is_learned_no_more(store: Store, url: str, tmp_path: Pat
         (one,) = steps.labels(connection)  # the labels stay, the line is gone
     assert (one.labels, one.annotator) == ((1.0, 0.0, None), "erased person 1")
     told = json.dumps([[event.old, event.new] for event in store.events()])
-    assert "555" not in told
-    assert "Ann" not in told
+    assert "harbour" not in told  # words that no token can hold: digits and a name of three letters come by chance
+    assert "lighthouse" not in told
 
 
 # ------------------------------------------------------------------------------------------------- stages, keel label

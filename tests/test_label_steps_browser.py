@@ -88,7 +88,7 @@ def states(page: Page) -> list[str]:
 
 @pytest.mark.parametrize("new_url", BOTH, indirect=True)
 def test_by_keyboard_alone(browser: Browser, served: Served) -> None:
-    context, page = owner(browser, served)
+    _, page = owner(browser, served)
     opened(page, served)
     expect(page.locator("#answer")).to_have_text("14")
     keys(page, "1j3")  # the second is passed over, the third is bad
@@ -137,7 +137,6 @@ def test_by_keyboard_alone(browser: Browser, served: Served) -> None:
         "give_up", ("good", None, None), "I know nothing of this",
     )  # fmt: skip
     assert (problem.outcome, problem.labels, problem.reference_shown) == ("bad_problem", (None,) * 3, False)
-    context.close()
 
 
 @pytest.mark.wide
@@ -185,7 +184,6 @@ def test_nothing_is_lost(browser: Browser, on_file: Served, clock: Clock) -> Non
     late = said(on_file, 7)[-1]
     assert (late.annotator, late.labels) == ("Bo", ("good",) * 3)
     assert len({one.token for one in given(on_file.store)}) == 7
-    context.close()
 
 
 @pytest.mark.wide
@@ -235,7 +233,7 @@ def test_what_was_said_of_a_step_stays_its_own(browser: Browser, on_file: Served
 @pytest.mark.wide
 def test_odd_replies_on_a_phone(browser: Browser, tmp_path: object, clock: Clock) -> None:
     for odd in serve(f"sqlite:///{tmp_path}/feedback.db", clock, ODD):
-        context, page = owner(browser, odd, is_mobile=True, has_touch=True)
+        _, page = owner(browser, odd, is_mobile=True, has_touch=True)
         page.set_viewport_size({"width": 375, "height": 740})
         opened(page, odd)
         counts = set()
@@ -258,13 +256,12 @@ def test_odd_replies_on_a_phone(browser: Browser, tmp_path: object, clock: Clock
         assert counts == {60, 2, 3}
         assert {one.labels[0] for one in said(odd, len(ODD))} == {"bad"}
         assert page.title() == "Steps · Keel"
-        context.close()
 
 
 @pytest.mark.wide
 def test_what_a_screen_reader_finds(browser: Browser, on_file: Served) -> None:
     StepWork(on_file.store).allow_reference(False, "boss")
-    context, page = owner(browser, on_file)
+    _, page = owner(browser, on_file)
     opened(page, on_file)
     expect(page.locator("#reference")).to_be_hidden()  # the project does not allow it
     assert page.evaluate("document.activeElement.id") == "prompt-h"
@@ -287,4 +284,3 @@ def test_what_a_screen_reader_finds(browser: Browser, on_file: Served) -> None:
     page.wait_for_timeout(SETTLED)
     (one,) = said(on_file, 1)
     assert (one.labels, one.reasons, one.reference_shown) == (("good", "unsure", "bad"), ("sum",), False)
-    context.close()

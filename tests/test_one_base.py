@@ -289,7 +289,7 @@ def test_recipes_that_cannot_share_a_base(change: dict[str, Any], message: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", [pytest.param("llama", marks=pytest.mark.wide), "gpt2"])
 def test_the_recipe_runs(architecture: str, tmp_path: Path) -> None:
     recipe = assistant(tmp_path, architecture, "ppo_one_base")
     recipe["model"]["lora"] = {"rank": 4}

@@ -123,7 +123,8 @@ def _train(kind: str, c: TrainContext, mix: PtxConfig | None, warmup: int = 0) -
         train_grpo(GrpoStage.model_validate({**online, "group_size": 4}), prompts, _Liking(), c.model_path, c)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "ppo", "grpo"])
+# GRPO has PPO's loop.
+@pytest.mark.parametrize("kind", ["sft", "dpo", "ppo", pytest.param("grpo", marks=pytest.mark.wide)])
 def test_what_training_would_forget_is_kept(kind: str, model: Path, tmp_path: Path) -> None:
     before, after = loss_on_texts(model), {}
     for name, mix in (("without", None), ("with", MIX)):

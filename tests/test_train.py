@@ -501,10 +501,13 @@ RESUMED: dict[str, Callable[[Path, Path], Path]] = {
 }
 
 
-# GRPO has PPO's loop and rollouts, a process reward model a reward model's loop.
+# A reward model has SFT's loop and evaluations, a process reward model a reward model's, GRPO PPO's loop and rollouts.
 KILLED = [
-    *(("sft", 1), ("dpo", 1), ("reward", 1), ("ppo", 2)),
-    *(pytest.param(*case, marks=pytest.mark.wide) for case in (("grpo", 2), ("process_reward", 1))),
+    *(("sft", 1), ("dpo", 1), ("ppo", 1)),
+    *(
+        pytest.param(*case, marks=pytest.mark.wide)
+        for case in (("reward", 1), ("process_reward", 1), ("ppo", 2), ("grpo", 2))
+    ),
 ]
 
 
