@@ -209,7 +209,8 @@ def test_a_function_that_cannot_be_had_is_said() -> None:
 @pytest.mark.parametrize("how", ["end", "interrupt", "kill"])
 def test_no_process_is_left_behind(tmp_path: Path, how: str) -> None:
     script = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell begins without it
         "from keel.reward.killable import Killable\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
         f"workers = Killable('misbehaving:make', seconds=0.4 if {how!r} == 'kill' else 30)\n"
