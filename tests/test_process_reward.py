@@ -35,7 +35,7 @@ from keel.stages import process_reward
 from keel.train.context import TrainContext
 from keel.train.loop import _update
 from keel.train.optim import make_optimizer
-from keel.train.process import Example, ProcessTraining, _encoded, train_process
+from keel.train.process import ProcessTraining, _encoded, train_process
 from keel.types import Completion, Message, Prompt, StepLabels, UserError
 
 FAST = OptimConfig(lr=3e-3)
@@ -104,8 +104,8 @@ def test_a_step_equals_a_slow_plain_reference(base: Path, tmp_path: Path) -> Non
     found = []
     for batch_tokens in (100_000, 60):
         model = load_scalar(base, new_head_seed=1)
-        examples = _encoded(records, model.chat, c)
         config = stage(batch_size=100, batch_tokens=batch_tokens, optim=OptimConfig(warmup=0))
+        examples = _encoded(records, model.chat, config, c)
         groups = group_by_prompt(examples, lambda example: example.record.prompt)
         algorithm = ProcessTraining(model, groups, [], config, c)
         (micros,) = algorithm.updates(0)
@@ -135,13 +135,29 @@ def test_a_step_equals_a_slow_plain_reference(base: Path, tmp_path: Path) -> Non
 def test_nothing_of_a_label_is_in_what_the_model_reads(base: Path, tmp_path: Path) -> None:
     c, chat = context(tmp_path, base), load_scalar(base, new_head_seed=0).chat
     record = StepLabels("a", prompt(0), ("the ship\n", "salt\n", "rope"), (1.0, 0.0, None))
-    [example] = _encoded([record], chat, c)
-    [other] = _encoded([replace(record, labels=(0.0, 1.0, None))], chat, c)
+    [example] = _encoded([record], chat, stage(), c)
+    [other] = _encoded([replace(record, labels=(0.0, 1.0, None))], chat, stage(), c)
     assert example.judged.row == other.judged.row
     text = chat.tokenizer.decode(example.judged.row.ids)
     assert text.endswith("the ship\nsalt"), "what is behind the last judged step is not even run"
     assert example.judged.ends == example.whole.ends[:2]
-    assert Example(record, example.whole).labels == (1.0, 0.0)
+    assert example.labels == (1.0, 0.0)
+
+
+def test_what_follows_an_error_may_be_left_out(base: Path, tmp_path: Path) -> None:
+    c, chat = context(tmp_path, base), load_scalar(base, new_head_seed=0).chat
+    steps = ("the ship\n", "salt\n", "rope\n", "sail")
+    records = [
+        StepLabels(str(i), prompt(i), steps, labels)
+        for i, labels in enumerate([(1.0, 0.4, 1.0, 0.0), (None, 1.0, 1.0, 1.0), (0.0, None, 0.0, None)])
+    ]
+    learned = [example.labels for example in _encoded(records, chat, stage(until_error=True), c)]
+    assert learned == [(1.0, 0.4), (1.0, 1.0, 1.0), (0.0,)]
+    whole = [example.labels for example in _encoded(records, chat, stage(), c)]
+    assert whole == [(1.0, 0.4, 1.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0)]
+    # What a reply's answer is is said by its last label, learned or not.
+    judged = process_reward._judged(ScoredSteps(records[0], (0.9, 0.1, 0.9, 0.9)), stage(until_error=True), {})
+    assert (judged.labels, judged.right) == ((1.0, 0.4, None, None), False)
 
 
 # ---------------------------------------------------------------------------------------------------------- it learns

@@ -30,7 +30,7 @@ class ProcessRewardStage(TrainBase):
     help: ClassVar[str] = "train a process reward model on labelled steps"
     makes: ClassVar[tuple[Makes, ...]] = ("process reward model",)
     starts_from: ClassVar[tuple[Makes, ...]] = (*MODELS, "process reward model")
-    later: ClassVar[frozenset[str]] = frozenset({"gold"})
+    later: ClassVar[frozenset[str]] = frozenset({"gold", "until_error"})
 
     kind: Literal["process_reward"] = "process_reward"
     model: str = "sft"
@@ -53,6 +53,11 @@ class ProcessRewardStage(TrainBase):
     )
     neutral: Literal["good", "bad", "out"] = Field(
         "good", description="what a step that is neither right nor wrong counts as (PRM800K's 0); out: as unjudged"
+    )
+    until_error: bool = Field(
+        False,
+        description="learn a reply's steps up to its first wrong one alone, as PRM800K's labellers judged them: what "
+        "follows an error says little of itself. Good with aggregate: min; figures of steps are of these steps too",
     )
     aggregate: Literal["auto"] | Aggregate = Field(
         "auto",
@@ -110,6 +115,10 @@ class ProcessRewardStage(TrainBase):
     def _fits_together(self) -> ProcessRewardStage:
         if not self.sources:
             raise ValueError("labels is an empty list; name files or step_labels stages")
+        if self.level == "outcome" and self.until_error:
+            raise ValueError(
+                "level: outcome learns of a reply's last step, so until_error leaves nothing; leave it out"
+            )
         if self.level == "outcome" and self.aggregate not in ("auto", "last"):
             raise ValueError(
                 f"level: outcome judges a reply by its last step, so aggregate is last, not {self.aggregate}; leave it "

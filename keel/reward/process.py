@@ -49,6 +49,12 @@ def outcome(record: StepLabels, bound: float) -> float | None:
     return record.labels[-1] if record.labels[-1] is not None else 0.0 if wrong else None
 
 
+def until_error(labels: Sequence[float | None], bound: float) -> tuple[float | None, ...]:
+    """The labels up to the first wrong step (not above ``bound``); what follows is as if unjudged."""
+    wrong = next((i for i, label in enumerate(labels) if label is not None and label <= bound), len(labels))
+    return tuple(label if i <= wrong else None for i, label in enumerate(labels))
+
+
 def packed_steps(rows: Sequence[EncodedSteps], device: str | torch.device) -> tuple[PackedBatch, Tensor]:
     """(replies behind one copy of their prompt, the place in T of every step's end [W]), in the order of the rows."""
     batch = pack_by_prompt([one.row for one in rows], device)

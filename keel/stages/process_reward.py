@@ -23,7 +23,7 @@ from keel.run import write_json
 from keel.stages.context import STEP_LABELS, StageContext
 from keel.stages.inputs import reading, step_labels_of_people
 from keel.stages.training import require_chat_template, training_context
-from keel.train.process import train_process
+from keel.train.process import learned_labels, train_process
 from keel.types import Completion, StepLabels, UserError, place_of
 
 TRACES = "traces.json"  # some held-out replies with the scores of their steps, for the report
@@ -101,12 +101,12 @@ Answered = tuple[Verdict, str | None]  # what an answer is, and the answer itsel
 def _judged(one: ScoredSteps, stage: ProcessRewardStage, answers: Mapping[Reply, Answered]) -> Judged:
     """With what is known of the reply's answer: by the prompt's, or else by its last step's label."""
     record = one.record
-    problem = messages_hash(record.prompt.messages)
+    problem, labels = messages_hash(record.prompt.messages), learned_labels(record, stage)
     if stage.verify is not None:
         verdict, answer = answers[_reply(record, stage.verify)]
-        return Judged(one.scores, record.labels, problem, verdict == "right" if record.finished else None, answer)
+        return Judged(one.scores, labels, problem, verdict == "right" if record.finished else None, answer)
     label = outcome(record, stage.label_bound)
-    return Judged(one.scores, record.labels, problem, None if label is None else label > stage.label_bound)
+    return Judged(one.scores, labels, problem, None if label is None else label > stage.label_bound)
 
 
 def _gold(

@@ -18,7 +18,7 @@ from keel.objective.process import step_loss
 from keel.precision import autocast
 from keel.recipe.process_reward import ProcessRewardStage
 from keel.recipe.steps import Aggregate
-from keel.reward.process import ScoredSteps, outcome, packed_steps, step_scores
+from keel.reward.process import ScoredSteps, outcome, packed_steps, step_scores, until_error
 from keel.train.context import TrainContext, record_lineage, within_length
 from keel.train.loop import Algorithm, Micro, Stats, Totals, train
 from keel.train.pairs import due
@@ -29,19 +29,21 @@ from keel.types import Encoded, Prompt, StepLabels, UserError, place_of
 
 @dataclass(frozen=True)
 class Example:
-    """A reply with the ends of all its steps. ``judged``: what is learned of it, to the last judged step's end and with
-    the ends of judged steps alone. A label is of the text up to its step: it stands in no token."""
+    """A reply with the ends of all its steps. ``learned``: the labels that are learned, None for other steps.
+    ``judged``: what is learned of it, to the last judged step's end and with the ends of judged steps alone. A label is
+    of the text up to its step: it stands in no token."""
 
     record: StepLabels
     whole: EncodedSteps
+    learned: tuple[float | None, ...]
 
     @property
     def labels(self) -> tuple[float, ...]:
-        return tuple(label for label in self.record.labels if label is not None)
+        return tuple(label for label in self.learned if label is not None)
 
     @property
     def judged(self) -> EncodedSteps:
-        ends = [end for end, label in zip(self.whole.ends, self.record.labels, strict=True) if label is not None]
+        ends = [end for end, label in zip(self.whole.ends, self.learned, strict=True) if label is not None]
         row = self.whole.row
         return EncodedSteps(Encoded(row.ids[: ends[-1] + 1], row.mask[: ends[-1] + 1]), tuple(ends))
 
@@ -134,8 +136,8 @@ def train_process(
     model = roles_of(config, context).new_reward_model(context.seed)
     training, heldout = split_by_prompt(known, config.heldout_fraction, context.seed)
     groups, kept = (
-        group_by_prompt(_encoded(training, model.chat, context), _prompt),
-        _encoded(heldout, model.chat, context),
+        group_by_prompt(_encoded(training, model.chat, config, context), _prompt),
+        _encoded(heldout, model.chat, config, context),
     )
     learned = [example for group in groups for example in group]
     if len(same := {label for one in learned for label in one.labels}) == 1:
@@ -176,9 +178,16 @@ def _at_level(record: StepLabels, config: ProcessRewardStage) -> StepLabels:
     return replace(record, labels=(*(None,) * (len(record.labels) - 1), outcome(record, config.label_bound)))
 
 
-def _encoded(records: Sequence[StepLabels], chat: Chat, context: TrainContext) -> list[Example]:
+def _encoded(
+    records: Sequence[StepLabels], chat: Chat, config: ProcessRewardStage, context: TrainContext
+) -> list[Example]:
     places = [place_of(record) for record in records]
     rows = encode_steps(chat, [(record.prompt.messages, record.steps) for record in records], places)
     both = list(zip(records, rows, strict=True))
     kept, _ = within_length(both, [[row.row] for row in rows], places, context)
-    return [Example(record, row) for record, row in kept]
+    return [Example(record, row, learned_labels(record, config)) for record, row in kept]
+
+
+def learned_labels(record: StepLabels, config: ProcessRewardStage) -> tuple[float | None, ...]:
+    """What is learned, and measured, of a reply's labels."""
+    return until_error(record.labels, config.label_bound) if config.until_error else record.labels
