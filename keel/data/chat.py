@@ -104,6 +104,18 @@ class Chat:
             rows.append(prompts[key] + self._reply_segments(reply, finished))
         return self._tokens.encode(rows, strict=False)
 
+    def encode_pieces(self, messages: Sequence[Message], pieces: Sequence[str]) -> list[list[int]]:
+        """The prompt, and each piece of a reply by itself: the first as if the reply stopped there. White space that
+        the template takes off a reply's end begins the next piece."""
+        parts, rest = [], ""
+        for piece in pieces:
+            text = rest + piece
+            parts.append(text.rstrip(self._habits.right))
+            rest = text[len(parts[-1]) :]
+        row = self.encode_reply(messages, parts[0], finished=False)
+        begin = len(row.prompt_ids)
+        return [list(row.ids[:begin]), list(row.ids[begin:]), *token_ids(self.tokenizer, parts[1:])]
+
     def encode_whole(self, conversations: Sequence[Sequence[Message]], places: Sequence[str] = ()) -> list[list[int]]:
         """``apply_chat_template`` of many, to its last token: what stands behind a reply's end (ChatML's newline) too.
         ``places``: where each comes from, for errors."""

@@ -94,7 +94,8 @@ def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> P
     """What says how good each step of a reply is: a process reward model, or a Python function."""
     if isinstance(ref, PythonStepsRef):
         return PythonSteps(context.python(ref), ref.ref)
-    return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
+    model = load_scalar(context.source(ref.model), device=context.device, products=precision)
+    return frozen_process(model, precision, context.reporter.note)
 
 
 def source_name(source: PythonRef | RewardModelRef | EndpointRef | ProcessTerm | CheckRef) -> str:
