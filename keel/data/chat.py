@@ -154,6 +154,10 @@ class Chat:
                     self._tokens.encode([row], strict=True)
             raise
 
+    def opens(self, mark: str) -> bool:
+        """Whether the template ends a prompt with ``mark``, so that a reply begins behind it."""
+        return not self.plain and self._render_prompt([Message("user", "Hello")]).rstrip().endswith(mark)
+
     def decode(self, ids: Sequence[int], so_far: bool = False) -> str:
         """The text of a reply's ids with every mark that the model wrote (thinking, tools, roles): what judges it must
         see them. Left out are the token that ended it, padding, and the white space that the template puts around.

@@ -92,6 +92,12 @@ class Thinking(Strict):
             return self._without_mark(text), None
         return (self._without_mark(before), answer) if closed else (None, text)
 
+    def shown(self, text: str) -> str:
+        """What is shown to whom the answer alone is shown: without the white space before it, none where thinking
+        never ends."""
+        thought, answer = self.split(text)
+        return text if thought is None else (answer or "").lstrip()
+
     def _without_mark(self, thought: str) -> str:
         begun = thought.lstrip()
         return begun[len(self.open) :] if begun.startswith(self.open) else thought

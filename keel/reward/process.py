@@ -151,7 +151,7 @@ class ProcessScorer:
         self.in_pieces += sum(row.in_pieces for row in rows)
         if self.note is not None and self.in_pieces and not told:
             self.note(
-                f"{self.in_pieces} of the first {self.read} replies have a step that ends within a token of the process "
+                f"{self.in_pieces} of the first {self.read} replies have a step that ends in a token of the process "
                 "reward model, or signs that its tokenizer does not give back; they are read in pieces, each step to "
                 "its own end"
             )
