@@ -205,3 +205,37 @@ def test_more_true_steps_move_no_other_token_with_progress() -> None:
         return [found[0] - found[-1], found[-3] - found[-1]]  # the mean over tokens is the same for all
 
     assert run(True) == pytest.approx(run(False), abs=1e-6)
+
+
+def test_the_batchs_scale_is_one_whether_steps_have_values_or_not() -> None:
+    """Two prompts, an easy one and a hard one. The deviation of 2, 3, 6, 9 (mean 5) is sqrt((9 + 4 + 1 + 16) / 3)."""
+    offsets, scores = torch.tensor([0, 2, 5, 6, 8]), torch.tensor([2.0, 3.0, 6.0, 9.0])
+    none = StepValues(torch.empty(0), torch.empty(0, dtype=torch.int64))
+    spread = 10**0.5 + 1e-4
+    by_hand = [-0.5 / spread] * 2 + [0.5 / spread] * 3 + [-1.5 / spread] + [1.5 / spread] * 2
+    for against in ("returns", "tokens"):
+        found = trace_advantages(scores, none, offsets, 2, against, "batch")  # type: ignore[arg-type]
+        assert found.tolist() == pytest.approx(by_hand, abs=1e-6)
+        tiny = StepValues(torch.full((4,), 1e-6), offsets[1:] - 1)
+        found = trace_advantages(scores, tiny, offsets, 2, against, "batch")  # type: ignore[arg-type]
+        assert found.tolist() == pytest.approx(by_hand, abs=1e-5), "nor does a weight near 0 change the step"
+    assert group_advantages(scores, 2, "batch").tolist() == pytest.approx([by_hand[i] for i in (0, 2, 5, 6)], abs=1e-6)
+    # The same numbers as one step's values at the replies' ends, of equal lengths.
+    equal = torch.tensor([0, 3, 6, 9, 12])
+    steps = StepValues(scores, equal[1:] - 1)
+    found = trace_advantages(torch.zeros(4), steps, equal, 2, "returns", "batch")
+    expected = [x / spread for x in (-0.5, 0.5, -1.5, 1.5) for _ in range(3)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_batchs_scale_leaves_out_what_tells_nothing() -> None:
+    """Of 2, 3, 6 (mean 11/3) and one that was cut: what is alone in its group counts for the deviation."""
+    offsets, scores = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([2.0, 3.0, 6.0, 99.0])
+    valid = torch.tensor([True, True, True, False])
+    none = StepValues(torch.empty(0), torch.empty(0, dtype=torch.int64))
+    spread = ((25 + 4 + 49) / 9 / 2) ** 0.5 + 1e-4
+    for found in (
+        trace_advantages(scores, none, offsets, 2, "returns", "batch", valid_N=valid),
+        group_advantages(scores, 2, "batch", valid_N=valid),
+    ):
+        assert found.tolist() == pytest.approx([-0.5 / spread, 0.5 / spread, 0.0, 0.0], abs=1e-6)

@@ -10,12 +10,15 @@ import pytest
 from keel.eval.process_quality import (
     Candidate,
     Judged,
+    aggregate_accuracies,
     best_of_n,
+    chosen_aggregate,
     first_error,
     first_error_f1,
     found_error,
     harmonic,
     pair_accuracy,
+    process_quality,
     step_auc,
 )
 
@@ -144,3 +147,35 @@ def test_the_majority_by_hand() -> None:
     assert unknown[0]["majority"] is None
     assert best_of_n([[Candidate(0.9, "a", True)]]) is None
     assert best_of_n([]) is None
+
+
+def test_an_aggregate_is_not_measured_on_what_it_was_chosen_on() -> None:
+    """Noise: of four aggregates the best by chance looks better than the others where it was chosen. No score knows
+    which of two replies is right, so one of them is right in half of the problems, however it is chosen."""
+    rng, found, same = Random(0), [], []
+    for seed in range(40):
+        replies = [
+            Judged(tuple(rng.random() for _ in range(3)), (None,) * 3, problem, bool(right))
+            for problem in range(16)
+            for right in (0, 1)
+        ]
+        accuracies = aggregate_accuracies(replies)
+        same.append(process_quality(replies, chosen_aggregate(accuracies), 0.5)["best_of_n"][-1]["score"][0])
+        assert same[-1] == max(accuracies.values())
+        found.append(process_quality(replies, None, 0.5, seed)["best_of_n"][-1]["score"][0])
+    assert sum(same) / 40 > 0.57, "chosen and measured on the same"
+    assert abs(sum(found) / 40 - 0.5) < 0.045  # 640 problems: two standard errors are 0.04
+
+
+def test_each_half_is_scored_as_the_other_chooses() -> None:
+    """Whichever two of four problems are a half: in all of them the last step alone tells the right reply."""
+    replies = [
+        Judged((p, q), (None, None), problem, right)
+        for problem in "abcd"
+        for p, q, right in ((0.1, 0.8, True), (0.9, 0.2, False))
+    ]
+    assert chosen_aggregate(aggregate_accuracies(replies)) == "last"
+    assert process_quality(replies, None, 0.5)["best_of_n"][-1]["score"][0] == 1.0
+    assert process_quality(replies, "min", 0.5)["best_of_n"][-1]["score"][0] == 0.0
+    one = process_quality(replies[:2], None, 0.5)["best_of_n"]
+    assert one[-1]["score"][0] == 0.0, "of one problem nothing else can choose: it is min, unchosen"

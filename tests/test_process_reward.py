@@ -505,3 +505,42 @@ def test_the_check_finds_what_the_stage_would(base: Path, tmp_path: Path, capsys
     assert "judged answer are left out" not in found, "the verdicts are learned in the labels' place"
     found = said([*answered, {**good[0], "prompt": "q"}], *verified)
     assert "1 of 5 prompts have no answer in meta.answer, which process_reward holds replies against" in found
+
+
+def test_no_reply_of_a_model_stops_the_scorer(trained: tuple[Path, Any, Any]) -> None:
+    """Blanks, cut characters, a marker that tokens hold together with what follows; it is said once how many."""
+    notes: list[str] = []
+    made = scorer(trained[0], note=notes.append)
+    made.model.tokenizer.add_tokens(["..."])  # one token for the ends of three steps
+    how = Steps(by="marker", marker=".")
+    texts = ["hello... you. 2", "\ufffd\ufffd.a...\ufffd", "  ", "a. .b", "you. hello."]
+    replies = [how.split(text) for text in texts]
+    found = made.score_steps([prompt(0)] * len(replies), replies)
+    assert [len(scores) for scores in found] == [len(steps) for steps in replies]
+    assert found[2] == (0.0,)
+    assert len(notes) == 1
+    assert notes[0].startswith("2 of the first 4 replies have a step that ends in a token of the process reward")
+    for steps, scores in zip(replies, found, strict=True):
+        for k in range(1, len(steps)):
+            [part] = made.score_steps([prompt(0)], [steps[:k]])
+            assert part == pytest.approx(scores[:k], abs=1e-6), "no score depends on what follows"
+    assert made.score_steps([prompt(0)], [replies[0]])[0] == pytest.approx(found[0], abs=1e-6)
+    assert len(notes) == 1
+    assert made.in_pieces > 2
+
+
+def test_rows_are_learned_as_replies_are_scored(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And how many are read in pieces is said."""
+    notes: list[str] = []
+    reporter = Silent()
+    monkeypatch.setattr(reporter, "note", notes.append, raising=False)
+    c = context(tmp_path, base, reporter)
+    model = load_scalar(base, new_head_seed=0)
+    model.tokenizer.add_tokens(["..."])
+    texts = ("hello... you.", "hello. you.")
+    rows = [StepLabels(f"r{i}", prompt(i), Steps(by="marker", marker=".").split(t), ()) for i, t in enumerate(texts)]
+    rows = [replace(row, labels=(1.0,) * len(row.steps)) for row in rows]
+    made = [one.whole for one in _encoded(rows, model.chat, c)]
+    assert [len(one.ends) for one in made] == [4, 2]
+    assert [one.in_pieces for one in made] == [True, False]
+    assert any("1 of 2 replies have a step that ends within a token" in note for note in notes)

@@ -29,7 +29,7 @@ from keel.recipe.recipe import Recipe
 from keel.recipe.sections import SamplingConfig, Source
 from keel.recipe.steps import Steps
 from keel.reward.python_ref import load_python
-from keel.run import RunDir
+from keel.run import RunDir, Silent
 from keel.search.growing import Grower
 from keel.search.paths import Costs, Found
 from keel.search.paths import Path as Reply
@@ -207,6 +207,7 @@ def test_what_a_search_cannot_have_is_said_before_it(tmp_path: Path, search: dic
     given = {"how": "best_of_n", "n": 2, "scorer": {"kind": "process", "model": scorer}} | search
     context = SimpleNamespace(
         device="cpu",
+        reporter=Silent(),
         stage_dir=SimpleNamespace(name="eval"),
         source=lambda name: Source(str(base if name == "base" else name)),
         python=lambda ref: load_python(ref.ref),

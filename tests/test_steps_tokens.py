@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -135,8 +138,91 @@ def test_what_has_no_end_is_refused_in_a_sentence() -> None:
         ends_in_tokens(made, made("a\nb", add_special_tokens=False)["input_ids"], ("a\n", "b"), "rows.jsonl, line 3")
     with pytest.raises(UserError, match="does not give the reply back as it stands"):
         ends_in_tokens(made, made("a\nx", add_special_tokens=False)["input_ids"], ("a\n", "x"))
-    bytes_written_out = Chat(SENTENCEPIECE["mistral, always"]())
-    with pytest.raises(UserError, match="does not give the reply back as it stands"):
-        encode_steps(bytes_written_out, [(ASK, ("hello\n", "you"))])
     with pytest.raises(UserError, match="step 2 is blank"):
         ends_in_tokens(CHATS["plain"].tokenizer, CHATS["plain"].tokenizer("a\n\n")["input_ids"], ("a\n", "\n"))
+
+
+def letters_and(*words: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of letters and of ``words``, the longest first; it has no z."""
+    known = [*words, *"abcdegklmnrstuwx.,;:0123456789+=\n <>|/_", "[UNK]"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(known))}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, words), "[^z]|z"])), "isolated")
+    fast.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="[UNK]", unk_token="[UNK]")
+
+
+MERGING = Chat(letters_and("a\nb", "...", "..", ".\n", "  "))
+MARKED = Steps(by="marker", marker=".")
+SPACED = Steps(by="marker", marker=" ")
+
+
+def pieces_by_hand(text: str, ends: Sequence[int]) -> list[int]:
+    """The tokens of ``text`` cut at ``ends``, each piece by itself."""
+    return [i for a, b in pairwise([0, *ends, len(text)]) for i in MERGING.tokenizer(text[a:b])["input_ids"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "ends", "cuts"),
+    [
+        ("a\nb", Steps(), (0, 2), [2]),  # one token for all three
+        ("a\nb\na\nb", Steps(), (0, 2, 4, 6), [2, 6]),  # and of both steps; between them nothing is amiss
+        ("d...e", MARKED, (1, 2, 3, 4), [2, 3]),
+        ("d.e", MARKED, (1, 2), []),
+        ("d\nze\ne", Steps(), (0, 3, 5), [5]),  # read as [UNK] from there on
+    ],
+)
+def test_a_step_within_a_token_is_read_to_its_own_end(
+    text: str, how: Steps, ends: tuple[int, ...], cuts: list[int]
+) -> None:
+    """Counted by hand: a letter is a token, but for those that the tokenizer has as one."""
+    [found] = encode_steps(MERGING, [(ASK, how.split(text))])
+    begin = len(found.row.prompt_ids)
+    assert list(found.row.ids[begin:]) == pieces_by_hand(text, cuts)
+    assert tuple(end - begin for end in found.ends) == ends
+    assert found.in_pieces == bool(cuts)
+
+
+def assert_as_if_it_stopped(chat: Chat, text: str, how: Steps) -> None:
+    """A step's end and all tokens up to it are those that the reply has if it stops there."""
+    steps = how.split(text)
+    whole = encode_steps(chat, [(ASK, steps)])[0]
+    assert len(whole.ends) == len(steps)
+    assert all(a < b for a, b in pairwise(whole.ends)), "each has an end of its own"
+    parts = encode_steps(chat, [(ASK, steps[:i]) for i in range(1, len(steps))])
+    for i, part in enumerate(parts, 1):
+        assert part.ends == whole.ends[:i]
+        assert part.row.ids[: part.ends[-1] + 1] == whole.row.ids[: part.ends[-1] + 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(alphabet="ab.\n dz", min_size=1, max_size=14).filter(lambda text: text.strip()),
+    st.sampled_from([*WAYS[:2], MARKED, SPACED]),
+)
+def test_no_reply_of_a_model_is_refused_and_no_score_sees_what_follows(text: str, how: Steps) -> None:
+    assert "".join(how.split(text)) == text
+    assert all(step.strip() for step in how.split(text))
+    assert_as_if_it_stopped(MERGING, text, how)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_nor_by_any_tokenizer(name: str) -> None:
+    """Markers that tokens hold together with other steps, a cut character, and marks of the tokenizer's own."""
+    for text in ("hello... you. \ufffd\ufffd4)).\n).)", "2..\n\n.3  .\n.a", "日..本.\ufffd"):
+        for how in (MARKED, Steps(by="marker", marker=")"), Steps(), SPACED):
+            assert_as_if_it_stopped(CHATS[name], text, how)
+    assert_as_if_it_stopped(Chat(SENTENCEPIECE["mistral, always"]()), "hello\nyou\n2+2", Steps())  # writes bytes out
+
+
+def test_many_steps_within_tokens_are_looked_at_once() -> None:
+    begun = time.process_time()
+    [found] = encode_steps(MERGING, [(ASK, MARKED.split("d..." * 300))])
+    assert len(found.ends) == 900
+    assert time.process_time() - begun < 3
+
+
+def test_a_marker_of_white_space_makes_no_blank_steps() -> None:
+    assert SPACED.split("a  b c") == ("a  ", "b ", "c")
+    assert SPACED.split("  a \n b ") == ("  a \n ", "b ")
+    assert Steps(by="marker", marker="\t ").split("a\t \t b\t ") == ("a\t \t ", "b\t ")
+    assert SPACED.split("   ") == ("   ",)

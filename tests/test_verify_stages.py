@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from test_chat import QWEN3, SPECIALS
+from test_chat import tokenizer as chat_tokenizer
 from test_stages import run, write_jsonl
 from tiny import save_tiny, tiny_tokenizer
 
@@ -25,6 +28,7 @@ from keel.check.machine import extras
 from keel.cli import main
 from keel.data.chat import Chat
 from keel.data.sources import read_demonstrations, read_prompts
+from keel.model.checkpoint import load_scalar
 from keel.recipe.judges import RewardTerm
 from keel.recipe.recipe import Recipe
 from keel.recipe.sample import SampleStage
@@ -32,7 +36,10 @@ from keel.recipe.steps import Thinking
 from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 from keel.reward.checks import Coin, Format, Verify, known_answer, make_check
 from keel.reward.killable import Killable
-from keel.run import RunDir
+from keel.reward.scorer import RewardModelScorer
+from keel.run import RunDir, Silent
+from keel.stages.context import StageContext
+from keel.stages.scoring import make_judge, mixed_scorer
 from keel.types import Completion, Message, Prompt, UserError
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k.jsonl"
@@ -335,3 +342,99 @@ def test_a_group_takes_no_mean_of_scores_below_zero(tmp_path: Path) -> None:
     made["stages"][2] |= {"scale_rewards": "mean"}
     with pytest.raises(ValidationError, match="scale_rewards"):
         Recipe.model_validate(made)
+
+
+# -------------------------------------------------------------------------------- thinking, and who is shown it
+
+
+def heard(_: Prompt, text: str) -> float:
+    """How long what it is shown is."""
+    return float(len(text))
+
+
+HEARD = f"{Path(__file__)}:heard"
+
+
+def test_a_function_and_a_reward_model_can_be_shown_the_answer_alone(tmp_path: Path) -> None:
+    answers = {"kind": "python", "ref": HEARD, "thinking": {}}
+    opened = {"kind": "python", "ref": HEARD, "thinking": {"opened": True}}
+    texts = ("<think>5 or 6</think>\n\nsix", "<think>5 or 6", "six")
+    replies = [Completion(text, finished=not text.endswith("6")) for text in texts]
+    rewards = [{"source": source, "weight": 2.0} for source in ({"kind": "python", "ref": HEARD}, answers)]
+    recipe = Recipe.model_validate({"model": {"path": "x"}, "stages": [
+        {"kind": "sample", "name": "s", "model": "base", "candidates": 8, "rewards": rewards},
+        {"kind": "eval", "name": "e", "models": ["base"], "baseline": "base", "judge": opened},
+    ]})  # fmt: skip
+    context = StageContext(recipe, RunDir(tmp_path), RunDir(tmp_path).stage("s"), Silent(), "cpu")
+    made = mixed_scorer(recipe.stages[0].rewards, context, "fp32")  # type: ignore[union-attr]
+    scores = made.score([ask("6")] * 3, replies)
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {
+        HEARD: [len(text) for text in texts],
+        f"{HEARD} (answer)": [3.0, 0.0, 3.0],
+    }
+    context = StageContext(recipe, RunDir(tmp_path), RunDir(tmp_path).stage("e"), Silent(), "cpu")
+    judge = make_judge(recipe.stages[1].judge, context, "fp32")  # type: ignore[union-attr]
+    assert [grade.score for grade in judge.grade([ask("6")] * 3, replies) if grade] == [3.0, 0.0, 0.0]
+
+    model = load_scalar(save_tiny(tmp_path / "rm"), new_head_seed=0)
+    alone = RewardModelScorer(model, 4096, thinking=Thinking()).score([ask("6")] * 3, replies).reply_N
+    plain = RewardModelScorer(model, 4096)
+    bare = [Completion("six"), Completion("", finished=False), Completion("six")]
+    assert torch.equal(alone, plain.score([ask("6")] * 3, bare).reply_N)
+    assert not torch.equal(alone, plain.score([ask("6")] * 3, replies).reply_N)
+
+
+def test_runs_from_before_it_stand() -> None:
+    """Their fingerprints are of settings without it."""
+    for source in ({"kind": "python", "ref": "a.py:f"}, {"kind": "model", "model": "rm"}):
+        assert RewardTerm.model_validate({"source": source}).model_dump(mode="json")["source"] == source
+        shown = RewardTerm.model_validate({"source": source | {"thinking": {}}}).model_dump(mode="json")
+        assert shown["source"]["thinking"]["open"] == "<think>"
+        assert RewardTerm.model_validate(shown).model_dump(mode="json") == shown
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "sample", "judge"])
+def test_two_rewards_of_one_name_are_refused_at_once(kind: str) -> None:
+    """A function of replies and one of steps are told apart by their references alone."""
+    rewards: list[dict[str, Any]] = [
+        {"source": {"kind": "python", "ref": "a.py:f"}},
+        {"source": {"kind": "process", "scorer": {"kind": "python_steps", "ref": "a.py:f"}}},
+    ]
+    stage = {"kind": kind, "name": "s", "model": "base", "rewards": rewards}
+    if kind == "judge":
+        judge = {"kind": "mixed", "rewards": rewards}
+        stage = {"kind": "eval", "name": "s", "models": ["base"], "baseline": "base", "judge": judge}
+    with pytest.raises(ValidationError, match=r"rewards: two terms are called a.py:f.*leave one out"):
+        Recipe.model_validate({"model": {"path": "x"}, "stages": [stage]})
+
+
+THINKS = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("field", ["rewards.0.source.thinking", "search.thinking"])
+def test_a_template_that_opens_thinking_must_be_known_to(tmp_path: Path, field: str) -> None:
+    """A reply begins within it; one that is cut there would be all answer."""
+    base = save_tiny(tmp_path / "base")
+    tokenizer = chat_tokenizer(THINKS, SPECIALS["qwen"])
+    assert Chat(tokenizer).opens("<think>")
+    assert not Chat(tokenizer).opens("[THINK]")
+    assert not Chat(chat_tokenizer(QWEN3, SPECIALS["qwen"])).opens("<think>")
+    assert not Chat(tiny_tokenizer()).opens("<think>")
+    tokenizer.save_pretrained(base)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "hi", "answer": "5"}])
+    own: dict[str, Any] = {"rewards": [{"source": {"kind": "verify", "thinking": {}}}], "candidates": 2}
+    if field == "search.thinking":
+        own = {"search": {"how": "majority", "n": 2, "thinking": {}}}
+    tree = {
+        "model": {"path": str(base)},
+        "data": {"prompts": prompts},
+        "stages": [{"kind": "sample", "name": "s", "model": "base", "per_prompt": 1, **own}],
+    }
+    said = rf"s.{field}: the template of base opens thinking itself .*set s.{field}.opened: true"
+    with pytest.raises(UserError, match=re.escape(f"s.{field}") + r": the template of base opens thinking itself"):
+        run(tree, tmp_path / "run")
+    found = [f for f in check_recipe(Recipe.model_validate(tree), RunDir(tmp_path / "run")) if f.level == "error"]
+    assert any(re.search(said, str(f)) for f in found), found

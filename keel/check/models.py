@@ -31,6 +31,7 @@ from keel.rollout.collect import stop_token_ids
 from keel.rollout.episodes import encode_prompts
 from keel.run import RunDir, Silent
 from keel.stages.context import StageContext
+from keel.stages.thinking import unopened
 from keel.types import Message, UserError
 
 KL_TOLERANCE = 1e-4  # nats a token between a policy and its reference before the first step
@@ -116,6 +117,7 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
             found += _reward_models(stage, recipe, run)
             found += _adapter_dropout(stage, recipe)
             found += _converses(stage, recipe)
+            found += _thinking(stage, recipe)
             _stop_tokens(stage, recipe)
             _process_models(stage, recipe)
         except UserError as error:
@@ -131,6 +133,12 @@ def _converses(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
             sentence = "it has no chat template, and would see the last request alone"
             remedy = "name an SFT stage, which gives it a template"
             yield Finding("error", f"{stage.name}.model ({path})", sentence, remedy)
+
+
+def _thinking(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
+    """A reply that begins within its thinking must be known to."""
+    for place, sentence, remedy in unopened(stage, lambda name: _chat_of(*root(recipe, name), recipe)):
+        yield Finding("error", place, sentence, remedy)
 
 
 def _stop_tokens(stage: Stage, recipe: Recipe) -> None:

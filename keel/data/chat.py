@@ -104,6 +104,18 @@ class Chat:
             rows.append(prompts[key] + self._reply_segments(reply, finished))
         return self._tokens.encode(rows, strict=False)
 
+    def encode_pieces(self, messages: Sequence[Message], pieces: Sequence[str]) -> list[list[int]]:
+        """The prompt, and each piece of a reply by itself: the first as if the reply stopped there. White space that
+        the template takes off a reply's end begins the next piece."""
+        parts, rest = [], ""
+        for piece in pieces:
+            text = rest + piece
+            parts.append(text.rstrip(self._habits.right))
+            rest = text[len(parts[-1]) :]
+        row = self.encode_reply(messages, parts[0], finished=False)
+        begin = len(row.prompt_ids)
+        return [list(row.ids[:begin]), list(row.ids[begin:]), *token_ids(self.tokenizer, parts[1:])]
+
     def encode_whole(self, conversations: Sequence[Sequence[Message]], places: Sequence[str] = ()) -> list[list[int]]:
         """``apply_chat_template`` of many, to its last token: what stands behind a reply's end (ChatML's newline) too.
         ``places``: where each comes from, for errors."""
@@ -141,6 +153,10 @@ class Chat:
                 with _at(place_of(demonstration)):
                     self._tokens.encode([row], strict=True)
             raise
+
+    def opens(self, mark: str) -> bool:
+        """Whether the template ends a prompt with ``mark``, so that a reply begins behind it."""
+        return not self.plain and self._render_prompt([Message("user", "Hello")]).rstrip().endswith(mark)
 
     def decode(self, ids: Sequence[int], so_far: bool = False) -> str:
         """The text of a reply's ids with every mark that the model wrote (thinking, tools, roles): what judges it must

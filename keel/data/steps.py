@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -26,28 +26,68 @@ if TYPE_CHECKING:
 
 # How many signs a token is by itself, by tokenizer: decoding is slow.
 _ALONE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, int]] = WeakKeyDictionary()
+_BROKEN = "\ufffd"  # what bytes that are no character, or not yet, are read as
+_JOINED = 8  # signs that a text may have more before one that joins them
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSteps:
-    """A prompt with a reply, and the place in ``row.ids`` of each step's last token."""
+    """A prompt with a reply, and the place in ``row.ids`` of each step's last token; no places where the tokenizer has
+    no token for any of the reply. ``in_pieces``: some step has an end because it was cut there (`encode_steps`)."""
 
     row: Encoded
     ends: tuple[int, ...]
+    in_pieces: bool = False
 
 
 def encode_steps(
     chat: Chat, replies: Sequence[tuple[Sequence[Message], Sequence[str]]], places: Sequence[str] = ()
 ) -> list[EncodedSteps]:
     """Replies (messages, steps), whole or as far as they go, without an end token: a step is judged by what stands up
-    to its end. A template may take white space off a reply's ends. ``places``: where each comes from, for errors."""
+    to its end. A template may take white space off a reply's ends. ``places``: where each comes from, for errors.
+
+    A model writes what it likes: one token may hold the end of a step and the beginning of the next, and a tokenizer
+    may not give a text back as it stands. Behind each step whose end is not to be found the reply is cut, and what
+    follows is encoded by itself. So all up to that end has the tokens that it has where the reply stops there.
+    UserError for a step that is blank.
+    """
     rows = chat.encode_replies([(messages, "".join(steps), False) for messages, steps in replies], places)
     found = []
-    for i, (row, (_, steps)) in enumerate(zip(rows, replies, strict=True)):
+    for i, (row, (messages, steps)) in enumerate(zip(rows, replies, strict=True)):
         begin = len(row.prompt_ids)
-        ends = ends_in_tokens(chat.tokenizer, row.ids[begin:], steps, places[i] if places else "")
-        found.append(EncodedSteps(row, tuple(begin + end for end in ends)))
+        ends = _ends(chat.tokenizer, row.ids[begin:], steps, places[i] if places else "")
+        if None in ends:
+            found.append(_in_pieces(chat, messages, steps, {k for k, end in enumerate(ends) if end is None}))
+        else:
+            found.append(EncodedSteps(row, tuple(begin + end for end in ends if end is not None)))
     return found
+
+
+def _in_pieces(chat: Chat, messages: Sequence[Message], steps: Sequence[str], cuts: set[int]) -> EncodedSteps:
+    """The reply cut behind the steps ``cuts``, and behind those that have no end of their own even then. The end of a
+    piece is its last token with a sign, whatever that is read as."""
+    last = len(steps) - 1
+    while True:
+        bounds = [0, *(k + 1 for k in sorted(cuts - {last})), len(steps)]
+        groups = [steps[a:b] for a, b in pairwise(bounds)]
+        pieces = chat.encode_pieces(messages, ["".join(group) for group in groups])
+        found = [_ends(chat.tokenizer, ids, group) for ids, group in zip(pieces[1:], groups, strict=True)]
+        more = {a + k for a, ends in zip(bounds, found, strict=False) for k, end in enumerate(ends[:-1]) if end is None}
+        if not more:
+            break
+        cuts |= more
+    prompt, begin = tuple(pieces[0]), len(pieces[0])
+    reply = tuple(chain.from_iterable(pieces[1:]))
+    if not reply:
+        return EncodedSteps(Encoded.of(prompt, ()), (), in_pieces=True)
+    places: list[int] = []
+    for ids, ends in zip(pieces[1:], found, strict=True):
+        signs = _signs_alone(chat.tokenizer, ids)
+        sure = [next((k for k in reversed(range(len(ids))) if signs[k]), -1) if end is None else end for end in ends]
+        # A step for which there is no token ends where the one before it does.
+        places += [max(begin + end, len(prompt)) for end in sure]
+        begin += len(ids)
+    return EncodedSteps(Encoded.of(prompt, reply), tuple(places), in_pieces=True)
 
 
 def ends_in_tokens(
@@ -59,35 +99,48 @@ def ends_in_tokens(
     of signs that, joined, are the reply (`keel.recipe.steps.Steps.split`). UserError where a token holds signs of two
     steps, where a step has none, or where the tokens do not give the reply back. ``place``: where it comes from.
     """
+    ends = _ends(tokenizer, ids, steps, place)
+    if None in ends:
+        i, where = ends.index(None), f"{place}: " if place else ""
+        faithful = _signs(_decoded(tokenizer, ids)).startswith(_signs("".join(steps)))
+        raise UserError(where + _why(i, "".join(steps[: i + 1]), faithful))
+    return tuple(end for end in ends if end is not None)
+
+
+def _ends(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], steps: Sequence[str], place: str = ""
+) -> list[int | None]:
+    """The place of each step's last token, None where no token ends it. UserError for a step without a sign."""
     whole = _signs("".join(steps))
-    alone = _ALONE.setdefault(tokenizer, {})
-    for token in set(ids) - alone.keys():
-        alone[token] = len(_signs(_decoded(tokenizer, [token])))
-    so_far = list(accumulate((alone[token] for token in ids), initial=0))
-    ends: list[int] = []
+    so_far = list(accumulate(_signs_alone(tokenizer, ids), initial=0))
+    ends: list[int | None] = []
 
     @cache
     def read(tokens: int) -> str:
         return _signs(_decoded(tokenizer, ids[:tokens]))
 
-    where, done = f"{place}: " if place else "", 0
+    begin = done = before = 0  # the tokens up to the last end that was found, their signs; those of the step before
     for i, text in enumerate(accumulate(steps)):
         until = len(_signs(text))
-        if until == done:
-            raise UserError(f"{where}step {i + 1} is blank; give steps of text")
+        if until == before:
+            raise UserError(f"{place}: " * bool(place) + f"step {i + 1} is blank; give steps of text")
         # Where it ends if its tokens read the same alone as together. Bytes of one character do not: a step with
         # such is looked for.
-        begin = ends[-1] + 1 if ends else 0
-        tokens, first = bisect_left(so_far, so_far[begin] + until - done), begin + 1
-        if not first <= tokens <= len(ids) or read(tokens) != whole[:until]:
-            tokens = next((k for k in range(first, len(ids) + 1) if read(k) == whole[:until]), 0)
+        tokens = bisect_left(so_far, so_far[begin] + until - done)
+        if not begin < tokens <= len(ids) or read(tokens) != whole[:until]:
+            tokens = 0
+            for k in range(begin + 1, len(ids) + 1):
+                if read(k) == whole[:until]:
+                    tokens = k
+                if tokens or len(read(k).rstrip(_BROKEN)) > until + _JOINED:
+                    break
         if not tokens and until == len(whole):
             tokens = len(ids) if read(len(ids)).startswith(whole) else 0  # the last sign and the end are one token
-        if not tokens:
-            raise UserError(where + _why(i, text, read(len(ids)).startswith(whole)))
-        ends.append(tokens - 1)
-        done = until
-    return tuple(ends)
+        ends.append(tokens - 1 if tokens else None)
+        before = until
+        if tokens:
+            begin, done = tokens, until
+    return ends
 
 
 def prefixes_in_tokens(
@@ -140,6 +193,14 @@ def _why(step: int, text: str, faithful: bool) -> str:
         f"the tokenizer does not give the reply back as it stands, so it is not known where step {step + 1} ends "
         f"({text[-20:]!r}); leave it out, or use a tokenizer that keeps every sign"
     )
+
+
+def _signs_alone(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """How many signs each token is by itself."""
+    alone = _ALONE.setdefault(tokenizer, {})
+    for token in set(ids) - alone.keys():
+        alone[token] = len(_signs(_decoded(tokenizer, [token])))
+    return [alone[token] for token in ids]
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -226,8 +226,32 @@ def _by_problem(replies: Sequence[Judged]) -> list[list[Judged]]:
     return list(groups.values())
 
 
-def process_quality(replies: Sequence[Judged], aggregate: Aggregate, bound: float, seed: int = 0) -> dict[str, Any]:
-    """All figures over held-out replies (see docs/metrics.md). ``bound``: a step is right where its label is above."""
+def chosen_aggregate(accuracies: dict[Aggregate, float]) -> Aggregate:
+    """The one by which a right reply most often beats a wrong one; ``min`` where that is not known."""
+    return max(accuracies, key=accuracies.__getitem__, default="min")
+
+
+def _aggregates(problems: Sequence[Sequence[Judged]], aggregate: Aggregate | None, seed: int) -> list[Aggregate]:
+    """By which each problem's replies are scored; where ``aggregate`` is None, by what the other half of the problems
+    chooses: an aggregate is not measured on what it was chosen on."""
+    if aggregate is not None:
+        return [aggregate] * len(problems)
+    order = sorted(range(len(problems)), key=lambda i: str(problems[i][0].problem))
+    random.Random(f"aggregate {seed}").shuffle(order)
+    halves = order[::2], order[1::2]
+    of: dict[int, Aggregate] = {}
+    for half, other in (halves, halves[::-1]):
+        said = [one for i in other for one in problems[i]]
+        of |= dict.fromkeys(half, chosen_aggregate(aggregate_accuracies(said)))
+    return [of[i] for i in range(len(problems))]
+
+
+def process_quality(
+    replies: Sequence[Judged], aggregate: Aggregate | None, bound: float, seed: int = 0
+) -> dict[str, Any]:
+    """All figures over held-out replies (see docs/metrics.md). ``bound``: a step is right where its label is above.
+    ``aggregate``: what a reply's score is for ``best_of_n``; None where it is chosen on these problems, each half of
+    which is then scored as the other chooses."""
     judged = [
         (score, label)
         for one in replies
@@ -236,7 +260,10 @@ def process_quality(replies: Sequence[Judged], aggregate: Aggregate, bound: floa
     ]
     says, labels = [score for score, _ in judged], [label for _, label in judged]
     known = _by_problem([one for one in replies if one.right is not None])
-    choices = [[Candidate(aggregated(one.scores, aggregate), one.answer, bool(one.right)) for one in p] for p in known]
+    choices = [
+        [Candidate(aggregated(one.scores, how), one.answer, bool(one.right)) for one in some]
+        for some, how in zip(known, _aggregates(known, aggregate, seed), strict=True)
+    ]
     return {
         "problems": len({one.problem for one in replies}),
         "replies": len(replies),

@@ -44,9 +44,11 @@ def trace_advantages(
     stay what they are. -> [C], without gradient; exactly 0 all over a group that teaches nothing, and where ``valid_N``
     is False.
 
-    ``scale``: the deviation of the ``group``'s tokens' advantages from 0, or of the ``batch``'s, plus EPS; times
-    sqrt(S / (S - 1)) for S completions, so that with one step a reply and equal lengths it is the deviation of their
-    returns. ``others`` as baseline makes it all S / (S - 1) times as much.
+    ``scale``: the deviation of the ``group``'s tokens' advantages from 0, plus EPS; times sqrt(S / (S - 1)) for S
+    completions, so that with one step a reply and equal lengths it is the deviation of their returns. Of the ``batch``
+    it is that of all that replies come to, as in :func:`group_advantages`, which it is where no step has a value: the
+    groups' means differ too, and a reply counts once, by the mean over its tokens. ``others`` as baseline makes it all
+    S / (S - 1) times as much.
     """
     assert against != "steps", "step_advantages has those"
     assert scale != "mean", "steps have values of either sign"
@@ -78,12 +80,24 @@ def trace_advantages(
         ]
     whole_C = torch.cat(parts)
     if scale == "batch":
-        n = int(valid_N.sum())
-        spread = (whole_C.square().sum() / (~out_C).sum().clamp(min=1) * (n / max(n - 1, 1))).sqrt()
-        whole_C = whole_C / (spread + EPS)
+        level_N = torch.where(valid_N, reward_N, 0) + earned.total_of(steps.value_S)
+        whole_C = whole_C / (_spread(whole_C, level_N, lengths_N, group_size, valid_N) + EPS)
     if baseline == "others":
         whole_C = whole_C * factor_G.repeat_interleave(group_size).repeat_interleave(lengths_N)
     return whole_C.float()
+
+
+def _spread(held_C: Tensor, level_N: Tensor, lengths_N: Tensor, group_size: int, valid_N: Tensor) -> Tensor:
+    """The deviation (unbiased) in the batch of what tokens are worth: ``held_C`` against their group, and the group's
+    mean of ``level_N``, what replies come to, against the batch's."""
+    n = valid_N.sum()
+    count_G = valid_N.view(-1, group_size).sum(1).clamp(min=1)
+    between_G = level_N.view(-1, group_size).sum(1) / count_G - level_N.sum() / n.clamp(min=1)
+    between_N = between_G.repeat_interleave(group_size)
+    row_C = torch.arange(len(lengths_N)).repeat_interleave(lengths_N)
+    square_N = torch.zeros_like(level_N).index_add(0, row_C, (held_C + between_N[row_C]).square())
+    mean_N = square_N / lengths_N.clamp(min=1)
+    return (torch.where(valid_N, mean_N, 0).sum() / (n - 1).clamp(min=1)).sqrt()
 
 
 class _Earned:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, cards_of, prompt_pool, terms
 from keel.recipe.judge_card import JudgeCard
-from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, RewardTerm
+from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, Rewards
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, SamplingConfig, Strict
 from keel.recipe.stage import StageBase, Surroundings
@@ -90,7 +90,7 @@ class EvalStage(StageBase):
     baseline: str = "sft"
     judge: JudgeRef | None = Field(None, description="default: the recipe's reward stage")
     reward: str | None = Field(None, description="reward stage or folder whose mean score is reported")
-    rewards: list[RewardTerm] = Field(
+    rewards: Rewards = Field(
         default_factory=list, description="several of them, whose weighted sum is reported beside each one's mean"
     )
     prompts: str | None = Field(None, description="default: data.heldout_prompts")

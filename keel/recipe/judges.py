@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from keel.recipe.process_card import ProcessCard
 from keel.recipe.sections import Strict
-from keel.recipe.steps import ProcessRef, Steps, StepsRef, Thinking
+from keel.recipe.steps import ProcessRef, PythonStepsRef, Steps, StepsRef, Thinking
 from keel.recipe.verify import FormatRef, RandomRef, VerifyRef
 
 
-class PythonRef(Strict):
+class _Shown(Strict):
+    thinking: Thinking | None = Field(
+        None,
+        description="it is shown what follows the thinking alone, nothing where that never ends; default: the whole "
+        "reply",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without it, and fingerprints that were made of them, stand."""
+        return {name: value for name, value in handler(self).items() if name != "thinking" or value is not None}
+
+
+class PythonRef(_Shown):
     """A Python callable: ``module:name`` or ``path/to/file.py:name``."""
 
     kind: Literal["python"] = "python"
     ref: str
 
 
-class RewardModelRef(Strict):
+class RewardModelRef(_Shown):
     """A reward model: a stage's name or a folder with an AutoModelForSequenceClassification checkpoint."""
 
     kind: Literal["model"] = "model"
@@ -153,11 +173,39 @@ class RewardTerm(Strict):
     weight: float = 1.0
 
 
+def source_name(source: OutcomeRef | EndpointRef | ProcessTerm | StepsRef) -> str:
+    """By which it is told from others, in figures too."""
+    if isinstance(source, CheckRef):
+        return source.named
+    named = source.scores if isinstance(source, ProcessTerm) else source
+    name = named.ref if isinstance(named, PythonRef | PythonStepsRef) else named.model
+    return f"{name} (answer)" if isinstance(named, PythonRef | RewardModelRef) and named.thinking is not None else name
+
+
+def names_of_their_own(terms: list[RewardTerm]) -> list[RewardTerm]:
+    """ValueError for two terms that figures could not tell apart."""
+    for i, term in enumerate(terms):
+        for other in terms[:i]:
+            if term.source == other.source:
+                raise ValueError(
+                    "rewards: two terms have the same source; leave one out and add its weight to the other's"
+                )
+            if (name := source_name(term.source)) == source_name(other.source):
+                raise ValueError(
+                    f"rewards: two terms are called {name}, and each has figures by its name; leave one out, or give "
+                    "one's function or folder another name"
+                )
+    return terms
+
+
+Rewards = Annotated[list[RewardTerm], AfterValidator(names_of_their_own)]
+
+
 class MixedRef(Strict):
     """The weighted sum of several sources of reward, as in a PPO stage's ``rewards``."""
 
     kind: Literal["mixed"] = "mixed"
-    rewards: list[RewardTerm] = Field(min_length=1)
+    rewards: Rewards = Field(min_length=1)
 
     @model_validator(mode="after")
     def _no_cards(self) -> MixedRef:

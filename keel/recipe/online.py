@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from keel.recipe.checkpoints import moments
 from keel.recipe.declared import ROWS, Doubt, LearnsFrom, Reference, Scoring, cards_of, prompt_pool, terms
-from keel.recipe.judges import ProcessTerm, PythonRef, RewardModelRef, RewardTerm, judges_steps
+from keel.recipe.judges import ProcessTerm, PythonRef, RewardModelRef, RewardTerm, judges_steps, names_of_their_own
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.recipe.stage import PolicyBase, Surroundings
 from keel.recipe.steps import ProcessRef
@@ -142,13 +142,6 @@ class OnlineBase(PolicyBase):
         return self
 
     @model_validator(mode="after")
-    def _rewards_are_different(self) -> OnlineBase:
-        named = [term.source.model_dump_json() for term in self.rewards]
-        if len(set(named)) < len(named):
-            raise ValueError("rewards: two terms have the same source; leave one out and add its weight to the other's")
-        return self
-
-    @model_validator(mode="after")
     def _one_process(self) -> OnlineBase:
         terms = list(self._process_terms())
         if len(terms) > 1:
@@ -160,6 +153,11 @@ class OnlineBase(PolicyBase):
                     f"reward_clip = {clip:g} would cut what a step changes of the score, weighed by {weight:g}, so "
                     f"that steps no longer add up and more of them pay; raise it to {weight:g}, or leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_different(self) -> OnlineBase:
+        names_of_their_own(self.rewards)
         return self
 
     def _process_terms(self) -> Iterator[tuple[int, ProcessTerm]]:

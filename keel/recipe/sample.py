@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from keel.recipe.declared import ROWS, Makes, ModelUse, Reference, Scoring, cards_of, prompt_pool, terms
-from keel.recipe.judges import RewardTerm
+from keel.recipe.judges import Rewards
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import DataConfig, SamplingConfig
 from keel.recipe.stage import StageBase, Surroundings, start_has_template
@@ -36,7 +36,7 @@ class SampleStage(StageBase):
         le=1,
         description="token-set similarity at which two responses are the same; 0 keeps the least similar",
     )
-    rewards: list[RewardTerm] = Field(
+    rewards: Rewards = Field(
         default_factory=list,
         description="best-of-n: the kept responses are those of the candidates with the highest weighted sum; default: "
         "none, they are the first that differ",

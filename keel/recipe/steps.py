@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -31,10 +32,12 @@ class Steps(Strict):
 
     def split(self, text: str) -> tuple[str, ...]:
         """The steps of ``text``, each with what separates it from the next: joined, they are the text. White space
-        before the first step is that step's. Text of white space alone is one step; no text, none."""
+        before the first step is that step's, and any other that of the step before it: a marker of white space makes no
+        blank steps. Text of white space alone is one step; no text, none."""
         end = re.compile(f"{re.escape(self.marker)}{_BLANK}*") if self.marker is not None else _ENDS[self.by]
         begin, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        cuts = [found.end() for found in end.finditer(text, begin) if found.end() < last]
+        found = [match.end() for match in end.finditer(text, begin) if match.end() < last]
+        cuts = [a for a, b in pairwise([*found, len(text)]) if not text[a:b].isspace()]
         return tuple(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if b > a)
 
 
@@ -88,6 +91,12 @@ class Thinking(Strict):
         if self.open in answer or (self.opened and not closed):
             return self._without_mark(text), None
         return (self._without_mark(before), answer) if closed else (None, text)
+
+    def shown(self, text: str) -> str:
+        """What is shown to whom the answer alone is shown: without the white space before it, none where thinking
+        never ends."""
+        thought, answer = self.split(text)
+        return text if thought is None else (answer or "").lstrip()
 
     def _without_mark(self, thought: str) -> str:
         begun = thought.lstrip()

@@ -92,6 +92,8 @@ class ProcessScorer:
     steps have the scores that they keep.
 
     ``steps``, ``aggregate``, ``level``: as its checkpoint says; how it cuts replies, and what a reply's scores come to.
+    ``read``, ``in_pieces``: how many replies it was handed, and in how many of them a step had no end among the tokens
+    (`keel.data.steps.encode_steps`); ``note`` is told once, of the first.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class ProcessScorer:
         precision: str = "fp32",
         reporter: Reporter | None = None,
         max_length: int | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         if model.process is None:
             raise UserError(
@@ -109,15 +112,18 @@ class ProcessScorer:
             )
         self.model, self.batch_tokens, self.precision, self.reporter = model, batch_tokens, precision, reporter
         self.max_length = context_length(model.model) if max_length is None else max_length
+        self.note, self.read, self.in_pieces = note, 0, 0
         self.steps = Steps.model_validate(model.process["steps"])
         self.aggregate: Aggregate = model.process["aggregate"]
         self.level: str = model.process["level"]
 
     def score_steps(self, prompts: Sequence[Prompt], replies: Sequence[tuple[str, ...]]) -> Sequence[tuple[float, ...]]:
-        """Raises UserError for a reply that is too long, whose steps end within a token, or that has no finite score.
-        What says nothing is worth 0."""
+        """Raises UserError for a reply that is too long, or that has no finite score. What says nothing is worth 0, and
+        so is what the tokenizer has no token for."""
         asked = [i for i, steps in enumerate(replies) if "".join(steps).strip()]
-        rows = self._encode([prompts[i] for i in asked], [replies[i] for i in asked])
+        encoded = self._encode([prompts[i] for i in asked], [replies[i] for i in asked])
+        asked = [i for i, row in zip(asked, encoded, strict=True) if row.ends]
+        rows = [row for row in encoded if row.ends]
         found = [(0.0,) * len(steps) for steps in replies]
         if self.reporter is not None:
             self.reporter.start("scoring", len(rows))
@@ -142,13 +148,25 @@ class ProcessScorer:
                     f"prompt {prompt.id!r} and its reply have {len(one.row.ids)} tokens for the process reward model, "
                     f"which takes {self.max_length}; lower max_new_tokens or data.max_prompt_length"
                 )
+        self._count(rows)
         return rows
 
+    def _count(self, rows: Sequence[EncodedSteps]) -> None:
+        told = self.in_pieces > 0
+        self.read += len(rows)
+        self.in_pieces += sum(row.in_pieces for row in rows)
+        if self.note is not None and self.in_pieces and not told:
+            self.note(
+                f"{self.in_pieces} of the first {self.read} replies have a step that ends in a token of the process "
+                "reward model, or signs that its tokenizer does not give back; they are read in pieces, each step to "
+                "its own end"
+            )
 
-def frozen_process(model: ScalarModel, precision: str) -> ProcessScorer:
+
+def frozen_process(model: ScalarModel, precision: str, note: Callable[[str], None] | None = None) -> ProcessScorer:
     """A process reward model that is done with training as a scorer."""
     frozen(model.model)
-    return ProcessScorer(model, precision=precision)
+    return ProcessScorer(model, precision=precision, note=note)
 
 
 class PythonSteps:

@@ -14,6 +14,7 @@ from keel.model.checkpoint import frozen
 from keel.model.heads import ScalarModel
 from keel.model.modules import context_length
 from keel.precision import autocast
+from keel.recipe.steps import Thinking
 from keel.reward.python_ref import Grader, grades_of
 from keel.reward.trace import Trace
 from keel.types import Completion, Encoded, Prompt, Reporter, Scorer, Scores, UserError, place_of
@@ -42,6 +43,7 @@ class RewardModelScorer:
 
     ``max_length``: tokens of prompt and reply that are allowed; by default what the reward model has positions for.
     ``precision``: of the matrix products (``keel.precision``); the head is float32 always.
+    ``thinking``: of a reply that thinks it is shown the answer alone (`keel.recipe.steps.Thinking.shown`).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class RewardModelScorer:
         reporter: Reporter | None = None,
         max_length: int | None = None,
         precision: str = "fp32",
+        thinking: Thinking | None = None,
     ) -> None:
         if reward_model.foreign and reward_model.chat.plain:
             raise UserError(
@@ -66,7 +69,7 @@ class RewardModelScorer:
         self.batch_tokens = batch_tokens
         self.reporter = reporter
         self.max_length = context_length(reward_model.model) if max_length is None else max_length
-        self.precision = precision
+        self.precision, self.thinking = precision, thinking
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         """Centred and scaled scores. Raises UserError for a reply that is too long, or a score that is not finite."""
@@ -92,8 +95,9 @@ class RewardModelScorer:
                 f"prompt {several[0].id!r} has several messages, and the reward model, which has no chat template, "
                 "would see the last one alone; train it from an SFT stage, which gives it a template"
             )
+        shown = [c.text if self.thinking is None else self.thinking.shown(c.text) for c in completions]
         rows = self.reward_model.encode_replies(
-            [(prompt.messages, c.text, c.finished) for prompt, c in zip(prompts, completions, strict=True)],
+            [(prompt.messages, text, c.finished) for prompt, text, c in zip(prompts, shown, completions, strict=True)],
             [place_of(prompt) for prompt in prompts],
         )
         for prompt, row in zip(prompts, rows, strict=True):
@@ -105,10 +109,10 @@ class RewardModelScorer:
         return rows
 
 
-def frozen_scorer(reward_model: ScalarModel, precision: str) -> RewardModelScorer:
+def frozen_scorer(reward_model: ScalarModel, precision: str, thinking: Thinking | None = None) -> RewardModelScorer:
     """A reward model that is done with training as a scorer."""
     frozen(reward_model.model)
-    return RewardModelScorer(reward_model, SCORE_TOKENS, precision=precision)
+    return RewardModelScorer(reward_model, SCORE_TOKENS, precision=precision, thinking=thinking)
 
 
 class RewardPart(NamedTuple):

@@ -147,7 +147,7 @@ def _comparer(judge: ComparerRef, stage: AnnotateStage, context: StageContext) -
         return ScorerComparer(PythonScorer(context.python(judge)), stage.judge_temperature or 1.0)
     if isinstance(judge, MixedRef):
         return ScorerComparer(mixed_scorer(judge.rewards, context, precision), stage.judge_temperature or 1.0)
-    scorer = reward_model_scorer(judge.model, context, precision)
+    scorer = reward_model_scorer(judge.model, context, precision, thinking=judge.thinking)
     return ScorerComparer(scorer, stage.judge_temperature or _fitted(judge.model, context) / scorer.reward_model.std)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,22 @@ from keel.recipe.graph import parents, stages_there, store_read
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
 from keel.recipe.sections import DataConfig, Source
-from keel.recipe.steps import PythonStepsRef
+from keel.recipe.steps import PythonStepsRef, Thinking
 from keel.reward.python_ref import load_python
 from keel.run.rundir import RunDir, StageDir
-from keel.types import Reporter, UserError
+from keel.types import Prompt, Reporter, UserError
 
 STEP_LABELS = "step_labels.jsonl"  # in the folder of a stage that makes step labels
+
+
+def _of_answers(function: Callable[..., Any], thinking: Thinking) -> Callable[..., Any]:
+    """A function of prompt and reply that is shown the reply's answer alone."""
+
+    @wraps(function)
+    def of_answer(prompt: Prompt, text: str) -> Any:
+        return function(prompt, thinking.shown(text))
+
+    return of_answer
 
 
 class UndeclaredRead(Exception):
@@ -154,7 +165,9 @@ class StageContext:
         """The function that scores, judges or annotates for the stage."""
         if all(source != ref for _, source in self.stage.scored_by()):
             raise _undeclared(self.stage, f"the function {ref.ref}", "scored_by")
-        return load_python(ref.ref)
+        function = load_python(ref.ref)
+        thinking = ref.thinking if isinstance(ref, PythonRef) else None
+        return function if thinking is None else _of_answers(function, thinking)
 
     def constitution(self) -> tuple[Constitution, tuple[Principle, ...]]:
         """The constitution that the stage declares, and those of its principles that it draws from. An edit of its

@@ -18,7 +18,7 @@ from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
 from keel.recipe.critique import CritiqueStage
 from keel.recipe.eval import EvalStage, FrontierConfig
-from keel.recipe.judges import JudgeRef, MixedRef, PythonRef
+from keel.recipe.judges import JudgeRef, MixedRef, PythonRef, source_name
 from keel.recipe.offline import OfflineBase
 from keel.recipe.online import OnlineBase
 from keel.recipe.reward import RewardStage
@@ -34,8 +34,9 @@ from keel.stages.inputs import (
     training_prompts,
 )
 from keel.stages.judge_card import card_of_judge, refuse_beyond
-from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer, source_name
+from keel.stages.scoring import default_reward, make_judge, mixed_scorer, reward_model_scorer
 from keel.stages.search import Searching
+from keel.stages.thinking import require_opened
 from keel.types import Judge, Preference, Scorer
 
 SUMMARY = ("stages", "order", "baseline", "judge", "judge_card", "alarms")
@@ -44,6 +45,7 @@ OPTIONAL = ("frontier", "revisions", "search", "search_curve", "search_thirds")
 
 def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     """Evaluates the models and writes the run's ``summary.json``."""
+    require_opened(stage, context)
     recipe = context.recipe
     precision = pick_precision("auto", context.device)
     models = {name: context.source(name) for name in dict.fromkeys([*stage.models, stage.baseline])}

@@ -10,12 +10,14 @@ from keel.stages.inputs import (
     training_prompts,
 )
 from keel.stages.scoring import mixed_scorer
+from keel.stages.thinking import require_opened
 from keel.stages.training import decoding, require_chat_template, training_context, watching_judge
 from keel.train.ppo import train_ppo
 from keel.train.roles import roles_of
 
 
 def run_ppo(stage: PpoStage, context: StageContext) -> dict[str, Any]:
+    require_opened(stage, context)
     training = training_context(stage, context)
     models = stage.reward_models()
     critic = stage.critic or (models[0] if models else None)

@@ -10,7 +10,7 @@ from typing import Any
 from keel.data.collate import messages_hash
 from keel.data.sources import read_steps
 from keel.data.steps import cut_otherwise
-from keel.eval.process_quality import Judged, aggregate_accuracies, process_quality
+from keel.eval.process_quality import Judged, aggregate_accuracies, chosen_aggregate, process_quality
 from keel.eval.process_traces import Trace, draw_traces
 from keel.recipe.declared import PEOPLE
 from keel.recipe.process_reward import ProcessRewardStage
@@ -74,7 +74,7 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
             context.reporter.note(
                 f"{stage.name}: no held-out problem has a right and a wrong reply, so its aggregate is min, unchosen"
             )
-        return max(accuracies, key=accuracies.__getitem__, default="min")
+        return chosen_aggregate(accuracies)
 
     summary, heldout = train_process(stage, records, training_context(stage, context), choose)
     fair = [one for one in heldout if one.record.id not in chosen]
@@ -84,7 +84,9 @@ def run_process_reward(stage: ProcessRewardStage, context: StageContext) -> dict
             f"{stage.name}: people were asked about every held-out reply for what it teaches, so there are no figures; "
             "have some labelled that are drawn at random"
         )
-    quality = process_quality(judged, summary["aggregate"], stage.label_bound, context.recipe.seed)
+    chosen_here = stage.level == "steps" and stage.aggregate == "auto"
+    how: Aggregate | None = None if chosen_here else summary["aggregate"]
+    quality = process_quality(judged, how, stage.label_bound, context.recipe.seed)
     if stage.level == "steps":
         first = quality["first_error"]
         threshold = first["bound"] if first and first["chosen_on"] else None

@@ -26,12 +26,14 @@ from keel.stages.inputs import (
 )
 from keel.stages.scoring import mixed_scorer
 from keel.stages.search import make_tools
+from keel.stages.thinking import require_opened
 from keel.store import Store
 from keel.types import Completion, Prompt, UserError
 
 
 def run_sample(stage: SampleStage, context: StageContext) -> dict[str, Any]:
     """Samples responses into the store, under this stage's fingerprint, and into a file that SFT can learn from."""
+    require_opened(stage, context)
     recipe = context.recipe
     source = context.source(stage.model)
     precision = pick_precision("auto", context.device)

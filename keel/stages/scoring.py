@@ -18,8 +18,9 @@ from keel.recipe.judges import (
     RewardTerm,
     judges_steps,
     right_above,
+    source_name,
 )
-from keel.recipe.steps import PythonStepsRef, StepsRef
+from keel.recipe.steps import PythonStepsRef, StepsRef, Thinking
 from keel.recipe.verify import VerifyRef
 from keel.reward.checks import CheckScorer, make_check
 from keel.reward.judge import EndpointJudge, JudgeFromPython, JudgeFromScorer
@@ -33,12 +34,17 @@ from keel.types import Judge, Scorer, UserError
 
 
 def reward_model_scorer(
-    name: str, context: StageContext, precision: Precision, roles: Roles | None = None
+    name: str,
+    context: StageContext,
+    precision: Precision,
+    roles: Roles | None = None,
+    thinking: Thinking | None = None,
 ) -> RewardModelScorer:
-    """``roles``: what makes the models of the stage, where it trains some."""
+    """``roles``: what makes the models of the stage, where it trains some. ``thinking``: it is shown answers alone."""
     if roles:
-        return frozen_scorer(roles.reward_model(context.model_path(name)), precision)
-    return frozen_scorer(load_scalar(context.source(name), device=context.device, products=precision), precision)
+        return frozen_scorer(roles.reward_model(context.model_path(name)), precision, thinking)
+    model = load_scalar(context.source(name), device=context.device, products=precision)
+    return frozen_scorer(model, precision, thinking)
 
 
 def mixed_scorer(
@@ -69,7 +75,7 @@ def _outcome_scorer(source: OutcomeRef, context: StageContext, precision: Precis
         return PythonScorer(context.python(source))
     if isinstance(source, CheckRef):
         return CheckScorer(make_check(source))
-    return reward_model_scorer(source.model, context, precision, roles)
+    return reward_model_scorer(source.model, context, precision, roles, source.thinking)
 
 
 def _process_scorer(
@@ -94,14 +100,8 @@ def step_scorer(ref: StepsRef, context: StageContext, precision: Precision) -> P
     """What says how good each step of a reply is: a process reward model, or a Python function."""
     if isinstance(ref, PythonStepsRef):
         return PythonSteps(context.python(ref), ref.ref)
-    return frozen_process(load_scalar(context.source(ref.model), device=context.device, products=precision), precision)
-
-
-def source_name(source: OutcomeRef | EndpointRef | ProcessTerm | StepsRef) -> str:
-    if isinstance(source, CheckRef):
-        return source.named
-    named = source.scores if isinstance(source, ProcessTerm) else source
-    return named.ref if isinstance(named, PythonRef | PythonStepsRef) else named.model
+    model = load_scalar(context.source(ref.model), device=context.device, products=precision)
+    return frozen_process(model, precision, context.reporter.note)
 
 
 def default_reward(context: StageContext) -> str | None:
@@ -123,4 +123,5 @@ def make_judge(ref: JudgeRef | None, context: StageContext, precision: Precision
         raise UserError(
             f"stage {context.stage_dir.name}: no judge; set {context.stage_dir.name}.judge, or have a reward stage"
         )
-    return JudgeFromScorer(reward_model_scorer(name, context, precision))
+    thinking = None if ref is None else ref.thinking
+    return JudgeFromScorer(reward_model_scorer(name, context, precision, thinking=thinking))

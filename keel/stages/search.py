@@ -13,7 +13,7 @@ from keel.eval.search import Marks, Searched, figures, pass_rates, powers_below
 from keel.model.checkpoint import frozen, load_policy, load_tokenizer
 from keel.precision import Precision
 from keel.recipe.eval import EvalSearch, EvalStage
-from keel.recipe.judges import RewardModelRef
+from keel.recipe.judges import RewardModelRef, source_name
 from keel.recipe.search import SearchConfig
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Aggregate, Steps
@@ -26,7 +26,7 @@ from keel.search.ranking import Ranker, ReplyRanker, StepRanker
 from keel.search.run import Tools, pool, search
 from keel.search.sampled import Pool
 from keel.stages.context import StageContext
-from keel.stages.scoring import reward_model_scorer, source_name, step_scorer
+from keel.stages.scoring import reward_model_scorer, step_scorer
 from keel.types import Prompt, Reporter, UserError
 
 APART = -(1 << 32)  # of a seed: the baseline's samples that say how hard prompts are, which no search draws
@@ -37,7 +37,7 @@ def make_ranker(config: SearchConfig, context: StageContext, precision: Precisio
     Raises UserError for a checkpoint that was trained to judge other steps."""
     ref = config.scorer
     if isinstance(ref, RewardModelRef):
-        return ReplyRanker(reward_model_scorer(ref.model, context, precision)), Steps()
+        return ReplyRanker(reward_model_scorer(ref.model, context, precision, thinking=ref.thinking)), Steps()
     if ref is None:
         return None, Steps()
     scorer = step_scorer(ref, context, precision)

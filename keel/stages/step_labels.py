@@ -25,6 +25,7 @@ from keel.run import atomic_write_text, read_json, write_json
 from keel.stages.context import STEP_LABELS, StageContext
 from keel.stages.inputs import answered, training_prompts, write_step_labels
 from keel.stages.scoring import make_judge, reward_model_scorer, step_scorer
+from keel.stages.thinking import require_opened
 from keel.store import Store
 from keel.store.rows import storable
 from keel.types import Completion, Prompt, UserError
@@ -39,6 +40,7 @@ Thinks = Callable[[Sequence[CutReply]], list[float]]
 
 def run_step_labels(stage: StepLabelsStage, context: StageContext) -> dict[str, Any]:
     """Labels the steps of a sample stage's replies, or of replies that its model gives, into a file."""
+    require_opened(stage, context)
     precision = pick_precision("auto", context.device)
     right = right_by(stage, context, precision)
     judge = None if stage.judge is None else _steps_as(stage, "judge", stage.judge, context, precision)
@@ -209,7 +211,7 @@ def _thinks(stage: StepLabelsStage, context: StageContext, precision: Precision)
         return None
     assert stage.scorer is not None, "the recipe names one"
     if isinstance(stage.scorer, RewardModelRef):
-        scorer = reward_model_scorer(stage.scorer.model, context, precision)
+        scorer = reward_model_scorer(stage.scorer.model, context, precision, thinking=stage.scorer.thinking)
         return lambda some: scorer.score([one.prompt for one in some], [one.said for one in some]).total_N.tolist()
     of_steps = _steps_as(stage, "scorer", stage.scorer, context, precision)
     how = of_steps.aggregate if isinstance(of_steps, ProcessScorer) else "min"

@@ -183,6 +183,13 @@ def _encoded(
 ) -> list[Example]:
     places = [place_of(record) for record in records]
     rows = encode_steps(chat, [(record.prompt.messages, record.steps) for record in records], places)
+    if unread := next((place for place, row in zip(places, rows, strict=True) if not row.ends), ""):
+        raise UserError(f"{unread}: the tokenizer has no token for any sign of the reply; leave it out")
+    if in_pieces := sum(row.in_pieces for row in rows):
+        context.reporter.note(
+            f"{context.stage.name}: {in_pieces} of {len(rows)} replies have a step that ends within a token, or signs "
+            "that the tokenizer does not give back; they are learned in pieces, each step to its own end"
+        )
     both = list(zip(records, rows, strict=True))
     kept, _ = within_length(both, [[row.row] for row in rows], places, context)
     return [Example(record, row, learned_labels(record, config)) for record, row in kept]
