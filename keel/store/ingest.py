@@ -240,6 +240,13 @@ def insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str
         connection.execute(_insert_statement(connection.dialect.name, table), rows)
 
 
+def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> int | None:
+    """The new row's id; None when one of its kind was there, or has just been added by somebody else."""
+    made = connection.execute(_insert_statement(connection.dialect.name, table).returning(table.c.id), row)
+    id: int | None = made.scalar_one_or_none()
+    return id
+
+
 @cache
 def _insert_statement(dialect: str, table: Table) -> postgresql.Insert | sqlite.Insert:
     new = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)

@@ -70,6 +70,7 @@ class People:
         secret, digest = _secret()
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
+            people.still_admin(connection, actor)
             people.add_link(connection, digest, role, None, actor, now, now + INVITATION_LASTS)
         return secret
 
@@ -78,6 +79,7 @@ class People:
         secret, digest = _secret()
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
+            people.still_admin(connection, actor)
             account = people.account(connection, name)
             if account is None or not account.active:
                 raise UserError(f"there is no active account {name!r}")
@@ -172,6 +174,7 @@ class People:
         changes = {key: value for key, value in (("role", role), ("active", active)) if value is not None}
         if changes:
             with self._store.transaction(writes=True) as connection:
+                people.still_admin(connection, actor)
                 people.change_account(connection, name, actor, self._store.now, **changes)
 
     def erase(self, name: str, texts: bool, actor: str) -> str:
