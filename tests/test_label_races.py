@@ -1,11 +1,12 @@
-"""Two people do the same at the same moment: no rule is broken, and nobody gets an error that is not theirs. Each of the
-two has read what it reads before either writes, unless the store lets only one of them in."""
+"""Two people do the same at the same moment: no rule is broken, and nobody gets an error that is not theirs. Each of
+the two has read what it reads before either writes, unless the store lets only one of them in."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,10 +39,8 @@ def in_step(store: Store) -> Iterator[None]:
     def hold(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if statement.startswith(WRITES) and not getattr(past, "it", False):
             past.it = True
-            try:
+            with suppress(threading.BrokenBarrierError):  # the other one waits for this one
                 both.wait(0.3)
-            except threading.BrokenBarrierError:
-                pass  # the other one waits for this one
 
     event.listen(store._engine, "before_cursor_execute", hold)
     yield
@@ -97,10 +96,10 @@ def test_two_reviewers_at_once(store: Store) -> None:
     assert second.new["choice"] == word.choice  # type: ignore[index]
 
     for what, id in (("item", str(item)), ("prompt", "p0"), ("response", "1")):
-        taken = [lambda who=who: manage.take_out(what, id, "", None, who) for who in (rev, bo)]  # type: ignore[misc]
+        taken = [partial(manage.take_out, what, id, "", None, who) for who in (rev, bo)]  # type: ignore[arg-type]
         assert at_once(store, *taken) == [None, None]
         (removal,) = open_rows(store, people_tables.removals)
-        back = at_once(store, *[lambda who=who: manage.put_back(removal.id, who) for who in (rev, bo)])  # type: ignore[misc]
+        back = at_once(store, *[partial(manage.put_back, removal.id, who) for who in (rev, bo)])
         assert sorted(map(str, back)) == ["None", "this is in use already"]
     (flag,) = manage.flags()
     assert at_once(store, *[lambda: manage.resolve_flag(flag["id"], "rev")] * 2) == [None, None]
@@ -119,7 +118,7 @@ def test_the_last_two_admins_demote_each_other_or_themselves(store: Store, chang
             person(store, name, "admin")
         for left in set(admins()) - {name for pair in pairs for name in pair}:
             door.change(left, pairs[0][0], **change)
-        said = at_once(store, *[lambda n=n, by=by: door.change(n, by, **change) for n, by in pairs])  # type: ignore[misc]
+        said = at_once(store, *[partial(door.change, name, by, **change) for name, by in pairs])
         assert sum(isinstance(one, UserError) for one in said) == 1
         assert len(admins()) == 1
 
@@ -136,7 +135,7 @@ def test_two_who_join_with_one_name_at_once(store: Store) -> None:
     door = People(store)
     person(store, "boss", "admin")
     links = [door.invite("annotator", "boss") for _ in range(2)]
-    said = at_once(store, *[lambda link=link: door.accept(link, "Ann", PASSWORD) for link in links])  # type: ignore[misc]
+    said = at_once(store, *[partial(door.accept, link, "Ann", PASSWORD) for link in links])
     (refused,) = (one for one in said if isinstance(one, UserError))
     assert "taken" in str(refused)
     assert [a.name for a in door.accounts()] == ["Ann", "boss"]

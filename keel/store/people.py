@@ -68,9 +68,7 @@ def all_accounts(connection: Connection) -> list[Account]:
     return [Account(*row) for row in connection.execute(_ACCOUNT.order_by(annotators.c.name))]
 
 
-def add_account(
-    connection: Connection, name: str, role: AccountRole, password: str | None, actor: str, now: datetime
-) -> Account:
+def check_free(connection: Connection, name: str) -> None:
     """UserError when the name is taken, by another account or by an annotator of earlier judgements: somebody new must
     not come to own what somebody else said."""
     if connection.execute(select(annotators.c.id).where(annotators.c.name == name)).first() is not None:
@@ -78,6 +76,13 @@ def add_account(
             f"the name {name!r} is taken, by an account or by imported judgements; choose another one, such as "
             f"{free_name(connection, name)!r}"
         )
+
+
+def add_account(
+    connection: Connection, name: str, role: AccountRole, password: str | None, actor: str, now: datetime
+) -> Account:
+    """UserError when the name is taken (``check_free``)."""
+    check_free(connection, name)
     row = {"name": name, "kind": "person", "role": role, "created": now}
     id = insert_new(connection, annotators, row)
     if id is None:  # somebody took it since we looked
@@ -113,8 +118,8 @@ def _hold_admins(connection: Connection) -> None:
 
 
 def change_account(connection: Connection, name: str, actor: str, now: datetime, **changes: Any) -> None:
-    """Change ``role``, ``active`` or ``password``. Links for the account end, and with an admin's rights those that they
-    made. UserError when nobody could manage any more."""
+    """Change ``role``, ``active`` or ``password``. Links for the account end, and with an admin's rights the links that
+    they made. UserError when nobody could manage any more."""
     _hold_admins(connection)
     old = account(connection, name)
     if old is None:
