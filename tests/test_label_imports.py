@@ -1,5 +1,5 @@
-"""Files that come in over HTTP: how much is unpacked, that nothing of a wrong one stays, and that people go on labelling
-meanwhile."""
+"""Files that come in over HTTP: how much is unpacked, that nothing of a wrong one stays, and that people go on
+labelling meanwhile."""
 
 from __future__ import annotations
 

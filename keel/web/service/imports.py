@@ -15,7 +15,7 @@ from keel.store import Store, ingest, people, unjudged
 from keel.store.unjudged import Added
 from keel.types import Prompt, Unjudged, UserError
 
-PIECE = 200  # rows of the database, about, in one transaction
+PIECE = 100  # rows of the database, about, in one transaction
 LONGEST_PAUSE = 0.5
 MOST_PAIRS = 500_000  # of one file
 MOST_OF_ONE = 1_000  # responses to one prompt, and pairs of them
