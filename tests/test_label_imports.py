@@ -109,7 +109,12 @@ def test_people_go_on_labelling_while_an_import_runs(
         assert screen is not None
         between, voted = threading.Event(), threading.Event()
         monkeypatch.setattr(imports, "PIECE", 15)
-        monkeypatch.setattr(imports.time, "sleep", lambda seconds: (between.set(), voted.wait(20)))
+
+        def pause(seconds: float) -> None:
+            between.set()
+            voted.wait(20)
+
+        monkeypatch.setattr(imports, "sleep", pause)
         added: list[Any] = []
         thread = threading.Thread(target=lambda: added.append(taken.responses(lambda: groups(20), None, 2, "boss")))
         thread.start()

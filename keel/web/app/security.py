@@ -19,7 +19,7 @@ from keel.web.app.proxies import parsed
 
 COOKIE = "keel_session"
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-LARGEST_UNASKED = 64_000  # of somebody who is not signed in: names and passwords
+LARGEST_UNASKED = 500_000  # of somebody who is not signed in: the longest reply, of whoever was signed out over it
 LARGEST_BODY = 1_000_000
 LARGEST_UPLOAD = 64_000_000  # of admins
 UPLOADS = frozenset({"/manage/prompts/import", "/manage/prompts/responses"})

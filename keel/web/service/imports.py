@@ -4,9 +4,9 @@ then kept in pieces, a transaction each, between which everybody else has their 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic, sleep
 from typing import TypeVar
 
 from sqlalchemy import Connection
@@ -73,11 +73,11 @@ class Imports:
 
     def _in_pieces(self, rows: Sequence[tuple[int, T]], keep: Callable[[Connection, Sequence[T]], None]) -> None:
         for some in _pieces(rows):
-            began = time.monotonic()
+            began = monotonic()
             with self._store.transaction(writes=True) as connection:
                 keep(connection, some)
             # SQLite has one writer, and locks are given to whoever asks first: as long as this one took, others may
-            time.sleep(min(time.monotonic() - began, LONGEST_PAUSE))
+            sleep(min(monotonic() - began, LONGEST_PAUSE))
 
 
 def _queued(group: Unjudged, pairs: int | None) -> int:
