@@ -130,7 +130,7 @@ def owner(browser: Browser, served: Served, **options: object) -> tuple[BrowserC
 
 
 def annotator(browser: Browser, served: Served, name: str) -> tuple[BrowserContext, Page]:
-    context, page = open_as(browser, served, f"/join/{served.people.invite('annotator', 'test')}")
+    context, page = open_as(browser, served, f"/join/{served.people.invite('annotator', 'keel')}")
     page.get_by_label("Name").fill(name)
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Join").click()

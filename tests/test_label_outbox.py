@@ -160,7 +160,7 @@ def test_votes_of_somebody_else_on_this_browser_wait_for_their_owner(browser: Br
     page = enter(context, served)
     fetched(page)
     bo = context.new_page()
-    bo.goto(f"{served.url}/join/{served.people.invite('annotator', 'test')}")
+    bo.goto(f"{served.url}/join/{served.people.invite('annotator', 'keel')}")
     bo.get_by_label("Name").fill("Bo")
     bo.get_by_label("Password").fill(PASSWORD)
     bo.get_by_role("button", name="Join").click()

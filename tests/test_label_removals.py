@@ -224,7 +224,7 @@ def test_after_an_erasure_no_table_and_no_export_holds_it(url: str, what: str, t
     secret, name = "S" + uuid.uuid4().hex, "N" + uuid.uuid4().hex
     with Store(url) as store:
         boss = person(store, "boss", "admin")
-        ann = person(store, name, "reviewer")
+        ann = person(store, name, "admin")
         people = People(store)
         link = people.way_in(name, "boss")
         assert people.enter(link) is not None

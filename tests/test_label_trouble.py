@@ -68,7 +68,7 @@ def test_trouble_with_the_database_is_503_for_everything(
         client = world.client("ann")
         item = client.api("next", {"kind": "compare"}).json()["item"]
         vote = {"assignment": item["id"], "token": token(), "choice": "left"}
-        invitation = world.people.invite("annotator", "test")
+        invitation = world.people.invite("annotator", "keel")
         take()
         answers = [
             client.api("judge", vote),

@@ -14,6 +14,7 @@ from keel.cli.endpoint import endpoint_reply
 from keel.cli.ensemble import RunEnsemble
 from keel.cli.finished import answering, find_model, loading, recipe_of, trained_models
 from keel.cli.retrain import Retraining
+from keel.data.rows import Most, Reading
 from keel.data.sources import read_prompts
 from keel.data.unjudged import read_unjudged
 from keel.recipe.constitution import CONSTITUTION, Constitution
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.8  # two models that always said the same would be compared on little
 LONGEST_REPLY = 512  # tokens
+MOST_SENT = Most(rows=200_000, size=200_000_000)  # of a file that an admin sends: keel import takes any
 TOO_LONG = "(The conversation has become too long for this model. Vote, or start a new one.)"
 
 
@@ -49,8 +51,8 @@ def label(arguments: argparse.Namespace) -> int:
     gains = order_of(arguments.steps_order) if arguments.steps_order else None
     talkers = arena_models(arguments.run, arguments.arena, arguments.key_env)
     sources = Sources(
-        read_prompts=lambda path: list(read_prompts(str(path))),
-        read_unjudged=read_unjudged,
+        read_prompts=lambda path: list(read_prompts(str(path), Reading(most=MOST_SENT))),
+        read_unjudged=lambda path, unlabelled: read_unjudged(path, unlabelled, MOST_SENT),
         arena=[ArenaModel(name, reply) for name, reply in talkers.items()],
         sampled=_RunModels(arguments.run),
         ensemble=RunEnsemble(arguments.run) if arguments.run else None,
@@ -71,7 +73,7 @@ def label(arguments: argparse.Namespace) -> int:
             say(ordering.state().message)
         if split is not None and (queued := begin(store, split, gains)):
             say(f"{queued} replies are queued to be labelled in steps")
-        serve(store, arguments.host, arguments.port, sources, say)
+        serve(store, arguments.host, arguments.port, sources, say, arguments.proxy)
     return 0
 
 

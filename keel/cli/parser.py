@@ -187,6 +187,14 @@ def _label(commands: Commands) -> None:
     label.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     label.add_argument("--port", type=natural_number, default=8765, help="0 is a free one (default: %(default)s)")
     label.add_argument(
+        "--proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="a proxy before this server, by its address or network: its X-Forwarded-For and X-Forwarded-Proto are "
+        "believed; repeat it (default: nobody's are)",
+    )
+    label.add_argument(
         "--arena",
         action="append",
         default=[],

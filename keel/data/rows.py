@@ -82,6 +82,22 @@ class BadRows:
         return [*shown, "..."] if len(lines) > SHOWN else shown
 
 
+@dataclass(frozen=True, slots=True)
+class Most:
+    """The most that is taken from one source: rows, and bytes once it is unpacked."""
+
+    rows: int
+    size: int
+
+    def check_size(self, path: Path, size: int) -> None:
+        if size > self.size:
+            raise UserError(f"{path}: more than {self.size // 1_000_000} MB once it is unpacked; split it")
+
+    def check_rows(self, source: str | Path, rows: int) -> None:
+        if rows > self.rows:
+            raise UserError(f"{source}: more than {self.rows:,} rows; split it")
+
+
 def _no_one(what: object) -> None:
     """For who does not ask."""
 
@@ -90,12 +106,13 @@ def _no_one(what: object) -> None:
 class Reading:
     """How a source is read. ``on_bad_row``: whether a row that cannot be read is an error, or is left out and handed to
     ``skipped``. ``note`` gets a sentence about what was read otherwise than it is written; ``undecided`` how many rated
-    rows are neither up nor down."""
+    rows are neither up nor down; ``most``: how much of it is taken."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     note: Callable[[str], None] = _no_one
     skipped: Callable[[BadRows], None] = _no_one
     undecided: Callable[[int], None] = _no_one
+    most: Most | None = None
 
     def settle(self, bad: BadRows) -> None:
         """After the last row: UserError for bad rows, or (``skip``) their names, unless no row could be read."""
@@ -105,27 +122,32 @@ class Reading:
             self.skipped(bad)
 
 
-def read_rows(source: str | Path, bad: BadRows, note: Callable[[str], None] = _no_one) -> Iterator[Row]:
+def read_rows(
+    source: str | Path, bad: BadRows, note: Callable[[str], None] = _no_one, most: Most | None = None
+) -> Iterator[Row]:
     """The rows of a file, of a folder's files in the order of their names, or of ``hub:owner/name[:config][:split]``.
 
-    A row that is no object goes to ``bad``. Raises UserError when there is nothing to read or it cannot be read.
+    A row that is no object goes to ``bad``. Raises UserError when there is nothing to read or it cannot be read, or a
+    file holds more than ``most``.
     """
     if str(source).startswith(hub.PREFIX):
         found = _numbered(str(source), hub.load(str(source)), bad)
     else:
-        found = _read_local(Path(os.path.expanduser(source)), bad, note)  # which leaves a ~ that nobody knows
+        found = _read_local(Path(os.path.expanduser(source)), bad, note, most)  # which leaves a ~ that nobody knows
     for row in found:
         bad.rows += 1
+        if most is not None:
+            most.check_rows(source, bad.rows)
         yield row
     if not bad.rows and not bad.found:
         raise UserError(f"{source}: no rows; give a file with at least one")
 
 
-def _read_local(path: Path, bad: BadRows, note: Callable[[str], None]) -> Iterator[Row]:
+def _read_local(path: Path, bad: BadRows, note: Callable[[str], None], most: Most | None) -> Iterator[Row]:
     chosen = folders.chosen_split(path, note)
     if folders.is_saved(chosen):
         return _numbered(str(chosen), hub.load_saved(chosen), bad)
-    return (row for file in _files(path, note) for row in _read_file(file, bad))
+    return (row for file in _files(path, note) for row in _read_file(file, bad, most))
 
 
 def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
@@ -144,20 +166,21 @@ def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
     return [path]
 
 
-def _read_file(path: Path, bad: BadRows) -> Iterator[Row]:
+def _read_file(path: Path, bad: BadRows, most: Most | None) -> Iterator[Row]:
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
-        return _read_parquet(path, bad)
+        return _read_parquet(path, bad, most)
     if name.endswith(".jsonl"):
-        return _read_jsonl(path, bad)
-    return _read_csv(path, bad) if name.endswith(".csv") else _read_json(path, bad)
+        return _read_jsonl(path, bad, most)
+    return _read_csv(path, bad, most) if name.endswith(".csv") else _read_json(path, bad, most)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, most: Most | None) -> str:
     try:
-        data = path.read_bytes()
-        if path.name.endswith(".gz"):
-            data = gzip.decompress(data)
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            data = file.read() if most is None else file.read(most.size + 1)  # no more of it is ever unpacked
+        if most is not None:
+            most.check_size(path, len(data))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     try:
@@ -178,9 +201,9 @@ def _row(path: str | Path, line: str, values: Any, bad: BadRows) -> Iterator[Row
         bad.add(str(path), line, f"expected an object of fields, got {shown(values)}")
 
 
-def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
+def _read_jsonl(path: Path, bad: BadRows, most: Most | None) -> Iterator[Row]:
     # Only "\n" ends a line: str.splitlines would also cut at U+2028 and others, which may stand inside JSON strings.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(_text(path, most).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -204,8 +227,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
-    text = _text(path)
+def _read_json(path: Path, bad: BadRows, most: Most | None) -> Iterator[Row]:
+    text = _text(path, most)
     if not text.strip():
         return
     try:
@@ -221,8 +244,8 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
         yield from _row(path, f"item {number}", row, bad)
 
 
-def _read_csv(path: Path, bad: BadRows) -> Iterator[Row]:
-    text = _text(path)
+def _read_csv(path: Path, bad: BadRows, most: Most | None) -> Iterator[Row]:
+    text = _text(path, most)
     limit = csv.field_size_limit(sys.maxsize)  # the module's default refuses replies of more than 131,072 characters
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -257,7 +280,7 @@ def _cell(text: str) -> Any:
     return found if messages else text
 
 
-def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
+def _read_parquet(path: Path, bad: BadRows, most: Most | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -266,13 +289,29 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
             names = table.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise UserError(f"{path}: column {', '.join(twice)} stands twice; rename one")
-            number = 0
-            for batch in table.iter_batches(batch_size=4096):
+            number = size = 0
+            for batch in table.iter_batches(batch_size=_rows_at_once(path, table.metadata, most)):
+                size += batch.nbytes
+                if most is not None:
+                    most.check_size(path, size)
                 for values in batch.to_pylist():
                     number += 1
                     yield from _row(path, f"row {number}", values, bad)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # such as times that Python cannot hold
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _rows_at_once(path: Path, metadata: Any, most: Most | None) -> int:
+    """How many rows of a Parquet file are unpacked at a time. A dictionary holds a value once for all rows that have
+    it, so a few bytes may stand for as many as can be thought of."""
+    if most is None:
+        return 4096
+    most.check_rows(path, metadata.num_rows)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    most.check_size(path, sum(group.total_byte_size for group in groups))
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    longest = max((c.total_uncompressed_size for c in columns if c.has_dictionary_page), default=1)
+    return max(1, min(4096, most.size // max(1, longest)))
 
 
 def _numbered(source: str, rows: Iterator[Any], bad: BadRows) -> Iterator[Row]:

@@ -184,7 +184,7 @@ def _read_all(
     unused: dict[str, dict[str, None]] = {}  # file -> columns
     undecided = 0
     left_out: Counter[str] = Counter()
-    for row in read_rows(source, bad, reading.note):
+    for row in read_rows(source, bad, reading.note, reading.most):
         fields = Fields(row.values)
         try:
             refuse(fields, refused)

@@ -13,7 +13,7 @@ from typing import Any
 
 from keel.data.collate import messages_hash
 from keel.data.fields import json_value, message_list, name, text
-from keel.data.rows import BadRows, Row, RowError, read_rows, shown
+from keel.data.rows import BadRows, Most, Row, RowError, read_rows, shown
 from keel.data.sources import as_prompt, prompt_of_row, reply_of_row
 from keel.types import Message, Prompt, Unjudged
 
@@ -44,13 +44,13 @@ def is_unjudged(row: Mapping[str, Any]) -> bool:
     return set(TALKS[0]) <= row.keys() or (asks and (pairs or one or listed))
 
 
-def read_unjudged(source: str | Path, unlabelled: bool = False) -> list[Unjudged]:
-    """The groups of a file, in its order. ``unlabelled``: rows with an answer are taken without it. UserError names
-    file, line and field for each row that can't be taken: none is left out."""
+def read_unjudged(source: str | Path, unlabelled: bool = False, most: Most | None = None) -> list[Unjudged]:
+    """The groups of a file, in its order. ``unlabelled``: rows with an answer are taken without it; ``most``: how much
+    is taken. UserError names file, line and field for each row that can't be taken: none is left out."""
     bad = BadRows(str(source))
     groups: list[Unjudged] = []
     single: dict[str, list[tuple[Row, Prompt, Written]]] = {}
-    for row in read_rows(source, bad):
+    for row in read_rows(source, bad, most=most):
         try:
             _refuse_answers(row.values, unlabelled)
             prompt, written, one = _parse(row.values)

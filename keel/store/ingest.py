@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -47,8 +47,20 @@ class NewResponse:
     sampling: Mapping[str, Any] | None
 
 
-def add_prompts(connection: Connection, new: Sequence[Prompt], now: datetime) -> None:
-    """See Store.add_prompts."""
+def check_prompts(connection: Connection, new: Sequence[Prompt]) -> None:
+    """UserError where ``add_prompts`` would raise it. Nothing is written."""
+    for prompt in prompts_of(connection, rows := _prompt_rows(new, None)):
+        if prompt.messages != rows[prompt.id]["messages"]:
+            raise _other_messages(prompt.id)
+
+
+def prompts_of(connection: Connection, ids: Collection[str]) -> Iterator[Row[Any]]:
+    """Those that are there already."""
+    return rows_of(connection, prompts, prompts.c.id, list(ids))
+
+
+def _prompt_rows(new: Sequence[Prompt], now: datetime | None) -> dict[str, dict[str, Any]]:
+    """By id. UserError where one can't be stored, or an id stands for two."""
     rows: dict[str, dict[str, Any]] = {}
     for prompt in new:
         place = f"prompt {prompt.id!r}"
@@ -58,7 +70,13 @@ def add_prompts(connection: Connection, new: Sequence[Prompt], now: datetime) ->
         row = {"id": prompt.id, "messages": messages_json(prompt), "kind": prompt.kind, "meta": meta, "created": now}
         if rows.setdefault(prompt.id, row)["messages"] != row["messages"]:
             raise _other_messages(prompt.id)
-    known = {row.id: row for row in rows_of(connection, prompts, prompts.c.id, list(rows))}
+    return rows
+
+
+def add_prompts(connection: Connection, new: Sequence[Prompt], now: datetime) -> None:
+    """See Store.add_prompts."""
+    rows = _prompt_rows(new, now)
+    known = {row.id: row for row in prompts_of(connection, rows)}
     insert_missing(connection, prompts, [row for id, row in rows.items() if id not in known])
     for id, old in known.items():
         row = rows[id]
@@ -238,6 +256,13 @@ def insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str
     """Insert ``rows`` in order; one that somebody else has just added is left as it is."""
     if rows:
         connection.execute(_insert_statement(connection.dialect.name, table), rows)
+
+
+def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> int | None:
+    """The new row's id; None when one of its kind was there, or has just been added by somebody else."""
+    made = connection.execute(_insert_statement(connection.dialect.name, table).returning(table.c.id), row)
+    id: int | None = made.scalar_one_or_none()
+    return id
 
 
 @cache

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, or_, select, update
 
-from keel.store.ingest import insert_missing
+from keel.store.ingest import insert_missing, insert_new
 from keel.store.people_tables import accounts, links, sessions, settings
 from keel.store.tables import annotators, event, events
 from keel.types import UserError
@@ -68,9 +68,7 @@ def all_accounts(connection: Connection) -> list[Account]:
     return [Account(*row) for row in connection.execute(_ACCOUNT.order_by(annotators.c.name))]
 
 
-def add_account(
-    connection: Connection, name: str, role: AccountRole, password: str | None, actor: str, now: datetime
-) -> Account:
+def check_free(connection: Connection, name: str) -> None:
     """UserError when the name is taken, by another account or by an annotator of earlier judgements: somebody new must
     not come to own what somebody else said."""
     if connection.execute(select(annotators.c.id).where(annotators.c.name == name)).first() is not None:
@@ -78,17 +76,51 @@ def add_account(
             f"the name {name!r} is taken, by an account or by imported judgements; choose another one, such as "
             f"{free_name(connection, name)!r}"
         )
+
+
+def add_account(
+    connection: Connection, name: str, role: AccountRole, password: str | None, actor: str, now: datetime
+) -> Account:
+    """UserError when the name is taken (``check_free``)."""
+    check_free(connection, name)
     row = {"name": name, "kind": "person", "role": role, "created": now}
-    insert_missing(connection, annotators, [row])
-    id = connection.execute(select(annotators.c.id).where(annotators.c.name == name)).scalar_one()
+    id = insert_new(connection, annotators, row)
+    if id is None:  # somebody took it since we looked
+        raise UserError(f"the name {name!r} has just been taken; choose another one")
     new = {"annotator_id": id, "password": password, "active": True, "created": now}
     connection.execute(insert(accounts), new)
     log(connection, now, actor, "added", "account", name, None, {"role": role})
     return Account(id, name, role, True, password)
 
 
+def still_admin(connection: Connection, actor: str) -> None:
+    """UserError unless ``actor``, who was let in as an admin, is one still: they may have been demoted since. From here
+    to the end of the transaction the admins stay who they are."""
+    _hold_admins(connection)
+    found = account(connection, actor)
+    if actor not in ACTORS and not (found is not None and found.active and found.role == "admin"):
+        raise UserError(f"{actor!r} is no admin any more")
+
+
+_ADMINS = (
+    select(annotators.c.id)
+    .where(annotators.c.role == "admin")
+    .order_by(annotators.c.id)
+    .with_for_update(key_share=True)  # rows that refer to these may be added meanwhile
+)
+
+
+def _hold_admins(connection: Connection) -> None:
+    """Who is an admin is changed by one transaction at a time: two that each count on the other's to be the last one
+    would leave none. (SQLite has one writer.)"""
+    if connection.dialect.name == "postgresql":
+        connection.execute(_ADMINS)
+
+
 def change_account(connection: Connection, name: str, actor: str, now: datetime, **changes: Any) -> None:
-    """Change ``role``, ``active`` or ``password``. UserError when nobody could manage any more."""
+    """Change ``role``, ``active`` or ``password``. Links for the account end, and with an admin's rights the links that
+    they made. UserError when nobody could manage any more."""
+    _hold_admins(connection)
     old = account(connection, name)
     if old is None:
         raise UserError(f"there is no account {name!r}")
@@ -105,6 +137,9 @@ def change_account(connection: Connection, name: str, actor: str, now: datetime,
         connection.execute(update(accounts).where(accounts.c.annotator_id == old.annotator_id).values(**own))
     if own or was.get("role") != changes.get("role"):  # whoever was signed in signs in again, with what holds now
         end_sessions(connection, old.annotator_id, now)
+        _end_links(connection, links.c.annotator_id == old.annotator_id, actor, now)
+    if not (changes.get("role", old.role) == "admin" and changes.get("active", old.active)):
+        _end_links(connection, links.c.made_by == name, actor, now)
     told = {key: value for key, value in changes.items() if key != "password"} or {"password": "changed"}
     log(connection, now, actor, "changed", "account", name, was or None, told)
 
@@ -124,13 +159,18 @@ def add_link(
     log(connection, now, made_by, "made", "link", made.id, None, {"role": role, "for": annotator_id})
 
 
+# Whoever made it may still make one. (A link ends with its maker's rights; this is for what older Keels left open.)
+_MAKERS = select(annotators.c.name).join(accounts).where(annotators.c.role == "admin", accounts.c.active)
+_HOLDS = links.c.used_at.is_(None) & or_(links.c.made_by.in_(ACTORS), links.c.made_by.in_(_MAKERS))
+
+
 def link(connection: Connection, digest: str, now: datetime, use: bool = False) -> dict[str, Any] | None:
     """The link with this digest that still holds: its id, role, made_by, and annotator's name (None: an invitation).
     ``use``: it holds no longer. Of two who use it at once one gets it."""
     query = (
         select(links.c.id, links.c.role, links.c.made_by, links.c.annotator_id, annotators.c.name)
         .outerjoin(annotators, annotators.c.id == links.c.annotator_id)
-        .where(links.c.digest == digest, links.c.used_at.is_(None), links.c.expires_at > now)
+        .where(links.c.digest == digest, _HOLDS, links.c.expires_at > now)
     )
     found = connection.execute(query).mappings().first()
     row = None if found is None else dict(found)
@@ -145,13 +185,19 @@ def link(connection: Connection, digest: str, now: datetime, use: bool = False) 
 
 def open_links(connection: Connection, now: datetime) -> list[dict[str, Any]]:
     """Invitations that nobody has used yet."""
-    query = select(links).where(links.c.used_at.is_(None), links.c.expires_at > now, links.c.annotator_id.is_(None))
+    query = select(links).where(_HOLDS, links.c.expires_at > now, links.c.annotator_id.is_(None))
     return [dict(row) for row in connection.execute(query.order_by(links.c.id)).mappings()]
 
 
+def _end_links(connection: Connection, which: ColumnElement[bool], actor: str, now: datetime) -> None:
+    """They hold no longer, also when the rights that they rest on come back."""
+    ended = update(links).where(which, links.c.used_at.is_(None), links.c.expires_at > now).values(used_at=now)
+    for row in connection.execute(ended.returning(links.c.id)).all():
+        log(connection, now, actor, "withdrew", "link", row.id, None, None)
+
+
 def withdraw_link(connection: Connection, id: int, actor: str, now: datetime) -> None:
-    connection.execute(update(links).where(links.c.id == id, links.c.used_at.is_(None)).values(used_at=now))
-    log(connection, now, actor, "withdrew", "link", id, None, None)
+    _end_links(connection, links.c.id == id, actor, now)
 
 
 def add_session(

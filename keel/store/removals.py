@@ -35,7 +35,9 @@ def take_out(
     erased: bool = False,
 ) -> None:
     """Take it out, or, when it is out already, leave it so. UserError when it is not there."""
-    if connection.execute(select(_TABLES[what].c.id).where(_TABLES[what].c.id == id)).first() is None:
+    # of two reviewers at once the second finds it out already
+    row_of = select(_TABLES[what].c.id).where(_TABLES[what].c.id == id).with_for_update(key_share=True)
+    if connection.execute(row_of).first() is None:
         raise UserError(f"there is no {what} {id}")
     known = connection.execute(select(removals.c.id).where(_COLUMNS[what] == id, _STANDS)).scalar_one_or_none()
     if known is not None:
@@ -50,7 +52,7 @@ def take_out(
 
 def put_back(connection: Connection, removal_id: int, annotator_id: int, now: datetime) -> None:
     """Use again what was taken out. UserError when it is in use, or when nothing is left of it."""
-    row = connection.execute(select(removals).where(removals.c.id == removal_id, _STANDS)).first()
+    row = connection.execute(select(removals).where(removals.c.id == removal_id, _STANDS).with_for_update()).first()
     if row is None:
         raise UserError("this is in use already")
     if row.erased:

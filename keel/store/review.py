@@ -52,7 +52,9 @@ def adjudicate(
     """A reviewer's last word on an item, or (None) none any more; an earlier one is taken back."""
     if choice not in (None, "first", "second", "tie"):
         raise UserError(f"the choice {choice!r} is unknown; give first, second or tie")
-    kind = connection.execute(select(items.c.kind).where(items.c.id == item_id)).scalar_one_or_none()
+    # of two reviewers at once the second comes after the first, and their word stands in its place
+    item = select(items.c.kind).where(items.c.id == item_id).with_for_update(key_share=True)
+    kind = connection.execute(item).scalar_one_or_none()
     if kind is None:
         raise UserError(f"there is no comparison {item_id}")
     if kind != "compare":

@@ -115,6 +115,13 @@ class Store:
     def lease(self) -> timedelta:
         return self._lease
 
+    def unnamed(self, text: str) -> str:
+        """``text`` without where the store is, for those whom that does not concern."""
+        urls = {self._url.render_as_string(hide_password=hidden) for hidden in (True, False)}
+        for address in sorted(urls | {str(self._url.database)} if self._writer is not None else urls, key=len)[::-1]:
+            text = text.replace(address, "the store")
+        return text
+
     @contextmanager
     def transaction(self, writes: bool) -> Iterator[Connection]:
         """A connection inside a transaction, for the functions of keel.store that this class has no method for."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import combinations
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, insert
 
-from keel.store.ingest import NewResponse, add_items, add_prompts, add_responses, rows_of
+from keel.store.ingest import NewResponse, add_items, add_prompts, add_responses, items_of, prompts_of, rows_of
 from keel.store.rows import storable
-from keel.store.tables import event, events, items, prompts, responses
+from keel.store.tables import event, events, responses
 from keel.types import Unjudged, UserError
 
 BATCH = "responses"
@@ -46,10 +46,10 @@ def add_unjudged(
     group again adds nothing. UserError where a prompt's id stands for other messages."""
     if (pairs is not None and pairs < 1) or not 1 <= overlap <= 1000:
         raise UserError(f"{pairs} pairs for {overlap} people each: give 1 or more, and 1 to 1000 people")
-    before = _counts(connection)
+    named = sorted({group.prompt.id for group in groups})
+    asked = len(named) - len(list(prompts_of(connection, named)))
     add_prompts(connection, [group.prompt for group in groups], now)
     known: dict[tuple[str, str], int] = {}
-    named = sorted({group.prompt.id for group in groups})
     for row in rows_of(connection, responses, responses.c.prompt_id, named):
         key = row.prompt_id, row.text.strip()
         known[key] = min(row.id, known.get(key, row.id))
@@ -64,8 +64,10 @@ def add_unjudged(
     for group in groups:
         ids = [known[group.prompt.id, storable(text).strip()] for text in group.responses]
         wanted += _some(list(combinations(ids, 2)), pairs, group.prompt.id)
+    keys = {"{}-{}".format(*sorted(pair)) for pair in wanted}
+    queued = len(keys) - len(items_of(connection, batch, list(keys)))
     add_items(connection, wanted, overlap, batch, now)
-    added = Added(len(groups), *(after - old for after, old in zip(_counts(connection), before, strict=True)))
+    added = Added(len(groups), asked, len(new), queued)
     told = {"prompts": added.prompts, "responses": added.responses, "items": added.items, "overlap": overlap}
     connection.execute(insert(events), event(now, actor, "imported", "responses", batch, None, told))
     return added
@@ -78,6 +80,5 @@ def _some(pairs: list[tuple[int, int]], most: int | None, prompt_id: str) -> lis
     return random.Random(f"pairs/{prompt_id}").sample(pairs, most)
 
 
-def _counts(connection: Connection) -> tuple[int, ...]:
-    tables = (prompts, responses, items)
-    return tuple(int(connection.execute(select(func.count()).select_from(t)).scalar_one()) for t in tables)
+def total(pieces: Sequence[Added]) -> Added:
+    return Added(*(sum(getattr(one, field.name) for one in pieces) for field in fields(Added)))

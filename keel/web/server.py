@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
 from keel.store import Store
 from keel.types import UserError
 from keel.web.app.create import create_app
+from keel.web.app.proxies import networks
 from keel.web.service.people import People
 from keel.web.service.sources import Sources
 from keel.web.service.start import prepare
 
 
-def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[str], None]) -> None:
+def serve(
+    store: Store, host: str, port: int, sources: Sources, say: Callable[[str], None], proxies: Sequence[str] = ()
+) -> None:
     """Serves the labelling app until it is stopped (Ctrl-C, SIGTERM). ``say`` gets the address and a one-time sign-in
-    link; ``port`` 0 is a free one. UserError when the port can't be had."""
+    link; ``port`` 0 is a free one; ``proxies``: whose forwarded addresses are believed. UserError when the port can't
+    be had, or a proxy is no address."""
+    networks(proxies)
     prepare(store)
-    app = create_app(store, sources)
+    app = create_app(store, sources, proxies)
     app.state.services.sampling.recover()
     app.state.services.ordering.recover()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -43,6 +48,7 @@ def serve(store: Store, host: str, port: int, sources: Sources, say: Callable[[s
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # its own would believe this machine, or an environment variable
             timeout_keep_alive=30,
             timeout_graceful_shutdown=5,  # a reply that is still streaming does not keep the server alive
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -14,9 +15,10 @@ from starlette.staticfiles import StaticFiles
 from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
 from keel.web.app import api, constitutions, manage, models, pages, steps, training
+from keel.web.app.proxies import Forwarded, networks
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
-from keel.web.app.services import Services
+from keel.web.app.services import Services, services
 from keel.web.service.arena import Busy
 from keel.web.service.sources import Sources
 
@@ -32,8 +34,9 @@ REFUSALS: tuple[tuple[type[UserError], int, str], ...] = (
 )
 
 
-def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
-    """The labelling app on ``store``, which must have been prepared (keel.web.service.start)."""
+def create_app(store: Store, sources: Sources | None = None, proxies: Sequence[str] = ()) -> FastAPI:
+    """The labelling app on ``store``, which must have been prepared (keel.web.service.start). ``proxies``: addresses
+    and networks whose word on where a request comes from is believed."""
     # no pages about the routes: whoever labels has no use for them
     app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.services = Services.of(store, sources or Sources())
@@ -52,7 +55,8 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
     ):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Shield)
+    app.add_middleware(Shield, look_up=app.state.services.people.session)
+    app.add_middleware(Forwarded, proxies=networks(proxies))
     _errors(app)
     return app
 
@@ -86,7 +90,7 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: Exception) -> Response:
         status, said = next(((code, words) for kind, code, words in REFUSALS if isinstance(error, kind)), (400, ""))
-        response = _problem(request, status, said or str(error))
+        response = _problem(request, status, said or services(request).store.unnamed(str(error)))
         if status == 503:
             response.headers["Retry-After"] = str(RETRY_SECONDS)
         return response

@@ -22,6 +22,8 @@ class Rate:
 REQUESTS = Rate(120, 30)  # of one session, or of one address without a session
 SIGN_IN_NAME = Rate(8, 8 / 900)  # failures for one name
 SIGN_IN_ADDRESS = Rate(40, 40 / 900)  # failures from one address
+SIGN_IN_ALL = Rate(100, 4)  # failures of everybody: each costs a tenth of a second of a processor
+PASSWORDS = Rate(8, 8 / 900)  # new passwords of one account
 
 
 class Buckets:
@@ -39,6 +41,12 @@ class Buckets:
             if len(self._left) > MOST_KEYS:
                 self._left.popitem(last=False)  # the one that was quiet for longest
         return self._until(left)
+
+    def give(self, key: str) -> None:
+        """A token comes back."""
+        with self._lock:
+            if key in self._left:  # else it is full
+                self._left[key] = (min(self._rate.burst, self._filled(key) + 1), time.monotonic())
 
     def wait(self, key: str) -> float:
         """Seconds until there is a token, without taking it."""

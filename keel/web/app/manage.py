@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -140,8 +141,7 @@ def import_prompts(request: Request, session: Admin, file: UploadFile) -> Respon
     read = services(request).sources.read_prompts
     if read is None:
         raise UserError("this server can't read files of prompts")
-    found = _uploaded(file, read)
-    added = services(request).manage.add_prompts(found, session.account.name)
+    added = services(request).imports.prompts(lambda: _uploaded(file, read), session.account.name)
     return done("/prompts", f"{added} {'prompt' if added == 1 else 'prompts'} read.")
 
 
@@ -157,8 +157,9 @@ def import_responses(
     read = services(request).sources.read_unjudged
     if read is None:
         raise UserError("this server can't read files of responses")
-    groups = _uploaded(file, lambda path: read(path, unlabelled))
-    added = services(request).manage.add_unjudged(groups, pairs or None, overlap, session.account.name)
+    added = services(request).imports.responses(
+        lambda: _uploaded(file, lambda path: read(path, unlabelled)), pairs or None, overlap, session.account.name
+    )
     return done("/prompts", f"{added}.")
 
 
@@ -166,8 +167,10 @@ def _uploaded(file: UploadFile, read: Callable[[Path], T]) -> T:
     name = Path(file.filename or "upload.jsonl").name
     with tempfile.TemporaryDirectory() as folder:
         # the reader names the file in its messages; its ending says what it is
-        path = Path(folder) / f"upload{Path(name).suffix[:10] or '.jsonl'}"
-        path.write_bytes(file.file.read())
+        ending = "".join(Path(name).suffixes[-2:] if name.endswith(".gz") else Path(name).suffixes[-1:])
+        path = Path(folder) / f"upload{ending[-20:] or '.jsonl'}"
+        with path.open("wb") as copy:
+            shutil.copyfileobj(file.file, copy)
         try:
             return read(path)
         except UserError as error:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Form, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from keel.store import Unavailable
 from keel.store.people import Session
 from keel.types import UserError
 from keel.web.app.fields import FormLine, Secret
-from keel.web.app.limits import SIGN_IN_ADDRESS, SIGN_IN_NAME, Buckets
+from keel.web.app.limits import PASSWORDS, SIGN_IN_ADDRESS, SIGN_IN_ALL, SIGN_IN_NAME, Buckets
 from keel.web.app.render import page
 from keel.web.app.security import COOKIE, Guard, TooMany, address, may
 from keel.web.app.services import services
-from keel.web.service.people import SESSION_LASTS, SHORTEST_PASSWORD, WrongPassword
+from keel.web.service.people import HASHING, SESSION_LASTS, SHORTEST_PASSWORD, WrongPassword
 
 router = APIRouter(default_response_class=HTMLResponse)
 Annotator = Annotated[Session, Depends(may("annotator"))]
 Password = Annotated[str, Form(max_length=1000)]
+T = TypeVar("T")
 
 
 async def _visitor(request: Request) -> Session | None:
@@ -31,18 +35,44 @@ Visitor = Annotated[Session | None, Depends(_visitor)]
 
 
 class Door:
-    """Counts the failures at the door."""
+    """Counts the guesses at the door, each before its password is looked at: a thousand that come at once are a
+    thousand. The right one is not counted in the end."""
 
     def __init__(self) -> None:
         self._names, self._addresses = Buckets(SIGN_IN_NAME), Buckets(SIGN_IN_ADDRESS)
+        self._all, self._passwords = Buckets(SIGN_IN_ALL), Buckets(PASSWORDS)
+        self._hashing = CapacityLimiter(HASHING)
 
-    def check(self, name: str, where: str) -> None:
-        if wait := max(self._names.wait(name.casefold()), self._addresses.wait(where)):
+    def knock(self, name: str, where: str) -> None:
+        """TooMany, and nothing is counted, where one of the counts has come to its end."""
+        taken: list[tuple[Buckets, str]] = []
+        for buckets, key in self._counts(name, where):
+            if wait := buckets.take(key):
+                _give(taken)
+                raise TooMany(wait)
+            taken.append((buckets, key))
+
+    def no_guess(self, name: str, where: str) -> None:
+        """It was the right password, or none was looked at."""
+        _give(self._counts(name, where))
+
+    def _counts(self, name: str, where: str) -> list[tuple[Buckets, str]]:
+        spelled = " ".join(name.split()).casefold()  # however it is spaced it is one account's
+        return [(self._addresses, where), (self._names, spelled), (self._all, "")]
+
+    def new_password(self, session: Session) -> None:
+        if wait := self._passwords.take(str(session.account.annotator_id)):
             raise TooMany(wait)
 
-    def failed(self, name: str, where: str) -> None:
-        self._names.take(name.casefold())
-        self._addresses.take(where)
+    async def hashed(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Passwords are hashed in a few threads of their own, and whoever waits for one takes up none: all else that
+        the app does goes on."""
+        return await to_thread.run_sync(call, *arguments, limiter=self._hashing)
+
+
+def _give(taken: list[tuple[Buckets, str]]) -> None:
+    for buckets, key in taken:
+        buckets.give(key)
 
 
 def _to(path: str) -> RedirectResponse:
@@ -77,14 +107,18 @@ def sign_in_page(request: Request, visitor: Visitor) -> Response:
 
 
 @router.post("/sign-in")
-def sign_in(request: Request, visitor: Visitor, name: FormLine, password: Password) -> Response:
+async def sign_in(request: Request, visitor: Visitor, name: FormLine, password: Password) -> Response:
     door: Door = request.app.state.door
-    door.check(name, address(request))
+    door.knock(name, address(request))
     try:
-        cookie = services(request).people.sign_in(name, password)
+        cookie = await door.hashed(services(request).people.sign_in, name, password)
     except WrongPassword as error:
-        door.failed(name, address(request))
-        return page(request, "sign_in.html", status=403, name=name, problem=str(error))
+        response: Response = page(request, "sign_in.html", status=403, name=name, problem=str(error))
+        return response
+    except Unavailable:
+        door.no_guess(name, address(request))
+        raise
+    door.no_guess(name, address(request))
     return _signed_in(request, cookie)
 
 
@@ -120,17 +154,20 @@ def join_page(request: Request, visitor: Visitor, secret: Secret) -> Response:
 
 
 @router.post("/join/{secret}")
-def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, password: Password) -> Response:
-    found = services(request).people.link(secret)
+async def join(request: Request, visitor: Visitor, secret: Secret, name: FormLine, password: Password) -> Response:
+    door: Door = request.app.state.door
+    found = await run_in_threadpool(services(request).people.link, secret)
     if found is None or found["annotator_id"] is not None:
-        return page(request, "link_gone.html", status=404)
+        gone: Response = page(request, "link_gone.html", status=404)
+        return gone
     try:
-        cookie = services(request).people.accept(secret, name, password)
+        cookie = await door.hashed(services(request).people.accept, secret, name, password)
     except Unavailable:
         raise
     except UserError as error:
         context = {"secret": secret, "role": found["role"], "name": name, "shortest": SHORTEST_PASSWORD}
-        return page(request, "join.html", status=400, problem=str(error), **context)
+        response: Response = page(request, "join.html", status=400, problem=str(error), **context)
+        return response
     return _signed_in(request, cookie, "/guideline")
 
 
@@ -196,12 +233,16 @@ def account(request: Request, session: Annotator) -> Response:
 
 
 @router.post("/account")
-def set_password(request: Request, session: Annotator, password: Password) -> Response:
+async def set_password(request: Request, session: Annotator, password: Password) -> Response:
+    door: Door = request.app.state.door
+    door.new_password(session)
     context: dict[str, Any] = {"shortest": SHORTEST_PASSWORD}
     try:
-        cookie = services(request).people.set_password(session.account, password)
+        cookie = await door.hashed(services(request).people.set_password, session.account, password)
     except Unavailable:
         raise
     except UserError as error:
-        return page(request, "account.html", session, status=400, problem=str(error), **context)
+        told = {"status": 400, "problem": str(error), **context}
+        response: Response = await run_in_threadpool(page, request, "account.html", session, **told)
+        return response
     return _signed_in(request, cookie)

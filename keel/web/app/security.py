@@ -5,21 +5,25 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import IPv6Address, ip_network
 from typing import Any
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keel.store.people import ROLES, AccountRole, Session
 from keel.web.app.limits import REQUESTS, Buckets
+from keel.web.app.proxies import parsed
 
 COOKIE = "keel_session"
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+LARGEST_UNASKED = 500_000  # of somebody who is not signed in: the longest reply, of whoever was signed out over it
 LARGEST_BODY = 1_000_000
-LARGEST_UPLOAD = 64_000_000
+LARGEST_UPLOAD = 64_000_000  # of admins
 UPLOADS = frozenset({"/manage/prompts/import", "/manage/prompts/responses"})
+DOOR = ("/sign-in", "/enter/", "/join/")
 
 CONTENT_POLICY = "; ".join(
     (
@@ -67,11 +71,12 @@ class TooMany(Exception):
 
 
 class Shield:
-    """ASGI middleware: puts the headers on every response, and turns away what is too large or comes from another
-    site."""
+    """ASGI middleware: puts the headers on every response, and turns away what comes from another site, and what is
+    larger than its sender may send. Such a body is not read: the framework would read it before it asks who sends it.
+    """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, look_up: Callable[[str], Session | None]) -> None:
+        self.app, self._look_up = app, look_up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,15 +101,53 @@ class Shield:
         if scope["method"] not in SAFE and _foreign(headers):
             await PlainTextResponse("this request comes from another site", 403)(scope, receive, with_headers)
             return
-        largest = LARGEST_UPLOAD if scope["path"] in UPLOADS else LARGEST_BODY
         try:
-            length = int(headers.get(b"content-length", b"0"))
-        except ValueError:
-            length = largest + 1
-        if length > largest:
-            await PlainTextResponse("this is too large", 413)(scope, receive, with_headers)
+            largest = await self._largest(scope, headers)
+        except Exception as error:
+            await (await _answer(scope, error))(scope, receive, with_headers)
             return
-        await self.app(scope, _counted(receive, largest), with_headers)
+        await _counted(self.app, largest)(scope, receive, with_headers)
+
+    async def _largest(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        """How much of the body is read at most. Raises what is to be answered when it is more than its sender may
+        send. A small one needs no look into the database."""
+        length = _length(headers)
+        if length is not None and length <= LARGEST_UNASKED:
+            return LARGEST_UNASKED
+        if scope["method"] in SAFE:
+            raise TooLarge
+        cookie = Request(scope).cookies.get(COOKIE)
+        session = await run_in_threadpool(self._look_up, cookie) if cookie else None
+        if session is None:
+            if length is None and scope["path"].startswith(DOOR):
+                return LARGEST_UNASKED
+            # whoever was signed out keeps what they wrote until they are signed in again: it is not too large
+            raise TooLarge if scope["path"].startswith(DOOR) else NotSignedIn
+        if scope["path"] in UPLOADS:
+            if session.account.role != "admin":
+                raise NotAllowed
+            largest = LARGEST_UPLOAD
+        else:
+            largest = LARGEST_BODY
+        if length is not None and length > largest:
+            raise TooLarge
+        return largest
+
+
+def _length(headers: dict[bytes, bytes]) -> int | None:
+    """How long the body is by its header; None where that is not told before it comes."""
+    told = headers.get(b"content-length")
+    if told is None:
+        return None if b"transfer-encoding" in headers else 0
+    return int(told) if told.isdigit() else LARGEST_UPLOAD + 1
+
+
+async def _answer(scope: Scope, error: Exception) -> Response:
+    """What the app says to it. (Its handlers are for what is raised further in.)"""
+    handlers = scope["app"].exception_handlers
+    handler = next(handlers[kind] for kind in type(error).__mro__ if kind in handlers)
+    found: Response = await handler(Request(scope), error)
+    return found
 
 
 def _foreign(headers: dict[bytes, bytes]) -> bool:
@@ -115,19 +158,34 @@ def _foreign(headers: dict[bytes, bytes]) -> bool:
     return headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none")
 
 
-def _counted(receive: Receive, largest: int) -> Callable[[], Awaitable[Message]]:
-    """A body that names no length is counted as it comes."""
-    so_far = 0
+def _counted(app: ASGIApp, largest: int) -> ASGIApp:
+    """The app with bodies that are counted as they come: when one is too large nothing more of it is read, and that is
+    the answer, whatever the app makes of half a body."""
 
-    async def counting() -> Message:
-        nonlocal so_far
-        message = await receive()
-        so_far += len(message.get("body", b""))
+    async def counting_app(scope: Scope, receive: Receive, send: Send) -> None:
+        so_far = 0
+
+        async def counting() -> Message:
+            nonlocal so_far
+            message = await receive()
+            so_far += len(message.get("body", b""))
+            if so_far > largest:
+                raise TooLarge
+            return message
+
+        async def unless_too_large(message: Message) -> None:
+            if so_far <= largest:
+                await send(message)
+
+        try:
+            await app(scope, counting, unless_too_large)
+        except Exception:
+            if so_far <= largest:
+                raise
         if so_far > largest:
-            raise TooLarge
-        return message
+            await (await _answer(scope, TooLarge()))(scope, receive, send)
 
-    return counting
+    return counting_app
 
 
 class Guard:
@@ -164,7 +222,12 @@ class Guard:
 
 
 def address(request: Request) -> str:
-    return request.client.host if request.client else "?"
+    """Where it comes from, as it is counted: of IPv6 the network, since whoever has one address has 2^64."""
+    host = request.client.host if request.client else "?"
+    found = parsed(host)
+    if isinstance(found, IPv6Address):
+        return str(ip_network((found, 64), strict=False))
+    return host if found is None else str(found)
 
 
 def may(least: AccountRole) -> Callable[[Request], Awaitable[Session]]:

@@ -9,6 +9,7 @@ from fastapi import Request
 from keel.store import Store
 from keel.web.service.arena import Arena
 from keel.web.service.constitutions import Constitutions
+from keel.web.service.imports import Imports
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
 from keel.web.service.models import Models
@@ -28,6 +29,7 @@ class Services:
     people: People
     labelling: Labelling
     manage: Manage
+    imports: Imports
     models: Models
     constitutions: Constitutions
     arena: Arena
@@ -44,6 +46,7 @@ class Services:
             people=People(store),
             labelling=Labelling(store),
             manage=Manage(store),
+            imports=Imports(store),
             models=Models(store, sources.trained),
             constitutions=Constitutions(store, sources.critiques),
             arena=Arena(store, sources.arena),

@@ -29,7 +29,6 @@ from keel.store import (
     step_files,
     steps,
     thumbs,
-    unjudged,
     work,
 )
 from keel.store.guidelines import Guideline
@@ -42,8 +41,7 @@ from keel.store.removals import What
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
 from keel.store.trained_on import VoteCount, count_votes
-from keel.store.unjudged import Added
-from keel.types import Prompt, Unjudged, UserError
+from keel.types import UserError
 from keel.web.service.labelling import GOLD_EVERY
 from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
@@ -164,18 +162,6 @@ class Manage:
     def newest_prompts(self, limit: int = 50) -> list[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
             return overview.newest_prompts(connection, limit)
-
-    def add_prompts(self, prompts: list[Prompt], actor: str) -> int:
-        """Import prompts; how many there are. Those that are there already stay as they are."""
-        with self._store.session() as session, session.transaction(writes=True) as connection:
-            session.add_prompts(prompts)
-            people.log(connection, self._store.now, actor, "imported", "prompts", len(prompts), None, None)
-        return len(prompts)
-
-    def add_unjudged(self, groups: list[Unjudged], pairs: int | None, overlap: int, actor: str) -> Added:
-        """Import responses and queue pairs of them (None: all), each for ``overlap`` people."""
-        with self._store.transaction(writes=True) as connection:
-            return unjudged.add_unjudged(connection, groups, pairs, overlap, unjudged.BATCH, actor, self._store.now)
 
     def ask_for_writing(self, prompts: int, overlap: int, actor: str) -> int:
         """Queue prompts that were not yet (those with the fewest responses first) for people to reply to; how many."""

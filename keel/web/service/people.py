@@ -26,7 +26,8 @@ LONGEST_NAME = 40
 OWNER = "owner"  # the account of whoever starts `keel label` on their own machine
 
 _HASHER = PasswordHasher()  # RFC 9106's low-memory profile: 64 MiB, three passes
-_HASHING = threading.BoundedSemaphore(2)  # each takes 64 MiB and a core: a crowd at the door must not take the machine
+HASHING = 2  # at once: each takes 64 MiB and a core, and a crowd at the door must not take the machine
+_HASHING = threading.BoundedSemaphore(HASHING)
 
 
 class WrongPassword(UserError):
@@ -70,6 +71,7 @@ class People:
         secret, digest = _secret()
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
+            people.still_admin(connection, actor)
             people.add_link(connection, digest, role, None, actor, now, now + INVITATION_LASTS)
         return secret
 
@@ -78,6 +80,7 @@ class People:
         secret, digest = _secret()
         now = self._store.now
         with self._store.transaction(writes=True) as connection:
+            people.still_admin(connection, actor)
             account = people.account(connection, name)
             if account is None or not account.active:
                 raise UserError(f"there is no active account {name!r}")
@@ -97,12 +100,13 @@ class People:
             raise UserError(f"the name must have 1 to {LONGEST_NAME} characters")
         if name in people.ACTORS:
             raise UserError(f"the name {name!r} is one of Keel's own; choose another one")
-        hashed = self._hash(password)
         now = self._store.now
+        with self._store.transaction(writes=False) as connection:  # what can't be is refused before it is paid for
+            _invited(people.link(connection, _digest(secret), now))
+            people.check_free(connection, name)
+        hashed = self._hash(password)
         with self._store.transaction(writes=True) as connection:
-            found = people.link(connection, _digest(secret), now, use=True)
-            if found is None or found["annotator_id"] is not None:
-                raise UserError("this invitation was used already or is too old; ask for a new one")
+            found = _invited(people.link(connection, _digest(secret), now, use=True))
             account = people.add_account(connection, name, found["role"], hashed, name, now)
         return self.start_session(account)
 
@@ -172,6 +176,7 @@ class People:
         changes = {key: value for key, value in (("role", role), ("active", active)) if value is not None}
         if changes:
             with self._store.transaction(writes=True) as connection:
+                people.still_admin(connection, actor)
                 people.change_account(connection, name, actor, self._store.now, **changes)
 
     def erase(self, name: str, texts: bool, actor: str) -> str:
@@ -203,6 +208,12 @@ class People:
                 return _HASHER.verify(hashed, password)
         except (VerificationError, InvalidHashError):
             return False
+
+
+def _invited(found: dict[str, Any] | None) -> dict[str, Any]:
+    if found is None or found["annotator_id"] is not None:
+        raise UserError("this invitation was used already or is too old; ask for a new one")
+    return found
 
 
 def _secret() -> tuple[str, str]:
