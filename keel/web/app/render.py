@@ -16,7 +16,8 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from keel.store.people import ROLES, Account, Session
-from keel.web.app.markdown import render
+from keel.web.app.latex import plain
+from keel.web.app.markdown import conversation, render
 from keel.web.app.services import services
 
 SAID = "keel_said"  # the cookie with what the last form did
@@ -61,7 +62,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"markdown": render, "percent": percent, "when": when, "count": "{:,.0f}".format, "zip": _zip}
+    found.filters |= {"markdown": render, "plain": plain, "conversation": conversation, "percent": percent, "when": when, "count": "{:,.0f}".format, "zip": _zip}
     found.globals["static"] = static
     return found
 
