@@ -103,7 +103,8 @@ def folded(text: str, longest: int = FOLDED) -> Markup:
     html = render(text)
     if len(text) <= longest and text.count("\n") < FOLDED_LINES:
         return html
-    short = f"{text[:ENDS].rstrip()} … {text[-ENDS:].lstrip()}" if len(text) > 2 * ENDS else text
+    begin, end = text[:ENDS].rpartition(" ")[0] or text[:ENDS], text[-ENDS:].partition(" ")[2] or text[-ENDS:]
+    short = f"{begin} … {end}" if len(text) > 2 * ENDS else text
     return Markup(
         '<details class="fold"><summary><span class="ends" dir="auto">{}</span>'
         ' <span class="all">The whole message: {} characters</span></summary>{}</details>'

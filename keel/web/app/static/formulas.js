@@ -1,7 +1,7 @@
 // Sets the formulas of a page with Temml, which is fetched from this server when there is one. It makes MathML: no fonts,
 // and no styles that the content policy would have to allow. What can't be set stays there as its source.
 
-const SHOWN = { displayMode: false, annotate: false, throwOnError: true, trust: false, maxSize: [10, 100], maxExpand: 100 };
+const SHOWN = { displayMode: false, annotate: false, throwOnError: true, trust: false, maxSize: [5, 60], maxExpand: 100 };
 const MOST_ELEMENTS = 3000; // of one formula
 const DEEPEST = 60; // elements within elements
 const NEVER = ["id", "href", "tabindex", "onclick"]; // names of the page's own things, links
