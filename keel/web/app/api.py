@@ -47,7 +47,7 @@ def item_json(screen: Screen | None) -> dict[str, Any] | None:
     found: dict[str, Any] = {
         "id": screen.id,
         "kind": screen.kind,
-        "messages": conversation(screen.messages),
+        "messages": conversation([(m.role, m.content) for m in screen.messages]),
     }
     if screen.sheet is not None:
         more = {"said": screen.said} if screen.said else {}

@@ -52,8 +52,9 @@ def question_json(question: Question | None) -> dict[str, Any] | None:
     """All that a browser is told of a question."""
     if question is None:
         return None
+    messages = conversation([(m.role, m.content) for m in question.messages])
     reply, principle = render(question.reply), question.principle
-    return {"id": question.handle, "messages": conversation(question.messages), "reply": reply, "principle": principle}
+    return {"id": question.handle, "messages": messages, "reply": reply, "principle": principle}
 
 
 @router.get("/constitution")

@@ -1,6 +1,6 @@
-r"""Formulas in texts of models and people: ``$...$``, ``$$...$$``, ``\(...\)``, ``\[...\]``. What is found here is shown as
-its source, in an element that static/formulas.js sets with Temml (static/temml/). A sum of money is no formula, nor is
-what only reads like one; when in doubt it stays the text that it is."""
+r"""Formulas in texts of models and people: ``$...$``, ``$$...$$``, ``\(...\)``, ``\[...\]``. What is found here is
+shown as its source, in an element that static/formulas.js sets with Temml (static/temml/). A sum of money is no
+formula, nor is what only reads like one; when in doubt it stays the text that it is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ MOST_CHARACTERS = 20_000  # their source; what follows is shown as its source
 CLOSERS = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 BLOCKS = ("$$", r"\[")  # a line that begins with one begins a formula of its own
 _OPENER = re.compile(r"\$+|\\[\[(]|\\.", re.DOTALL)
-_AFTER = re.compile(r"(?![0-9A-Za-z$])|(?:st|nd|rd|th|s)(?![0-9A-Za-z])")  # what may follow a closing $: $n$th, but not $1
+_AFTER = re.compile(
+    r"(?![0-9A-Za-z$])|(?:st|nd|rd|th|s)(?![0-9A-Za-z])"
+)  # what may follow a closing $: $n$th, but not $1
 _MONEY = re.compile(r"[\d.,–-]+(?:[kKmMbB]|bn)?[+%]?[\s,;:]+[^\W\d_]{2}")  # "5 and 10"
 _SIGNS = frozenset(r"\^_{}=<>+*/|")
 _WORD = re.compile(r"[^\W\d_][a-z]{2}")
 # a formula may not define what others, or it itself, expand to
-_DEFINES = re.compile(r"\\(?:[egx]?def|let|futurelet|global|long|(?:re)?newcommand|providecommand|DeclareMathOperator)(?![A-Za-z])")
+_DEFINES = re.compile(
+    r"\\(?:[egx]?def|let|futurelet|global|long|(?:re)?newcommand|providecommand|DeclareMathOperator)(?![A-Za-z])"
+)
 
 
 class Formula(NamedTuple):
@@ -35,7 +39,9 @@ class Formula(NamedTuple):
 
     def html(self, setting: bool = True) -> Markup:
         """``setting``: a browser is to set it; otherwise its source stays."""
-        shown = Markup('<code class="tex" dir="ltr">{}</code>' if setting else '<code dir="ltr">{}</code>').format(self.source)
+        shown = Markup('<code class="tex" dir="ltr">{}</code>' if setting else '<code dir="ltr">{}</code>').format(
+            self.source
+        )
         if not self.display:
             return shown
         return Markup('<span class="display" tabindex="0" role="group" aria-label="Formula">{}</span>').format(shown)
@@ -54,7 +60,7 @@ class Budget:
 
 
 def formula_at(text: str, start: int, opener: str, stop: int | None = None) -> Formula | None:
-    """The formula that begins at ``start`` with ``opener``, if one does. Looks no further than ``LONGEST`` and ``stop``."""
+    """The formula that begins at ``start`` with ``opener``, if one does. Looks on for ``LONGEST``, or to ``stop``."""
     closer, begin = CLOSERS[opener], start + len(opener)
     last = min(begin + LONGEST + len(closer), len(text) if stop is None else stop)
     end = text.find(closer, begin, last)
@@ -96,11 +102,11 @@ def _escaped(text: str, begin: int, at: int) -> bool:
 
 def _is_formula(inside: str, opener: str) -> bool:
     stripped = inside.strip()
-    if not stripped or "`" in inside or "\n\n" in inside or opener in inside.replace("\\\\", ""):
+    if not stripped or "`" in inside or "\n\n" in inside or opener in inside.replace("\\\\", "").replace(r"\$", ""):
         return False
     if _DEFINES.search(inside) or _depth(inside) > DEEPEST:
         return False
-    if opener == "$" and (stripped != inside or "$" in inside.replace(r"\$", "") or inside[-1] in "([{" or _MONEY.match(inside)):
+    if opener == "$" and (stripped != inside or inside[-1] in "([{" or _MONEY.match(inside)):
         return False
     if opener == r"\[" and stripped.isdecimal():  # \[1\] is a footnote whose brackets were escaped
         return False

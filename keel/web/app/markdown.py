@@ -15,7 +15,6 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
-from keel.types import Message
 from keel.web.app.latex import Budget, formulas
 
 LONGEST = 100_000  # characters; what is longer is shown as plain text
@@ -88,7 +87,9 @@ _MARKDOWN = {breaks: _markdown(breaks) for breaks in (True, False)}
 def render(text: str, breaks: bool = True) -> Markup:
     """HTML of ``text``, safe to put into a page. ``breaks``: a line end stays one."""
     if not visible(text):
-        return Markup('<p class="nothing">{}</p>').format("Blank: there is only white space." if text else "Empty: there is no text.")
+        return Markup('<p class="nothing">{}</p>').format(
+            "Blank: there is only white space." if text else "Empty: there is no text."
+        )
     if len(text) <= LONGEST:
         markdown = _MARKDOWN[breaks]
         tokens = markdown.parse(text)
@@ -111,11 +112,11 @@ def folded(text: str, longest: int = FOLDED) -> Markup:
     ).format(short, f"{len(text):,}", html)
 
 
-def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Role and HTML of each message. Long ones are folded; in a long conversation the earlier ones sooner."""
-    earlier = EARLIER if sum(len(m.content) for m in messages) > CONVERSATION else FOLDED
+def conversation(messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Role and HTML of each message, of its role and its text. Long ones are folded; in a long conversation the earlier ones sooner."""
+    earlier = EARLIER if sum(len(text) for _, text in messages) > CONVERSATION else FOLDED
     limits = [*[earlier] * (len(messages) - 1), FOLDED]
-    return [{"role": m.role, "html": folded(m.content, most)} for m, most in zip(messages, limits, strict=False)]
+    return [{"role": role, "html": folded(text, most)} for (role, text), most in zip(messages, limits, strict=False)]
 
 
 def visible(text: str) -> bool:
