@@ -159,10 +159,13 @@ def test_long_messages_are_folded_with_both_ends_to_be_seen() -> None:
 NASTY: dict[str, Callable[[int], str]] = {
     name: (lambda n, piece=piece: (piece * (n // len(piece) + 1))[:n])  # type: ignore[misc]
     for name, piece in {
-        "links": "[a](b) ", "open links": "[", "images": "![", "addresses": "[a](", "references": "[a]: b '\n",
-        "emphasis": "*a **b ", "underscores": "_a__", "entities": "&amp", "quotes": "> a\n", "lists": "- a\n",
+        "links": "[a](b) ", "open links": "[", "images": "![", "addresses": "[a](",
+        "references": "[a]: b '\n",
+        "emphasis": "*a **b ", "underscores": "_a__", "entities": "&amp", "quotes": "> a\n",
+        "lists": "- a\n",
         "fences": "```\n", "lazy": "> - a\nb\n", "tables": "|a|\n|-|\n", "money": "$5 ", "dollars": "$a$b", "two": "$$\n",
-        "inline": r"\(", "display": "\\[a\n", "closed": r"\[\(", "escapes": "$\\$", "backslashes": "$" + "\\" * 40, "words": "a $x b$ ",
+        "inline": r"\(", "display": "\\[a\n", "closed": r"\[\(", "escapes": "$\\$", "backslashes": "$" + "\\" * 40,
+        "words": "a $x b$ ",
     }.items()
 } | {"ticks": lambda n: "".join("`" * i + " " for i in range(int((2 * n) ** 0.5))), "blank": lambda n: " " * n}  # fmt: skip
 

@@ -113,7 +113,8 @@ def folded(text: str, longest: int = FOLDED) -> Markup:
 
 
 def conversation(messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Role and HTML of each message, of its role and its text. Long ones are folded; in a long conversation the earlier ones sooner."""
+    """Role and HTML of each message, of its role and its text. Long ones are folded; in a long conversation the earlier
+    ones sooner."""
     earlier = EARLIER if sum(len(text) for _, text in messages) > CONVERSATION else FOLDED
     limits = [*[earlier] * (len(messages) - 1), FOLDED]
     return [{"role": role, "html": folded(text, most)} for (role, text), most in zip(messages, limits, strict=False)]
