@@ -163,11 +163,15 @@ NASTY: dict[str, Callable[[int], str]] = {
         "references": "[a]: b '\n",
         "emphasis": "*a **b ", "underscores": "_a__", "entities": "&amp", "quotes": "> a\n",
         "lists": "- a\n",
-        "fences": "```\n", "lazy": "> - a\nb\n", "tables": "|a|\n|-|\n", "money": "$5 ", "dollars": "$a$b", "two": "$$\n",
+        "fences": "```\n", "lazy": "> - a\nb\n", "tables": "|a|\n|-|\n", "money": "$5 ",
+        "dollars": "$a$b", "two": "$$\n",
         "inline": r"\(", "display": "\\[a\n", "closed": r"\[\(", "escapes": "$\\$", "backslashes": "$" + "\\" * 40,
         "words": "a $x b$ ",
     }.items()
-} | {"ticks": lambda n: "".join("`" * i + " " for i in range(int((2 * n) ** 0.5))), "blank": lambda n: " " * n}  # fmt: skip
+} | {
+    "ticks": lambda n: "".join("`" * i + " " for i in range(int((2 * n) ** 0.5))),
+    "blank": lambda n: " " * n,
+}  # fmt: skip
 
 
 def operations(text: str) -> int:
