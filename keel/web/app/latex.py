@@ -129,8 +129,8 @@ def formulas(markdown: MarkdownIt) -> None:
     """A plugin: tokens of type ``tex``, whose ``meta`` has the formula."""
     # before escape, which takes the backslash of \( away
     markdown.inline.ruler.before("escape", "tex", _inline)
-    stops = {"alt": ["paragraph", "reference", "blockquote", "list"]}
-    markdown.block.ruler.before("fence", "tex_block", _block, stops)
+    stops = ["paragraph", "reference", "blockquote", "list"]
+    markdown.block.ruler.before("fence", "tex_block", _block, {"alt": stops})
 
 
 def _inline(state: StateInline, silent: bool) -> bool:
