@@ -28,7 +28,8 @@ from keel.web.app.fields import (
     Voted,
     Wrote,
 )
-from keel.web.app.markdown import render
+from keel.web.app.latex import plain
+from keel.web.app.markdown import conversation, render, visible
 from keel.web.app.render import person
 from keel.web.app.security import may
 from keel.web.app.services import services
@@ -46,12 +47,13 @@ def item_json(screen: Screen | None) -> dict[str, Any] | None:
     found: dict[str, Any] = {
         "id": screen.id,
         "kind": screen.kind,
-        "messages": [{"role": m.role, "html": render(m.content)} for m in screen.messages],
+        "messages": conversation([(m.role, m.content) for m in screen.messages]),
     }
     if screen.sheet is not None:
         more = {"said": screen.said} if screen.said else {}
-        return found | {"steps": list(screen.sheet.steps), "reference": screen.sheet.reference} | more
-    return found | {"shown": [{"html": render(text), "text": text} for text in screen.shown]}
+        steps = {"steps": list(screen.sheet.steps), "html": [plain(step.rstrip()) for step in screen.sheet.steps]}
+        return found | steps | {"reference": screen.sheet.reference} | more
+    return found | {"shown": [{"html": render(text), "text": text if visible(text) else ""} for text in screen.shown]}
 
 
 def _progress(request: Request, session: Session, kind: WorkKind) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from keel.store.principles import Answer, Question
 from keel.types import UserError
 from keel.web.app.fields import FormLine, FormText, Handle, Strict, Token
 from keel.web.app.manage import done
-from keel.web.app.markdown import render
+from keel.web.app.markdown import conversation, render
 from keel.web.app.render import page
 from keel.web.app.security import may
 from keel.web.app.services import services
@@ -52,9 +52,9 @@ def question_json(question: Question | None) -> dict[str, Any] | None:
     """All that a browser is told of a question."""
     if question is None:
         return None
-    messages = [{"role": m.role, "html": render(m.content)} for m in question.messages]
-    principle = question.principle
-    return {"id": question.handle, "messages": messages, "reply": render(question.reply), "principle": principle}
+    messages = conversation([(m.role, m.content) for m in question.messages])
+    reply, principle = render(question.reply), question.principle
+    return {"id": question.handle, "messages": messages, "reply": reply, "principle": principle}
 
 
 @router.get("/constitution")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,8 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from keel.store.people import ROLES, Account, Session
-from keel.web.app.markdown import render
+from keel.web.app.latex import plain
+from keel.web.app.markdown import conversation, render
 from keel.web.app.services import services
 
 SAID = "keel_said"  # the cookie with what the last form did
@@ -61,7 +62,15 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"markdown": render, "percent": percent, "when": when, "count": "{:,.0f}".format, "zip": _zip}
+    found.filters |= {
+        "markdown": render,
+        "plain": plain,
+        "conversation": _conversation,
+        "percent": percent,
+        "when": when,
+        "count": "{:,.0f}".format,
+        "zip": _zip,
+    }
     found.globals["static"] = static
     return found
 
@@ -78,6 +87,11 @@ def percent(share: float | None) -> str:
 
 def when(time: datetime) -> str:
     return f"{time:%Y-%m-%d %H:%M}"
+
+
+def _conversation(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Of messages as the store keeps them."""
+    return conversation([(row["role"], row["content"]) for row in rows])
 
 
 def _zip(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -1,4 +1,5 @@
 import { GUIDELINE, Work, byId, keys } from "./common.js";
+import { READING } from "./reading.js";
 
 let plain = false;
 const buttons = [...document.querySelectorAll("[data-choice]")];
@@ -17,8 +18,8 @@ function show(item, said) {
 function fill(item) {
   for (const [side, shown] of [["left", item.shown[0]], ["right", item.shown[1]]]) {
     const place = byId(side);
-    place.classList.toggle("plain", plain);
-    if (plain) place.textContent = shown.text;
+    place.classList.toggle("plain", plain && Boolean(shown.text));
+    if (plain && shown.text) place.textContent = shown.text;
     else place.innerHTML = shown.html;
   }
 }
@@ -57,6 +58,7 @@ byId("reason").addEventListener("keydown", (event) => event.key === "Enter" && e
 
 const of = (choice, strength) => () => vote(buttons.find((b) => b.dataset.choice === choice && b.dataset.strength === String(strength)));
 keys({
+  ...READING,
   1: of("left", 3),
   2: of("left", 2),
   3: of("left", 1),

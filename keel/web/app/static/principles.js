@@ -1,6 +1,7 @@
 // Questions about one principle: one at a time, each answer kept in the outbox until the server has taken it.
 
 import { Outbox, token } from "./outbox.js";
+import { READING } from "./reading.js";
 import { showRefused } from "./refused.js";
 import { post } from "./wire.js";
 
@@ -102,5 +103,6 @@ addEventListener("keydown", (event) => {
   if (button) give(button);
   else if (event.key.toLowerCase() === "s") skip();
   else if (event.key.toLowerCase() === "u") undo();
+  else if (document.querySelector("#item:not([hidden])")) READING[event.key.toLowerCase()]?.();
 });
 next();

@@ -1,4 +1,5 @@
 import { GUIDELINE, Work, byId, keys } from "./common.js";
+import { READING } from "./reading.js";
 
 const list = byId("ranked");
 let marked = 0;
@@ -70,6 +71,7 @@ function submit() {
 byId("submit").addEventListener("click", submit);
 const digits = Object.fromEntries([1, 2, 3, 4, 5, 6, 7, 8, 9].map((rank) => [rank, () => set(rank)]));
 keys({
+  ...READING,
   ...digits,
   j: () => step(1),
   k: () => step(-1),

@@ -2,6 +2,7 @@
 // loses none of them, and what the server will not count can be read.
 
 import { GUIDELINE, LONGEST_LOOK, Work, byId, keys, settled, toast } from "./common.js";
+import { READING } from "./reading.js";
 import { refuse, withdraw } from "./refused.js";
 import { keep, read } from "./storage.js";
 import { PERSON } from "./wire.js";
@@ -59,17 +60,17 @@ const work = new Work("step", show, { marks, correction, note });
 
 function show(item, before) {
   byId("mistake-place").append(mistake); // out of the list, which is made anew
-  list.replaceChildren(...item.steps.map(row));
+  list.replaceChildren(...item.html.map(row));
   said = blank(item.steps.length);
   if (before.labels && before.marks === undefined) before.marks = written({ ...before, spent: before.step_seconds ?? [], seen: before.reference_shown ?? false });
   byId("reference").hidden = item.reference === null;
   byId("answer").textContent = item.reference ?? "";
 }
 
-function row(text, i) {
+function row(html, i) {
   const made = document.createElement("li");
   made.tabIndex = -1;
-  const words = Object.assign(document.createElement("span"), { className: "step-text", dir: "auto", textContent: text.replace(/\s+$/, "") });
+  const words = Object.assign(document.createElement("span"), { className: "step-text", dir: "auto", innerHTML: html });
   const label = Object.assign(document.createElement("span"), { className: "step-label" });
   made.append(words, label);
   made.addEventListener("click", ({ target }) => mistake.contains(target) || go(i));
@@ -257,6 +258,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 keys({
+  ...READING,
   1: () => label("good"),
   2: () => label("neutral"),
   3: () => label("bad"),

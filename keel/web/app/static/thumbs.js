@@ -1,4 +1,5 @@
 import { GUIDELINE, Work, byId, keys } from "./common.js";
+import { READING } from "./reading.js";
 
 let plain = false;
 const [up, down] = document.querySelectorAll("[data-up]");
@@ -7,9 +8,10 @@ const work = new Work("thumb", fill, { reason: byId("reason") });
 
 function fill(item) {
   const place = byId("reply");
-  place.classList.toggle("plain", plain);
-  if (plain) place.textContent = item.shown[0].text;
-  else place.innerHTML = item.shown[0].html;
+  const [shown] = item.shown;
+  place.classList.toggle("plain", plain && Boolean(shown.text)); // one without a text says so
+  if (plain && shown.text) place.textContent = shown.text;
+  else place.innerHTML = shown.html;
 }
 
 function give(button) {
@@ -24,6 +26,7 @@ for (const button of [up, down]) button.addEventListener("click", () => give(but
 byId("reason").addEventListener("keydown", (event) => event.key === "Enter" && event.target.blur());
 
 keys({
+  ...READING,
   1: () => give(up),
   2: () => give(down),
   s: () => work.skip(),

@@ -1,4 +1,5 @@
 import { GUIDELINE, Work, byId } from "./common.js";
+import "./reading.js";
 
 const { kind } = byId("item").dataset;
 const area = byId("text");
