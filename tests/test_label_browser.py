@@ -34,7 +34,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 expect.set_options(timeout=30_000)  # a slow machine is none of the things that are tested
 MANAGED = (
     "quality", "models", "disagreements", "flags", "constitution", "prompts", "queue", "gold", "training", "people",
-    "guideline", "export", "events",
+    "guideline", "export", "events", "arena", "arena/votes",
 )  # fmt: skip
 SETTLED = 300  # milliseconds, after which an item on the screen takes a vote
 SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"

@@ -84,8 +84,7 @@ class Standings:
 def standings(ballots: Sequence[Ballot]) -> Standings:
     counting = [one for one in ballots if one.counts]
     battles = [Battle(one.annotator, one.left, one.right, SCORES[one.choice]) for one in counting]
-    parts = comparable(battles)
-    fits = [fit(battles, part) if len(part) > 1 else None for part in parts]
+    parts, fits = _fitted(battles)
     plain = Table(_table(battles, parts, fits))
     return Standings(
         counted=len(counting),
@@ -99,6 +98,21 @@ def standings(ballots: Sequence[Ballot]) -> Standings:
 
 
 # ------------------------------------------------------------------------------------------------------------- ratings
+
+
+def _fitted(battles: Sequence[Battle]) -> tuple[list[tuple[str, ...]], list[Fit | None]]:
+    """The parts with their fits. A model that one person alone voted on stands apart while others have more: without
+    that person there would be nothing left of it, so no interval of the part would be known."""
+    by: dict[str, set[str]] = {}
+    for battle in battles:
+        for model in (battle.left, battle.right):
+            by.setdefault(model, set()).add(battle.person)
+    apart = {model for model, people in by.items() if len(people) == 1}
+    if len(by) - len(apart) < 2:
+        apart = set()
+    parts = comparable([battle for battle in battles if battle.left not in apart and battle.right not in apart])
+    parts += [(model,) for model in sorted(by) if model not in {one for part in parts for one in part}]
+    return parts, [fit(battles, part) if len(part) > 1 else None for part in parts]
 
 
 def _table(battles: Sequence[Battle], parts: Sequence[tuple[str, ...]], fits: Sequence[Fit | None]) -> tuple[Any, ...]:
@@ -116,7 +130,7 @@ def _table(battles: Sequence[Battle], parts: Sequence[tuple[str, ...]], fits: Se
             rating = low = high = best = worst = None
             note = ""
             if fitted is None:
-                note = _alone(model, tally) if len(part) == 1 else "its votes allow no rating"
+                note = _alone(tally, by) if len(part) == 1 else "its votes allow no rating"
             else:
                 rating = MIDDLE + POINTS * float(fitted.strengths[at])
                 low, high = _interval(fitted, _against_mean(fitted, at), rating, POINTS)
@@ -131,7 +145,9 @@ def _table(battles: Sequence[Battle], parts: Sequence[tuple[str, ...]], fits: Se
     return tuple(found)
 
 
-def _alone(model: str, tally: Counter[str]) -> str:
+def _alone(tally: Counter[str], by: int) -> str:
+    if by == 1:
+        return "one person alone voted on it"
     if not tally["lost"] and not tally["ties"]:
         return f"won all of its {tally['won']} votes: how much better it is can't be said"
     if not tally["won"] and not tally["ties"]:
@@ -183,7 +199,7 @@ def differences(left: Style, right: Style) -> tuple[float, ...]:
 
 
 def _controlled(counting: Sequence[Ballot]) -> Table | None:
-    """The largest part with style in its regression. A feature is divided by its root mean square (sides are drawn, so
+    """The parts with style in their regressions; the effects are the largest one's. A feature is divided by its root mean square (sides are drawn, so
     its mean is nothing but chance). What is rarest is left out first where no finite answer is found."""
     told = [
         (one, differences(one.facts.left, one.facts.right))
@@ -202,12 +218,10 @@ def _controlled(counting: Sequence[Ballot]) -> Table | None:
             Battle(one.annotator, one.left, one.right, SCORES[one.choice], tuple(style))
             for (one, _), style in zip(told, scaled_BS.tolist(), strict=True)
         ]
-        parts = comparable(battles)
-        first = fit(battles, parts[0]) if len(parts[0]) > 1 else None
-        if first is not None:
-            rest = [fit(battles, part) if len(part) > 1 else None for part in parts[1:]]
+        parts, fits = _fitted(battles)
+        if fits[0] is not None:
             left_out = tuple(FEATURES[at] for at in range(len(FEATURES)) if at not in kept)
-            return Table(_table(battles, parts, [first, *rest]), _effects(first, kept), left_out)
+            return Table(_table(battles, parts, fits), _effects(fits[0], kept), left_out)
         kept.pop()
     return None
 
@@ -233,8 +247,8 @@ def _warnings(
     found = []
     if len(parts) > 1:
         found.append(
-            f"The models are in {len(parts)} parts that can't be compared: they never met, or every vote between them "
-            "went one way. A rating says nothing across parts."
+            f"The models are in {len(parts)} parts that can't be compared: they never met, every vote between them went "
+            "one way, or one person alone voted on them. A rating says nothing across parts."
         )
     middle = median(one.votes for one in table.standings)
     uneven = [one for one in table.standings if not middle / UNEVEN <= one.votes <= middle * UNEVEN]

@@ -16,8 +16,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, or_, select, update
 
-from keel.store.people import ACTORS
 from keel.store.ballots import keep_facts
+from keel.store.people import ACTORS
 from keel.store.people_tables import (
     accounts,
     adjudications,

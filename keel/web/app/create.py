@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
-from keel.web.app import api, constitutions, manage, models, pages, steps, training
+from keel.web.app import api, constitutions, manage, models, pages, standings, steps, training
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
 from keel.web.app.services import Services
@@ -48,6 +48,7 @@ def create_app(store: Store, sources: Sources | None = None) -> FastAPI:
         steps.api,
         manage.router,
         models.router,
+        standings.router,
         training.router,
     ):
         app.include_router(router)
