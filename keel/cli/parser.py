@@ -139,7 +139,7 @@ def _arena(commands: Commands) -> None:
         nargs="?",
         default=None,
         metavar="FILE",
-        help=".json (everything) or .csv (a row a model); default: print",
+        help=".json (all) or .csv (a row a model); default: print",
     )
 
 

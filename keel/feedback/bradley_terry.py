@@ -11,9 +11,9 @@ A tie is half a win each: what is estimated is the expected score, whatever make
 hurt the intervals: they come from how people differ, not from the model.
 
 Votes of one person belong together. Intervals are those of the jackknife over people: each person's votes are left out
-in turn, by one Newton step (the cluster jackknife CV3: J. G. MacKinnon, M. O. Nielsen and M. D. Webb, "Fast and reliable
-jackknife and bootstrap methods for cluster-robust inference", J. Applied Econometrics 38, 2023), and Student's t with
-one degree of freedom fewer than there are people.
+in turn, by one Newton step (the cluster jackknife CV3: J. G. MacKinnon, M. O. Nielsen and M. D. Webb, "Fast and
+reliable jackknife and bootstrap methods for cluster-robust inference", J. Applied Econometrics 38, 2023), and Student's
+t with one degree of freedom fewer than there are people.
 """
 
 from __future__ import annotations

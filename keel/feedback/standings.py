@@ -1,5 +1,5 @@
-"""The arena's standings: each model's rating with its interval, the ranks it may have, with and without control of style,
-and what to beware of. Whoever shows them (the app's page, ``keel arena``) shows these."""
+"""The arena's standings: each model's rating with its interval, the ranks it may have, with and without control of
+style, and what to beware of. Whoever shows them (the app's page, ``keel arena``) shows these."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Part by part, the best first. ``left_out``: features that could not be told apart from the rest or are too rare."""
+    """Part by part, the best first. ``left_out``: features that are too rare, or can't be told apart from the rest."""
 
     standings: tuple[Standing, ...]
     effects: tuple[Effect, ...] = ()
@@ -199,8 +199,9 @@ def differences(left: Style, right: Style) -> tuple[float, ...]:
 
 
 def _controlled(counting: Sequence[Ballot]) -> Table | None:
-    """The parts with style in their regressions; the effects are the largest one's. A feature is divided by its root mean square (sides are drawn, so
-    its mean is nothing but chance). What is rarest is left out first where no finite answer is found."""
+    """The parts with style in their regressions; the effects are the largest one's. A feature is divided by its root
+    mean square (sides are drawn, so its mean is nothing but chance). What is rarest is left out first where no finite
+    answer is found."""
     told = [
         (one, differences(one.facts.left, one.facts.right))
         for one in counting
@@ -247,8 +248,8 @@ def _warnings(
     found = []
     if len(parts) > 1:
         found.append(
-            f"The models are in {len(parts)} parts that can't be compared: they never met, every vote between them went "
-            "one way, or one person alone voted on them. A rating says nothing across parts."
+            f"The models are in {len(parts)} parts that can't be compared: they never met, every vote between them "
+            "went one way, or one person alone voted on them. A rating says nothing across parts."
         )
     middle = median(one.votes for one in table.standings)
     uneven = [one for one in table.standings if not middle / UNEVEN <= one.votes <= middle * UNEVEN]
@@ -267,18 +268,21 @@ def _warnings(
 
 
 def _influential(part: Sequence[str], fitted: Fit | None) -> list[str]:
-    """Whoever moves a model's rating by more than its standard error."""
+    """Whoever moves a model's rating by more than its standard error by all others (one's own votes widen it)."""
     if fitted is None or len(fitted.jackknife) < 3:
         return []
     moved = []
     for at, model in enumerate(part):
         error = fitted.error(_against_mean(fitted, at))
         for person, move in fitted.jackknife.items():
-            if error is not None and move is not None and abs(move[at]) > error:
-                moved.append((abs(move[at]) / error, person, model, POINTS * float(move[at])))
+            if error is None or move is None:
+                continue
+            others = error**2 - float(move[at]) ** 2 * (len(fitted.jackknife) - 1) / len(fitted.jackknife)
+            if move[at] ** 2 > others:
+                moved.append((abs(float(move[at])), person, model, POINTS * float(move[at])))
     return [
-        f"Without {person}, {model} would stand {abs(points):.0f} points {'higher' if points > 0 else 'lower'}: look at "
-        "their votes."
+        f"Without {person}, {model} would stand {abs(points):.0f} points {'higher' if points > 0 else 'lower'}: look "
+        "at their votes."
         for _, person, model, points in sorted(moved, reverse=True)[:3]
     ]
 

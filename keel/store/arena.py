@@ -201,8 +201,8 @@ def texts(
 
 
 def votes(connection: Connection) -> list[dict[str, Any]]:
-    """Every vote with its conversation, as rows of an export: the two sides as message lists, oldest first. ``counted``:
-    whether it counts in the standings; ``named``: the name that a reply gives away."""
+    """Every vote with its conversation, as rows of an export: the two sides as message lists, oldest first.
+    ``counted``: whether it counts in the standings; ``named``: the name that a reply gives away."""
     marks = {one.id: one for one in ballots(connection)}
     query = (
         select(arena_votes, conversations.c.model_left, conversations.c.model_right, annotators.c.name)

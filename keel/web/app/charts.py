@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -73,8 +74,12 @@ def standings_chart(standings: Sequence[Standing]) -> Markup:
     if len(rated) < 2:
         return Markup("")
     ends = [end for one, rating in rated for end in (one.low or rating, one.high or rating)]
-    step = next(size for size in (25, 50, 100, 200, 500, 1000, 10_000) if (max(ends) - min(ends)) / size <= 6)
-    low, high = step * math.floor(min(ends) / step), step * math.ceil(max(ends) / step)
+    step = next(
+        size
+        for size in itertools.chain((25, 50, 100, 200, 500, 1000), itertools.count(2000, 1000))
+        if (max(ends) - min(ends)) / size <= 6
+    )
+    low, high = step * math.floor(min(ends) / step), step * (math.floor(max(ends) / step) + 1)
     left, row, base = 210, 30, 30 * len(rated) + 8
 
     def x(rating: float) -> float:
