@@ -261,7 +261,7 @@ def _warnings(
         )
     person, count = Counter(battle.person for battle in battles).most_common(1)[0]
     if count > MUCH * len(battles) and len(battles) > 1:
-        found.append(f"{person} gave {count} of the {len(battles)} votes: the standings are mostly theirs.")
+        found.append(f"{person} gave {count} of the {len(battles)} votes: the standings hang much on them.")
     for part, fitted in zip(parts, fits, strict=True):
         found += _influential(part, fitted)
     return found
