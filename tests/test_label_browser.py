@@ -35,7 +35,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, exp
 expect.set_options(timeout=30_000)  # a slow machine is none of the things that are tested
 MANAGED = (
     "quality", "models", "disagreements", "flags", "constitution", "prompts", "queue", "gold", "training", "people",
-    "guideline", "export", "events",
+    "guideline", "export", "events", "arena", "arena/votes",
 )  # fmt: skip
 DESKTOP: ViewportSize = {"width": 1280, "height": 800}
 SETTLED = 300  # milliseconds, after which an item on the screen takes a vote

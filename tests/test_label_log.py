@@ -26,7 +26,8 @@ from keel.types import Completion
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import WHOSE, Manage
-from keel.web.service.quality import quality, standings
+from keel.web.service.quality import quality
+from keel.web.service.standings import ArenaStandings
 from keel.web.service.start import prepare
 from keel.web.service.steps import StepWork
 
@@ -305,7 +306,10 @@ def check(store: Store) -> None:
         for row in manage._rows("arena.jsonl")
     ]
     assert told == log.arena
-    assert manage.arena_results() == standings([(*models, choice) for _, models, choice in log.arena])  # type: ignore[misc]
+    won = Counter(models[choice == "right"] for _, models, choice in log.arena if choice in ("left", "right"))
+    met = Counter(model for _, models, _ in log.arena for model in models)
+    shown = ArenaStandings(store).found().plain.standings
+    assert {one.model: (one.won, one.votes) for one in shown} == {model: (won[model], met[model]) for model in met}
     # what the pages of the models show: each piece of work by its token
     standing = {e.new["token"]: (e.actor, kind, e.guideline, when(e)) for e, kind in log.done.values()}
     assert standing == {

@@ -73,6 +73,8 @@ LEAST: dict[str, str | None] = {
     "POST /manage/constitution/draft": "admin", "POST /manage/constitution/drop": "admin",
     "POST /manage/constitution/principle": "admin", "POST /manage/constitution/publish": "admin",
     "GET /manage/why": "reviewer", "GET /steps": "annotator", "POST /api/steps": "annotator",
+    "GET /manage/arena": "reviewer", "GET /manage/arena/votes": "reviewer",
+    "POST /manage/arena/votes/{vote}": "reviewer", "POST /manage/arena/names": "admin",
     "POST /manage/steps/queue": "admin", "POST /manage/steps/reference": "admin",
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage, parse_aspects
 from keel.web.service.models import Models
 from keel.web.service.people import People, WrongPassword
-from keel.web.service.quality import quality, standings
+from keel.web.service.quality import quality
 from keel.web.service.sampling import Sampling
 from keel.web.service.start import FIRST_BATCH, prepare
 
@@ -585,13 +585,6 @@ def test_the_overview_counts_everything_that_people_did(store: Store) -> None:
     found = manage.overview()
     assert (found.done, found.annotators) == ({"compare": 2, "rank": 1, "edit": 1}, 2)
     assert [(day.votes, day.annotators) for day in found.days] == [(4, 2)]
-
-
-def test_arena_standings_by_hand() -> None:
-    votes = [("a", "b", "left"), ("b", "a", "right"), ("b", "c", "left"), ("c", "a", "both_bad"), ("a", "b", "tie")]
-    told = [(one.model, one.won, one.lost, one.ties, one.share) for one in standings(votes)]
-    assert told == [("a", 2, 0, 2, 1.0), ("b", 1, 2, 1, 1 / 3), ("c", 0, 1, 1, 0.0)]
-    assert standings([("a", "b", "tie")])[0].share is None
 
 
 def test_habits_name_those_to_look_at(store: Store) -> None:

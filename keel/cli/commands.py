@@ -245,6 +245,13 @@ def _lineage(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _arena(arguments: argparse.Namespace) -> int:
+    from keel.cli.arena import write_standings
+
+    print(write_standings(arguments.store, arguments.file))
+    return 0
+
+
 def _import(arguments: argparse.Namespace) -> int:
     from keel.cli.exchange import holds, import_steps, import_thumbs, import_unjudged, import_votes
     from keel.store.foreign import Names
@@ -286,6 +293,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "import": _import,
     "lineage": _lineage,
+    "arena": _arena,
     "label": _label,
     **dict.fromkeys(STAGES, _stage),
 }

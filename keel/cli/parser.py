@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     _chat(commands)
     _exchange(commands)
     _lineage(commands)
+    _arena(commands)
     _label(commands)
     _harbor(commands)
     return parser
@@ -128,6 +129,18 @@ def _lineage(commands: Commands) -> None:
     lineage.add_argument("run", metavar="RUN", help="a run directory")
     lineage.add_argument("--stage", default=None, metavar="NAME", help="of this stage alone")
     lineage.add_argument("--ids", action="store_true", help="every vote's id, one a line")
+
+
+def _arena(commands: Commands) -> None:
+    arena = commands.add_parser("arena", help="the standings of the models that people talked to")
+    arena.add_argument("store", metavar="STORE", help="a run directory, a store's SQLite file, or postgresql://...")
+    arena.add_argument(
+        "file",
+        nargs="?",
+        default=None,
+        metavar="FILE",
+        help=".json (all) or .csv (a row a model); default: print",
+    )
 
 
 def _exchange(commands: Commands) -> None:

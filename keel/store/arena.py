@@ -3,13 +3,14 @@ conversations of the given annotator."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, insert, select, update
 
+from keel.store.ballots import ballots
 from keel.store.people_tables import arena_votes, conversations, turns
 from keel.store.rows import storable
 from keel.store.tables import annotators, event, events
@@ -186,15 +187,23 @@ def vote(
     return found
 
 
-def results(connection: Connection) -> list[tuple[str, str, str]]:
-    """(left model, right model, choice) of every vote, without what was said."""
-    query = select(conversations.c.model_left, conversations.c.model_right, arena_votes.c.choice)
-    query = query.join(arena_votes, arena_votes.c.conversation_id == conversations.c.id)
-    return [(row[0], row[1], row[2]) for row in connection.execute(query.order_by(arena_votes.c.id))]
+def texts(
+    connection: Connection, vote_ids: Sequence[int]
+) -> dict[int, tuple[str | None, list[tuple[str, str | None, str | None]]]]:
+    """Of each vote the reason, and (message, left, right) of every turn until it was given."""
+    query = select(arena_votes.c.id, arena_votes.c.reason, arena_votes.c.turn.label("last"), turns)
+    query = query.join(turns, turns.c.conversation_id == arena_votes.c.conversation_id)
+    query = query.where(arena_votes.c.id.in_(vote_ids), turns.c.number <= arena_votes.c.turn)
+    found: dict[int, tuple[str | None, list[tuple[str, str | None, str | None]]]] = {}
+    for row in connection.execute(query.order_by(arena_votes.c.id, turns.c.number)):
+        found.setdefault(row[0], (row.reason, []))[1].append((row.message, row.left, row.right))
+    return found
 
 
 def votes(connection: Connection) -> list[dict[str, Any]]:
-    """Every vote with its conversation, as rows of an export: the two sides as message lists, oldest first."""
+    """Every vote with its conversation, as rows of an export: the two sides as message lists, oldest first.
+    ``counted``: whether it counts in the standings; ``named``: the name that a reply gives away."""
+    marks = {one.id: one for one in ballots(connection)}
     query = (
         select(arena_votes, conversations.c.model_left, conversations.c.model_right, annotators.c.name)
         .join(conversations, conversations.c.id == arena_votes.c.conversation_id)
@@ -216,6 +225,8 @@ def votes(connection: Connection) -> list[dict[str, Any]]:
             "created": row["created"].isoformat(),
             "model_left": row["model_left"],
             "model_right": row["model_right"],
+            "counted": marks[row["id"]].counts,
+            "named": marks[row["id"]].facts.named,
             "conversation_left": _messages(said[row["conversation_id"]][: row["turn"]], "left"),
             "conversation_right": _messages(said[row["conversation_id"]][: row["turn"]], "right"),
         }

@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, or_, select, update
 
+from keel.store.ballots import keep_facts
 from keel.store.people import ACTORS
 from keel.store.people_tables import (
     accounts,
@@ -165,6 +166,7 @@ def _erase_words(connection: Connection, annotator_id: int, now: datetime) -> No
     _forget_removal(connection, removed)
     _blank(connection, [_removed(row) for row in rows])
     talks = select(conversations.c.id).where(conversations.c.annotator_id == annotator_id)
+    keep_facts(connection, conversations.c.annotator_id == annotator_id)
     said = turns.c.conversation_id.in_(talks)
     connection.execute(update(turns).where(said).values(message=MARK))
     for side in (turns.c.left, turns.c.right):  # what a model said to it may repeat it

@@ -1,11 +1,14 @@
-"""Two small charts as SVG. Colours and sizes come from the style sheet: the content policy allows no inline styles."""
+"""Small charts as SVG. Colours and sizes come from the style sheet: the content policy allows no inline styles."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
+from keel.feedback.standings import Standing
 from keel.web.service.quality import Day
 
 WIDTH, HEIGHT, BASE = 640, 150, 118
@@ -60,6 +63,39 @@ def agreement_chart(days: Sequence[Day]) -> Markup:
     return _svg("Agreement so far", parts)
 
 
-def _svg(title: str, parts: Sequence[str]) -> Markup:
-    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+def _svg(title: str, parts: Sequence[str], height: int = HEIGHT) -> Markup:
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
     return Markup(head + "".join(parts) + "</svg>")
+
+
+def standings_chart(standings: Sequence[Standing]) -> Markup:
+    """The ratings of the largest part with their intervals, a row a model, the best on top."""
+    rated = [(one, one.rating) for one in standings if one.part == 1 and one.rating is not None]
+    if len(rated) < 2:
+        return Markup("")
+    ends = [end for one, rating in rated for end in (one.low or rating, one.high or rating)]
+    step = next(
+        size
+        for size in itertools.chain((25, 50, 100, 200, 500, 1000), itertools.count(2000, 1000))
+        if (max(ends) - min(ends)) / size <= 6
+    )
+    low, high = step * math.floor(min(ends) / step), step * (math.floor(max(ends) / step) + 1)
+    left, row, base = 210, 30, 30 * len(rated) + 8
+
+    def x(rating: float) -> float:
+        return left + (WIDTH - left - 24) * (rating - low) / (high - low)
+
+    parts = []
+    for tick in range(low, high + 1, step):
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="0" y2="{base}"/>')
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{base + 18}" text-anchor="middle">{tick}</text>')
+    for number, (one, rating) in enumerate(rated):
+        y = row * number + row / 2 + 2
+        name = one.model if len(one.model) <= 30 else f"…{one.model[-29:]}"
+        told = "" if one.low is None or one.high is None else f", 95% interval {one.low:.0f} to {one.high:.0f}"
+        parts.append(f"<g><title>{escape(f'{one.model}: {rating:.0f}{told}')}</title>")
+        parts.append(f'<text class="tick name" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        if one.low is not None and one.high is not None:
+            parts.append(f'<line class="line" x1="{x(one.low):.1f}" x2="{x(one.high):.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot" cx="{x(rating):.1f}" cy="{y}" r="5"/></g>')
+    return _svg("Ratings with their 95% intervals", parts, base + 26)

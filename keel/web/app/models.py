@@ -21,8 +21,7 @@ Key = Annotated[str, AfterValidator(storable), StringConstraints(max_length=300)
 
 @router.get("")
 def models(request: Request, session: Reviewer) -> Response:
-    arena = services(request).manage.arena_results()
-    return page(request, "manage/models.html", session, models=services(request).models.all(), arena=arena)
+    return page(request, "manage/models.html", session, models=services(request).models.all())
 
 
 @router.get("/{model}")

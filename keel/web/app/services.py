@@ -17,6 +17,7 @@ from keel.web.service.ordering import Ordering
 from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
+from keel.web.service.standings import ArenaStandings
 from keel.web.service.start import name_of
 from keel.web.service.steps import StepWork
 
@@ -33,6 +34,7 @@ class Services:
     models: Models
     constitutions: Constitutions
     arena: Arena
+    standings: ArenaStandings
     sampling: Sampling
     ordering: Ordering
     steps: StepWork
@@ -50,6 +52,7 @@ class Services:
             models=Models(store, sources.trained),
             constitutions=Constitutions(store, sources.critiques),
             arena=Arena(store, sources.arena),
+            standings=ArenaStandings(store),
             sampling=Sampling(store, sources),
             ordering=Ordering(store, sources.ensemble),
             steps=StepWork(store, sources.step_gains),

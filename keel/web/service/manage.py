@@ -43,7 +43,7 @@ from keel.store.tables import annotators, assignments, judgements
 from keel.store.trained_on import VoteCount, count_votes
 from keel.types import UserError
 from keel.web.service.labelling import GOLD_EVERY
-from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
+from keel.web.service.quality import Day, Quality, days, quality
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 
@@ -260,11 +260,6 @@ class Manage:
             else:
                 erase.erase_response(connection, int(key), person.annotator_id, person.name, now)
         self._store.compact()
-
-    def arena_results(self) -> list[Standing]:
-        """What was voted in the arena, the model that won most first."""
-        with self._store.transaction(writes=False) as connection:
-            return standings(arena.results(connection))
 
     # -------------------------------------------------------------------------------------------------- the guideline
 

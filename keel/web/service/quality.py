@@ -152,31 +152,6 @@ def days(votes: Sequence[Vote], most: int = 30, others: Sequence[tuple[date, str
     return found[-most:]
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A model in the arena. ``ties`` counts both bad too; ``share`` of its decided votes that it won."""
-
-    model: str
-    won: int
-    lost: int
-    ties: int
-
-    @property
-    def share(self) -> float | None:
-        return self.won / (self.won + self.lost) if self.won + self.lost else None
-
-
-def standings(votes: Sequence[tuple[str, str, str]]) -> list[Standing]:
-    """``votes``: left model, right model, choice. Which models met is drawn at random, so shares can be compared."""
-    tally: dict[str, Counter[str]] = {}
-    for left, right, choice in votes:
-        for model, side in ((left, "left"), (right, "right")):
-            said = "ties" if choice in ("tie", "both_bad") else "won" if choice == side else "lost"
-            tally.setdefault(model, Counter())[said] += 1
-    found = [Standing(model, count["won"], count["lost"], count["ties"]) for model, count in tally.items()]
-    return sorted(found, key=lambda one: (-(one.share or 0.0), one.model))
-
-
 def habits(votes: Sequence[Vote], skips: dict[str, int]) -> list[Habits]:
     """Each annotator's habits, the busiest first."""
     tally: dict[int, Counter[str]] = {}
