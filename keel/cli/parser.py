@@ -143,6 +143,9 @@ def _exchange(commands: Commands) -> None:
     other = export.add_mutually_exclusive_group()
     other.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
     other.add_argument("--steps", action="store_true", help="labels on the steps of responses, not votes")
+    other.add_argument(
+        "--whole", action="store_true", help="the whole store, which an empty one takes as it is (.jsonl or .jsonl.gz)"
+    )
     export.add_argument("--batch", default=None, help="only what was judged for this batch (default: everything)")
 
     imports = commands.add_parser(

@@ -30,6 +30,7 @@ from keel.store import (
     steps,
     thumbs,
     unjudged,
+    whole,
     work,
 )
 from keel.store.guidelines import Guideline
@@ -52,6 +53,7 @@ from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "steps.jsonl", "demonstrations.jsonl",
     "rankings.jsonl", "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "principles.jsonl", "events.jsonl",
+    "whole.jsonl",
 ]  # fmt: skip
 
 Whose = Literal["people", "models", "all"]
@@ -316,6 +318,10 @@ class Manage:
             return path
         if what == "steps.jsonl":
             step_files.export(self._store, path)
+            return path
+        if what == "whole.jsonl":
+            with self._store.transaction(writes=False) as connection:
+                whole.export(connection, path)
             return path
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for row in self._rows(what):
