@@ -106,7 +106,8 @@ def as_postgres(kind: str, value: Any) -> Any:
 
 def kinds(url: str) -> dict[str, dict[str, str]]:
     engine = create_engine(parse_url(url))
-    query = "SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = current_schema()"
+    query = "SELECT table_name, column_name, data_type FROM information_schema.columns"
+    query += " WHERE table_schema = current_schema()"
     found: dict[str, dict[str, str]] = {}
     with engine.connect() as connection:
         for table, column, kind in connection.execute(text(query)):
@@ -144,7 +145,8 @@ def test_a_whole_store_comes_back_row_by_row(tmp_path: Path, postgres: str, caps
             with Store(url) as store:
                 prompts = store.prompts()
                 more = fill(store, 12)  # numbers go on where they were
-                assert len(set(more)) == 12 and len(store.prompts()) > len(prompts)
+                assert len(set(more)) == 12
+                assert len(store.prompts()) > len(prompts)
             assert main(["import", url, str(out)]) == 0
 
 
@@ -180,7 +182,7 @@ def test_what_is_no_whole_store_is_refused_and_nothing_is_kept(new_url: Callable
             path.write_text("\n".join(changed) + "\n", encoding="utf-8")
             with pytest.raises(UserError, match=words), store.transaction(writes=True) as connection:
                 whole.add(connection, path)
-            assert store.prompts() == [] and store.events() == [], words
+            assert (store.prompts(), store.events()) == ([], []), words
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         store.add_annotator("ann")
         with pytest.raises(UserError, match="other work"), store.transaction(writes=True) as connection:

@@ -332,7 +332,7 @@ class Manage:
         store = self._store
         if what == "pairs.jsonl":
             for pair in settle(store.preferences()):
-                yield {
+                row = {
                     "id": pair.id,
                     **exchange.pair_columns(pair),
                     "chosen_finished": pair.chosen_finished,
@@ -343,6 +343,7 @@ class Manage:
                     "settled": pair.settled or None,
                     "probability": pair.probability,
                 }
+                yield exchange.no_preference(row)
         elif what == "demonstrations.jsonl":
             for shown in store.demonstrations():
                 yield {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
