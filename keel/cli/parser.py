@@ -188,6 +188,12 @@ def _label(commands: Commands) -> None:
     label.add_argument("run", nargs="?", default=None, metavar="RUN", help="a run directory (keel demo leaves one)")
     label.add_argument("--db", default=None, metavar="URL", help="a feedback store instead: a file or postgresql://...")
     label.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    label.add_argument(
+        "--address",
+        default=None,
+        metavar="URL",
+        help="under which people reach it, for links to sign in: https://label.example.org (default: as asked)",
+    )
     label.add_argument("--port", type=natural_number, default=8765, help="0 is a free one (default: %(default)s)")
     label.add_argument(
         "--arena",

@@ -27,16 +27,20 @@ def current_guideline(connection: Connection) -> Guideline | None:
 
 
 def all_guidelines(connection: Connection) -> list[Guideline]:
-    """Newest first; of two made at one instant, the one with the higher number."""
+    """Newest first, by number: a clock may go back, and an imported version comes late. Those that have no number
+    (a recipe may call them anything) stand behind those that have one, by their dates."""
     found = [_guideline(row) for row in connection.execute(select(guidelines))]
-    numbers = {g.version: int(g.version) if g.version.isdecimal() else 0 for g in found}
-    return sorted(found, key=lambda g: (g.created, numbers[g.version], g.version), reverse=True)
+    return sorted(found, key=lambda g: (_number(g.version), g.created, g.version), reverse=True)
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdecimal() else -1
 
 
 def next_version(connection: Connection) -> str:
     """One more than the highest whole number among the versions."""
     versions = connection.execute(select(guidelines.c.version)).scalars()
-    return str(1 + max((int(version) for version in versions if version.isdecimal()), default=0))
+    return str(1 + max((*map(_number, versions), 0)))
 
 
 def _guideline(row: Any) -> Guideline:

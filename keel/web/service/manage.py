@@ -45,7 +45,9 @@ from keel.store.tables import annotators, assignments, judgements
 from keel.store.trained_on import VoteCount, count_votes
 from keel.store.unjudged import Added
 from keel.types import Prompt, Unjudged, UserError
+from keel.web.service import log_words
 from keel.web.service.labelling import GOLD_EVERY
+from keel.web.service.log_words import EVERYTHING, Wanted
 from keel.web.service.quality import Day, Quality, Standing, days, quality, standings
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
@@ -227,6 +229,10 @@ class Manage:
     # --------------------------------------------------------------------------------------------------- last words
 
     def disagreements(self) -> list[dict[str, Any]]:
+        return self.disagreements_counted()[0]
+
+    def disagreements_counted(self) -> tuple[list[dict[str, Any]], int]:
+        """The first of them, and how many there are."""
         with self._store.transaction(writes=False) as connection:
             return overview.disagreements(connection)
 
@@ -301,9 +307,10 @@ class Manage:
             people.log(connection, now, actor, "added", "guideline", version, None, {"aspects": parsed}, version)
         return version
 
-    def events(self, limit: int = 200) -> list[dict[str, Any]]:
+    def events(self, wanted: Wanted = EVERYTHING) -> list[dict[str, Any]]:
+        """The log's newest entries of those wanted, each with its ``words``."""
         with self._store.transaction(writes=False) as connection:
-            return overview.latest_events(connection, limit)
+            return log_words.entries(connection, wanted)
 
     # -------------------------------------------------------------------------------------------------------- export
 
@@ -383,7 +390,8 @@ def _plain(connection: Any, what: Export) -> list[dict[str, Any]]:
 def parse_aspects(text: str) -> list[dict[str, str]]:
     found = []
     for line in text.splitlines():
-        name, _, question = (part.strip() for part in line.partition(":"))
+        # "1:2 ratio: Is it?": a colon inside the name has no space behind it
+        name, _, question = (part.strip() for part in line.partition(": " if ": " in line else ":"))
         if not name and not question:
             continue
         if not name or len(name) > 40:
