@@ -14,13 +14,14 @@ from test_label_log import Clock as Ticking
 from test_label_log import live
 
 from keel.store import Store, guidelines, overview
+from keel.store.guidelines import parse_aspects
 from keel.store.records import NewVote
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.server import checked_address
 from keel.web.service.labelling import Labelling
 from keel.web.service.log_words import Wanted
-from keel.web.service.manage import Manage, parse_aspects
+from keel.web.service.manage import Manage
 from keel.web.service.start import prepare
 
 
@@ -100,8 +101,8 @@ def test_links_name_the_configured_address(new_url: Callable[[], str]) -> None:
                     f"/manage/people/{path}", data={"csrf": client.csrf, **fields}, headers={"Host": host_sent}
                 ).text
                 for path, fields in (
-                    ("/manage/people/invite", {"role": "annotator"}),
-                    ("/manage/people/link", {"name": "boss"}),
+                    ("invite", {"role": "annotator"}),
+                    ("link", {"name": "boss"}),
                 )
                 for host_sent in ("evil.example", "testserver")
             ]
@@ -158,6 +159,10 @@ def test_the_log_is_in_words_and_can_be_searched(new_url: Callable[[], str]) -> 
     with Store(new_url(), clock=Ticking()) as store:
         live(store)
         manage = Manage(store)
+        written = {(row["annotator"], row["created"], row["guideline"]) for row in manage._rows("demonstrations.jsonl")}
+        wrote = [event for event in store.events() if event.action == "wrote"]
+        assert len(written) == 3  # one of four was taken back
+        assert written < {(event.actor, event.at.isoformat(), event.guideline) for event in wrote}
         told = {(one["action"], one["entity"]): one["words"] for one in reversed(manage.events(Wanted(limit=10_000)))}
         words = "\n".join(told.values())
         assert "voted in the arena: left" in words

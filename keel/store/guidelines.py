@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from keel.store.tables import guidelines
+from keel.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +47,19 @@ def next_version(connection: Connection) -> str:
 def _guideline(row: Any) -> Guideline:
     aspects = tuple((aspect["name"], aspect["question"]) for aspect in row.aspects or ())
     return Guideline(row.version, row.text, aspects, row.created)
+
+
+def parse_aspects(text: str) -> list[dict[str, str]]:
+    """Aspects as they are typed, a line each: ``name: question``."""
+    found = []
+    for line in text.splitlines():
+        # "1:2 ratio: Is it?": a colon inside the name has no space behind it
+        name, _, question = (part.strip() for part in line.partition(": " if ": " in line else ":"))
+        if not name and not question:
+            continue
+        if not name or len(name) > 40:
+            raise UserError(f"aspect {line.strip()!r}: write a line each, as in helpful: Does it do what was asked?")
+        found.append({"name": name.lower(), "question": question})
+    if len(found) > 8 or len({aspect["name"] for aspect in found}) < len(found):
+        raise UserError("give up to 8 aspects with different names")
+    return found

@@ -33,8 +33,8 @@ from keel.store import (
     whole,
     work,
 )
-from keel.store.guidelines import Guideline
-from keel.store.lineage import other_work
+from keel.store.guidelines import Guideline, parse_aspects
+from keel.store.lineage import other_work, works
 from keel.store.overview import Queue
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
@@ -352,8 +352,13 @@ class Manage:
                 }
                 yield exchange.no_preference(row)
         elif what == "demonstrations.jsonl":
+            with store.transaction(writes=False) as connection:
+                done = works(connection)
             for shown in store.demonstrations():
-                yield {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
+                row = {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
+                one = done[shown.id]
+                who = {"annotator": one.annotator, "guideline": one.guideline, "created": one.created.isoformat()}
+                yield row | who
         elif what == "events.jsonl":
             for event in store.events():
                 yield {name: getattr(event, name) for name in event.__slots__} | {"at": event.at.isoformat()}
@@ -385,18 +390,3 @@ def _plain(connection: Any, what: Export) -> list[dict[str, Any]]:
         query = select(adjudications, annotators.c.name.label("annotator")).join(annotators)
     rows = [dict(row) for row in connection.execute(query).mappings()]
     return [{k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in row.items()} for row in rows]
-
-
-def parse_aspects(text: str) -> list[dict[str, str]]:
-    found = []
-    for line in text.splitlines():
-        # "1:2 ratio: Is it?": a colon inside the name has no space behind it
-        name, _, question = (part.strip() for part in line.partition(": " if ": " in line else ":"))
-        if not name and not question:
-            continue
-        if not name or len(name) > 40:
-            raise UserError(f"aspect {line.strip()!r}: write a line each, as in helpful: Does it do what was asked?")
-        found.append({"name": name.lower(), "question": question})
-    if len(found) > 8 or len({aspect["name"] for aspect in found}) < len(found):
-        raise UserError("give up to 8 aspects with different names")
-    return found
