@@ -161,8 +161,8 @@ def test_the_log_is_in_words_and_can_be_searched(new_url: Callable[[], str]) -> 
         manage = Manage(store)
         written = {(row["annotator"], row["created"], row["guideline"]) for row in manage._rows("demonstrations.jsonl")}
         wrote = [event for event in store.events() if event.action == "wrote"]
-        assert len(written) == 3  # one of four was taken back
-        assert written < {(event.actor, event.at.isoformat(), event.guideline) for event in wrote}
+        assert len(written) == len(store.demonstrations())
+        assert written <= {(event.actor, event.at.isoformat(), event.guideline) for event in wrote}
         told = {(one["action"], one["entity"]): one["words"] for one in reversed(manage.events(Wanted(limit=10_000)))}
         words = "\n".join(told.values())
         assert "voted in the arena: left" in words
