@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from keel.cli import main
 from keel.cli.exchange import read_votes
+from keel.data.rows import BadRows, read_rows
 from keel.data.sources import read_preferences
+from keel.data.unjudged import read_unjudged
 from keel.run import RunDir
 from keel.store import Judgement, Response, Store, exchange, gold, lineage
 from keel.store.foreign import Names
@@ -216,6 +218,35 @@ def test_the_forms_are_those_that_trl_and_openai_document(tmp_path: Path) -> Non
     }
     with pytest.raises(UserError, match=r"JSONL; give the file the ending \.jsonl"):
         exchange.write(some_votes(), tmp_path / "x.parquet", "openai")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_tool_takes_a_tie_for_a_preference(ending: str, tmp_path: Path) -> None:
+    """Nor a gold item, what is out, and a vote that a reviewer overruled."""
+    better, worse, tie = some_votes()
+    word = {"settled_by": "boss", "settled_reason": "Ann keeps it", "settled_at": NOW}
+    votes = [
+        better,
+        replace(better, token="said", settled="right", **word),  # type: ignore[arg-type]
+        replace(better, token="overruled", settled="left", **word),  # type: ignore[arg-type]
+        replace(better, token="evened", settled="tie", **word),  # type: ignore[arg-type]
+        replace(better, token="gold", gold="left"),
+        replace(better, token="out", out=True),
+        worse,
+        tie,
+        replace(tie, token="settled tie", settled="left", **word),  # type: ignore[arg-type]
+    ]
+    path = tmp_path / f"votes{'-' if ending.startswith('o') else ''}{ending}"
+    exchange.write(votes, path, form(ending))
+    rows = [row.values for row in read_rows(str(path), BadRows(""))]
+    good, bad = ("preferred_output", "non_preferred_output") if ending.startswith("o") else ("chosen", "rejected")
+    learned = {row["id"] for row in rows if row.get(good) is not None or row.get(bad) is not None}
+    assert learned == {better.token, "said", worse.token}
+    assert exchange.read(path) == votes
+    kept = [vote.preference() for vote in votes if vote.token not in ("gold", "out")]
+    assert read_preferences(path) == kept
+    if not ending.startswith("o"):
+        assert len(read_unjudged(path, unlabelled=True)) == len(votes)
 
 
 def test_a_folder_is_what_datasets_loads(tmp_path: Path) -> None:

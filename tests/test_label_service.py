@@ -15,12 +15,13 @@ from sqlalchemy import select, text
 from test_label_models import Judged
 
 from keel.store import LeaseLost, Store, overview, people, work
+from keel.store.guidelines import parse_aspects
 from keel.store.people_tables import aspect_ratings, links, sessions
 from keel.store.records import NewRanking, NewVote, NewWriting
 from keel.types import Completion, UserError
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
-from keel.web.service.manage import Manage, parse_aspects
+from keel.web.service.manage import Manage
 from keel.web.service.models import Models
 from keel.web.service.people import People, WrongPassword
 from keel.web.service.quality import quality

@@ -223,10 +223,15 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import export_steps, export_thumbs, export_votes
+    from keel.cli.exchange import export_steps, export_thumbs, export_votes, export_whole
     from keel.types import UserError
 
     store, file, batch, plain = arguments.store, arguments.file, arguments.batch, arguments.plain
+    if arguments.whole:
+        if arguments.form != "trl" or plain or batch is not None:
+            raise UserError("a whole store has one form and no parts; leave out --form, --plain and --batch")
+        print(export_whole(store, file))
+        return 0
     if (arguments.thumbs or arguments.steps) and arguments.form != "trl":
         raise UserError(f"OpenAI has no form for {'thumbs' if arguments.thumbs else 'steps'}; leave out --form")
     if arguments.steps:
@@ -253,13 +258,16 @@ def _arena(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import holds, import_steps, import_thumbs, import_unjudged, import_votes
+    from keel.cli.exchange import holds, import_steps, import_thumbs, import_unjudged, import_votes, import_whole
     from keel.store.foreign import Names
     from keel.types import UserError
 
     kinds = {"responses" if arguments.unlabelled else holds(file) for file in arguments.files}
     if len(kinds) > 1:
         raise UserError(f"some of the files hold {' and some '.join(sorted(kinds))}; import them one after the other")
+    if kinds == {"store"}:
+        print(import_whole(arguments.store, arguments.files, arguments.batch))
+        return 0
     if kinds == {"steps"}:
         print(import_steps(arguments.store, arguments.files, arguments.batch))
         return 0

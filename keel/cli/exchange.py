@@ -16,7 +16,7 @@ from keel.data.sources import as_prompt, read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.feedback.aggregate import likelier_first
 from keel.run import RunDir
-from keel.store import Judgement, Store, exchange, foreign, step_files, thumbs
+from keel.store import Judgement, Store, exchange, foreign, step_files, thumbs, whole
 from keel.store.engine import exists
 from keel.store.foreign import ForeignError, Names
 from keel.store.imports import tells_apart
@@ -92,6 +92,24 @@ def import_steps(where: str, files: Sequence[str], batch: str | None) -> str:
     return f"{new} replies in steps imported{known}"
 
 
+def export_whole(where: str, out: str) -> str:
+    """Writes the whole store and says what was written."""
+    with Store(store_location(where)) as store, store.transaction(writes=False) as connection:
+        rows = whole.export(connection, Path(out))
+    return f"the whole store written to {out} ({rows} rows); links, sessions and passwords are left out"
+
+
+def import_whole(where: str, files: Sequence[str], batch: str | None) -> str:
+    """Fills an empty store with a whole one, all or nothing, and says what was new."""
+    if len(files) > 1 or batch is not None:
+        raise UserError("a whole store is one file, with the batches that it has; give one FILE, and no --batch")
+    with Store(store_location(where, new=True)) as store, store.transaction(writes=True) as connection:
+        new = whole.add(connection, Path(files[0]))
+    if not new:
+        return "nothing is new: the store has all of it already"
+    return f"{new} rows imported: the whole store; people sign in by new links"
+
+
 def read_thumbs(file: str, annotator: str) -> list[Thumb]:
     """The thumbs of a Keel export, or of any file of labelled replies."""
     bad = BadRows(file)
@@ -130,10 +148,12 @@ def import_unjudged(
     return str(added)
 
 
-def holds(file: str) -> Literal["votes", "thumbs", "steps", "responses"]:
-    """What a file's first row is: of a judgement, of a single reply with a thumb or labelled in steps, or of responses
-    that nobody has judged."""
+def holds(file: str) -> Literal["votes", "thumbs", "steps", "responses", "store"]:
+    """What a file's first row is: of a judgement, of a single reply with a thumb or labelled in steps, of responses
+    that nobody has judged, or of a whole store."""
     row = next(iter(read_rows(file, BadRows(file))), None)
+    if row is not None and whole.is_whole(row.values):
+        return "store"
     if row is None or foreign.is_label_studio(row.values) or foreign.is_argilla(row.values):
         return "votes"
     if {"completions", "labels", "marks"} <= row.values.keys():

@@ -156,6 +156,9 @@ def _exchange(commands: Commands) -> None:
     other = export.add_mutually_exclusive_group()
     other.add_argument("--thumbs", action="store_true", help="thumbs up and down on single responses, not votes")
     other.add_argument("--steps", action="store_true", help="labels on the steps of responses, not votes")
+    other.add_argument(
+        "--whole", action="store_true", help="the whole store, which an empty one takes as it is (.jsonl or .jsonl.gz)"
+    )
     export.add_argument("--batch", default=None, help="only what was judged for this batch (default: everything)")
 
     imports = commands.add_parser(
@@ -198,6 +201,12 @@ def _label(commands: Commands) -> None:
     label.add_argument("run", nargs="?", default=None, metavar="RUN", help="a run directory (keel demo leaves one)")
     label.add_argument("--db", default=None, metavar="URL", help="a feedback store instead: a file or postgresql://...")
     label.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    label.add_argument(
+        "--address",
+        default=None,
+        metavar="URL",
+        help="under which people reach it, for links to sign in: https://label.example.org (default: as asked)",
+    )
     label.add_argument("--port", type=natural_number, default=8765, help="0 is a free one (default: %(default)s)")
     label.add_argument(
         "--proxy",

@@ -135,8 +135,10 @@ OWN = {
     *("annotator_kind", "choice", "chosen_side", "strength", "seconds", "guideline", "reason", "created", "batch"),
     *("item", "settled_by", "gold", "ratings", "ranking", "edit", "chosen_source", "rejected_source", "reward"),
     *("marks", "outcome", "reasons", "correction", "note", "reference_shown", "step_seconds", "drawn", "steps"),
-    "completion_source",
+    *("completion_source", "settled_reason", "settled_at"),
 }
+# What stands in the place of `chosen` and `rejected` in rows of Keel's own exports that are no preference.
+EVEN = {"chosen": "one", "rejected": "other"}
 
 
 def refuse(columns: Mapping[str, Any], table: Mapping[str, Refused], path: str = "") -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from keel.data.collate import messages_hash
 from keel.data.columns import (
     ANSWER,
+    EVEN,
     HISTORY,
     MATERIAL,
     OWN,
@@ -307,7 +308,11 @@ def _prompt_row(row: Fields) -> Prompt:
 
 
 def _preference(row: Fields) -> Preference:
-    if "preferred_output" in row and "non_preferred_output" in row and isinstance(row.get("input"), dict):
+    told = any(row.get(word) for word in ("tie", "settled", "gold", "out"))
+    if told and set(EVEN.values()) <= row.keys() and not EVEN.keys() & row.keys():  # nobody's preference
+        messages = ask(row) if "prompt" in row else message_list(row.get("input"), "messages", "input.messages")
+        chosen, rejected = (the_reply(row, field, messages) for field in EVEN.values())
+    elif "preferred_output" in row and "non_preferred_output" in row and isinstance(row.get("input"), dict):
         given = row["input"]
         refuse(given, SHOWN, "input.")
         asked = message_list(given, "messages", "input.messages")
@@ -326,14 +331,12 @@ def _preference(row: Fields) -> Preference:
     row.refuse_nan(("tie", *PROBABILITY))
     prompt = prompt_of(row, messages, name(row, "prompt_id"))
     tie = flag(row, "tie", default=False) or chosen == rejected
-    margin = number(row, "margin", low=0.0, default=0.0)
-    annotator = name(row, "annotator")
+    margin, annotator = number(row, "margin", low=0.0, default=0.0), name(row, "annotator")
     ends = (flag(row, "chosen_finished", default=True), flag(row, "rejected_finished", default=True))
     replies = (Message("assistant", chosen), Message("assistant", rejected))
     cut = "" if all(ends) else f" finished {ends}"
-    settled = _settled(row)
+    settled, probability = _settled(row), _probability(row, tie)
     word = f" settled {settled}" if settled else ""
-    probability = _probability(row, tie)
     soft = "" if probability is None else f" probability {probability}"
     content = messages_hash((*messages, *replies), salt=f"preference {tie} {margin} {annotator}{cut}{word}{soft}")
     return Preference(

@@ -24,6 +24,7 @@ PAIRS = (
     (("response_1", "response_2"), ("model_1", "model_2")),
     (("output_1", "output_2"), ("generator_1", "generator_2")),
     (("chosen", "rejected"), ("chosen_model", "rejected_model")),
+    (("one", "other"), ("chosen_model", "rejected_model")),  # of Keel's exports, where neither is preferred
 )
 TALKS = ("conversation_a", "conversation_b"), ("model_a", "model_b")
 ONE = ("response", "completion", "output")  # one response a row; the rows of a prompt belong together
@@ -38,7 +39,7 @@ Written = tuple[str, str]  # a response's text, and the model that wrote it
 def is_unjudged(row: Mapping[str, Any]) -> bool:
     """Whether these are columns of responses alone. Rows with an answer are votes, or demonstrations with a label."""
     asks = any(field in row for field in ("prompt", "messages", "instruction"))
-    pairs = any(set(fields) <= row.keys() for fields, _ in PAIRS[:-1])
+    pairs = any(set(fields) <= row.keys() for fields, _ in PAIRS[:-2])
     one = any(field in row for field in ONE) and "label" not in row
     listed = "responses" in row and "fields" not in row  # Argilla's records have both
     return set(TALKS[0]) <= row.keys() or (asks and (pairs or one or listed))

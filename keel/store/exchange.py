@@ -7,13 +7,16 @@ nothing is lost on the way out and in again:
     id, annotator, annotator_kind, tie, margin      as in keel.types.Preference; margin 0 when not known
     chosen_finished, rejected_finished              whether each reply ended by itself
     prompt_id, kind, meta                           the prompt's
+    one, other                                      in the place of chosen and rejected, which are then null, where
+                                                    nobody should learn that preference: a tie, a vote that a reviewer
+                                                    overruled, a gold item, one that is out. So no tool takes it for one
     choice                                          left, right, tie, both_bad: what was said, of the sides as shown
     chosen_side                                     left or right: where ``chosen`` was shown (left in a tie)
     strength, seconds, guideline, reason, created   the judgement's; null when not known
     probability                                     that ``chosen`` is the better one, where a model said so; else null
     batch, item                                     what it was judged for, and which rows judged the same item
     settled, settled_by                             a reviewer's last word on the item (chosen, rejected, tie); null
-                                                    where nobody settled it
+                                                    where nobody settled it; settled_reason, settled_at: why, and when
     gold                                            the known answer of a gold item, in the same words: such a vote
                                                     measures its annotator and is never trained on
     ratings                                         of chosen and rejected, on the guideline's aspects
@@ -28,33 +31,30 @@ Parquet has one type for a column, so there ``meta``, the sources, ``ratings`` a
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from keel.store import hub
 from keel.store.records import AnnotatorKind, Edit, Judgement, Ranking, Response
 from keel.store.row_checks import PAIR, check_row, check_source, check_vote, reply_text
+from keel.store.row_files import Type, arrow_table, from_json, rows_of_file, write_rows
 from keel.store.rows import messages_json
 from keel.store.settled import settle
 from keel.store.sides import Side, chosen_side, in_record, of_record, side_of, turned
 from keel.types import Message, Preference, Prompt, UserError
 
+EVEN = {"chosen": "one", "rejected": "other"}
 _JSON_COLUMNS = ("meta", "chosen_source", "rejected_source", "ratings", "ranking")
 Given = Judgement | Ranking | Edit
 COLUMNS = (
     *("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "tie", "margin", "annotator"),
     *("annotator_kind", "prompt_id", "kind", "meta", "choice", "chosen_side", "strength", "seconds", "guideline"),
     *("reason", "created", "batch", "item", "settled", "settled_by", "gold", "ratings", "ranking", "edit", "out"),
-    *("chosen_source", "rejected_source", "probability"),
+    *("chosen_source", "rejected_source", "probability", "one", "other", "settled_reason", "settled_at"),
 )
 Form = Literal["trl", "openai"]
-Type = Literal["messages", "bool", "number", "whole"]
 
 
 def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = False) -> int:
@@ -72,37 +72,9 @@ def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = 
         pairs = [pair for vote in votes for pair in vote.preferences()]
         rows = [pair_columns(pair) for pair in settle(pairs) if not pair.tie]
     else:
-        rows = [row for vote in votes for row in _rows(vote)]
+        rows = [no_preference(row) for vote in votes for row in _rows(vote)]
     write_rows([_openai(row) for row in rows] if form == "openai" else rows, path, _table)
     return len(rows)
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Writes rows as the ending of ``path`` says; ``table`` makes an Arrow table of them."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".jsonl":
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet  # slow to import, and not needed for JSONL
-
-            pyarrow.parquet.write_table(table(rows), temporary)
-        elif not path.suffix:
-            if path.exists():
-                raise UserError(f"{path} is there already; name a new folder, or a .jsonl or .parquet file")
-            hub.save(table(rows), temporary)
-        else:
-            raise UserError(
-                f"{path}: exports are .jsonl, .parquet, or a folder for datasets (no ending); name one of these"
-            )
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; nothing was written") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> list[Given]:
@@ -131,22 +103,6 @@ def read(path: str | Path) -> list[Given]:
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{path}: the ranking {token!r} is not whole; export it again") from error
     return votes
-
-
-def rows_of_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file or folder that ``write_rows`` made."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # slow to import, and not needed for JSONL
-
-            found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-            return found
-        if path.is_dir():
-            return hub.load(path)
-        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end a line
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); give a file that Keel exported") from error
 
 
 def from_preference(pair: Preference, annotator: str, time: int, seed: int, now: datetime) -> Judgement:
@@ -194,6 +150,12 @@ def pair_columns(pair: Preference) -> dict[str, Any]:
     }
 
 
+def no_preference(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, its replies under other names where nobody should learn it as a preference."""
+    learned = row.get("settled") in (None, "chosen") and not (row["tie"] or row.get("gold") or row.get("out"))
+    return row if learned else row | {new: row[name] for name, new in EVEN.items()} | dict.fromkeys(EVEN)
+
+
 def _rows(given: Given) -> list[dict[str, Any]]:
     pairs = [given.preference()] if isinstance(given, Judgement) else given.said()
     rows = [_common(given, pair) for pair in pairs]
@@ -202,6 +164,8 @@ def _rows(given: Given) -> list[dict[str, Any]]:
         ratings = {in_record(rated, side): dict(values) for rated, values in given.ratings.items()}
         rows[0] |= {"choice": given.choice, "chosen_side": side, "strength": given.strength}
         rows[0] |= {"reason": given.reason, "item": given.item_id, "settled_by": given.settled_by}
+        at = given.settled_at and given.settled_at.isoformat()
+        rows[0] |= {"settled_reason": given.settled_reason, "settled_at": at}
         rows[0] |= {"gold": given.gold and in_record(given.gold, side), "ratings": ratings or None}
         rows[0] |= {"chosen_source": source_columns(chosen), "rejected_source": source_columns(rejected)}
     elif isinstance(given, Edit):
@@ -253,12 +217,8 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """The row with the columns that an older export lacks, and what Parquet keeps as a string read."""
     read = from_json(row, _JSON_COLUMNS)
     later = ("settled", "settled_by", "gold", "ratings", "ranking", "edit", "out", "probability")
-    return dict.fromkeys(later) | row | read
-
-
-def from_json(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """What of these columns is JSON in a string, read."""
-    return {name: json.loads(row[name]) for name in columns if isinstance(row.get(name), str)}
+    whole = dict.fromkeys((*later, *EVEN.values(), "settled_reason", "settled_at")) | row | read
+    return whole | {name: whole[new] for name, new in EVEN.items() if whole[new] is not None}
 
 
 def prompt_of(row: dict[str, Any]) -> Prompt:
@@ -320,6 +280,8 @@ def _vote(row: dict[str, Any]) -> Judgement:
         created=datetime.fromisoformat(row["created"]),
         settled=of_record(row["settled"], side) if row["settled"] is not None else None,
         settled_by=row["settled_by"],
+        settled_reason=row["settled_reason"],
+        settled_at=datetime.fromisoformat(row["settled_at"]) if row["settled_at"] else None,
         gold=of_record(row["gold"], side) if row["gold"] is not None else None,
         ratings={side_of(rated, side): values for rated, values in (row["ratings"] or {}).items()},
         out=bool(row["out"]),
@@ -354,7 +316,7 @@ def source_of(source: dict[str, Any], prompt_id: str, text: str, finished: bool)
 
 def _openai(row: dict[str, Any]) -> dict[str, Any]:
     """OpenAI's row of preference fine-tuning, what else is known after its own columns."""
-    rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
+    rest = {name: value for name, value in row.items() if name not in ("prompt", *EVEN)}
     asked = {"messages": row["prompt"], "tools": [], "parallel_tool_calls": True}
     return {"input": asked, "preferred_output": row["chosen"], "non_preferred_output": row["rejected"], **rest}
 
@@ -365,7 +327,7 @@ def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
 
 
 _TYPES: Mapping[str, Type] = {
-    **dict.fromkeys(("prompt", "chosen", "rejected"), "messages"),
+    **dict.fromkeys(("prompt", "chosen", "rejected", "one", "other"), "messages"),
     **dict.fromkeys(("tie", "chosen_finished", "rejected_finished", "edit", "out"), "bool"),
     **dict.fromkeys(("margin", "strength", "seconds", "probability"), "number"),
     "item": "whole",
@@ -374,18 +336,3 @@ _TYPES: Mapping[str, Type] = {
 
 def _table(rows: list[dict[str, Any]]) -> Any:
     return arrow_table(rows, COLUMNS, _JSON_COLUMNS, _TYPES)
-
-
-def arrow_table(
-    rows: list[dict[str, Any]], columns: Sequence[str], as_json: Sequence[str], types: Mapping[str, Type]
-) -> Any:
-    """The rows as an Arrow table with the same columns however many rows there are. ``types``: of columns that are no
-    texts; ``as_json``: columns that become JSON in a string."""
-    import pyarrow as pa  # slow to import, and not needed for JSONL
-
-    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    known = {"messages": messages, "bool": pa.bool_(), "number": pa.float64(), "whole": pa.int64()}
-    flat = [row | {name: json.dumps(row[name]) for name in as_json if name in row} for row in rows]
-    present = [name for name in columns if not rows or name in rows[0]]
-    fields = [(name, known[types[name]] if name in types else pa.string()) for name in present]
-    return pa.Table.from_pylist(flat, schema=pa.schema(fields))

@@ -49,6 +49,8 @@ def judgements_given(connection: Connection, batch: str | None) -> list[Judgemen
             created=row.created,
             settled=on_screen(settled[row.item_id].choice, row.shown) if row.item_id in settled else None,
             settled_by=settled[row.item_id].by if row.item_id in settled else None,
+            settled_reason=settled[row.item_id].reason if row.item_id in settled else None,
+            settled_at=settled[row.item_id].created if row.item_id in settled else None,
             gold=None if row.gold is None else on_screen(row.gold, row.shown),
             ratings={
                 side: rated[row.id][response]

@@ -83,11 +83,25 @@ def set_gold(connection: Connection, item_id: int, answer: str | None, actor: st
     known = _steps_answers(connection, item_id) if item.kind == "step" else ANSWERS[item.kind]
     if answer is not None and answer not in known:
         raise UserError(f"the answer {answer!r} is unknown; give {' or '.join(known)}")
-    overlap = max(1, item.taken) if answer is None else item.taken + SLOTS
+    overlap = max(_wanted_before(connection, item), item.taken) if answer is None else item.taken + SLOTS
     connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
     old = {"gold": item.gold, "overlap": item.overlap}
     new = {"gold": answer, "overlap": overlap, "batch": item.batch, "kind": item.kind}
     connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))
+
+
+def _wanted_before(connection: Connection, item: Row[Any]) -> int:
+    """How many people were to judge a gold item before it became one: the log knows. An item that is none keeps what
+    it has."""
+    if item.gold is None:
+        return int(item.overlap)
+    query = select(events.c.old).where(
+        events.c.entity == "item", events.c.entity_id == str(item.id), events.c.action == "changed"
+    )
+    for old in connection.execute(query.order_by(events.c.id.desc())).scalars():
+        if old and "gold" in old and old["gold"] is None:
+            return int(old["overlap"])
+    return 1
 
 
 def _steps_answers(connection: Connection, item_id: int) -> tuple[str, ...]:

@@ -212,9 +212,10 @@ def _settle(
     for item, place in words.items():
         vote, name = place.vote, by[item][0]
         choice = place.said_of_item(vote.settled or "tie")
-        row = {"item_id": item, "annotator_id": ids[name], "choice": choice, "created": now}
-        connection.execute(insert(adjudications), row)
-        connection.execute(insert(events), event(now, name, "adjudicated", "item", item, None, {"choice": choice}))
+        said = {"choice": choice, "reason": None if vote.settled_reason is None else storable(vote.settled_reason)}
+        row = {"item_id": item, "annotator_id": ids[name], "created": vote.settled_at or now}
+        connection.execute(insert(adjudications), row | said)
+        connection.execute(insert(events), event(now, name, "adjudicated", "item", item, None, said))
 
 
 def _make_gold(

@@ -199,8 +199,9 @@ def with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[
     return [row | {"responses": texts.get(row["id"], [])} for row in rows]
 
 
-def disagreements(connection: Connection, limit: int = 50) -> list[dict[str, Any]]:
-    """Comparisons on which people's votes differ and no last word was given, with their texts and votes."""
+def disagreements(connection: Connection, limit: int = 50) -> tuple[list[dict[str, Any]], int]:
+    """Comparisons on which people's votes differ and no last word was given, with their texts and votes: the first
+    ``limit``, and how many there are."""
     settled = exists().where(adjudications.c.item_id == items.c.id, adjudications.c.undone_at.is_(None))
     # which response a vote went to is told by `shown`, which is JSON: the votes are compared below, not in SQL
     query = (
@@ -214,8 +215,8 @@ def disagreements(connection: Connection, limit: int = 50) -> list[dict[str, Any
     )
     ids = list(connection.execute(query).scalars())
     said = votes_on(connection, ids)
-    differ = [id for id in ids if len({vote["vote"] for vote in said[id]}) > 1][:limit]
-    return _cases(connection, differ, said)
+    differ = [id for id in ids if len({vote["vote"] for vote in said[id]}) > 1]
+    return _cases(connection, differ[:limit], said), len(differ)
 
 
 def settled_lately(connection: Connection, limit: int = 20) -> list[dict[str, Any]]:
@@ -302,9 +303,3 @@ def prompts_with_fewest(connection: Connection, limit: int, but: Collection[str]
 def last_event(connection: Connection) -> int:
     """The number of the last thing that happened: while it is the same, so is every figure."""
     return int(connection.execute(select(func.coalesce(func.max(events.c.id), 0))).scalar_one())
-
-
-def latest_events(connection: Connection, limit: int) -> list[dict[str, Any]]:
-    return [
-        dict(row) for row in connection.execute(select(events).order_by(events.c.id.desc()).limit(limit)).mappings()
-    ]

@@ -181,6 +181,8 @@ class Judgement:
     ratings: Mapping[Side, Mapping[str, int]] = field(default_factory=dict)
     out: bool = False
     probability: float | None = None
+    settled_reason: str | None = None
+    settled_at: datetime | None = None
 
     @property
     def replies(self) -> tuple[Response, ...]:

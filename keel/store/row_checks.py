@@ -27,7 +27,7 @@ PAIR: Kinds = {
     **dict.fromkeys(("chosen_finished", "rejected_finished"), bool),
     **dict.fromkeys(("edit", "out"), (bool, _NONE)),
     **dict.fromkeys(("probability", "strength"), (int, float, _NONE)),
-    "settled_by": (str, _NONE),
+    **dict.fromkeys(("settled_by", "settled_reason", "settled_at"), (str, _NONE)),
     "ratings": (dict, _NONE),
 }
 SINGLE: Kinds = {**EVERY, **dict.fromkeys(("label", "finished", "out"), bool)}
@@ -62,6 +62,8 @@ def check_vote(row: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} {row[name]!r}")
     if type(row["item"]) is not int:
         raise ValueError(f"item {row['item']!r}")
+    if row["settled_at"] is not None:
+        _check_time("settled_at", row["settled_at"])
     if row["strength"] is not None and not 0 <= row["strength"] < math.inf:
         raise ValueError(f"strength {row['strength']}")
     for side, rated in (row["ratings"] or {}).items():

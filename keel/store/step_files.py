@@ -19,14 +19,15 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, insert, select
 
 from keel.recipe.steps import Steps
-from keel.store.exchange import Type, arrow_table, from_json, prompt_of, rows_of_file, source_columns, source_of
-from keel.store.exchange import write_rows as write_file
+from keel.store.exchange import prompt_of, source_columns, source_of
 from keel.store.gold import set_gold
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
 from keel.store.ingest import add_prompts, add_responses, chunks, rows_of
 from keel.store.people_tables import step_items, step_labels
 from keel.store.removals import take_out
 from keel.store.row_checks import EVERY, Kinds, check_row
+from keel.store.row_files import Type, arrow_table, from_json, rows_of_file
+from keel.store.row_files import write_rows as write_file
 from keel.store.rows import MARK, messages_json, storable
 from keel.store.standing import done
 from keel.store.step_records import Drawn, NewSteps, StepJudgement

@@ -16,16 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
-from keel.store.exchange import (
-    Type,
-    arrow_table,
-    from_json,
-    prompt_of,
-    rows_of_file,
-    source_columns,
-    source_of,
-    write_rows,
-)
+from keel.store.exchange import prompt_of, source_columns, source_of
 from keel.store.given import texts_of, with_context
 from keel.store.gold import set_gold
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
@@ -34,6 +25,7 @@ from keel.store.people_tables import thumbs
 from keel.store.records import AnnotatorKind, Response, Thumb
 from keel.store.removals import take_out
 from keel.store.row_checks import SINGLE, check_row, reply_text
+from keel.store.row_files import Type, arrow_table, from_json, rows_of_file, write_rows
 from keel.store.rows import MARK, messages_json, storable
 from keel.store.store import Store
 from keel.store.tables import event, events, items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Sequence
 
@@ -17,14 +18,22 @@ from keel.web.service.start import prepare
 
 
 def serve(
-    store: Store, host: str, port: int, sources: Sources, say: Callable[[str], None], proxies: Sequence[str] = ()
+    store: Store,
+    host: str,
+    port: int,
+    sources: Sources,
+    say: Callable[[str], None],
+    proxies: Sequence[str] = (),
+    address: str | None = None,
 ) -> None:
     """Serves the labelling app until it is stopped (Ctrl-C, SIGTERM). ``say`` gets the address and a one-time sign-in
-    link; ``port`` 0 is a free one; ``proxies``: whose forwarded addresses are believed. UserError when the port can't
-    be had, or a proxy is no address."""
+    link; ``port`` 0 is a free one; ``proxies``: whose forwarded addresses are believed; ``address``: under which people
+    reach it, where that is not the one it listens on. UserError when the port can't be had, or a proxy or the address
+    is none."""
     networks(proxies)
+    reached = None if address is None else checked_address(address)
     prepare(store)
-    app = create_app(store, sources, proxies)
+    app = create_app(store, sources, proxies, reached)
     app.state.services.sampling.recover()
     app.state.services.ordering.recover()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -37,9 +46,9 @@ def serve(
             raise UserError(f"{host}:{port}: {reason}; choose another --host or --port") from error
         listener.listen(2048)
         shown = f"[{host}]" if family == socket.AF_INET6 else host
-        address = f"http://{shown}:{listener.getsockname()[1]}"
-        say(f"Keel labelling on {address} (Ctrl-C stops it)")
-        say(f"sign in once with {address}/enter/{People(store).owner_link()}")
+        listens = f"http://{shown}:{listener.getsockname()[1]}"
+        say(f"Keel labelling on {listens} (Ctrl-C stops it)")
+        say(f"sign in once with {reached or listens}/enter/{People(store).owner_link()}")
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("others can reach this address: put HTTPS in front of it before you invite anybody")
         # no access log: the paths of links are secrets
@@ -53,3 +62,11 @@ def serve(
             timeout_graceful_shutdown=5,  # a reply that is still streaming does not keep the server alive
         )
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def checked_address(address: str) -> str:
+    """``address`` without a slash at its end. UserError for what is no address of a site."""
+    plain = address.rstrip("/")
+    if not re.fullmatch(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", plain):
+        raise UserError(f"--address {address}: give what people type, without a path: https://label.example.org")
+    return plain

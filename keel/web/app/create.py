@@ -34,14 +34,18 @@ REFUSALS: tuple[tuple[type[UserError], int, str], ...] = (
 )
 
 
-def create_app(store: Store, sources: Sources | None = None, proxies: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    store: Store, sources: Sources | None = None, proxies: Sequence[str] = (), address: str | None = None
+) -> FastAPI:
     """The labelling app on ``store``, which must have been prepared (keel.web.service.start). ``proxies``: addresses
-    and networks whose word on where a request comes from is believed."""
+    and networks whose word on where a request comes from is believed. ``address``: under which people reach it, for
+    links to sign in; by default under whichever a request names."""
     # no pages about the routes: whoever labels has no use for them
     app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.services = Services.of(store, sources or Sources())
     app.state.guard = Guard(app.state.services.people.session)
     app.state.door = pages.Door()
+    app.state.address = address
     for router in (
         pages.router,
         api.router,

@@ -23,7 +23,8 @@ from keel.web.app.charts import agreement_chart, pace_chart
 from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Line, PathId
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
-from keel.web.app.services import services
+from keel.web.app.services import address_of, services
+from keel.web.service.log_words import ACTIONS, ENTITIES, Wanted
 from keel.web.service.manage import WHOSE, Export, Whose
 
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
@@ -61,7 +62,8 @@ def quality(request: Request, session: Reviewer, who: Whose = "people") -> Respo
 @router.get("/disagreements")
 def disagreements(request: Request, session: Reviewer) -> Response:
     manage = services(request).manage
-    context: dict[str, Any] = {"items": manage.disagreements(), "settled": manage.settled()}
+    found, total = manage.disagreements_counted()
+    context: dict[str, Any] = {"items": found, "total": total, "settled": manage.settled()}
     return page(request, "manage/disagreements.html", session, **context)
 
 
@@ -298,14 +300,14 @@ def _people_page(request: Request, session: Session, **context: Any) -> Response
 def invite(request: Request, session: Admin, role: Annotated[AccountRole, Form()]) -> Response:
     """The link is shown once, in this response: the store keeps its hash alone."""
     secret = services(request).people.invite(role, session.account.name)
-    link = f"{str(request.base_url).rstrip('/')}/join/{secret}"
+    link = f"{address_of(request)}/join/{secret}"
     return _people_page(request, session, link=link, link_for=f"an invitation for one {role}")
 
 
 @router.post("/people/link")
 def way_in(request: Request, session: Admin, name: FormLine) -> Response:
     secret = services(request).people.way_in(name, session.account.name)
-    link = f"{str(request.base_url).rstrip('/')}/enter/{secret}"
+    link = f"{address_of(request)}/enter/{secret}"
     return _people_page(request, session, link=link, link_for=f"a way in for {name}")
 
 
@@ -378,5 +380,16 @@ def export(request: Request, session: Admin, what: Export) -> Response:
 
 
 @router.get("/events")
-def events(request: Request, session: Admin) -> Response:
-    return page(request, "manage/events.html", session, events=services(request).manage.events())
+def events(
+    request: Request,
+    session: Admin,
+    who: Line = "",
+    what: Line = "",
+    about: Line = "",
+    day: Annotated[str, Query(pattern=r"^(\d{4}-\d{2}-\d{2})?$")] = "",
+    before: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+) -> Response:
+    wanted = Wanted(who.strip(), what, about, day, before)
+    found = services(request).manage.events(wanted)
+    context: dict[str, Any] = {"events": found, "wanted": wanted, "actions": ACTIONS, "entities": ENTITIES}
+    return page(request, "manage/events.html", session, **context, more=len(found) == wanted.limit)

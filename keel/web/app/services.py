@@ -62,3 +62,10 @@ class Services:
 def services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
+
+
+def address_of(request: Request) -> str:
+    """Under which address people reach the app: the configured one, else the one that this request came to. A request
+    may be made to name any, so a link that is sent to others should not rest on it."""
+    configured: str | None = request.app.state.address
+    return configured or str(request.base_url).rstrip("/")

@@ -29,10 +29,11 @@ from keel.store import (
     step_files,
     steps,
     thumbs,
+    whole,
     work,
 )
-from keel.store.guidelines import Guideline
-from keel.store.lineage import other_work
+from keel.store.guidelines import Guideline, parse_aspects
+from keel.store.lineage import other_work, works
 from keel.store.overview import Queue
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
@@ -42,7 +43,9 @@ from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
 from keel.store.trained_on import VoteCount, count_votes
 from keel.types import UserError
+from keel.web.service import log_words
 from keel.web.service.labelling import GOLD_EVERY
+from keel.web.service.log_words import EVERYTHING, Wanted
 from keel.web.service.quality import Day, Quality, days, quality
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
@@ -50,6 +53,7 @@ from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "steps.jsonl", "demonstrations.jsonl",
     "rankings.jsonl", "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "principles.jsonl", "events.jsonl",
+    "whole.jsonl",
 ]  # fmt: skip
 
 Whose = Literal["people", "models", "all"]
@@ -211,6 +215,10 @@ class Manage:
     # --------------------------------------------------------------------------------------------------- last words
 
     def disagreements(self) -> list[dict[str, Any]]:
+        return self.disagreements_counted()[0]
+
+    def disagreements_counted(self) -> tuple[list[dict[str, Any]], int]:
+        """The first of them, and how many there are."""
         with self._store.transaction(writes=False) as connection:
             return overview.disagreements(connection)
 
@@ -280,9 +288,10 @@ class Manage:
             people.log(connection, now, actor, "added", "guideline", version, None, {"aspects": parsed}, version)
         return version
 
-    def events(self, limit: int = 200) -> list[dict[str, Any]]:
+    def events(self, wanted: Wanted = EVERYTHING) -> list[dict[str, Any]]:
+        """The log's newest entries of those wanted, each with its ``words``."""
         with self._store.transaction(writes=False) as connection:
-            return overview.latest_events(connection, limit)
+            return log_words.entries(connection, wanted)
 
     # -------------------------------------------------------------------------------------------------------- export
 
@@ -298,6 +307,10 @@ class Manage:
         if what == "steps.jsonl":
             step_files.export(self._store, path)
             return path
+        if what == "whole.jsonl":
+            with self._store.transaction(writes=False) as connection:
+                whole.export(connection, path)
+            return path
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for row in self._rows(what):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -307,7 +320,7 @@ class Manage:
         store = self._store
         if what == "pairs.jsonl":
             for pair in settle(store.preferences()):
-                yield {
+                row = {
                     "id": pair.id,
                     **exchange.pair_columns(pair),
                     "chosen_finished": pair.chosen_finished,
@@ -318,9 +331,15 @@ class Manage:
                     "settled": pair.settled or None,
                     "probability": pair.probability,
                 }
+                yield exchange.no_preference(row)
         elif what == "demonstrations.jsonl":
+            with store.transaction(writes=False) as connection:
+                done = works(connection)
             for shown in store.demonstrations():
-                yield {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
+                row = {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
+                one = done[shown.id]
+                who = {"annotator": one.annotator, "guideline": one.guideline, "created": one.created.isoformat()}
+                yield row | who
         elif what == "events.jsonl":
             for event in store.events():
                 yield {name: getattr(event, name) for name in event.__slots__} | {"at": event.at.isoformat()}
@@ -352,17 +371,3 @@ def _plain(connection: Any, what: Export) -> list[dict[str, Any]]:
         query = select(adjudications, annotators.c.name.label("annotator")).join(annotators)
     rows = [dict(row) for row in connection.execute(query).mappings()]
     return [{k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in row.items()} for row in rows]
-
-
-def parse_aspects(text: str) -> list[dict[str, str]]:
-    found = []
-    for line in text.splitlines():
-        name, _, question = (part.strip() for part in line.partition(":"))
-        if not name and not question:
-            continue
-        if not name or len(name) > 40:
-            raise UserError(f"aspect {line.strip()!r}: write a line each, as in helpful: Does it do what was asked?")
-        found.append({"name": name.lower(), "question": question})
-    if len(found) > 8 or len({aspect["name"] for aspect in found}) < len(found):
-        raise UserError("give up to 8 aspects with different names")
-    return found

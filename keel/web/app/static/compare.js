@@ -10,7 +10,7 @@ const work = new Work("compare", show, { reason: byId("reason") });
 function show(item, said) {
   more.reset();
   for (const [side, given] of Object.entries(said.ratings ?? {})) {
-    for (const [aspect, value] of Object.entries(given)) more.elements[`${side}/${aspect}`].value = value;
+    for (const [aspect, value] of Object.entries(given)) more.elements.namedItem(`${side}/${aspect}`).value = value;
   }
   fill(item);
 }
@@ -27,8 +27,8 @@ function fill(item) {
 function ratings() {
   const given = {};
   for (const [name, value] of new FormData(more)) {
-    const [side, aspect] = name.split("/");
-    if (aspect) (given[side] ??= {})[aspect] = Number(value);
+    const at = name.indexOf("/"); // an aspect may be called anything, also "speed/size" and "__proto__"
+    if (at > 0) (given[name.slice(0, at)] ??= Object.create(null))[name.slice(at + 1)] = Number(value);
   }
   return given;
 }
