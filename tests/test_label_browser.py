@@ -444,7 +444,9 @@ def test_on_a_phone_in_the_dark_nothing_is_cut_off(browser: Browser, served: Ser
     working = ("compare", "rank", "thumbs", "steps", "principles", "write", "edit", "arena", "mine")
     pages = (*working, "guideline", "constitution", "account", "manage", f"manage/why?vote={mark}")
     for path in (*pages, *(f"manage/{name}" for name in MANAGED)):
-        page.goto(f"{served.url}/{path}")
+        answer = page.goto(f"{served.url}/{path}")
+        assert answer is not None
+        assert answer.ok, path
         page.wait_for_timeout(300)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, path

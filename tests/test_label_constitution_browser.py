@@ -73,7 +73,9 @@ def test_a_draft_is_published_and_its_principles_are_asked_about(browser: Browse
     expect(page.locator("#item")).to_be_visible()
     page.screenshot(path=SHOTS / "principles-phone.png", full_page=True)
     for path in ("/constitution", "/manage/constitution"):
-        page.goto(f"{served.url}{path}")
+        answer = page.goto(f"{served.url}{path}")
+        assert answer is not None
+        assert answer.ok, path
         page.screenshot(path=SHOTS / f"{path.replace('/', '')}-phone.png", full_page=True)
         wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
         assert not wide, path

@@ -149,7 +149,7 @@ def test_a_phone_without_a_connection_for_an_hour(browser: Browser, served: Serv
 def test_somebody_is_removed_while_they_hold_items(browser: Browser, served: Served, clock: Clock) -> None:
     _, page = annotator(browser, served, "Bo")
     fetched(page)
-    served.people.change("Bo", "owner", active=False)
+    served.people.change("Bo", "keel", active=False)
     page.wait_for_timeout(SETTLED)
     page.keyboard.press("1")
     expect(page.locator("#offline")).to_contain_text("1 judgement of yours is kept")

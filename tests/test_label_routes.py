@@ -205,7 +205,7 @@ def test_every_response_has_the_security_headers(world: World) -> None:
         assert "server" not in answer.headers
     assert client.get("/compare").headers["cache-control"] == "no-store"
     versioned = re.findall(r'(?:src|href)="(/static/[^"]+)"', client.get("/compare").text)
-    assert len(versioned) == 3
+    assert len(versioned) == 5
     assert all("immutable" in client.get(path).headers["cache-control"] for path in versioned)
     shared = client.get("/static/common.js")  # compare.js imports it by this name: a newer Keel must reach the browser
     assert shared.headers["cache-control"] == "no-cache"

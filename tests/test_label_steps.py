@@ -497,7 +497,7 @@ def test_steps_over_http(tmp_path: Path) -> None:
         assert "/steps" in ann.get("/compare").text
         answer = ann.api("next", {"kind": "step"})
         item = answer.json()["item"]
-        assert set(item) == {"id", "kind", "messages", "steps", "reference"}
+        assert set(item) == {"id", "kind", "messages", "steps", "html", "reference"}
         assert not any(
             word in answer.text for word in ("model", "gold", "fingerprint", "random", "ranked", SECRET_META)
         )

@@ -540,7 +540,7 @@ def test_rows_are_learned_as_replies_are_scored(base: Path, tmp_path: Path, monk
     texts = ("hello... you.", "hello. you.")
     rows = [StepLabels(f"r{i}", prompt(i), Steps(by="marker", marker=".").split(t), ()) for i, t in enumerate(texts)]
     rows = [replace(row, labels=(1.0,) * len(row.steps)) for row in rows]
-    made = [one.whole for one in _encoded(rows, model.chat, c)]
+    made = [one.whole for one in _encoded(rows, model.chat, stage(), c)]
     assert [len(one.ends) for one in made] == [4, 2]
     assert [one.in_pieces for one in made] == [True, False]
     assert any("1 of 2 replies have a step that ends within a token" in note for note in notes)

@@ -153,5 +153,5 @@ def test_the_apps_figures_tell_them_apart(tmp_path: Path) -> None:
         assert "<strong>2</strong> <span>judgements by models" in boss.get("/manage/training").text
         assert "2 by people, 2 by models, 1 simulated" in boss.get("/manage/models/reward").text
         page = boss.get("/manage/quality?who=models").text
-        names = [name for name in ("ann", "bot", "imp", "sim") if f'class="name">{name}' in page]
+        names = [name for name in ("ann", "bot", "imp", "sim") if f'class="name"><bdi>{name}' in page]
         assert names == ["bot"]

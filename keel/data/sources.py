@@ -309,11 +309,11 @@ def _prompt_row(row: Fields) -> Prompt:
 
 def _preference(row: Fields) -> Preference:
     told = any(row.get(word) for word in ("tie", "settled", "gold", "out"))
+    given = found if isinstance(found := row.get("input"), dict) else None
     if told and set(EVEN.values()) <= row.keys() and not EVEN.keys() & row.keys():  # nobody's preference
-        messages = ask(row) if "prompt" in row else message_list(row.get("input"), "messages", "input.messages")
+        messages = ask(row) if "prompt" in row else message_list(given or {}, "messages", "input.messages")
         chosen, rejected = (the_reply(row, field, messages) for field in EVEN.values())
-    elif "preferred_output" in row and "non_preferred_output" in row and isinstance(row.get("input"), dict):
-        given = row["input"]
+    elif "preferred_output" in row and "non_preferred_output" in row and given is not None:
         refuse(given, SHOWN, "input.")
         asked = message_list(given, "messages", "input.messages")
         messages = waits(with_system(row, asked), "input.messages")

@@ -231,7 +231,7 @@ def _check(table: Table, row: Mapping[str, Any]) -> None:
             raise ValueError(f"{place} is {value!r}")
         if isinstance(value, str):
             checked_text(value, place)
-        if _is_time(column) and datetime.fromisoformat(value).astimezone(UTC).isoformat() != value:
+        if _is_time(column) and datetime.fromisoformat(str(value)).astimezone(UTC).isoformat() != value:
             raise ValueError(f"{place} is {value!r}, no time in UTC")
 
 

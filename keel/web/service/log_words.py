@@ -59,7 +59,8 @@ def entries(connection: Connection, wanted: Wanted) -> list[dict[str, Any]]:
             raise UserError(f"{wanted.day} is no day; give one such as 2026-11-28") from None
     if wanted.before:
         query = query.where(events.c.id < wanted.before)
-    return [dict(row) | {"words": words(row)} for row in connection.execute(query).mappings()]
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    return [row | {"words": words(row)} for row in rows]
 
 
 def words(row: Mapping[str, Any]) -> str:
