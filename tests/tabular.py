@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from tiny import tiny_tokenizer
 
@@ -12,6 +13,16 @@ from keel.rollout.tokens import stream_key, uniforms
 from keel.types import Completion
 
 END = 0  # the tiny tokenizer's <|end|>
+
+
+@cache
+def encoded(text: str) -> tuple[int, ...]:
+    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
+
+
+@cache
+def decoded(ids: tuple[int, ...]) -> str:
+    return str(tiny_tokenizer().decode(list(ids)))
 
 
 @dataclass
@@ -32,13 +43,13 @@ class Tabular:
     ) -> list[Completion]:
         self.calls.append(len(prompts))
         keys = [stream_key(seed, i) for i in range(len(prompts))] if streams is None else streams
-        return [self._one(list(p), sampling, key) for p, key in zip(prompts, keys, strict=True)]
+        numbers = uniforms(keys, sampling.max_new_tokens + 1).tolist()
+        return [self._one(list(p), sampling, of) for p, of in zip(prompts, numbers, strict=True)]
 
-    def _one(self, prompt: list[int], sampling: SamplingConfig, key: int) -> Completion:
-        tokenizer, new = tiny_tokenizer(), []
-        numbers = uniforms([key], sampling.max_new_tokens + 1)[0].tolist()
+    def _one(self, prompt: list[int], sampling: SamplingConfig, numbers: list[float]) -> Completion:
+        new: list[int] = []
         while True:
-            question, _, reply = tokenizer.decode([*prompt, *new]).partition("\n")
+            question, _, reply = decoded((*prompt, *new)).partition("\n")
             options = self.options(question, reply)
             text = options[0][0]
             if sampling.temperature == 0:
@@ -49,8 +60,7 @@ class Tabular:
                     left -= probability
                     if left <= 0:
                         break
-            ids = tokenizer.encode(text.removesuffix("!"), add_special_tokens=False)
-            for token in [*ids, *([END] if text.endswith("!") else [])]:
+            for token in [*encoded(text.removesuffix("!")), *([END] if text.endswith("!") else [])]:
                 new.append(token)
                 if token in self.stops or len(new) == sampling.max_new_tokens:
                     return Completion("", tuple(new), (0.0,) * len(new), token in self.stops)

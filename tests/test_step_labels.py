@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tabular import Tabular
 from tiny import Counting, tiny_tokenizer
 
 from keel.data.chat import Chat
@@ -22,7 +22,6 @@ from keel.recipe.sections import SamplingConfig
 from keel.recipe.step_labels import StepLabelsStage
 from keel.recipe.steps import Steps
 from keel.rollout.continuations import Continuations, Prefix, Tally
-from keel.rollout.tokens import uniforms
 from keel.run import Silent
 from keel.types import Completion, Message, Prompt, StepLabels, UserError
 
@@ -51,53 +50,7 @@ def exact(lines: tuple[str, ...]) -> float:
     return P_RISE * exact((*lines, "up")) + P_FALL * exact((*lines, "down"))
 
 
-@cache
-def encoded(text: str) -> tuple[int, ...]:
-    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
-
-
-@cache
-def decoded(ids: tuple[int, ...]) -> str:
-    return str(tiny_tokenizer().decode(list(ids)))
-
-
-@dataclass
-class Table:
-    """``options(question, reply so far)`` -> texts that may come next with their probabilities, as a sampler; one with
-    "!" ends the reply. A text is drawn by the random number of its first token."""
-
-    options: Any
-    calls: list[int] = field(default_factory=list)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        seed: int,
-        streams: Sequence[int] | None = None,
-    ) -> list[Completion]:
-        assert streams is not None
-        self.calls.append(len(prompts))
-        numbers = uniforms(streams, sampling.max_new_tokens).tolist()
-        return [self._one(tuple(p), sampling.max_new_tokens, of) for p, of in zip(prompts, numbers, strict=True)]
-
-    def _one(self, prompt: tuple[int, ...], limit: int, numbers: list[float]) -> Completion:
-        new: tuple[int, ...] = ()
-        while len(new) < limit:
-            question, _, reply = decoded(prompt + new).partition("\n")
-            left, text = numbers[len(new)], ""
-            for text, probability in self.options(question, reply):  # noqa: B007 - the last one stays
-                left -= probability
-                if left <= 0:
-                    break
-            new += encoded(text.removesuffix("!"))
-            if text.endswith("!"):
-                return Completion("", (*new, END), (0.0,) * (len(new) + 1), True)
-        return Completion("", new[:limit], (0.0,) * limit, False)
-
-
 CHAT = Chat(tiny_tokenizer())
-END = CHAT.stop_ids[0]
 
 
 @dataclass
@@ -114,7 +67,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.chat = CHAT
-        self.sampler = Table(self.options)
+        self.sampler = Tabular(self.options)
         self.continuations = Continuations(
             self.sampler, self.chat, self.right, SAMPLING, self.k, self.seed, self.first, self.context, self.kept
         )
