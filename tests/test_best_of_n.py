@@ -191,7 +191,7 @@ def test_the_shipped_recipe_mixes_two_reward_models(tmp_path: Path) -> None:
     )
     assert helps != harms
     for row, helpful, harmless in zip(rows, helps, harms, strict=True):
-        assert row["reward"] == pytest.approx(helpful + 0.5 * harmless, abs=0.03)  # bfloat16, perhaps
+        assert row["reward"] == pytest.approx(helpful + 0.5 * harmless, abs=0.03, rel=0.01)  # bfloat16, perhaps
         assert row["reward"] >= 0
     for figures in done.summary()["stages"].values():
         assert figures["reward"] == pytest.approx(

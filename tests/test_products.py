@@ -46,6 +46,19 @@ def test_a_row_does_not_depend_on_the_others_or_on_the_threads(low: torch.dtype)
         assert torch.equal(multiply(x[some].contiguous(), weight), together[some])
 
 
+@pytest.mark.parametrize("rows", [64, 128])
+def test_what_torch_multiplies_between_two_products_changes_nothing(rows: int) -> None:
+    """On tile registers (AMX), torch's own products leave others behind, or none: without a release of its own the
+    second product of one shape ended the process (SIGILL)."""
+    needs(torch.bfloat16)
+    torch.manual_seed(3)
+    x, weight = torch.randn(rows, 256).bfloat16(), torch.randn(128, 256)
+    packed, exact = Packed.of(weight, torch.bfloat16), x.double() @ weight.bfloat16().double().t()
+    for others in (512, 7, 33):
+        torch.testing.assert_close(multiply(x, packed).double(), exact, atol=1e-4, rtol=1e-4)
+        torch.randn(others, 256).bfloat16() @ torch.randn(256, others).bfloat16()
+
+
 def head(low: torch.dtype, entropy: bool, kept: int) -> tuple[Tensor, ...]:
     """Log-probabilities and entropies of a head whose logits are of size 5, and their gradients."""
     torch.manual_seed(2)

@@ -38,15 +38,18 @@ SYMBOLS = {
     torch.float32: "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb",
     torch.bfloat16: "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
 }
+# void at::native::cpublas::brgemm_release(bool is_vnni)
+RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
 
 
 def _announced() -> bool:
     """Tells LLVM where torch's functions are; False where this torch lacks one."""
     path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     library = ctypes.CDLL(path) if os.path.exists(path) else None
-    if library is None or not all(hasattr(library, symbol) for symbol in SYMBOLS.values()):
+    symbols = [*SYMBOLS.values(), RELEASE]
+    if library is None or not all(hasattr(library, symbol) for symbol in symbols):
         return False
-    for symbol in SYMBOLS.values():
+    for symbol in symbols:
         llvmlite.binding.add_symbol(symbol, ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value)
     return True
 
@@ -87,6 +90,22 @@ def _brgemm(
 
 
 @intrinsic
+def _release(context: Any) -> Any:
+    """Ends this thread's use of the block products. Where they run on a processor's tile registers (Intel's AMX), torch
+    sets these up only when a product has another shape than the thread's last one, and does not see that other code of
+    oneDNN has used and cleared them since: the next product of the same shape would end the process."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        flag = ir.IntType(8)
+        kind = ir.FunctionType(ir.VoidType(), [flag])
+        function = b.module.globals.get(RELEASE) or ir.Function(b.module, kind, RELEASE)
+        b.call(function, [ir.Constant(flag, 1)])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def as_pointer(context: Any, address: Any, like: Any) -> Any:
     """The address of numbers such as those of the array ``like``."""
 
@@ -105,6 +124,7 @@ def multiply_blocks(begin, end, rows, outputs, inputs, x, weight, out, add):
         for row in range(0, rows, TILE):
             some, at_out = min(TILE, rows - row), row * outputs + first
             _brgemm(some, columns, inputs, x, row * inputs, weight, first * inputs, out, at_out, outputs, add)
+    _release()
 
 
 @Loop
