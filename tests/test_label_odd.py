@@ -118,6 +118,7 @@ def test_a_phone_without_a_connection_for_an_hour(browser: Browser, served: Serv
         page.locator("#reason").fill(f"reason {number}")
         page.wait_for_timeout(SETTLED)
         page.locator("[data-choice=tie]").tap()
+        expect(page.locator("#offline")).to_contain_text(f"{number + 2} judgements")  # the reply is one
     expect(page.locator("#offline")).to_contain_text("judgements of yours are kept in this browser")
     expect(page.locator("#waiting")).to_be_visible()
     page.screenshot(path=SHOTS / "odd-offline-phone.png")
