@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from keel.kernels.dispatch import products_of
-from keel.kernels.matmul import Packed, multiply
+from keel.kernels.matmul import Packed, multiply, supports
 from keel.model import logprobs as logprobs_module
 
 LOW = [torch.float32, torch.bfloat16]
@@ -57,6 +57,19 @@ def test_what_torch_multiplies_between_two_products_changes_nothing(rows: int) -
     for others in (512, 7, 33):
         torch.testing.assert_close(multiply(x, packed).double(), exact, atol=1e-4, rtol=1e-4)
         torch.randn(others, 256).bfloat16() @ torch.randn(256, others).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("held_to", "there"), [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True), ("ALL", True)]
+)
+def test_products_are_torchs_where_onednn_is_held_to_less(
+    monkeypatch: pytest.MonkeyPatch, held_to: str, there: bool
+) -> None:
+    """A product that oneDNN may not make would end the process."""
+    needs(torch.bfloat16)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held_to)
+    assert supports(torch.bfloat16) is there
+    assert supports(torch.float32)
 
 
 def head(low: torch.dtype, entropy: bool, kept: int) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,19 @@ def _announced() -> bool:
 AVAILABLE = _announced()
 
 
+# To what oneDNN may be held by its environment, of what has bfloat16 block products.
+_HELD_TO = re.compile(r"(AVX512_CORE_(BF16|FP16|AMX.*)|AVX10.*|ALL|DEFAULT)?", re.IGNORECASE)
+
+
 def supports(low: torch.dtype) -> bool:
     """Whether products of this precision run here. Asked before the first one: a refusal inside would end the
     process."""
     if low not in SYMBOLS or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    return AVAILABLE and (low == torch.float32 or pick_precision("auto", "cpu") == "bf16")
+    if low == torch.float32 or not AVAILABLE:
+        return AVAILABLE
+    held_to = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return _HELD_TO.fullmatch(held_to) is not None and pick_precision("auto", "cpu") == "bf16"
 
 
 @intrinsic
