@@ -53,7 +53,7 @@ NO_STATUS = (
 )
 NO_RANKS = (
     "a ranking without ranks, as Argilla 2's files have it: the order of its list is the question's, not the "
-    "annotator's; import what the server answers to GET /api/v1/datasets/ID/records?include=responses"
+    "annotator's; import what the server answers to GET /api/v1/datasets/ID/records?include=responses (its items)"
 )
 
 
@@ -90,7 +90,7 @@ def read(record: Row, names: Names, ask: Ask, now: datetime) -> Taken:
     asked = prompt_name(fields, names)
     prompt = ask(fields[asked])
     key = record.get("external_id") or record.get("id") or prompt.id
-    taken = Taken()
+    taken = Taken(left=["a model's suggestion"] * _suggestions(record))
     for answer in answers.values():
         if answer.status in ("draft", "discarded", "pending"):
             taken.left.append(f"a {answer.status} answer" if answer.status != "pending" else "a pending answer")
@@ -134,7 +134,7 @@ def _said(answer: _Answer, token: str, fields: Row, asked: str, names: Names, ta
         if rated is not None:
             said.ratings.setdefault(about, {})[rated[0]] = rated[1]
         elif name == "strength" and other in (1, 2, 3):
-            said.strength = other
+            said.strength = int(other)
         elif isinstance(other, str) and is_reason(name) and said.reason is None:
             said.reason = other
         else:
@@ -194,6 +194,13 @@ def _answers(record: Row) -> dict[str, _Answer]:
 
 def _is_flat(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(isinstance(a, Mapping) and "user_id" in a for a in given)
+
+
+def _suggestions(record: Row) -> int:
+    nested = record.get("suggestions")
+    if isinstance(nested, Mapping | list):
+        return len(nested)
+    return sum(name.endswith((".suggestion", "-suggestion")) and value is not None for name, value in record.items())
 
 
 def _list(given: Any, name: str) -> list[Any]:

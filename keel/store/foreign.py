@@ -171,14 +171,17 @@ def prompt_name(fields: Row, names: Names) -> str:
     return name
 
 
-def two_responses(fields: Row, names: Names, but: Sequence[str] = ()) -> tuple[str, str]:
-    """The two compared fields: those named, else the only two texts that are neither the prompt, nor a model's name,
-    nor among ``but``."""
+def two_responses(fields: Row, names: Names) -> tuple[str, str]:
+    """The two compared fields: those named, else the only two texts that are neither the prompt nor a model's name, or
+    of more the only two whose names differ in their ends alone (``answer_a``, ``answer_b``)."""
     found = names.responses or tuple(
         name
         for name, value in fields.items()
-        if isinstance(value, str) and name not in (prompt_name(fields, names), "context", *but) and not _names(name)
+        if isinstance(value, str) and name not in (prompt_name(fields, names), "context") and not _names(name)
     )
+    if len(found) > 2 and not names.responses:
+        stems = [re.sub(r"[-_. ]*(1|2|a|b|left|right|first|second)$", "", name.lower()) for name in found]
+        found = tuple(name for name, stem in zip(found, stems, strict=True) if stem and stems.count(stem) == 2)
     if len(found) != 2:
         raise ForeignError(
             f"which of the fields {', '.join(fields)} are the two responses is not clear; give --responses LEFT,RIGHT"

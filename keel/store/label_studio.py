@@ -71,32 +71,35 @@ def question(rows: Sequence[Row], names: Names) -> str | None:
 
 
 def _min_question(rows: Sequence[Row]) -> str | None:
-    """In JSON-MIN and CSV nothing tells answers from data: the one column whose every value names a side."""
+    """In JSON-MIN and CSV a Pairwise or Ranker answer shows by its form. A choice is a plain text like the data: it is
+    the one column whose every value names a side."""
+    rows = [row for row in rows if row.get("annotation_id") not in (None, "")]
     columns = dict.fromkeys(name for row in rows for name in row if name not in OF_ROW)
-    words = {name: {_min_word(row[name]) for row in rows if row.get(name) not in (None, "")} for name in columns}
-    found = [name for name, said in words.items() if said and said <= _SIDES]
+    kinds = {name: {_result(name, row[name])["type"] for row in rows if name in row} for name in columns}
+    found = [name for name in columns if kinds[name] & {"pairwise", "ranker"}]
+    if not found:
+        words = {name: {_word(row[name]) for row in rows if row.get(name) not in (None, "")} for name in columns}
+        found = [name for name in columns if words[name] and words[name] <= {"left", "right", "tie", "both_bad"}]
     if len(found) > 1:
         raise ForeignError(f"{', '.join(found)} may be the comparison; say which is with --question NAME")
-    if not found:
+    if rows and not found:
         raise ForeignError(f"which of {', '.join(columns)} is the comparison is not clear; give --question NAME")
-    return found[0]
+    return found[0] if found else None
 
 
-_SIDES = {"left", "right", "tie"}
-
-
-def _min_word(value: Any) -> str:
+def _word(value: Any) -> str:
     try:
-        return choice_of(value, ("left", "right")).replace("both_bad", "tie") if isinstance(value, str) else ""
+        return choice_of(value, ("left", "right")) if isinstance(value, str) else ""
     except ForeignError:
         return ""
 
 
 def read(row: Row, names: Names, ask: Ask, now: datetime) -> Taken:
     """A task with all its annotations, or a row of JSON-MIN or CSV, which is one annotation."""
-    if not is_task(row):
-        return _read_min(row, names, ask, now)
     taken = Taken()
+    if not is_task(row):
+        row = _as_task(row, names)
+        taken.notes.append("JSON-MIN and CSV have no drafts and skips, and tell no texts from answers; JSON does")
     prompt: Prompt | None = None
     data, beside = row["data"], row.get("meta") or {}
     for annotation in row["annotations"]:
@@ -110,9 +113,10 @@ def read(row: Row, names: Names, ask: Ask, now: datetime) -> Taken:
             continue
         prompt = prompt or ask(data[prompt_name(data, names)])
         said, fields = _compared(data, answer, names)
-        said.token = f"label-studio/{row.get('id')}/{annotation.get('id')}"
+        id = annotation.get("id")
+        said.token = f"label-studio/{answer.get('id')}" if id is None else f"label-studio/{row.get('id')}/{id}"
         kept = answer.get("meta") or {}  # of a vote that came from here
-        said.annotator = kept.get("annotator") or _who(annotation.get("completed_by"))
+        said.annotator = str(kept.get("annotator") or _who(annotation.get("completed_by")))
         said.seconds = duration(annotation.get("lead_time"))
         said.created = moment(kept.get("created") or annotation.get("created_at"), "created_at")
         for result in results:
@@ -137,8 +141,8 @@ def _compared(data: Row, answer: Row, names: Names) -> tuple[Said, Row]:
     if answer.get("type") == "ranker":
         return _ranked(data, value["ranker"], answer)
     named = tuple(part.strip() for part in str(answer.get("to_name", "")).split(","))
-    shown = named if len(named) == 2 and all(name in data for name in named) else ()
-    left, right = names.responses or shown or two_responses(data, names)
+    tagged = len(named) == 2 and all(name in data for name in named) and not names.responses
+    left, right = named if tagged else two_responses(data, names)
     chosen = value.get("selected") or value.get("choices") or ""
     if isinstance(chosen, list):
         if len(chosen) != 1:
@@ -189,36 +193,57 @@ def _beside(said: Said, result: Row, taken: Taken) -> None:
     taken.left.append(f"an answer to {name}, which is no part of a comparison")
 
 
-def _read_min(row: Row, names: Names, ask: Ask, now: datetime) -> Taken:
-    said_value = row.get(names.question or "")
+def _as_task(row: Row, names: Names) -> Row:
+    """A row of JSON-MIN or CSV as a task with its one annotation. Of texts nothing says which are answers and which are
+    data: the comparison is known, and a text whose name asks why is taken for the reason."""
+    data: dict[str, Any] = {}
+    results = []
+    for name, value in row.items():
+        result = _result(name, value)
+        if name in OF_ROW or value in (None, ""):
+            continue
+        if name == names.question and result["type"] == "text":
+            results.append(result | {"type": "choices", "value": {"choices": [value]}})
+        elif result["type"] == "text" and isinstance(value, str) and is_reason(name) and name not in _named(names):
+            results.append(result | {"type": "textarea", "value": {"text": [value]}})
+        elif result["type"] == "text":
+            data[name] = _plain(value)
+        else:
+            results.append(result)
+    for result in results:  # nothing says what a rating is of but its name
+        result["to_name"] = next((field for field in data if field in result["from_name"]), "")
     if row.get("annotation_id") in (None, ""):
-        return Taken(left=["nobody has annotated it"])
-    if said_value in (None, ""):
-        return Taken(left=["an annotation without a comparison"])
-    data = {name: value for name, value in row.items() if name not in (*OF_ROW, names.question)}
-    shown = two_responses(data, names, but=[name for name in data if is_reason(name)])
-    choice = choice_of(_only(said_value), shown)
-    said = Said(
-        token=f"label-studio/{row.get('id')}/{row['annotation_id']}",
-        annotator=_who(row.get("annotator")),
-        ranks=ranks_of(choice, shown),
-        both_bad=choice == "both_bad",
-        seconds=duration(row.get("lead_time")),
-        created=moment(row.get("created_at"), "created_at"),
-    )
-    asked = prompt_name(data, names)
-    reason = next((data[name] for name in data if name != asked and name not in shown and is_reason(name)), None)
-    said.reason = reason if isinstance(reason, str) else None
-    return judgements(data, data, ask(data[asked]), said, now)
+        return {"data": data, "annotations": []}
+    annotation = {"id": row["annotation_id"], "completed_by": row.get("annotator"), "result": results}
+    annotation |= {name: row.get(name) for name in ("lead_time", "created_at")}
+    return {"id": row.get("id"), "data": data, "annotations": [annotation]}
 
 
-def _only(value: Any) -> Any:
-    """The one choice of a value that JSON-MIN writes as it is, and CSV as JSON where it is more than a text."""
-    if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
-    if isinstance(value, Mapping):
-        value = value.get("selected") or value.get("choices")
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def _named(names: Names) -> tuple[str | None, ...]:
+    return (names.prompt, *names.responses)
+
+
+def _result(name: str, value: Any) -> dict[str, Any]:
+    """A column of JSON-MIN as a result: its type by the form of its value; ``text`` is a plain one."""
+    found = _plain(value)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    kinds = {"selected": "pairwise", "ranker": "ranker", "rating": "rating", "choices": "choices"}
+    if isinstance(found, Mapping):
+        for key, kind in kinds.items():
+            if key in found:
+                return {"type": kind, "from_name": name, "to_name": "", "value": found}
+    return {"type": "text", "from_name": name, "to_name": "", "value": value}
+
+
+def _plain(value: Any) -> Any:
+    """A value of CSV, where lists and objects are written as JSON."""
+    if isinstance(value, str) and value[:2] in ("[{", '{"'):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _who(person: Any) -> str:
