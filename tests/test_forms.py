@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from keel.cli import main
-from keel.cli.exchange import read_votes
+from keel.cli.exchange import holds, read_votes
 from keel.cli.foreign import Told
 from keel.store import Judgement, Response, Store
 from keel.store.foreign import ForeignError, Names, choice_of, model_of, two_responses
@@ -128,6 +128,21 @@ def test_a_bad_row_is_named_and_nothing_is_taken(tmp_path: Path) -> None:
     for number, (file, change, why) in enumerate(changes):
         with pytest.raises(UserError, match=why):
             read_votes(spoiled(file, change, tmp_path / f"{number}.json"), Names())
+
+
+def test_a_file_whose_first_record_nobody_answered_holds_votes(tmp_path: Path) -> None:
+    for name in ("argilla2-flat.jsonl", "argilla1-flat.jsonl"):
+        lines = (FILES / name).read_text().splitlines()
+        (tmp_path / name).write_text("\n".join(reversed(lines)))
+        assert holds(str(tmp_path / name)) == "votes"
+    bare = {
+        "_server_id": "7",
+        "prompt": "?",
+        "response_1": "A",
+        "response_2": "B",
+    }  # two responses, unlike the one above
+    (tmp_path / "bare.jsonl").write_text(json.dumps(bare) + "\n")
+    assert holds(str(tmp_path / "bare.jsonl")) == "votes"
 
 
 def test_words_and_fields() -> None:

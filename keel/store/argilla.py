@@ -61,7 +61,9 @@ def is_row(row: Row) -> bool:
     responses = row.get("responses")
     if isinstance(row.get("fields"), Mapping) and isinstance(responses, Mapping | list):
         return True
-    return any(name.endswith(".responses") for name in row) or any(_is_flat(value) for value in row.values())
+    if "_server_id" in row or any(name.endswith((".responses", "-suggestion-metadata")) for name in row):
+        return True  # also where nobody has answered this record
+    return any(_is_flat(value) for value in row.values())
 
 
 def question(rows: Sequence[Row], names: Names) -> str | None:
