@@ -305,10 +305,10 @@ def test_label_studio_tasks(tmp_path: Path) -> None:
     assert votes[0].prompt.messages == (Message("user", "Why?"),)
     # other names, and Choices in place of Pairwise
     chose = {"type": "choices", "from_name": "q", "to_name": "x", "value": {"choices": ["Tie"]}}
-    data = {"q": "Why?", "one": "So.", "two": "No.", "model": "m"}
+    data = {"q": "Why?", "one": "So.", "two": "No.", "source": "m"}
     other = task(data=data, annotations=[{"id": 1, "result": [chose]}])
     file = write_json(tmp_path / "other.json", [other])
-    with pytest.raises(UserError, match=r"item 1: no prompt among the fields q, one, two, model.*--prompt"):
+    with pytest.raises(UserError, match=r"item 1: no prompt among the fields q, one, two, source.*--prompt"):
         read_votes(file, Names())
     with pytest.raises(UserError, match=r"item 1: which of the fields.*--responses"):
         read_votes(file, Names("q"))

@@ -269,7 +269,7 @@ def test_export_and_import_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["import", db, str(rows), str(pairs)]) == 2
     assert "some of the files hold thumbs and some votes" in capsys.readouterr().err
     assert main(["export", db, out, "--thumbs", "--form", "openai"]) == 2
-    assert "OpenAI has no form for thumbs" in capsys.readouterr().err
+    assert "the form openai is for votes alone, not for thumbs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

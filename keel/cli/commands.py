@@ -223,7 +223,8 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from keel.cli.exchange import export_steps, export_thumbs, export_votes, export_whole
+    from keel.cli.exchange import export_steps, export_thumbs, export_tool, export_votes, export_whole
+    from keel.store.forms import TOOLS
     from keel.types import UserError
 
     store, file, batch, plain = arguments.store, arguments.file, arguments.batch, arguments.plain
@@ -233,11 +234,16 @@ def _export(arguments: argparse.Namespace) -> int:
         print(export_whole(store, file))
         return 0
     if (arguments.thumbs or arguments.steps) and arguments.form != "trl":
-        raise UserError(f"OpenAI has no form for {'thumbs' if arguments.thumbs else 'steps'}; leave out --form")
+        what = "thumbs" if arguments.thumbs else "steps"
+        raise UserError(f"the form {arguments.form} is for votes alone, not for {what}; leave out --form")
+    if arguments.form in TOOLS and plain:
+        raise UserError(f"the form {arguments.form} has no columns of Keel's; leave out --plain")
     if arguments.steps:
         print(export_steps(store, file, batch, plain))
     elif arguments.thumbs:
         print(export_thumbs(store, file, batch, plain))
+    elif arguments.form in TOOLS:
+        print(export_tool(store, file, batch, arguments.form))
     else:
         print(export_votes(store, file, batch, arguments.form, plain))
     return 0

@@ -4,21 +4,23 @@ are to be judged."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from keel.cli.foreign import Told, read_tool
 from keel.data.fields import checked
 from keel.data.labelled import is_labelled
 from keel.data.rows import BadRows, Row, RowError, read_rows
-from keel.data.sources import as_prompt, read_labelled, read_preferences
+from keel.data.sources import read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.feedback.aggregate import likelier_first
 from keel.run import RunDir
-from keel.store import Judgement, Store, exchange, foreign, step_files, thumbs, whole
+from keel.store import Judgement, Store, exchange, step_files, thumbs, whole
 from keel.store.engine import exists
-from keel.store.foreign import ForeignError, Names
+from keel.store.foreign import Names
+from keel.store.forms import TOOLS, tool_of
 from keel.store.imports import tells_apart
 from keel.store.records import Ranking, Thumb
 from keel.store.unjudged import BATCH, add_unjudged
@@ -56,6 +58,15 @@ def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, p
     what = "ties, gold items, votes that a reviewer settled, what was taken out"
     left_out = f"; left out ({what}): {standing - written}" if written < standing else ""
     return f"{written} votes written to {out}{left_out}"
+
+
+def export_tool(where: str, out: str, batch: str | None, form: str) -> str:
+    """Writes the store's votes for another labelling tool, and says what was written and what its form can't hold."""
+    tool = TOOLS[form]
+    with Store(store_location(where)) as store:
+        written = tool.write(store.all_given(batch), Path(out))
+    left = [f"\n  not in {tool.title}'s form: {count} x {what}" for what, count in written.left.items() if count]
+    return f"{written.answers} votes on {len(written.pairs)} pairs written to {out}" + "".join(left)
 
 
 def export_thumbs(where: str, out: str, batch: str | None, plain: bool) -> str:
@@ -128,14 +139,16 @@ def read_thumbs(file: str, annotator: str) -> list[Thumb]:
 
 def import_votes(where: str, files: Sequence[str], names: Names, annotator: str, batch: str | None) -> str:
     """Adds the files' votes to the store, all or none, and says how many were new."""
-    votes = [read_votes(file, names) for file in files]
+    told = Told()
+    votes = [read_votes(file, names, told) for file in files]
     with Store(store_location(where, new=True)) as store, store.session() as session:
         new = sum(session.import_preferences(part, annotator, batch) for part in votes)
     read = sum(len(part) for part in votes)
     erased = sum(not tells_apart(one.replies) for part in votes for one in part if isinstance(one, Judgement | Ranking))
     known = [f"{read - new - erased} were there already"] if new + erased < read else []
     known += [f"{erased} of erased responses left out"] if erased else []
-    return f"{new} votes imported" + (f" ({'; '.join(known)})" if known else "")
+    said = f"{new} votes imported" + (f" ({'; '.join(known)})" if known else "")
+    return f"{said}\n{told}" if told.lines else said
 
 
 def import_unjudged(
@@ -154,7 +167,7 @@ def holds(file: str) -> Literal["votes", "thumbs", "steps", "responses", "store"
     row = next(iter(read_rows(file, BadRows(file))), None)
     if row is not None and whole.is_whole(row.values):
         return "store"
-    if row is None or foreign.is_label_studio(row.values) or foreign.is_argilla(row.values):
+    if row is None or tool_of([row.values]):
         return "votes"
     if {"completions", "labels", "marks"} <= row.values.keys():
         return "steps"
@@ -163,27 +176,19 @@ def holds(file: str) -> Literal["votes", "thumbs", "steps", "responses", "store"
     return "responses" if is_unjudged(row.values) else "votes"
 
 
-def read_votes(file: str, names: Names) -> Votes:
+def read_votes(file: str, names: Names, told: Told | None = None) -> Votes:
     """The votes of a Keel export, an Argilla or Label Studio export, or a file of preference pairs. The rows show which
-    of them it is."""
+    of them it is. ``told`` gets what of another tool's file is no vote."""
     bad = BadRows(file)
     rows = list(read_rows(file, bad))
     bad.raise_if_any()
     if {"annotator_kind", "prompt_id", "batch"} <= rows[0].values.keys():
         _checked(rows, bad)
         return exchange.read(file)
-    if foreign.is_label_studio(rows[0].values):
-        return _foreign(rows, bad, lambda row, now: foreign.from_label_studio(row.values, names, as_prompt, now))
-    if any(_is_argilla(row) for row in rows):
-        return _foreign(rows, bad, lambda row, now: foreign.from_argilla(row.values, names, as_prompt, now))
+    tool = tool_of([row.values for row in rows])
+    if tool is not None:
+        return read_tool(tool, _checked(rows, bad), bad, names, Told() if told is None else told)
     return [likelier_first(pair) for pair in read_preferences(file)]
-
-
-def _is_argilla(row: Row) -> bool:
-    try:
-        return foreign.is_argilla(row.values)
-    except (KeyError, TypeError, AttributeError, ValueError):  # it has an export's fields, and something else in them
-        return True
 
 
 def _checked(rows: Sequence[Row], bad: BadRows) -> list[Row]:
@@ -196,19 +201,3 @@ def _checked(rows: Sequence[Row], bad: BadRows) -> list[Row]:
             bad.add(row.file, row.line, str(error))
     bad.raise_if_any()
     return found
-
-
-def _foreign(rows: Sequence[Row], bad: BadRows, read: Callable[[Row, datetime], list[Judgement]]) -> list[Judgement]:
-    now = datetime.now(UTC)
-    votes: list[Judgement] = []
-    for row in _checked(rows, bad):
-        try:
-            votes += read(row, now)
-        except (ForeignError, RowError) as error:
-            bad.add(row.file, row.line, str(error))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            bad.add(row.file, row.line, f"not a row of this tool's export ({type(error).__name__}: {error})")
-    bad.raise_if_any()
-    if not votes:
-        raise UserError(f"{bad.source}: {len(rows)} rows, and none holds a vote; export the project with its answers")
-    return votes

@@ -150,7 +150,11 @@ def _exchange(commands: Commands) -> None:
     export.add_argument("store", metavar="STORE", help=store)
     export.add_argument("file", metavar="FILE", help=".jsonl, .parquet, or (without an ending) a folder for datasets")
     export.add_argument(
-        "--form", choices=("trl", "openai"), default="trl", help="format of the rows (default: %(default)s)"
+        "--form",
+        choices=("trl", "openai", "argilla", "label_studio"),
+        default="trl",
+        help="format of the rows; argilla: a folder for Dataset.from_disk; label_studio: tasks as .json, and their "
+        "labeling interface as .xml (default: %(default)s)",
     )
     export.add_argument("--plain", action="store_true", help="only the columns of that format, without ties")
     other = export.add_mutually_exclusive_group()

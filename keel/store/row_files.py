@@ -1,4 +1,5 @@
-"""Rows as files: JSONL, Parquet or a folder of Hugging Face ``datasets``."""
+"""Rows as files: JSONL, Parquet or a folder of Hugging Face ``datasets``; files and folders written whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ Type = Literal["messages", "bool", "number", "whole"]
 
 def write_rows(rows: list[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> None:
     """Writes rows as the ending of ``path`` says; ``table`` makes an Arrow table of them."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         if path.suffix == ".jsonl":
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -27,13 +28,23 @@ def write_rows(rows: list[dict[str, Any]], path: Path, table: Callable[[list[dic
 
             pyarrow.parquet.write_table(table(rows), temporary)
         elif not path.suffix:
-            if path.exists():
-                raise UserError(f"{path} is there already; name a new folder, or a .jsonl or .parquet file")
             hub.save(table(rows), temporary)
         else:
             raise UserError(
                 f"{path}: exports are .jsonl, .parquet, or a folder for datasets (no ending); name one of these"
             )
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Has ``write`` make a file or folder under a temporary name, which then takes the place of ``path``: all of it or
+    nothing. A folder (no ending) must be new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if not path.suffix and path.exists():
+            raise UserError(f"{path} is there already; name a new folder, or a file")
+        write(temporary)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; nothing was written") from error
