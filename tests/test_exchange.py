@@ -324,13 +324,6 @@ FIELDS = {"prompt": "Why?", "response1": "So.", "response2": "No."}
 RANKING = [{"value": "response2", "rank": 1}, {"value": "response1", "rank": 2}]
 
 ARGILLA: dict[str, dict[str, Any]] = {
-    "version 2, to_json": {
-        "id": "r1",
-        "fields": FIELDS,
-        "metadata": {},
-        "suggestions": {"preference": {"value": "response1", "agent": "gpt"}},
-        "responses": {"preference": [{"value": ["response2", "response1"], "user_id": "u1"}]},
-    },
     "version 2, label": {
         "id": "r1",
         "fields": FIELDS,
@@ -368,6 +361,18 @@ def test_argilla_records_of_every_shape(shape: str, tmp_path: Path) -> None:
     assert votes[0].prompt.messages == (Message("user", "Why?"),)
 
 
+def test_a_ranking_that_lost_its_ranks_is_no_vote(tmp_path: Path) -> None:
+    """Argilla 2's client writes the options in the question's order, whatever the annotator said."""
+    record = {
+        "id": "r1",
+        "fields": FIELDS,
+        "suggestions": {"preference": {"value": "response1", "agent": "gpt"}},
+        "responses": {"preference": [{"value": ["response2", "response1"], "user_id": "u1"}]},
+    }
+    with pytest.raises(UserError, match=r"(?s)none holds a vote.*a ranking without ranks"):
+        read_votes(write_json(tmp_path / "argilla.json", [record]), Names(responses=("response1", "response2")))
+
+
 def test_an_argilla_ranking_gives_each_of_its_pairs(tmp_path: Path) -> None:
     ranking = [{"value": "c", "rank": 1}, {"value": "a", "rank": 2}, {"value": "b", "rank": 2}]
     record = {"id": "r", "fields": {"prompt": "?", "a": "A", "b": "B", "c": "C"}}
@@ -376,7 +381,7 @@ def test_an_argilla_ranking_gives_each_of_its_pairs(tmp_path: Path) -> None:
     }
     unanswered = {"id": "s", "fields": record["fields"], "responses": {}}
     file = write_json(tmp_path / "argilla.json", [unanswered, record])
-    with pytest.raises(UserError, match=r"item 2: it answers order, comment.*--question"):
+    with pytest.raises(UserError, match=r"it answers order, comment.*--question"):
         read_votes(file, Names())
     votes = read_votes(file, Names(question="order"))
     told = [(v.left.text, v.right.text, v.choice) for v in votes]  # type: ignore[union-attr]
