@@ -330,7 +330,7 @@ def check(store: Store) -> None:
         days[f"{when(event):%d}"] += log.kinds[event.actor] == "person"
     kinds = Counter(kind for event, kind in log.done.values() if log.kinds[event.actor] == "person")
     assert Counter(manage.overview().done) == kinds
-    assert {f"{day.day:%d}": day.votes for day in manage.overview().days} == {d: n for d, n in days.items() if n}
+    assert {f"{day.day:%d}": day.done for day in manage.overview().days} == {d: n for d, n in days.items() if n}
 
 
 def _words(store: Store) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, Table, insert, select
 
+from keel.store import tallies
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot, tells_apart
 from keel.store.ingest import add_prompts, add_responses, rows_of
 from keel.store.people_tables import rankings, writings
@@ -140,6 +141,7 @@ def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: st
         shown.append(ids)
         entries.append(Entry(item, one.annotator, one.annotator_kind, ids, one.created))
     names, assigned = assign(connection, entries, now)
+    outs = []
     for one, ids, entry, name, assignment in zip(new, shown, entries, names, assigned, strict=True):
         said: dict[str, Any] = {"seconds": one.seconds, "guideline": versions[one.guideline]}
         if isinstance(one, Ranking):
@@ -155,8 +157,10 @@ def add_given(connection: Connection, given: Sequence[Ranking | Edit], batch: st
         told = said | {"token": one.token, "assignment": assignment, "item": entry.item, "shown": ids}
         told |= {"batch": one.batch if batch is None else batch, "created": one.created.isoformat()}
         connection.execute(insert(events), event(now, name, "imported", entity, made.id, None, told, said["guideline"]))
-        if one.out:
-            take_out(connection, "item", entry.item, "", None, now)
+        outs += [entry.item] if one.out else []
+    tallies.change_assignments(connection, assigned, 1)
+    for item in outs:
+        take_out(connection, "item", item, "", None, now)
     return len(new)
 
 

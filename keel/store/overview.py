@@ -273,6 +273,11 @@ def open_flags(connection: Connection) -> list[dict[str, Any]]:
     return [row | {"responses": [replies[id] for id in row["shown"]]} for row in found]
 
 
+def count_flags(connection: Connection) -> int:
+    """How many are open."""
+    return int(connection.execute(select(func.count()).where(flags.c.resolved_at.is_(None))).scalar_one())
+
+
 def prompt_figures(connection: Connection) -> dict[str, int]:
     """How many prompts there are, and responses."""
     counts = {"prompts": prompts, "responses": responses}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, exists, insert, or_, select, update
 
+from keel.store import tallies
 from keel.store.people_tables import removals
 from keel.store.rows import storable
 from keel.store.tables import annotators, event, events, item_responses, items, prompts, responses
@@ -93,8 +94,11 @@ def refresh(connection: Connection, which: ColumnElement[bool]) -> dict[str, Any
     )
     change = update(items).where(which, items.c.out != out).values(out=out)
     rows = connection.execute(
-        change.returning(items.c.id, items.c.batch, items.c.kind, items.c.overlap, items.c.gold)
+        change.returning(items.c.id, items.c.batch, items.c.kind, items.c.overlap, items.c.gold, items.c.out)
     ).all()
+    for now_out in (False, True):
+        moved = [row for row in rows if row.gold is None and row.out == now_out]
+        tallies.now_plain(connection, [row.id for row in moved], {row.kind for row in moved}, plain=not now_out)
     wanted: Counter[tuple[str, str]] = Counter()
     for row in rows:
         wanted[row.batch, row.kind] += 0 if row.gold else row.overlap

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, insert, select
 
 from keel.recipe.steps import Steps
+from keel.store import tallies
 from keel.store.exchange import prompt_of, source_columns, source_of
 from keel.store.gold import set_gold
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
@@ -184,6 +185,7 @@ def add(connection: Connection, new: Sequence[StepJudgement], batch: str | None,
         told |= {"batch": place, "created": one.created.isoformat()}
         log = event(now, name, "imported", "step judgement", made.id, None, told, versions[one.guideline])
         connection.execute(insert(events), log)
+    tallies.change_assignments(connection, assigned, 1)
     _make_gold(connection, {e.item: one.gold for e, one in zip(entries, new, strict=True) if one.gold}, now)
     for item in sorted({entry.item for entry, one in zip(entries, new, strict=True) if one.out}):
         take_out(connection, "item", item, "", None, now)

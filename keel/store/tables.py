@@ -238,6 +238,13 @@ Index(
     postgresql_where=text("undone_at IS NULL"),
 )
 
+Index(
+    "ix_judgements_undone",  # those that were taken back, among a million that were not
+    judgements.c.id,
+    sqlite_where=text("undone_at IS NOT NULL"),
+    postgresql_where=text("undone_at IS NOT NULL"),
+)
+
 events = Table(
     "events",
     metadata,

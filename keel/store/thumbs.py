@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
+from keel.store import tallies
 from keel.store.exchange import prompt_of, source_columns, source_of
 from keel.store.given import texts_of, with_context
 from keel.store.gold import set_gold
@@ -95,6 +96,7 @@ def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: da
         told |= {"created": one.created.isoformat()}
         log = event(now, name, "imported", "thumb", made.id, None, told, versions[one.guideline])
         connection.execute(insert(events), log)
+    tallies.change_assignments(connection, assigned, 1)
     _make_gold(connection, {e.item: one.gold for e, one in zip(entries, new, strict=True) if one.gold is not None}, now)
     for item in sorted({entry.item for entry, one in zip(entries, new, strict=True) if one.out}):
         take_out(connection, "item", item, "", None, now)

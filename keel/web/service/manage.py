@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,12 +27,13 @@ from keel.store import (
     review,
     step_files,
     steps,
+    tallies,
     thumbs,
     whole,
     work,
 )
 from keel.store.guidelines import Guideline, parse_aspects
-from keel.store.lineage import other_work, works
+from keel.store.lineage import works
 from keel.store.overview import Queue
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
@@ -41,12 +41,13 @@ from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.removals import What
 from keel.store.settled import settle
 from keel.store.tables import annotators, assignments, judgements
+from keel.store.tallies import DayDone
 from keel.store.trained_on import VoteCount, count_votes
 from keel.types import UserError
 from keel.web.service import log_words
 from keel.web.service.labelling import GOLD_EVERY
 from keel.web.service.log_words import EVERYTHING, Wanted
-from keel.web.service.quality import Day, Quality, days, quality
+from keel.web.service.quality import Quality, quality
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
 
@@ -68,7 +69,7 @@ WHOSE: Mapping[Whose, tuple[AnnotatorKind, ...]] = {
 @dataclass(frozen=True, slots=True)
 class Overview:
     queues: list[Queue]
-    days: list[Day]
+    days: list[DayDone]
     flags: int
     prompts: int
     responses: int
@@ -96,16 +97,15 @@ class Manage:
 
     def overview(self) -> Overview:
         with self._store.transaction(writes=False) as connection:
-            votes, others = overview.votes(connection), other_work(connection)
             figures = overview.prompt_figures(connection)
             return Overview(
                 queues=overview.queues(connection),
-                days=days(votes, 14, [(row.created.date(), row.name) for row in others]),
-                flags=len(overview.open_flags(connection)),
+                days=tallies.last_days(connection, 14),
+                flags=overview.count_flags(connection),
                 prompts=figures["prompts"],
                 responses=figures["responses"],
-                done={"compare": len(votes), **Counter(row.kind for row in others)},
-                annotators=len({vote.annotator for vote in votes} | {row.name for row in others}),
+                done={"compare": 0} | tallies.done_by_people(connection),
+                annotators=tallies.people_at_work(connection),
             )
 
     def quality(self, who: Whose) -> Quality:
