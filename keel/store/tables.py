@@ -78,6 +78,8 @@ prompts = Table(
     Column("created", UtcDateTime, nullable=False),
 )
 
+Index("ix_prompts_created", prompts.c.created.desc(), prompts.c.id)  # the newest first, of one file as they stood there
+
 responses = Table(
     "responses",
     metadata,

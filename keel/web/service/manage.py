@@ -35,6 +35,7 @@ from keel.store import (
 from keel.store.guidelines import Guideline, parse_aspects
 from keel.store.lineage import works
 from keel.store.overview import Queue
+from keel.store.paging import Page, Wanted
 from keel.store.people import Account
 from keel.store.people_tables import adjudications, aspect_ratings, rankings
 from keel.store.records import AnnotatorKind, WorkKind
@@ -46,7 +47,7 @@ from keel.store.trained_on import VoteCount, count_votes
 from keel.types import UserError
 from keel.web.service import log_words
 from keel.web.service.labelling import GOLD_EVERY
-from keel.web.service.log_words import EVERYTHING, Wanted
+from keel.web.service.log_words import EVERYTHING, Entries
 from keel.web.service.quality import Quality, quality
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
@@ -68,7 +69,9 @@ WHOSE: Mapping[Whose, tuple[AnnotatorKind, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    queues: list[Queue]
+    queues: Page[Queue]
+    open: int  # judgements that are wanted, of all queues
+    held: int
     days: list[DayDone]
     flags: int
     prompts: int
@@ -87,6 +90,7 @@ class _Kept:
 
 
 STALE = 0.02
+FIRST = Wanted(size=50)
 
 
 class Manage:
@@ -97,9 +101,11 @@ class Manage:
 
     def overview(self) -> Overview:
         with self._store.transaction(writes=False) as connection:
-            figures = overview.prompt_figures(connection)
+            figures, queues = overview.prompt_figures(connection), overview.queues(connection)
             return Overview(
-                queues=overview.queues(connection),
+                queues=FIRST.within(queues),
+                open=sum(queue.open for queue in queues),
+                held=sum(queue.held for queue in queues),
                 days=tallies.last_days(connection, 14),
                 flags=overview.count_flags(connection),
                 prompts=figures["prompts"],
@@ -130,14 +136,19 @@ class Manage:
 
     # ---------------------------------------------------------------------------------------------- queue, gold items
 
-    def queues(self) -> list[Queue]:
+    def queues(self, wanted: Wanted | None = None) -> Page[Queue]:
+        """All of them, or one page."""
         with self._store.transaction(writes=False) as connection:
-            return overview.queues(connection)
+            found = overview.queues(connection)
+        wanted = wanted or Wanted(size=len(found))
+        return wanted.within(queue for queue in found if wanted.find.lower() in queue.batch.lower())
 
-    def browse(self, kind: WorkKind, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
+    def browse(
+        self, kind: WorkKind, batch: str | None, gold: bool, number: int, size: int = 20, find: str = ""
+    ) -> Page[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            found = overview.browse(connection, kind, batch, gold, page * size, size)
-            return steps.cut_up(connection, found) if kind == "step" else found
+            found = overview.browse(connection, kind, batch, gold, Wanted(find, number, size))
+            return Page(steps.cut_up(connection, found), found.wanted, found.more) if kind == "step" else found
 
     def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -163,9 +174,9 @@ class Manage:
 
     # ------------------------------------------------------------------------------------------------ prompts, writing
 
-    def newest_prompts(self, limit: int = 50) -> list[dict[str, Any]]:
+    def newest_prompts(self, wanted: Wanted = FIRST) -> Page[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.newest_prompts(connection, limit)
+            return overview.newest_prompts(connection, wanted)
 
     def ask_for_writing(self, prompts: int, overlap: int, actor: str) -> int:
         """Queue prompts that were not yet (those with the fewest responses first) for people to reply to; how many."""
@@ -214,13 +225,13 @@ class Manage:
 
     # --------------------------------------------------------------------------------------------------- last words
 
-    def disagreements(self) -> list[dict[str, Any]]:
+    def disagreements(self) -> Page[dict[str, Any]]:
         return self.disagreements_counted()[0]
 
-    def disagreements_counted(self) -> tuple[list[dict[str, Any]], int]:
-        """The first of them, and how many there are."""
+    def disagreements_counted(self, wanted: Wanted = FIRST) -> tuple[Page[dict[str, Any]], int]:
+        """A page of them, and how many there are."""
         with self._store.transaction(writes=False) as connection:
-            return overview.disagreements(connection)
+            return overview.disagreements(connection, wanted)
 
     def settled(self) -> list[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
@@ -232,9 +243,9 @@ class Manage:
                 connection, item_id, person.annotator_id, choice, reason or None, person.name, self._store.now
             )
 
-    def flags(self) -> list[dict[str, Any]]:
+    def flags(self, wanted: Wanted = FIRST) -> Page[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.open_flags(connection)
+            return overview.open_flags(connection, wanted)
 
     def resolve_flag(self, id: int, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -242,10 +253,10 @@ class Manage:
 
     # ---------------------------------------------------------------------------------------------- out, and erased
 
-    def out(self) -> list[dict[str, Any]]:
+    def out(self, wanted: Wanted = FIRST) -> Page[dict[str, Any]]:
         """What is taken out of use, the last first."""
         with self._store.transaction(writes=False) as connection:
-            return removals.standing(connection)
+            return removals.standing(connection, wanted)
 
     def take_out(self, what: What, id: str, reason: str, flag: int | None, person: Account) -> None:
         """``flag``: that which it answers, which is resolved by it."""
@@ -288,7 +299,7 @@ class Manage:
             people.log(connection, now, actor, "added", "guideline", version, None, {"aspects": parsed}, version)
         return version
 
-    def events(self, wanted: Wanted = EVERYTHING) -> list[dict[str, Any]]:
+    def events(self, wanted: Entries = EVERYTHING) -> list[dict[str, Any]]:
         """The log's newest entries of those wanted, each with its ``words``."""
         with self._store.transaction(writes=False) as connection:
             return log_words.entries(connection, wanted)

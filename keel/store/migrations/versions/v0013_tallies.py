@@ -1,5 +1,5 @@
 """What stands is counted: each annotator's work by day, each comparison's votes by people. And votes that were taken
-back are found without reading all others."""
+back, and the newest prompts, are found without reading all others."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -68,5 +68,6 @@ def upgrade() -> None:
     )
     op.create_index("ix_item_votes_differ", "item_votes", ["item_id"], sqlite_where=DIFFER, postgresql_where=DIFFER)
     op.create_index("ix_judgements_undone", "judgements", ["id"], sqlite_where=UNDONE, postgresql_where=UNDONE)
+    op.create_index("ix_prompts_created", "prompts", [sa.text("created DESC"), "id"])
     for statement in fill(op.get_bind().dialect.name):
         op.execute(statement)
