@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 from databases import Clock
-from labelling_world import Client, World, fake_sources, fill, person, token
+from labelling_world import Client, World, exported, fake_sources, fill, person, token
 from test_label_log import Clock as Ticking
 from test_label_log import live
 
@@ -168,7 +168,9 @@ def test_the_log_is_in_words_and_can_be_searched(new_url: Callable[[], str]) -> 
     with Store(new_url(), clock=Ticking()) as store:
         live(store)
         manage = Manage(store)
-        written = {(row["annotator"], row["created"], row["guideline"]) for row in manage._rows("demonstrations.jsonl")}
+        written = {
+            (row["annotator"], row["created"], row["guideline"]) for row in exported(store, "demonstrations.jsonl")
+        }
         wrote = [event for event in store.events() if event.action == "wrote"]
         assert len(written) == len(store.demonstrations())
         assert written <= {(event.actor, event.at.isoformat(), event.guideline) for event in wrote}

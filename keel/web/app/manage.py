@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
 from starlette.background import BackgroundTask
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 
 from keel.store import Unavailable
 from keel.store.paging import Wanted
@@ -25,8 +25,11 @@ from keel.web.app.fields import Find, FormCount, FormId, FormLine, FormText, Id,
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
 from keel.web.app.services import address_of, services
+from keel.web.app.spool import Spool
+from keel.web.service.exports import Export
+from keel.web.service.kept_quality import WHOSE, Whose
 from keel.web.service.log_words import ACTIONS, ENTITIES, Entries
-from keel.web.service.manage import FIRST, WHOSE, Export, Whose
+from keel.web.service.manage import FIRST
 
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
 Reviewer = Annotated[Session, Depends(may("reviewer"))]
@@ -54,8 +57,10 @@ def overview(request: Request, session: Reviewer) -> Response:
 
 @router.get("/quality")
 def quality(request: Request, session: Reviewer, who: Whose = "people") -> Response:
-    found = services(request).manage.quality(who)
-    context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
+    kept = services(request).manage.quality_kept(who)
+    found = kept.quality if kept else None
+    context: dict[str, Any] = {"kept": kept, "found": found, "who": who}
+    context |= {"chart": agreement_chart(found.days if found else [])}
     context |= {"thumbs": services(request).manage.thumbs(who), "steps": services(request).steps.quality(WHOSE[who])}
     return page(request, "manage/quality.html", session, **context)
 
@@ -378,11 +383,13 @@ def export_page(request: Request, session: Admin) -> Response:
     return page(request, "manage/export.html", session)
 
 
-@router.get("/export/{what}", response_class=FileResponse)
+@router.get("/export/{what}", response_class=StreamingResponse)
 def export(request: Request, session: Admin, what: Export) -> Response:
-    folder = tempfile.TemporaryDirectory()
-    path = services(request).manage.export(what, Path(folder.name))
-    return FileResponse(path, filename=what, background=BackgroundTask(folder.cleanup))
+    manage = services(request).manage
+    parts = Spool(lambda folder, wanted: manage.export(what, folder, wanted))
+    headers = {"Content-Disposition": f'attachment; filename="{what}"'}
+    kind = "application/vnd.apache.parquet" if what.endswith(".parquet") else "application/jsonl"
+    return StreamingResponse(parts, headers=headers, media_type=kind, background=BackgroundTask(parts.close))
 
 
 @router.get("/events")
