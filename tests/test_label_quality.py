@@ -237,9 +237,7 @@ def test_figures_are_worked_out_again_when_something_happened(tmp_path: Path, mo
         assert (new.behind, new.at > old.at) == (False, True)
 
 
-def test_a_page_waits_no_longer_than_somebody_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_waits_no_longer_than_somebody_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
 
     def slow(votes: VoteColumns) -> Reliability:

@@ -1,0 +1,273 @@
+"""A large store: what is counted is what is there, lists come by the page, exports as they are read."""
+
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from labelling_world import World, fill, person, token
+from sqlalchemy import text
+from test_label_log import Clock as Ticking
+from test_label_log import live
+
+from keel.store import Store, erase, exchange, given, overview, step_files, thumbs, whole
+from keel.store.migrations.versions.v0013_tallies import fill as count_again
+from keel.store.people_tables import item_votes, tallies
+from keel.store.records import NewVote
+from keel.store.vote_columns import VoteColumns, VoteReader
+from keel.types import Message, Prompt, UserError
+from keel.web.app.spool import MOST, Spool
+from keel.web.service.arena import Busy
+from keel.web.service.kept_quality import WHOSE
+from keel.web.service.labelling import Labelling
+from keel.web.service.manage import Manage
+
+_SHOWN = {"sqlite": "json_extract(a.shown, '$[{}]')", "postgresql": "(a.shown->>{})::int"}
+_DAY = {"sqlite": "substr(w.created, 1, 10)", "postgresql": "to_char(w.created at time zone 'utc', 'YYYY-MM-DD')"}
+
+
+def recounted(store: Store) -> tuple[dict[Any, int], dict[int, list[int]]]:
+    """What stands, counted from the rows themselves, one by one."""
+    done: dict[Any, int] = {}
+    said: dict[int, list[int]] = {}
+    with store.transaction(writes=False) as connection:
+        kind = connection.dialect.name
+        for table in ("judgements", "rankings", "thumbs", "step_labels", "writings"):
+            choice = "w.choice" if table == "judgements" else "NULL"
+            rows = connection.execute(
+                text(
+                    f"SELECT a.annotator_id, {_DAY[kind]}, i.kind, i.batch, i.gold, i.out, i.id, p.kind, {choice}, "
+                    f"{_SHOWN[kind].format(0)}, {_SHOWN[kind].format(1)} FROM {table} w "
+                    "JOIN assignments a ON a.id = w.assignment_id JOIN items i ON i.id = a.item_id "
+                    "JOIN annotators p ON p.id = a.annotator_id WHERE w.undone_at IS NULL"
+                )
+            )
+            for who, day, work, batch, gold, out, item, by, vote, left, right in rows:
+                place = (who, day, work, batch, gold is None and not out)
+                done[place] = done.get(place, 0) + 1
+                if table == "judgements" and by == "person":
+                    first = {"left": left < right, "right": right < left}.get(vote)
+                    column = {"tie": 2, "both_bad": 3}.get(vote, 0 if first else 1)
+                    said.setdefault(item, [0, 0, 0, 0])[column] += 1
+    return done, said
+
+
+def kept(store: Store) -> tuple[dict[Any, int], dict[int, list[int]]]:
+    with store.transaction(writes=False) as connection:
+        done = {(r.annotator_id, r.day, r.kind, r.batch, r.plain): r.done for r in connection.execute(tallies.select())}
+        said = {row.item_id: list(row[1:]) for row in connection.execute(item_votes.select())}
+    return {place: n for place, n in done.items() if n}, {item: votes for item, votes in said.items() if any(votes)}
+
+
+def test_counts_are_those_of_the_rows(new_url: Callable[[], str], tmp_path: Path) -> None:
+    """After votes, undo, gold items, what was taken out and put back, and erasures; in a copy by imports, and in one
+    of the whole store; and in a store of before there were counts."""
+    with Store(new_url(), clock=Ticking()) as store:
+        live(store)
+        assert kept(store) == recounted(store)
+        assert len(kept(store)[0]) > 10
+        store.export_preferences(tmp_path / "votes.jsonl")
+        thumbs.export(store, tmp_path / "thumbs.jsonl")
+        step_files.export(store, tmp_path / "steps.jsonl")
+        boss = person(store, "head", "admin")
+        reader = VoteReader()
+        columns(store, reader)
+        reply = store.responses("p2")[0].id
+        with store.transaction(writes=True) as connection:
+            erase.erase_person(connection, "ann", True, "head", store.now)
+            erase.erase_response(connection, reply, boss.annotator_id, "head", store.now)
+            erase.erase_prompt(connection, "p3", boss.annotator_id, "head", store.now)
+        Manage(store).put_back(next(one["id"] for one in Manage(store).out() if not one["erased"]), boss)
+        assert kept(store) == recounted(store)
+        same(columns(store, reader), columns(store, VoteReader()))  # what was kept of before an erasure is forgotten
+        with store.moment() as connection:
+            whole.export(connection, tmp_path / "whole.jsonl")
+        with Store(new_url(), clock=Ticking()) as copy, Store(new_url()) as moved:
+            fill(copy, 2)
+            copy.import_preferences(exchange.read(tmp_path / "votes.jsonl"))
+            with copy.transaction(writes=True) as connection:
+                thumbs.add(connection, thumbs.read(tmp_path / "thumbs.jsonl"), None, copy.now)
+                step_files.add(connection, step_files.read(tmp_path / "steps.jsonl"), None, copy.now)
+            assert kept(copy) == recounted(copy)
+            with moved.transaction(writes=True) as connection:
+                whole.add(connection, tmp_path / "whole.jsonl")
+            assert kept(moved) == kept(store)
+        before = kept(store)
+        with store.transaction(writes=True) as connection:
+            for statement in ("DELETE FROM tallies", "DELETE FROM item_votes", *count_again(connection.dialect.name)):
+                connection.execute(text(statement))
+        assert kept(store) == before
+
+
+def columns(store: Store, reader: VoteReader) -> VoteColumns:
+    with store.moment() as connection:
+        return reader.read(connection).of_kinds(WHOSE["all"])
+
+
+def same(one: VoteColumns, other: VoteColumns) -> None:
+    for name in VoteColumns.__slots__:
+        mine, theirs = (getattr(votes, name) for votes in (one, other))
+        if name.endswith("_V"):
+            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+        else:
+            assert mine == theirs
+
+
+def test_votes_as_arrays_follow_what_happens(new_url: Callable[[], str]) -> None:
+    """A reader that has read before says what the votes, one by one, say."""
+    with Store(new_url()) as store:
+        items, reader = fill(store, 4, overlap=3), VoteReader()
+        manage, labelling, boss = Manage(store), Labelling(store), person(store, "boss", "reviewer")
+        ann, bo = person(store, "ann"), person(store, "bo")
+
+        def check() -> None:
+            with store.transaction(writes=False) as connection:
+                one_by_one = overview.votes(connection, WHOSE["all"])
+            found = columns(store, reader)
+            same(found.where(found.item_V > 0), with_names(VoteColumns.of(one_by_one), found))
+            same(found, columns(store, VoteReader()))
+
+        check()
+        for who, choices in ((ann, "left tie right"), (bo, "right left both_bad")):
+            for choice in choices.split():
+                screen = labelling.next(who, "compare")
+                assert screen is not None
+                strength = 2 if choice in ("left", "right") else None
+                labelling.judge(who, screen.id, NewVote(choice, token=token(), strength=strength, seconds=1.5))  # type: ignore[arg-type]
+            check()
+        labelling.undo(ann, "compare")
+        check()
+        manage.set_gold(items[0], "second", "boss")
+        (settled, *_) = {vote.item_id for vote in store.judgements()} - {items[0]}
+        manage.adjudicate(settled, "tie", "", boss)
+        check()
+        with store.transaction(writes=True) as connection:
+            erase.erase_response(connection, store.responses("p1")[0].id, boss.annotator_id, "boss", store.now)
+        check()
+
+
+def with_names(votes: VoteColumns, like: VoteColumns) -> VoteColumns:
+    """The votes with the names of ``like``, among which some may have given none."""
+    place = np.array([like.names.index(name) for name in votes.names], dtype=np.int64)
+    who_V = place[votes.annotator_V] if len(votes) else votes.annotator_V
+    return replace(votes, names=like.names, kinds=like.kinds, annotator_V=who_V)
+
+
+def test_lists_come_by_the_page_and_can_be_searched(new_url: Callable[[], str]) -> None:
+    with Store(new_url()) as store:
+        world = World(store, items=55)
+        labelling, ann = Labelling(store), person(store, "ann")
+        store.add_prompts([Prompt("odd", (Message("user", '100% of Čapek\'s "robots"?'),))])
+        for number in range(22):
+            screen = labelling.next(ann, "compare")
+            assert screen is not None
+            labelling.flag(ann, screen.id, f"flag <{number}>", token())
+            labelling.skip(ann, screen.id, "")
+        admin = world.client("boss", "admin")
+
+        def rows(path: str, mark: str) -> int:
+            answer = admin.get(path)
+            assert answer.status_code == 200, path
+            return answer.text.count(mark)
+
+        case, row = '<section class="case"', '<td class="wide" dir="auto">'
+        assert [rows(f"/manage/flags?number={n}", case) for n in (0, 1, 2)] == [20, 2, 0]
+        assert [rows(f"/manage/flags?find={find}", case) for find in ("<21>", "ANN", "nobody", "%25")] == [1, 20, 0, 0]
+        assert [rows(f"/manage/prompts?number={n}", row) for n in (0, 1, 2)] == [50, 6, 0]
+        finds = {"odd": 1, "question 54": 1, "100%25": 1, "Čapek's \"ro": 1, "_": 0, "\\": 0}
+        assert {find: rows(f"/manage/prompts?find={find}", row) for find in finds} == finds
+        assert [rows(f"/manage/gold?number={n}", case) for n in (0, 2, 3)] == [20, 15, 0]
+        assert rows("/manage/gold?batch=main&find=question 7?", case) == 1
+        assert "batch=main&amp;number=1" in admin.get("/manage/gold?batch=main").text
+        assert [rows(f"/manage/queue?find={find}", '<section class="card">') for find in ("MAI", "other")] == [1, 0]
+        assert [rows(f"/manage/people?find={find}", '<th scope="row" class="name">') for find in ("AN", "x")] == [1, 0]
+        for wrong in ("number=-1", "number=100001", "number=x", "find=" + 501 * "a"):
+            assert admin.get(f"/manage/prompts?{wrong}").status_code == 422
+
+
+def test_a_file_is_sent_while_it_is_written() -> None:
+    more, ended = threading.Event(), threading.Event()
+
+    def write(folder: Path, wanted: Callable[[], bool]) -> None:
+        with (folder / ".rows.tmp").open("wb") as file:
+            file.write(b"first\n")
+            file.flush()
+            more.wait(10)
+            for _ in range(1000):
+                if not wanted():
+                    break
+                file.write(b"x" * 1000)
+            file.write(b"last\n")
+        (folder / ".rows.tmp").replace(folder / "rows")
+        ended.set()
+
+    parts = iter(Spool(write))
+    assert next(parts) == b"first\n"
+    assert not ended.is_set()
+    more.set()
+    assert b"".join(parts) == 1_000_000 * b"x" + b"last\n"
+    assert next(iter(Spool(lambda folder, wanted: (folder / "empty").touch()))) == b""
+
+
+def test_a_file_that_goes_wrong_or_that_nobody_waits_for() -> None:
+    def broken(folder: Path, wanted: Callable[[], bool]) -> None:
+        raise UserError("no such thing")
+
+    with pytest.raises(UserError, match="no such thing"):
+        Spool(broken)
+
+    def broken_late(folder: Path, wanted: Callable[[], bool]) -> None:
+        (folder / "rows").write_bytes(b"some")
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):  # the connection is cut: nobody takes it for the whole
+        b"".join(Spool(broken_late))
+    ended = threading.Event()
+
+    def endless(folder: Path, wanted: Callable[[], bool]) -> None:
+        with (folder / "rows").open("wb", buffering=0) as file:
+            while wanted():
+                file.write(b"more")
+        ended.set()
+
+    spools = [Spool(endless) for _ in range(MOST)]
+    with pytest.raises(Busy):
+        Spool(endless)
+    for spool in spools:
+        parts = iter(spool)
+        next(parts)
+        parts.close()  # type: ignore[attr-defined]
+    assert ended.wait(10)
+
+
+def test_exports_hold_some_rows_at_a_time(new_url: Callable[[], str], tmp_path: Path) -> None:
+    """What is read of 3,000 votes before the first row is written is a part of it, in JSON lines as in Parquet."""
+    with Store(new_url()) as store:
+        fill(store, 1500, overlap=2)
+        for name in ("sim", "other"):
+            who = store.add_annotator(name, "simulated")
+            with store.session() as session:
+                while (found := session.next_assignment(who)) is not None:
+                    session.submit(found.id, NewVote("left", token=uuid.uuid4().hex))
+        with store.moment() as connection:
+            given_one = given.all_given(connection, None)
+            tracemalloc.start()
+            for _ in given_one:
+                pass
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 6_000_000
+        assert store.export_preferences(tmp_path / "votes.parquet") == 3000
+        assert store.export_preferences(tmp_path / "votes.jsonl") == 3000
+        lines = (tmp_path / "votes.jsonl").read_text().splitlines()
+        table = pyarrow.parquet.read_table(tmp_path / "votes.parquet")
+        assert table.column("id").to_pylist() == [json.loads(line)["id"] for line in lines]
