@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 import threading
-import tracemalloc
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from databases import Clock
 from labelling_world import World, fill, person, token
 from sqlalchemy import text
 from test_label_log import Clock as Ticking
 from test_label_log import live
 
-from keel.store import Store, erase, exchange, given, overview, step_files, thumbs, whole
+from keel.store import Store, erase, exchange, given, overview, row_files, step_files, thumbs, whole
+from keel.store.given import texts_of
 from keel.store.migrations.versions.v0013_tallies import fill as count_again
+from keel.store.people import Account
 from keel.store.people_tables import item_votes, tallies
 from keel.store.records import NewVote
 from keel.store.vote_columns import VoteColumns, VoteReader
-from keel.types import Message, Prompt, UserError
+from keel.types import Completion, Message, Prompt, UserError
 from keel.web.app.spool import MOST, Spool
 from keel.web.service.arena import Busy
 from keel.web.service.kept_quality import WHOSE
 from keel.web.service.labelling import Labelling
 from keel.web.service.manage import Manage
+from keel.web.service.start import prepare
 
 _SHOWN = {"sqlite": "json_extract(a.shown, '$[{}]')", "postgresql": "(a.shown->>{})::int"}
 _DAY = {"sqlite": "substr(w.created, 1, 10)", "postgresql": "to_char(w.created at time zone 'utc', 'YYYY-MM-DD')"}
@@ -249,25 +253,66 @@ def test_a_file_that_goes_wrong_or_that_nobody_waits_for() -> None:
     assert ended.wait(10)
 
 
-def test_exports_hold_some_rows_at_a_time(new_url: Callable[[], str], tmp_path: Path) -> None:
-    """What is read of 3,000 votes before the first row is written is a part of it, in JSON lines as in Parquet."""
+def test_exports_are_read_as_they_are_written(
+    new_url: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(given, "_READ", 10)
+    monkeypatch.setattr(row_files, "_GROUP", 7)
     with Store(new_url()) as store:
-        fill(store, 1500, overlap=2)
-        for name in ("sim", "other"):
-            who = store.add_annotator(name, "simulated")
-            with store.session() as session:
-                while (found := session.next_assignment(who)) is not None:
-                    session.submit(found.id, NewVote("left", token=uuid.uuid4().hex))
+        fill(store, 30)
+        who = store.add_annotator("sim", "simulated")
+        with store.session() as session:
+            while (found := session.next_assignment(who)) is not None:
+                session.submit(found.id, NewVote("left", token=uuid.uuid4().hex))
+        read: list[int] = []
+
+        def texts(connection: Any, ids: Any, rows: Any) -> Any:
+            read.append(len(rows))
+            return texts_of(connection, ids, rows)
+
+        monkeypatch.setattr(given, "texts_of", texts)
         with store.moment() as connection:
-            given_one = given.all_given(connection, None)
-            tracemalloc.start()
-            for _ in given_one:
-                pass
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-        assert peak < 6_000_000
-        assert store.export_preferences(tmp_path / "votes.parquet") == 3000
-        assert store.export_preferences(tmp_path / "votes.jsonl") == 3000
+            votes = given.all_given(connection, None)
+            tokens = [next(votes).token]
+            assert read == [10]  # of thirty
+            tokens += [vote.token for vote in votes]
+        assert read == [10, 10, 10]
+        assert store.export_preferences(tmp_path / "votes.parquet") == 30
+        assert store.export_preferences(tmp_path / "votes.jsonl") == 30
         lines = (tmp_path / "votes.jsonl").read_text().splitlines()
         table = pyarrow.parquet.read_table(tmp_path / "votes.parquet")
-        assert table.column("id").to_pylist() == [json.loads(line)["id"] for line in lines]
+        assert table.column("id").to_pylist() == [json.loads(line)["id"] for line in lines] == tokens
+
+
+def test_who_is_ahead_of_the_others_gets_what_follows(new_url: Callable[[], str]) -> None:
+    """And what is put first, and in the end what came free behind them."""
+    clock = Clock()
+    with Store(new_url(), clock=clock) as store:
+        first, second, third = fill(store, 3, overlap=2)
+        prepare(store)
+        manage, labelling = Manage(store), Labelling(store)
+        manage.set_gold_every(0, "admin")
+        ann, bo, cy = (person(store, name) for name in ("ann", "bo", "cy"))
+
+        def vote(who: Account) -> int | None:
+            screen = labelling.next(who, "compare")
+            if screen is None:
+                return None
+            labelling.judge(who, screen.id, NewVote("left", token=token()))
+            return store.judgements()[-1].item_id
+
+        one, held = vote(ann), labelling.next(bo, "compare")
+        assert held is not None  # bo has the first item before him, and so it is full
+        clock.time += timedelta(minutes=1)
+        assert vote(cy) != one
+        labelling.skip(bo, held.id, "")  # now it is free again, behind the place where cy is
+        assert len({one, vote(cy)}) == 2
+        assert vote(cy) == one
+        assert vote(cy) is None
+        assert vote(ann) != one
+        with store.session() as session:
+            pair = session.responses("p0")[0].id, session.add_responses("p0", [Completion("new")], "m")[0]
+            (new,) = session.add_comparisons([pair], 1, "urgent")
+        manage.put_first("urgent", "compare", "admin")
+        assert vote(ann) == new
+        assert {first, second, third} >= {vote(ann)}

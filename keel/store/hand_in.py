@@ -48,7 +48,6 @@ WORK_TABLES: Mapping[WorkKind, WorkTable] = {
 
 _ASSIGNMENT = (
     select(assignments, annotators.c.name, annotators.c.kind.label("by"), items.c.kind, items.c.batch)
-    .add_columns(items.c.gold, items.c.out)
     .join(annotators)
     .join(items, items.c.id == assignments.c.item_id)
     .where(assignments.c.id == bindparam("assignment"))
@@ -131,7 +130,7 @@ def record(
     told |= {"shown": assignment.shown, "batch": assignment.batch}
     log = event(now, assignment.name, into.action, into.entity, made.id, None, told, new.guideline)
     connection.execute(_ADD_EVENT, log)
-    tallies.change(connection, [tallies.counted(assignment, values.get("choice"), now)], 1)
+    tallies.change_one(connection, assignment, values.get("choice"), now, 1)
     return int(made.id), assignment
 
 
@@ -174,7 +173,7 @@ def undo(
     old = {name: getattr(done, name) for name in _SAID if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)
-    tallies.change(connection, [tallies.counted(assignment, old.get("choice"), done.created)], -1)
+    tallies.change_one(connection, assignment, old.get("choice"), done.created, -1)
     return queue.screen(
         connection, assignment.id, assignment.item_id, assignment.shown, now + lease, assignment.kind, assignment.handle
     )

@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, func, select, text
+from sqlalchemy import ColumnElement, Connection, Table, bindparam, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keel.store.people_tables import item_votes, rankings, step_labels, tallies, thumbs, writings
@@ -50,21 +50,34 @@ class Counted:
         return self.annotator_id, self.day, self.kind, self.batch, self.plain
 
 
-def counted(row: Any, choice: Choice | None, created: datetime) -> Counted:
-    """``row``: an assignment with its item's batch, kind, gold and out, and its annotator's kind (``by``)."""
+def change_one(connection: Connection, assignment: Any, choice: Choice | None, created: datetime, by: int) -> None:
+    """One piece of work now stands (``by`` is 1), or no longer does (-1). ``assignment``: with its annotator's kind
+    (``by``). Its item stays as it is until the end of the transaction: whoever makes it a gold item, or takes it out,
+    comes before or after."""
+    item = connection.execute(_ITEM, {"item": assignment.item_id}).one()
+    _change(connection, [_counted(assignment, item, choice, created)], by)
+
+
+def _counted(assignment: Any, item: Any, choice: Choice | None, created: datetime) -> Counted:
     vote = None
-    if row.kind == "compare" and row.by == "person":
-        vote = "both_bad" if choice == "both_bad" else in_store(choice or "tie", row.shown)
-    plain = row.gold is None and not row.out
-    return Counted(row.annotator_id, row.batch, row.kind, day_of(created), plain, row.item_id, vote)
+    if item.kind == "compare" and assignment.by == "person":
+        vote = "both_bad" if choice == "both_bad" else in_store(choice or "tie", assignment.shown)
+    plain = item.gold is None and not item.out
+    day = day_of(created)
+    return Counted(assignment.annotator_id, item.batch, item.kind, day, plain, assignment.item_id, vote)
 
 
 def day_of(at: datetime) -> str:
     return at.astimezone(UTC).date().isoformat()
 
 
-def change(connection: Connection, work: Iterable[Counted], by: int) -> None:
-    """``work`` now stands (``by`` is 1), or no longer does (-1)."""
+def change_assignments(connection: Connection, ids: Sequence[int], by: int) -> None:
+    """As ``change_one``, of all that stands on these assignments."""
+    found = [one for part in _parts(ids) for one in _of(connection, assignments.c.id.in_(part), TABLES)]
+    _change(connection, found, by)
+
+
+def _change(connection: Connection, work: Iterable[Counted], by: int) -> None:
     done: Counter[tuple[int, str, str, str, bool]] = Counter()
     said: dict[int, Counter[str]] = {}
     for one in work:
@@ -75,11 +88,6 @@ def change(connection: Connection, work: Iterable[Counted], by: int) -> None:
     votes = [{"item_id": id} | {column.name: said[id][column.name] for column in _VOTES} for id in sorted(said)]
     if votes:
         connection.execute(_upsert(connection.dialect.name, item_votes), votes)
-
-
-def change_assignments(connection: Connection, ids: Sequence[int], by: int) -> None:
-    """As ``change``, of all that stands on these assignments."""
-    change(connection, [one for part in _parts(ids) for one in _of(connection, assignments.c.id.in_(part), TABLES)], by)
 
 
 def now_plain(connection: Connection, item_ids: Sequence[int], kinds: Iterable[str], plain: bool) -> None:
@@ -103,6 +111,11 @@ def _write(connection: Connection, done: Counter[tuple[int, str, str, str, bool]
 
 
 _VOTES = (item_votes.c.first, item_votes.c.second, item_votes.c.tie, item_votes.c.both_bad)
+_ITEM = (
+    select(items.c.batch, items.c.kind, items.c.gold, items.c.out)
+    .where(items.c.id == bindparam("item"))
+    .with_for_update(read=True)
+)
 _LOCK = text(f"SELECT pg_advisory_xact_lock({_BULK_LOCK})")
 
 
@@ -124,7 +137,8 @@ def _of(connection: Connection, which: ColumnElement[bool], tables: Iterable[Tab
         query = standing(table, table.c.created, assignments.c.annotator_id, assignments.c.item_id, *choice)
         query = query.add_columns(assignments.c.shown, items.c.batch, items.c.kind, items.c.gold, items.c.out)
         query = query.add_columns(annotators.c.kind.label("by")).where(which)
-        found += [counted(row, row.choice if choice else None, row.created) for row in connection.execute(query).all()]
+        rows = connection.execute(query).all()
+        found += [_counted(row, row, row.choice if choice else None, row.created) for row in rows]
     return found
 
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
-from starlette.background import BackgroundTask
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from keel.store import Unavailable
 from keel.store.paging import Wanted
@@ -25,8 +24,6 @@ from keel.web.app.fields import Find, FormCount, FormId, FormLine, FormText, Id,
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
 from keel.web.app.services import address_of, services
-from keel.web.app.spool import Spool
-from keel.web.service.exports import Export
 from keel.web.service.kept_quality import WHOSE, Whose
 from keel.web.service.log_words import ACTIONS, ENTITIES, Entries
 from keel.web.service.manage import FIRST
@@ -346,7 +343,7 @@ def erase_person(request: Request, session: Admin, name: FormLine, texts: Annota
     return done("/people", f"Erased. What they judged is kept as {new}’s.")
 
 
-# ------------------------------------------------------------------------------------- admins: guideline, export, log
+# --------------------------------------------------------------------------------------------- admins: guideline, log
 
 
 @router.get("/guideline")
@@ -376,20 +373,6 @@ def add_guideline(request: Request, session: Admin, text: FormText, aspects: For
         return _guideline_page(request, session, 400, text=text, aspects=aspects, problem=str(error))
     services(request).labelling.forget()
     return done("/guideline", f"Version {version} is in force.")
-
-
-@router.get("/export")
-def export_page(request: Request, session: Admin) -> Response:
-    return page(request, "manage/export.html", session)
-
-
-@router.get("/export/{what}", response_class=StreamingResponse)
-def export(request: Request, session: Admin, what: Export) -> Response:
-    manage = services(request).manage
-    parts = Spool(lambda folder, wanted: manage.export(what, folder, wanted))
-    headers = {"Content-Disposition": f'attachment; filename="{what}"'}
-    kind = "application/vnd.apache.parquet" if what.endswith(".parquet") else "application/jsonl"
-    return StreamingResponse(parts, headers=headers, media_type=kind, background=BackgroundTask(parts.close))
 
 
 @router.get("/events")

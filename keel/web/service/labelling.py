@@ -67,6 +67,7 @@ class PastWork:
 class Labelling:
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._places = blind.Places()
         self._progress: dict[str, tuple[float, tuple[int, int]]] = {}
         self._guideline: tuple[float, Guideline | None] = (-_KEPT_SECONDS, None)
         self._gold_every: tuple[float, int] = (-_KEPT_SECONDS, GOLD_EVERY)
@@ -83,7 +84,7 @@ class Labelling:
                 every = int(people.setting(connection, "gold_every", GOLD_EVERY))
                 self._gold_every = time.monotonic(), every
             now, lease = self._store.now, self._store.lease
-            found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease)
+            found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease, self._places)
             return None if found is None else _with_sheet(connection, found)
 
     def judge(self, person: Account, handle: str, vote: NewVote) -> int:
