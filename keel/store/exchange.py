@@ -79,7 +79,7 @@ def write(
         settled = words(pair for vote in votes for pair in vote.preferences())
     if plain:
         pairs = replaced((pair for vote in votes for pair in vote.preferences()), settled or {})
-        rows = (pair_columns(pair) for pair in pairs if not pair.tie)
+        rows: Iterator[dict[str, Any]] = (pair_columns(pair) for pair in pairs if not pair.tie)
     else:
         rows = all_columns(votes)
     return write_rows((_openai(row) for row in rows) if form == "openai" else rows, path, table)
