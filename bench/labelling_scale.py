@@ -204,7 +204,8 @@ class Serving:
 
 def in_the_store(store: Store, times: int) -> dict[str, Any]:
     """Leases and votes without HTTP, by somebody new and by the one who has done most of what is open."""
-    labelling, found = Labelling(store), {}
+    labelling = Labelling(store)
+    found: dict[str, Any] = {}
     with store.transaction(writes=True) as connection:
         new = people.add_account(connection, "bench new", "annotator", None, "bench", store.now)
         row = connection.execute(select(annotators).where(annotators.c.id == 1000)).one()

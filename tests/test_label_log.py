@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from counted import kept, recounted
 from labelling_world import exported, fake_sources, fill, person
 from sqlalchemy import select
 
@@ -288,6 +289,7 @@ def test_a_late_reply_on_what_is_out_is_wanted_when_it_is_put_back(new_url: Call
 
 
 def check(store: Store) -> None:
+    assert kept(store) == recounted(store)
     log = Log().read(store.events())
     manage = Manage(store)
     with store.transaction(writes=False) as connection:

@@ -151,7 +151,8 @@ class VoteReader:
 
     def _columns(self, connection: Connection) -> VoteColumns:
         votes, lengths = self._votes, self._lengths
-        who = sorted(connection.execute(select(annotators.c.name, annotators.c.kind, annotators.c.id)).tuples().all())
+        query = select(annotators.c.name, annotators.c.kind, annotators.c.id)
+        who = sorted((row.name, row.kind, row.id) for row in connection.execute(query))
         place = np.zeros(max((id for _, _, id in who), default=0) + 1, dtype=np.int64)
         place[[id for _, _, id in who]] = np.arange(len(who))
         left, right, choice = votes["left"], votes["right"], votes["choice"]
