@@ -14,7 +14,7 @@ from keel.store import hub
 from keel.types import UserError
 
 Type = Literal["messages", "bool", "number", "whole"]
-_GROUP = 5_000  # rows of a Parquet file that are in memory at once
+_GROUP = 2_000  # rows of a Parquet file that are in memory at once
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> int:
