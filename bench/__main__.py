@@ -9,6 +9,7 @@ python -m bench install                             build the peers' environment
 python -m bench report                              tables and plots again from the results that are there
 python -m bench --device cuda                       on a GPU; peers in this Python are used where nothing is built
 python -m bench gpu                                 what a GPU is asked, in pieces: python -m bench gpu --help
+python -m bench labelling-scale                     the labelling app on a large store: ... labelling-scale --help
 """
 
 from __future__ import annotations
@@ -175,6 +176,10 @@ def main() -> None:
         from bench.gpu.command import main as gpu
 
         sys.exit(gpu(sys.argv[2:]))
+    if sys.argv[1:2] == ["labelling-scale"]:
+        from bench.labelling_scale import main as labelling_scale
+
+        sys.exit(labelling_scale(sys.argv[2:]))
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed bench ends its workers too
     if args.command == "install":

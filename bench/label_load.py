@@ -31,6 +31,8 @@ from keel.web.service.start import prepare
 # Runs the app as `keel label` does, with a clock around each request.
 SERVER = """
 import json, signal, socket, sys, time
+
+sys.setswitchinterval(0.001)  # as the app's own server does
 import uvicorn
 from keel.store import Store
 from keel.web.app.create import create_app

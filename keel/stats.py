@@ -70,19 +70,22 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    times_N: np.ndarray | None = None,
 ) -> Interval | None:
     """The percentile bootstrap (Efron & Tibshirani 1993, ch. 13) of a figure that depends on N items by sums alone.
 
     rows_NF: what each item adds to the F sums; ``statistic``: sums [R, F] -> the figure of each [R], NaN where it is
     not defined (those resamples are left out). Drawing N items with replacement is a multinomial draw over the
-    different rows: exact, and cheap when many items are alike. None below two items, or when fewer than half of the
-    resamples have the figure.
+    different rows: exact, and cheap when many items are alike. ``times_N``: how many items are like each row, where
+    that is known. None below two items, or when fewer than half of the resamples have the figure.
     """
-    if len(rows_NF) < 2:
+    items = len(rows_NF) if times_N is None else int(times_N.sum())
+    if items < 2:
         return None
-    different, counts = np.unique(rows_NF, axis=0, return_counts=True)
+    different, of_N = np.unique(rows_NF, axis=0, return_inverse=True)
+    counts = np.bincount(of_N.ravel(), times_N)
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(rows_NF), counts / counts.sum(), size=resamples)
+    draws = rng.multinomial(items, counts / counts.sum(), size=resamples)
     return percentiles(statistic(draws @ different), level)
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import anyio
 from anyio.from_thread import BlockingPortal
@@ -22,6 +23,7 @@ from keel.store.people import Account, AccountRole
 from keel.types import Completion, Message, Prompt
 from keel.web.app.create import create_app
 from keel.web.app.security import COOKIE
+from keel.web.service import exports
 from keel.web.service import people as accounts
 from keel.web.service.people import People
 from keel.web.service.sources import ArenaModel, SampledModel, Sources
@@ -130,3 +132,9 @@ class World:
         if name is None:
             return Client(self.app)
         return Client(self.app, self.people.start_session(person(self.store, name, role)))
+
+
+def exported(store: Store, what: exports.Export) -> list[dict[str, Any]]:
+    """The rows of one of the app's exports."""
+    with store.moment() as connection:
+        return list(exports.rows(connection, what))

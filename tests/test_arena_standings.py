@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from labelling_world import World, person
+from labelling_world import World, exported, person
 
 from keel.cli import main
 from keel.feedback.bradley_terry import Battle, comparable, fit
@@ -22,7 +22,6 @@ from keel.store.arena_facts import NAMES, Facts, Finder, own_names, parse_names,
 from keel.store.ballots import Ballot, ballots
 from keel.store.people import Account
 from keel.types import UserError
-from keel.web.service.manage import Manage
 from keel.web.service.standings import ArenaStandings
 
 # ----------------------------------------------------------------------------------------------------------- strengths
@@ -259,7 +258,7 @@ def test_a_vote_after_a_name_is_kept_marked_and_not_counted_until_a_reviewer_say
     place = ArenaStandings(store)
     assert counting(store) == [True, False, False]
     assert (place.found().counted, place.found().voided) == (1, 2)
-    assert [row["named"] for row in Manage(store)._rows("arena.jsonl")] == [None, "Qwen", "m-1"]
+    assert [row["named"] for row in exported(store, "arena.jsonl")] == [None, "Qwen", "m-1"]
     place.decide(told, True, boss)
     assert counting(store) == [True, True, False]
     assert place.found().counted == 2

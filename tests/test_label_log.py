@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from labelling_world import fake_sources, fill, person
+from counted import kept, recounted
+from labelling_world import exported, fake_sources, fill, person
 from sqlalchemy import select
 
 from keel.recipe.sections import SamplingConfig
@@ -22,10 +23,12 @@ from keel.store.records import Event, NewRanking, NewThumb, NewVote, NewWriting
 from keel.store.step_records import NewSteps
 from keel.store.tables import responses
 from keel.store.trained_on import count_votes
+from keel.store.vote_columns import VoteColumns
 from keel.types import Completion
 from keel.web.service.arena import Arena
+from keel.web.service.kept_quality import WHOSE
 from keel.web.service.labelling import Labelling
-from keel.web.service.manage import WHOSE, Manage
+from keel.web.service.manage import Manage
 from keel.web.service.quality import quality
 from keel.web.service.standings import ArenaStandings
 from keel.web.service.start import prepare
@@ -286,6 +289,7 @@ def test_a_late_reply_on_what_is_out_is_wanted_when_it_is_put_back(new_url: Call
 
 
 def check(store: Store) -> None:
+    assert kept(store) == recounted(store)
     log = Log().read(store.events())
     manage = Manage(store)
     with store.transaction(writes=False) as connection:
@@ -296,14 +300,14 @@ def check(store: Store) -> None:
     again = log.votes(lengths)
     assert again == votes
     assert Counter(log.skipped.values()) == skips
-    assert quality(again, Counter(log.skipped.values())) == manage.quality("all")
+    assert quality(VoteColumns.of(again), Counter(log.skipped.values())) == manage.quality("all")
     in_use = {place: figures for place, figures in log.queues().items() if any(figures)}  # the others are out
     assert {(q.batch, q.kind): (q.wanted, q.done) for q in manage.queues() if q.items} == in_use
     assert {word.item_id: word.choice for word in _words(store)} == log.words
     assert {str(flag["id"]) for flag in manage.flags()} == log.flags
     told = [
         (row["annotator"], [row["model_left"], row["model_right"]], row["choice"])
-        for row in manage._rows("arena.jsonl")
+        for row in exported(store, "arena.jsonl")
     ]
     assert told == log.arena
     won = Counter(models[choice == "right"] for _, models, choice in log.arena if choice in ("left", "right"))
@@ -330,7 +334,7 @@ def check(store: Store) -> None:
         days[f"{when(event):%d}"] += log.kinds[event.actor] == "person"
     kinds = Counter(kind for event, kind in log.done.values() if log.kinds[event.actor] == "person")
     assert Counter(manage.overview().done) == kinds
-    assert {f"{day.day:%d}": day.votes for day in manage.overview().days} == {d: n for d, n in days.items() if n}
+    assert {f"{day.day:%d}": day.done for day in manage.overview().days} == {d: n for d, n in days.items() if n}
 
 
 def _words(store: Store) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from label_server import Process, postgres_that_stops, sqlite_that_locks
-from labelling_world import PASSWORD, fill, person
+from labelling_world import PASSWORD, exported, fill, person
 from test_label_browser import SETTLED, SHOTS, Clock, Served, browser, chromium, fetched, press, profile, wait_for_votes
 
 from keel.store import Store
@@ -535,6 +535,6 @@ def test_a_message_whose_answer_broke_off_is_sent_again_as_the_same_turn(browser
     page.unroute("**/vote")
     page.reload()
     expect(page.locator("#names")).to_contain_text("secret-one")
-    (vote,) = Manage(served.store)._rows("arena.jsonl")
+    (vote,) = exported(served.store, "arena.jsonl")
     assert (vote["choice"], vote["turn"]) == ("left", 1)
     assert [one["content"] for one in vote["conversation_left"]] == ["hello", "I heard: hello (1)"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from harbor_pairs import reference_pairs
 from labelling_world import World, person
+from waiting import eventually
 
 from keel.feedback.agreement import raw_agreement
 from keel.feedback.simulated import label
@@ -22,10 +24,12 @@ from keel.stats import sigmoid
 from keel.store import Store
 from keel.store.overview import Vote
 from keel.store.records import NewVote
+from keel.store.vote_columns import VoteColumns
 from keel.types import Completion
-from keel.web.service import manage as manage_module
+from keel.web.service import kept_quality
 from keel.web.service.manage import Manage
 from keel.web.service.quality import Quality, days, quality
+from keel.web.service.reliability import Reliability, reliability
 
 START = datetime(2026, 11, 1, 12, tzinfo=UTC)
 LAZY, ADVERSARIAL = ("a03", "a11"), ("a07", "a16")
@@ -72,7 +76,7 @@ def test_bad_annotators_are_named_and_no_others(
     items: int, judges: int, least: float, record_property: pytest.RecordProperty
 ) -> None:
     """A fifth of the votes is bad: 70 votes each, two an item, and 150, three an item; two populations."""
-    found = [quality(crowd(seed, items, judges), {}) for seed in range(2)]
+    found = [quality(VoteColumns.of(crowd(seed, items, judges)), {}) for seed in range(2)]
     precision, recall = precision_and_recall(found)
     record_property("precision", precision)
     record_property("recall", recall)
@@ -89,7 +93,7 @@ def test_bad_annotators_are_named_and_no_others(
 @pytest.mark.wide
 def test_crowd_bt_names_them_where_nothing_was_judged_twice() -> None:
     """Nine replies a prompt, each pair judged once: Dawid & Skene can say nothing."""
-    found = [quality(crowd(seed, 100 * 36, 1, responses=9), {}) for seed in range(1)]
+    found = [quality(VoteColumns.of(crowd(seed, 100 * 36, 1, responses=9)), {}) for seed in range(1)]
     precision, recall = precision_and_recall(found)
     print(f"Crowd-BT alone: precision {precision:.2f}, recall {recall:.2f}")
     assert precision >= 0.9
@@ -130,10 +134,10 @@ def test_the_app_names_the_harbors_bad_annotators(tmp_path: Path) -> None:
 
 
 def test_figures_that_are_not_defined_are_none() -> None:
-    found = quality([vote(1, "ann", "first"), vote(2, "bo", "tie")], {})
+    found = quality(VoteColumns.of([vote(1, "ann", "first"), vote(2, "bo", "tie")]), {})
     assert found.agreement is found.kappa is found.alpha is found.graded_alpha is None
     assert [(one.reliability, one.crowd_bt, one.reasons) for one in found.annotators] == [(None, None, ())] * 2
-    assert quality([], {}).annotators == []
+    assert quality(VoteColumns.of([]), {}).annotators == []
 
 
 def test_alpha_by_hand() -> None:
@@ -143,14 +147,14 @@ def test_alpha_by_hand() -> None:
     votes = [vote(n, name, v) for n, pair in enumerate(said) for name, v in zip(("a", "b"), pair, strict=True)]
     votes += [vote(9, "a", "first", gold="second"), vote(9, "b", "second", gold="second")]  # gold items stay out
     votes = [replace(v, vote="tie" if v.vote == "both_bad" else v.vote) for v in votes]
-    found = quality(votes, {})
+    found = quality(VoteColumns.of(votes), {})
     assert found.alpha is not None
     assert found.alpha.point == pytest.approx(1 - (2 / 8) / (42 / 56))
     assert found.alpha.items == 4
     # graded: with the strengths 3 and 1 the second unit's disagreement weighs differently
     assert found.graded_alpha is not None
     stronger = [replace(v, strength=3.0) if v.vote != "tie" else v for v in votes]
-    graded = quality(stronger, {}).graded_alpha
+    graded = quality(VoteColumns.of(stronger), {}).graded_alpha
     assert graded is not None
     assert graded.point == pytest.approx(found.graded_alpha.point)  # an ordinal scale knows order, not size
 
@@ -165,7 +169,7 @@ def test_gold_items_and_reviewers_words_tell_annotators_apart() -> None:
         other = "second" if answer == "first" else "first"
         place = "gold" if n < 200 else "settled"
         votes.append(vote(n, name, answer if right else other, **{place: answer}))
-    found = {one.annotator: one for one in quality(votes, {}).annotators}
+    found = {one.annotator: one for one in quality(VoteColumns.of(votes), {}).annotators}
     assert [name for name, one in found.items() if one.reasons] == ["a3"]
     assert found["a3"].reliability is not None
     assert found["a3"].reliability.point == pytest.approx(0.2, abs=0.08)
@@ -177,7 +181,7 @@ def test_agreement_of_each_day_is_that_of_all_votes_until_then() -> None:
         vote(rng.randrange(40), f"a{n % 7}", rng.choice(["first", "first", "second", "tie"]), day=n // 50)
         for n in range(400)
     ]
-    found = days(votes)
+    found = days(VoteColumns.of(votes))
     assert [day.votes for day in found] == [50] * 8
     for number, day in enumerate(found):
         items: dict[int, list[str]] = {}
@@ -186,17 +190,17 @@ def test_agreement_of_each_day_is_that_of_all_votes_until_then() -> None:
         expected = raw_agreement(items, bootstrap=1)
         assert expected is not None
         assert day.agreement == pytest.approx(expected.point)
-    assert days(votes, most=3) == found[-3:]
+    assert days(VoteColumns.of(votes), most=3) == found[-3:]
 
 
 def test_figures_are_worked_out_again_when_something_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    reliable: list[int] = []
 
-    def counted(votes: Sequence[Vote], skips: dict[str, int], reliable: object = None) -> Quality:
-        asked.append(reliable is not None)
-        return quality(votes, skips, reliable)  # type: ignore[arg-type]
+    def counted(votes: VoteColumns) -> Reliability:
+        reliable.append(len(votes))
+        return reliability(votes)
 
-    monkeypatch.setattr(manage_module, "quality", counted)
+    monkeypatch.setattr(kept_quality, "reliability", counted)
     with Store(tmp_path / "a.db") as store:
         World(store, items=300)
         manage = Manage(store)
@@ -208,16 +212,49 @@ def test_figures_are_worked_out_again_when_something_happened(tmp_path: Path, mo
                 assert assignment is not None
                 store.submit(assignment.id, NewVote("left", token=f"{assignment.id}"))
 
+        def votes() -> int:
+            return sum(one.votes for one in manage.quality("people").annotators)
+
         judge(100)
         first = manage.quality("people")
         assert manage.quality("people") is first
-        assert asked == [False]
         judge(2)  # the votes are counted, the reliabilities stay for as long as that is at most 2%
-        assert [one.votes for one in manage.quality("people").annotators] == [102]
-        assert asked == [False, True]
-        assert manage.quality("people").reliability.votes == 100
+        assert (votes(), manage.quality("people").reliability.votes, reliable) == (102, 100, [100])
         judge(1)
-        assert manage.quality("people").reliability.votes == 103
-        assert asked == [False, True, False]
+        assert (votes(), manage.quality("people").reliability.votes, reliable) == (103, 103, [100, 103])
         assert manage.quality("all").reliability.votes == 103  # everybody's are kept by themselves
-        assert len(asked) == 4
+        assert reliable == [100, 103, 103]
+        # figures that took long are shown as they are for a minute, and say so; those of many votes come in two steps
+        monkeypatch.setattr(kept_quality, "CHEAP_SECONDS", 0.0)
+        monkeypatch.setattr(kept_quality, "AT_ONCE", 50)
+        judge(10)
+        old = manage.quality_kept("people")
+        assert old is not None
+        assert (old.behind, sum(one.votes for one in old.quality.annotators)) == (True, 103)
+        monkeypatch.setattr(kept_quality, "OLD_SECONDS", 0.0)
+        assert votes() == 113
+        eventually(lambda: manage.quality("people").reliability.votes == 113)
+        new = manage.quality_kept("people")
+        assert new is not None
+        assert (new.behind, new.at > old.at) == (False, True)
+
+
+def test_a_page_waits_no_longer_than_somebody_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def slow(votes: VoteColumns) -> Reliability:
+        go_on.wait(30)
+        return reliability(votes)
+
+    monkeypatch.setattr(kept_quality, "reliability", slow)
+    with Store(tmp_path / "a.db") as store:
+        world = World(store, items=3)
+        who = person(store, "ann")
+        assignment = store.next_assignment(who.annotator_id)
+        assert assignment is not None
+        store.submit(assignment.id, NewVote("left", token="a-token-of-1"))
+        client = world.client("boss", "reviewer")
+        assert world.app.state.services.manage.quality_kept("people", wait=0.05) is None
+        go_on.set()
+        world.app.state.services.manage.quality("people")
+        assert "Figures of" in client.get("/manage/quality").text

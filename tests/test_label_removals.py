@@ -23,8 +23,9 @@ from keel.store.tables import events, metadata, responses
 from keel.store.trained_on import vote_hashes
 from keel.types import Message, Prompt, UserError
 from keel.web.service.arena import Arena
+from keel.web.service.exports import Export
 from keel.web.service.labelling import Labelling, Screen
-from keel.web.service.manage import Export, Manage
+from keel.web.service.manage import Manage
 from keel.web.service.people import People
 from keel.web.service.start import prepare
 

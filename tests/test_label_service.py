@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from databases import Clock
-from labelling_world import HASHER, PASSWORD, World, fake_sources, fill, person, token
+from labelling_world import HASHER, PASSWORD, World, exported, fake_sources, fill, person, token
 from sqlalchemy import select, text
 from test_label_models import Judged
 
@@ -18,6 +18,7 @@ from keel.store import LeaseLost, Store, overview, people, work
 from keel.store.guidelines import parse_aspects
 from keel.store.people_tables import aspect_ratings, links, sessions
 from keel.store.records import NewRanking, NewVote, NewWriting
+from keel.store.vote_columns import VoteReader
 from keel.types import Completion, UserError
 from keel.web.service.arena import Arena
 from keel.web.service.labelling import Labelling
@@ -227,7 +228,7 @@ def test_gold_items_reach_everybody_and_training_never_sees_them(store: Store) -
     assert len(store.preferences()) == len(votes) - sum(on_gold.values())
     assert store.progress("main").wanted == 10
     with store.transaction(writes=False) as connection:
-        found = quality(overview.votes(connection), overview.skips(connection))
+        found = quality(VoteReader().read(connection), overview.skips(connection))
     assert {one.annotator: one.gold_votes for one in found.annotators} == on_gold
     manage.set_gold(items[0], None, "admin")
     assert [e.new["gold"] for e in store.events() if e.entity == "item"] == ["first", "second", None]
@@ -388,7 +389,7 @@ def test_the_arena_tells_names_with_the_vote_only(store: Store) -> None:
     with pytest.raises(UserError, match="has ended"):
         arena.say(ann, id, "more")
     assert arena.current(ann) is None
-    rows = list(Manage(store)._rows("arena.jsonl"))
+    rows = list(exported(store, "arena.jsonl"))
     assert [(row["turn"], row["choice"], len(row["conversation_left"])) for row in rows] == [(2, "left", 4)]
 
 
@@ -483,7 +484,7 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
     manage.adjudicate(item, "first", "true", boss)
     assert manage.disagreements() == []
     manage.adjudicate(item, "second", "on second thought", boss)
-    assert [row["choice"] for row in manage._rows("adjudications.jsonl")] == ["first", "second"]
+    assert [row["choice"] for row in exported(store, "adjudications.jsonl")] == ["first", "second"]
     (case,) = manage.settled()
     assert (case["id"], case["word"].choice, case["word"].by, len(case["votes"])) == (item, "second", "boss", 2)
     manage.adjudicate(item, None, "", boss)  # taken back: it waits for a word again
@@ -491,7 +492,7 @@ def test_disagreements_are_settled_and_flags_resolved(store: Store) -> None:
     assert store.events()[-1].old == {"choice": "second"}
     manage.adjudicate(item, "second", "on second thought", boss)
     # training gets that word in the place of the two votes, and every vote can still be had
-    settled, *others = manage._rows("pairs.jsonl")
+    settled, *others = exported(store, "pairs.jsonl")
     assert settled["chosen"][0]["content"].endswith("number 1")
     assert (settled["annotator"], settled["settled"], len(others)) == ("", "chosen", 2)
     votes = [vote for vote in store.judgements() if vote.item_id == item]

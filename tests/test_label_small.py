@@ -9,18 +9,19 @@ from datetime import timedelta
 
 import pytest
 from databases import Clock
-from labelling_world import Client, World, fake_sources, fill, person, token
+from labelling_world import Client, World, exported, fake_sources, fill, person, token
 from test_label_log import Clock as Ticking
 from test_label_log import live
 
-from keel.store import Store, guidelines, overview
+from keel.store import Store, guidelines
 from keel.store.guidelines import parse_aspects
+from keel.store.paging import Wanted
 from keel.store.records import NewVote
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.server import checked_address
 from keel.web.service.labelling import Labelling
-from keel.web.service.log_words import Wanted
+from keel.web.service.log_words import Entries
 from keel.web.service.manage import Manage
 from keel.web.service.start import prepare
 
@@ -117,7 +118,7 @@ def test_links_name_the_configured_address(new_url: Callable[[], str]) -> None:
             checked_address(wrong)
 
 
-def test_a_count_of_disagreements_is_no_limit(new_url: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_count_of_disagreements_is_no_limit(new_url: Callable[[], str]) -> None:
     with Store(new_url()) as store:
         world = World(store, items=3, overlap=2)
         labelling = Labelling(store)
@@ -126,10 +127,18 @@ def test_a_count_of_disagreements_is_no_limit(new_url: Callable[[], str], monkey
             while (screen := labelling.next(who, "compare")) is not None:
                 best = next(i for i, shown in enumerate(screen.shown) if shown.endswith("0" if name == "ann" else "1"))
                 labelling.judge(who, screen.id, NewVote(("left", "right")[best], token=token()))
-        monkeypatch.setattr(overview.disagreements, "__defaults__", (2,))
-        page = world.client("boss", "reviewer").get("/manage/disagreements").text
-        assert "3 pairs on which people’s votes differ; the first 2 are here." in page
-        assert page.count('class="case"') == 2
+        manage = Manage(store)
+        pages = [manage.disagreements_counted(Wanted(number=number, size=2)) for number in (0, 1, 2)]
+        assert [(len(page), page.more, total) for page, total in pages] == [(2, True, 3), (1, False, 3), (0, False, 3)]
+        assert len({case["id"] for page, _ in pages for case in page}) == 3
+        boss = world.client("boss", "reviewer")
+        page = boss.get("/manage/disagreements").text
+        assert "3 pairs on which people’s votes differ." in page
+        assert page.count('class="case"') == 3
+        found = boss.get("/manage/disagreements?find=QUESTION 1").text
+        assert "1 pair on which people’s votes differ." in found
+        assert found.count('class="case"') == 1
+        assert "None here." in boss.get("/manage/disagreements?find=100%25").text  # no pattern
 
 
 def test_two_people_flag_one_item_and_each_flag_is_answered(new_url: Callable[[], str]) -> None:
@@ -159,24 +168,26 @@ def test_the_log_is_in_words_and_can_be_searched(new_url: Callable[[], str]) -> 
     with Store(new_url(), clock=Ticking()) as store:
         live(store)
         manage = Manage(store)
-        written = {(row["annotator"], row["created"], row["guideline"]) for row in manage._rows("demonstrations.jsonl")}
+        written = {
+            (row["annotator"], row["created"], row["guideline"]) for row in exported(store, "demonstrations.jsonl")
+        }
         wrote = [event for event in store.events() if event.action == "wrote"]
         assert len(written) == len(store.demonstrations())
         assert written <= {(event.actor, event.at.isoformat(), event.guideline) for event in wrote}
-        told = {(one["action"], one["entity"]): one["words"] for one in reversed(manage.events(Wanted(limit=10_000)))}
+        told = {(one["action"], one["entity"]): one["words"] for one in reversed(manage.events(Entries(limit=10_000)))}
         words = "\n".join(told.values())
         assert "voted in the arena: left" in words
         assert "flagged item" in words
         assert "published version 2 of the guideline" in words
         assert not re.search(r"None|\{|lambda", words), words
-        ann = manage.events(Wanted(who="ann", what="judged"))
+        ann = manage.events(Entries(who="ann", what="judged"))
         assert ann
         assert {(one["actor"], one["action"]) for one in ann} == {("ann", "judged")}
-        day = manage.events(Wanted(day="2026-03-01", limit=10_000))
+        day = manage.events(Entries(day="2026-03-01", limit=10_000))
         assert {f"{one['at']:%d}" for one in day} == {"01"}
         assert len(day) == sum(f"{event.at:%d}" == "01" for event in store.events())
-        some = manage.events(Wanted(limit=5))
-        older = manage.events(Wanted(limit=5, before=some[-1]["id"]))
+        some = manage.events(Entries(limit=5))
+        older = manage.events(Entries(limit=5, before=some[-1]["id"]))
         assert [one["id"] for one in some + older] == [event.id for event in reversed(store.events())][:10]
         client = Client(create_app(store, fake_sources()))
         assert client.get("/manage/events").status_code == 303

@@ -21,6 +21,7 @@ from keel.feedback.stored import training_steps
 from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
 from keel.store import Store, lineage, overview, people, step_files, steps
+from keel.store.paging import Wanted
 from keel.store.step_records import NewSteps, StepJudgement
 from keel.store.trained_on import vote_hashes
 from keel.types import Completion, Message, Prompt, UserError
@@ -201,7 +202,7 @@ def test_a_queue_in_an_order_keeps_a_share_at_random(file_store: Store, clock: C
     work = StepWork(file_store, lambda replies: {reply.id: gains[reply.id] for reply in replies})
     assert work.queue(Steps(), 10, 1, "boss") == 10
     with file_store.transaction(writes=False) as connection:
-        rows = overview.browse(connection, "step", None, False, 0, 50)
+        rows = overview.browse(connection, "step", None, False, Wanted(size=50))
         drawn = {row.item_id: row.drawn for row in connection.execute(steps.step_items.select())}
     order = [(int(row["key"].partition("/")[2]), drawn[row["id"]]) for row in sorted(rows, key=lambda row: row["turn"])]
     ranked = [id for id, how in order if how == "ranked"]
@@ -227,7 +228,7 @@ def test_an_order_of_few_replies_is_filled_up(file_store: Store) -> None:
     ids = fill(file_store, 12)
     assert StepWork(file_store, lambda _: {ids[3]: 1.0, ids[7]: 2.0}).queue(Steps(), 10, 1, "boss") == 10
     with file_store.transaction(writes=False) as connection:
-        rows = overview.browse(connection, "step", None, False, 0, 50)
+        rows = overview.browse(connection, "step", None, False, Wanted(size=50))
         drawn = {row.item_id: row.drawn for row in connection.execute(steps.step_items.select())}
     ranked = [row["key"] for row in sorted(rows, key=lambda row: row["turn"]) if drawn[row["id"]] == "ranked"]
     assert len(ranked) == 8

@@ -18,6 +18,7 @@ from keel.recipe.sections import SamplingConfig
 from keel.recipe.steps import Steps
 from keel.store import Store, lineage, overview, people, people_tables, review, step_files, steps, tables, thumbs, work
 from keel.store.engine import alembic_config, parse_url
+from keel.store.paging import Wanted
 from keel.store.records import NewThumb
 from keel.store.step_records import NewSteps, StepJudgement
 from keel.types import Completion, Message, Prompt, UserError
@@ -164,7 +165,7 @@ def test_a_queue_that_is_put_first_keeps_its_order(store: Store) -> None:
         review.put_first(connection, "urgent", "step", "boss", store.now)
         review.put_first(connection, "steps", "step", "boss", store.now)
     with store.transaction(writes=False) as connection:
-        rows = overview.browse(connection, "step", None, False, 0, 50)
+        rows = overview.browse(connection, "step", None, False, Wanted(size=50))
     order = [row["key"] for row in sorted(rows, key=lambda row: (row["turn"], row["place"]))]  # as they are given out
     assert order[:8] == [f"step/{id}" for id in ids[:8]]
 

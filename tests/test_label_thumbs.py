@@ -27,6 +27,7 @@ from keel.run import RunDir, Silent
 from keel.stages import inputs
 from keel.stages.context import StageContext, UndeclaredRead
 from keel.store import LeaseLost, Store, overview, thumbs, work
+from keel.store.paging import Wanted
 from keel.store.records import NewThumb, Thumb
 from keel.store.trained_on import vote_hashes
 from keel.types import LabelledCompletion, Message, Preference, Prompt, UserError
@@ -311,7 +312,7 @@ def test_over_http(tmp_path: Path) -> None:
         assert "Thumbs on single replies" in admin.get("/manage/quality").text
         gold = world.store.transaction(writes=False)
         with gold as connection:
-            (other, *_) = overview.browse(connection, "thumb", None, False, 1, 1)
+            (other, *_) = overview.browse(connection, "thumb", None, False, Wanted(number=1, size=1))
         answered = admin.form(f"/manage/gold/{other['id']}", answer="up", kind="thumb")
         assert answered.headers["location"] == "/manage/gold?kind=thumb"
         assert "thumbs down" in ann.get("/mine").text

@@ -17,7 +17,7 @@ from keel.data.sources import read_labelled, read_preferences
 from keel.data.unjudged import is_unjudged, read_unjudged
 from keel.feedback.aggregate import likelier_first
 from keel.run import RunDir
-from keel.store import Judgement, Store, exchange, step_files, thumbs, whole
+from keel.store import Judgement, Store, exchange, given, step_files, thumbs, whole
 from keel.store.engine import exists
 from keel.store.foreign import Names
 from keel.store.forms import TOOLS, tool_of
@@ -52,9 +52,11 @@ def store_location(where: str, new: bool = False) -> str:
 def export_votes(where: str, out: str, batch: str | None, form: exchange.Form, plain: bool) -> str:
     """Writes the store's votes and says what was written."""
     with Store(store_location(where)) as store:
-        given = store.all_given(batch)
-        standing = sum(1 if isinstance(one, Judgement) else len(one.said()) for one in given)
-        written = store.export_preferences(out, batch, form, plain)
+        written = standing = store.export_preferences(out, batch, form, plain)
+        if plain:
+            with store.moment() as connection:
+                every = given.all_given(connection, batch)
+                standing = sum(1 if isinstance(one, Judgement) else len(one.said()) for one in every)
     what = "ties, gold items, votes that a reviewer settled, what was taken out"
     left_out = f"; left out ({what}): {standing - written}" if written < standing else ""
     return f"{written} votes written to {out}{left_out}"
@@ -105,7 +107,7 @@ def import_steps(where: str, files: Sequence[str], batch: str | None) -> str:
 
 def export_whole(where: str, out: str) -> str:
     """Writes the whole store and says what was written."""
-    with Store(store_location(where)) as store, store.transaction(writes=False) as connection:
+    with Store(store_location(where)) as store, store.moment() as connection:
         rows = whole.export(connection, Path(out))
     return f"the whole store written to {out} ({rows} rows); links, sessions and passwords are left out"
 

@@ -69,39 +69,52 @@ def raw_agreement(votes: Votes, ties: bool = False, bootstrap: int = 2000, seed:
     """The share of pairs of votes on one item that are equal, each item weighing the same however often it was judged:
     the mean over items with two votes or more of (equal pairs / pairs). ``ties`` as in ``vote_pairs``. None when no
     item has two votes."""
-    shares = []
-    for item in sorted(votes):
-        pairs = list(combinations(_kept(votes[item], ties), 2))
-        if pairs:
-            shares.append([sum(first == second for first, second in pairs) / len(pairs), 1.0])
-    return _estimate(np.array(shares), lambda sums: sums[:, 0] / sums[:, 1], len(shares), bootstrap, seed)
+    kinds = (FIRST, SECOND, TIE) if ties else (FIRST, SECOND)
+    counts = [[list(said).count(kind) for kind in kinds] for said in votes.values()]
+    return agreement_of_counts(np.array(counts).reshape(-1, len(kinds)), bootstrap, seed)
+
+
+def agreement_of_counts(counts_IK: np.ndarray, bootstrap: int = 2000, seed: int = 0) -> Agreement | None:
+    """`raw_agreement` of items of which it is known how often each of K things was said."""
+    counts_DK, times_D = np.unique(counts_IK, axis=0, return_counts=True)
+    total_D = counts_DK.sum(axis=1)
+    counts_DK, times_D, total_D = (x[total_D > 1] for x in (counts_DK, times_D, total_D))
+    share_D = (counts_DK * (counts_DK - 1)).sum(axis=1) / (total_D * (total_D - 1))
+    rows_DF = np.stack([share_D, np.ones(len(share_D))], axis=1)
+    return _estimate(rows_DF, lambda sums: sums[:, 0] / sums[:, 1], times_D, bootstrap, seed)
 
 
 def cohens_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     """Cohen's kappa (1960): (p_o - p_e) / (1 - p_e) for pairs of labels by a first and a second rater on the same
     things. p_o: share of equal pairs; p_e: the share expected if each rater gave labels at their own rates by chance.
     None without pairs, and when p_e is 1 (both raters always gave one and the same label)."""
-    if not pairs:
+    labels = sorted({label for pair in pairs for label in pair})
+    counts = Counter(pairs)
+    return kappa_of_counts(np.array([[counts[a, b] for b in labels] for a in labels]))
+
+
+def kappa_of_counts(counts_KK: np.ndarray) -> float | None:
+    """`cohens_kappa` of how often each pair of K labels was given."""
+    n = int(counts_KK.sum())
+    first_K, second_K = counts_KK.sum(axis=-1), counts_KK.sum(axis=0)
+    expected = float(first_K @ second_K) / n**2 if n else 1.0
+    if not n or (np.count_nonzero(first_K) == 1 and expected == 1):
         return None
-    n = len(pairs)
-    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    if len(first) == 1 and first.keys() == second.keys():
-        return None
-    observed = sum(a == b for a, b in pairs) / n
-    expected = sum(count * second[label] for label, count in first.items()) / n**2
-    return (observed - expected) / (1 - expected)
+    return float((np.trace(counts_KK) / n - expected) / (1 - expected))
 
 
 def _estimate(
-    rows_NF: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], items: int, bootstrap: int, seed: int
+    rows_DF: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], times_D: np.ndarray, bootstrap: int, seed: int
 ) -> Agreement | None:
-    """The figure of all rows' sum with its interval; None where it is not defined."""
+    """The figure of the sum of all rows, each as often as it is there, with its interval; None where it is not
+    defined."""
+    items = int(times_D.sum())
     if not items:
         return None
-    point = float(statistic(rows_NF.sum(axis=0)[None])[0])
+    point = float(statistic((times_D @ rows_DF)[None])[0])
     if not np.isfinite(point):
         return None
-    return Agreement(point, bootstrap_interval(rows_NF, statistic, bootstrap, seed), items)
+    return Agreement(point, bootstrap_interval(rows_DF, statistic, bootstrap, seed, times_N=times_D), items)
 
 
 def _kept(votes: Sequence[str], ties: bool) -> list[str]:

@@ -50,7 +50,7 @@ class _Coded:
     winner_V: np.ndarray
     loser_V: np.ndarray
     annotators: list[str]
-    responses: list[Hashable]
+    responses: Sequence[Hashable]
     pair_V: np.ndarray  # which pair of responses a vote is about
     pairs: int
 
@@ -73,8 +73,34 @@ def crowd_bt(
     """
     assert comparisons, "a fit needs votes"
     coded = _coded(comparisons)
+    scores_N, eta_A, eta = _fitted(coded, penalty, prior, bootstrap, seed)
+    scores = dict(zip(coded.responses, scores_N.tolist(), strict=True))
+    return CrowdBT(scores, eta, _objective(coded, scores_N, eta_A, penalty, prior))
+
+
+def etas_of(
+    annotator_V: np.ndarray,
+    winner_V: np.ndarray,
+    loser_V: np.ndarray,
+    annotators: Sequence[str],
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> Mapping[str, Agreement]:
+    """`CrowdBT.eta` of V decided votes as numbers: which of the ``annotators``, which response won, and which lost."""
+    responses, of_2V = np.unique(np.concatenate([winner_V, loser_V]), return_inverse=True)
+    winner_V, loser_V = of_2V.ravel().reshape(2, -1)
+    present, annotator_V = np.unique(annotator_V, return_inverse=True)
+    names = [annotators[n] for n in present]
+    coded = _paired(annotator_V.ravel(), winner_V, loser_V, names, range(len(responses)))
+    return _fitted(coded, 0.1, (1.0, 1.0), bootstrap, seed)[2]
+
+
+def _fitted(
+    coded: _Coded, penalty: float, prior: tuple[float, float], bootstrap: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, Mapping[str, Agreement]]:
+    """Scores [N], reliabilities [A], and these by name with their intervals."""
     start = np.zeros(len(coded.responses)), np.full(len(coded.annotators), 0.9)
-    weight_V = np.ones(len(comparisons))
+    weight_V = np.ones(len(coded.winner_V))
     scores_N, eta_A = _fit(coded, weight_V, *start, penalty, prior)
     rng = np.random.default_rng(seed)
     draws_RA = np.empty((bootstrap, len(eta_A)))
@@ -82,14 +108,11 @@ def crowd_bt(
         drawn = rng.multinomial(coded.pairs, np.full(coded.pairs, 1 / coded.pairs)).astype(np.float64)
         draw_A[:] = _fit(coded, drawn[coded.pair_V], scores_N, eta_A, penalty, prior, tolerance=1e-3)[1]
     votes = np.bincount(coded.annotator_V)
-    return CrowdBT(
-        dict(zip(coded.responses, scores_N.tolist(), strict=True)),
-        {
-            name: Agreement(float(eta_A[k]), percentiles(draws_RA[:, k]) if bootstrap else None, int(votes[k]))
-            for k, name in enumerate(coded.annotators)
-        },
-        _objective(coded, scores_N, eta_A, penalty, prior),
-    )
+    eta = {
+        name: Agreement(float(eta_A[k]), percentiles(draws_RA[:, k]) if bootstrap else None, int(votes[k]))
+        for k, name in enumerate(coded.annotators)
+    }
+    return scores_N, eta_A, eta
 
 
 def _coded(comparisons: Sequence[Comparison]) -> _Coded:
@@ -98,10 +121,19 @@ def _coded(comparisons: Sequence[Comparison]) -> _Coded:
     annotator_at, response_at = ({x: i for i, x in enumerate(xs)} for xs in (annotators, responses))
     winner_V = np.array([response_at[c.winner] for c in comparisons])
     loser_V = np.array([response_at[c.loser] for c in comparisons])
+    return _paired(np.array([annotator_at[c.annotator] for c in comparisons]), winner_V, loser_V, annotators, responses)
+
+
+def _paired(
+    annotator_V: np.ndarray,
+    winner_V: np.ndarray,
+    loser_V: np.ndarray,
+    annotators: list[str],
+    responses: Sequence[Hashable],
+) -> _Coded:
     key_V = np.minimum(winner_V, loser_V) * len(responses) + np.maximum(winner_V, loser_V)
     pairs, pair_V = np.unique(key_V, return_inverse=True)
-    annotator_V = np.array([annotator_at[c.annotator] for c in comparisons])
-    return _Coded(annotator_V, winner_V, loser_V, annotators, responses, pair_V, len(pairs))
+    return _Coded(annotator_V, winner_V, loser_V, annotators, responses, pair_V.ravel(), len(pairs))
 
 
 def _fit(

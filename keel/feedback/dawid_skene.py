@@ -90,14 +90,42 @@ def reliabilities(
     such item at all.
     """
     decided = [vote for vote in votes if vote.label != TIE]
-    answers = {item: answer for item, answer in (known or {}).items() if answer != TIE}
-    times: dict[Hashable, int] = {}
-    for vote in decided:
-        times[vote.item] = times.get(vote.item, 0) + 1
-    telling = [vote for vote in decided if times[vote.item] > 1 or vote.item in answers]
-    if not telling:
+    items = {item: n for n, item in enumerate(dict.fromkeys(vote.item for vote in decided))}
+    annotators = sorted({vote.annotator for vote in votes})
+    place = {name: n for n, name in enumerate(annotators)}
+    answers = {items[item]: answer for item, answer in (known or {}).items() if item in items and answer != TIE}
+    known_I = np.full(len(items), -1)
+    known_I[list(answers)] = [answer == SECOND for answer in answers.values()]
+    return reliabilities_of(
+        np.array([items[vote.item] for vote in decided], dtype=np.int64),
+        np.array([place[vote.annotator] for vote in decided], dtype=np.int64),
+        np.array([vote.label == SECOND for vote in decided], dtype=np.int64),
+        known_I,
+        annotators,
+        shrink,
+        bootstrap,
+        seed,
+    )
+
+
+def reliabilities_of(
+    item_V: np.ndarray,
+    annotator_V: np.ndarray,
+    second_V: np.ndarray,
+    known_I: np.ndarray,
+    annotators: Sequence[str],
+    shrink: float = 1.0,
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> dict[str, Agreement]:
+    """`reliabilities` of V decided votes as numbers: which of I items, which of the ``annotators``, and whether SECOND.
+    ``known_I``: 0 for FIRST, 1 for SECOND, -1 where the answer is not known."""
+    telling_V = (np.bincount(item_V, minlength=len(known_I)) > 1)[item_V] | (known_I[item_V] >= 0)
+    if not telling_V.any():
         return {}
-    coded, weight_I = _alike_together(telling, answers)
+    coded, weight_I = _alike_together(
+        item_V[telling_V], annotator_V[telling_V], second_V[telling_V], known_I, annotators
+    )
     _, errors_AKK, posterior_IK, _ = _em(coded, _shares(coded), weight_I, shrink)
     rng = np.random.default_rng(seed)
     draws_RA = np.empty((bootstrap, len(coded.annotators)))
@@ -105,7 +133,7 @@ def reliabilities(
         weights = rng.multinomial(int(weight_I.sum()), weight_I / weight_I.sum()).astype(np.float64)
         draw_A[:] = _em(coded, posterior_IK, weights, shrink, tolerance=1e-4)[1][:, 0, 0]
     everyone = Agreement(float(_pooled(coded, posterior_IK, weight_I)[0, 0]), None, 0)
-    found = {vote.annotator: everyone for vote in votes}
+    found = dict.fromkeys(annotators, everyone)
     items = np.bincount(coded.annotator_V, weight_I[coded.item_V], len(coded.annotators))
     for place, name in enumerate(coded.annotators):
         found[name] = Agreement(float(errors_AKK[place, 0, 0]), percentiles(draws_RA[:, place]), int(items[place]))
@@ -145,24 +173,47 @@ def posteriors(
     }
 
 
-def _alike_together(votes: Sequence[Label], answers: Mapping[Any, str]) -> tuple[_Coded, np.ndarray]:
+def _alike_together(
+    item_V: np.ndarray, annotator_V: np.ndarray, second_V: np.ndarray, known_I: np.ndarray, annotators: Sequence[str]
+) -> tuple[_Coded, np.ndarray]:
     """Comparisons on which the same annotators said the same, or all of it the other way round, as one item, and how
-    many there are of each [I]: the model can't tell them apart, and EM costs what the different ones cost."""
-    said: dict[Hashable, list[tuple[str, str]]] = {}
-    for vote in votes:
-        said.setdefault(vote.item, []).append((vote.annotator, vote.label))
-    alike: dict[tuple[tuple[tuple[str, str], ...], str | None], int] = {}
-    for item, labels in said.items():
-        labels.sort()
-        turn = labels[0][1] == SECOND
-        pattern = tuple((name, MIRROR[label] if turn else label) for name, label in labels)
-        answer = answers.get(item)
-        key = pattern, MIRROR[answer] if answer is not None and turn else answer
-        alike[key] = alike.get(key, 0) + 1
-    different = [Label(number, name, label) for number, (pattern, _) in enumerate(alike) for name, label in pattern]
-    known = {number: answer for number, (_, answer) in enumerate(alike) if answer is not None}
-    coded = _coded(different, known, MIRROR, classes=(FIRST, SECOND))
-    return coded, np.array(list(alike.values()), dtype=np.float64)
+    many there are of each [I]: the model can't tell them apart, and EM costs what the different ones cost.
+
+    Items are alike when the sums of random numbers that stand for their votes are: that two others have one sum in
+    2^64 is likelier to be a fault of the machine."""
+    first_I = np.full(len(known_I), np.iinfo(np.int64).max)
+    np.minimum.at(first_I, item_V, 2 * annotator_V + second_V)
+    turn_I = first_I % 2
+    said_V = second_V ^ turn_I[item_V]
+    answer_I = np.where(known_I >= 0, known_I ^ turn_I, known_I)
+    drawn = np.random.default_rng(0).integers(2**64, size=2 * len(annotators) + 3, dtype=np.uint64)
+    sum_I = drawn[answer_I]  # -1, 0, 1: the last, the first, the second
+    np.add.at(sum_I, item_V, drawn[2 + 2 * annotator_V + said_V])
+    there_I = np.bincount(item_V, minlength=len(known_I)) > 0
+    items_I = np.flatnonzero(there_I)[np.argsort(_first_places(item_V), kind="stable")]
+    _, of_D, times_D = np.unique(sum_I[items_I], return_index=True, return_counts=True)
+    order_D = np.argsort(of_D)  # as they come
+    kept_D = items_I[of_D[order_D]]
+    place_I = np.full(len(known_I), -1)
+    place_I[kept_D] = np.arange(len(kept_D))
+    kept_V = place_I[item_V] >= 0
+    present, annotator_K = np.unique(annotator_V[kept_V], return_inverse=True)
+    coded = _Coded(
+        place_I[item_V[kept_V]],
+        annotator_K.ravel(),
+        said_V[kept_V],
+        list(range(len(kept_D))),
+        [annotators[n] for n in present],
+        (FIRST, SECOND),
+        answer_I[kept_D],
+        np.array([1, 0]),
+    )
+    return coded, times_D[order_D].astype(np.float64)
+
+
+def _first_places(item_V: np.ndarray) -> np.ndarray:
+    """Where each of the items that are there comes first, in the order of their numbers."""
+    return np.unique(item_V, return_index=True)[1]
 
 
 def _coded(

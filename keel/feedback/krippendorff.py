@@ -65,6 +65,32 @@ def krippendorff_alpha(
     return Agreement(point, bootstrap_interval(rows_NF, alpha, bootstrap, seed), len(paired))
 
 
+def alpha_of_counts(
+    counts_UV: np.ndarray, values_V: np.ndarray, scale: Scale, bootstrap: int = 2000, seed: int = 0
+) -> Agreement | None:
+    """`krippendorff_alpha` with ``mirror``, of units of which it is known how often each of V values was given; the
+    values are in order, each with its negative."""
+    counts_DV, times_D = np.unique(counts_UV, axis=0, return_counts=True)
+    twice_D = counts_DV.sum(axis=1) > 1
+    counts_DV, times_D = counts_DV[twice_D].astype(np.float64), times_D[twice_D]
+    given_V = counts_DV.any(axis=0)
+    given_V |= given_V[::-1]
+    counts_DV, values_V = counts_DV[:, given_V], values_V[given_V]
+    size = len(values_V)
+    if size < 2:
+        return None
+    rows_DVV = counts_DV[:, :, None] * counts_DV[:, None, :] - np.einsum("dv,vw->dvw", counts_DV, np.eye(size))
+    rows_DVV /= (counts_DV.sum(axis=1) - 1)[:, None, None]
+    rows_DF = ((rows_DVV + rows_DVV[:, ::-1, ::-1]) / 2).reshape(len(counts_DV), -1)
+
+    def alpha(sums: np.ndarray) -> np.ndarray:
+        return _alpha(sums.reshape(-1, size, size), values_V, scale)
+
+    point = float(alpha((times_D @ rows_DF)[None])[0])
+    interval = bootstrap_interval(rows_DF, alpha, bootstrap, seed, times_N=times_D)
+    return Agreement(point, interval, int(times_D.sum()))
+
+
 def _coincidences(unit: Sequence[int], size: int) -> np.ndarray:
     """What one unit adds to the coincidence matrix: each ordered pair of its values, divided by (values - 1)."""
     counts = Counter(unit)

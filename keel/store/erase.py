@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, or_, select, update
 
+from keel.store import tallies
 from keel.store.ballots import keep_facts
 from keel.store.people import ACTORS
 from keel.store.people_tables import (
@@ -193,7 +194,9 @@ def _erase_work(connection: Connection, of: Select[Any], now: datetime) -> None:
     standing = select(writings).where(writings.c.assignment_id.in_(of), writings.c.undone_at.is_(None))
     names = select(assignments.c.id, annotators.c.name).join(annotators).where(assignments.c.id.in_(of))
     who = {row.id: row.name for row in connection.execute(names)}
-    for row in connection.execute(standing).all():
+    back = connection.execute(standing).all()
+    tallies.change_assignments(connection, [row.assignment_id for row in back], -1)
+    for row in back:
         connection.execute(update(writings).where(writings.c.id == row.id).values(undone_at=now))
         old = {"text": MARK, "original_id": row.original_id}
         log = event(now, who[row.assignment_id], "undone", "writing", row.id, old, None, row.guideline)

@@ -32,7 +32,7 @@ Parquet has one type for a column, so there ``meta``, the sources, ``ratings`` a
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from keel.store.records import AnnotatorKind, Edit, Judgement, Ranking, Response
 from keel.store.row_checks import PAIR, check_row, check_source, check_vote, reply_text
 from keel.store.row_files import Type, arrow_table, from_json, rows_of_file, write_rows
 from keel.store.rows import messages_json
-from keel.store.settled import settle
+from keel.store.settled import replaced, words
 from keel.store.sides import Side, chosen_side, in_record, of_record, side_of, turned
 from keel.types import Message, Preference, Prompt, UserError
 
@@ -57,24 +57,37 @@ COLUMNS = (
 Form = Literal["trl", "openai"]
 
 
-def write(votes: Sequence[Given], path: Path, form: Form = "trl", plain: bool = False) -> int:
-    """Write ``votes`` to a .jsonl or .parquet file, or, when the name has no ending, as a folder that ``datasets``
-    loads from disk; returns how many rows. An old file stays as it was until the new one is whole; a folder must be
-    new.
+def write(
+    votes: Iterable[Given],
+    path: Path,
+    form: Form = "trl",
+    plain: bool = False,
+    settled: Mapping[Hashable, Preference] | None = None,
+) -> int:
+    """Write ``votes``, as they come, to a .jsonl or .parquet file, or, when the name has no ending, as a folder that
+    ``datasets`` loads from disk; returns how many rows. An old file stays as it was until the new one is whole; a
+    folder must be new.
 
     ``plain``: only the columns of that format, for tools that refuse others. Such rows cannot say that neither was
     preferred, so ties are left out. Votes on gold items and on items taken out of use are left out too. Where a
-    reviewer settled a pair, that word replaces the votes on it.
+    reviewer settled a pair, that word (``settled``, by default worked out of all votes) replaces the votes on it.
     """
     if form == "openai" and path.suffix != ".jsonl":
         raise UserError(f"{path}: OpenAI's form is JSONL; give the file the ending .jsonl")
+    if plain and settled is None:
+        votes = list(votes)
+        settled = words(pair for vote in votes for pair in vote.preferences())
     if plain:
-        pairs = [pair for vote in votes for pair in vote.preferences()]
-        rows = [pair_columns(pair) for pair in settle(pairs) if not pair.tie]
+        pairs = replaced((pair for vote in votes for pair in vote.preferences()), settled or {})
+        rows: Iterator[dict[str, Any]] = (pair_columns(pair) for pair in pairs if not pair.tie)
     else:
-        rows = [no_preference(row) for vote in votes for row in _rows(vote)]
-    write_rows([_openai(row) for row in rows] if form == "openai" else rows, path, _table)
-    return len(rows)
+        rows = all_columns(votes)
+    return write_rows((_openai(row) for row in rows) if form == "openai" else rows, path, table)
+
+
+def all_columns(votes: Iterable[Given]) -> Iterator[dict[str, Any]]:
+    """Rows that say all that is known."""
+    return (no_preference(row) for vote in votes for row in _rows(vote))
 
 
 def read(path: str | Path) -> list[Given]:
@@ -334,5 +347,5 @@ _TYPES: Mapping[str, Type] = {
 }
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def table(rows: list[dict[str, Any]]) -> Any:
     return arrow_table(rows, COLUMNS, _JSON_COLUMNS, _TYPES)

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, exists, insert, select, update
 
 from keel.recipe.steps import Steps
+from keel.store import tallies
 from keel.store.people_tables import step_items
 from keel.store.tables import assignments, event, events, item_responses, items, responses
 from keel.types import UserError
@@ -85,6 +86,8 @@ def set_gold(connection: Connection, item_id: int, answer: str | None, actor: st
         raise UserError(f"the answer {answer!r} is unknown; give {' or '.join(known)}")
     overlap = max(_wanted_before(connection, item), item.taken) if answer is None else item.taken + SLOTS
     connection.execute(update(items).where(items.c.id == item_id).values(gold=answer, overlap=overlap))
+    if (answer is None) != (item.gold is None) and not item.out:
+        tallies.now_plain(connection, [item_id], [item.kind], plain=answer is None)
     old = {"gold": item.gold, "overlap": item.overlap}
     new = {"gold": answer, "overlap": overlap, "batch": item.batch, "kind": item.kind}
     connection.execute(insert(events), event(now, actor, "changed", "item", item_id, old, new))

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Insert, Row, Select, Table, bindparam, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from keel.store import queue
+from keel.store import queue, tallies
 from keel.store.people_tables import aspect_ratings, rankings, step_labels, thumbs, writings
 from keel.store.records import Assignment, LeaseLost, NewVote, NewWork, WorkKind
 from keel.store.rows import storable
@@ -47,7 +47,7 @@ WORK_TABLES: Mapping[WorkKind, WorkTable] = {
 }
 
 _ASSIGNMENT = (
-    select(assignments, annotators.c.name, items.c.kind, items.c.batch)
+    select(assignments, annotators.c.name, annotators.c.kind.label("by"), items.c.kind, items.c.batch)
     .join(annotators)
     .join(items, items.c.id == assignments.c.item_id)
     .where(assignments.c.id == bindparam("assignment"))
@@ -130,6 +130,7 @@ def record(
     told |= {"shown": assignment.shown, "batch": assignment.batch}
     log = event(now, assignment.name, into.action, into.entity, made.id, None, told, new.guideline)
     connection.execute(_ADD_EVENT, log)
+    tallies.change_one(connection, assignment, values.get("choice"), now, 1)
     return int(made.id), assignment
 
 
@@ -172,6 +173,7 @@ def undo(
     old = {name: getattr(done, name) for name in _SAID if name in table.c}
     log = event(now, assignment.name, "undone", entity, done_id, old, None, done.guideline)
     connection.execute(_ADD_EVENT, log)
+    tallies.change_one(connection, assignment, old.get("choice"), done.created, -1)
     return queue.screen(
         connection, assignment.id, assignment.item_id, assignment.shown, now + lease, assignment.kind, assignment.handle
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, case, insert, select, update
 
+from keel.store import tallies
 from keel.store.gold import set_gold
 from keel.store.ingest import (
     NewResponse,
@@ -190,6 +191,7 @@ def add_judgements(connection: Connection, votes: Sequence[Judgement], batch: st
     connection.execute(insert(events), log)
     if rated:
         connection.execute(insert(aspect_ratings), rated)
+    tallies.change_assignments(connection, assigned, 1)
     _make_gold(connection, places, item_ids, now)
     for item in sorted({item_ids[place.batch, place.key] for place in places if place.vote.out}):
         take_out(connection, "item", item, "", None, now)

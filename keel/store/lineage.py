@@ -11,15 +11,13 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from keel.store.ai_labels import labelled
-from keel.store.people_tables import rankings, step_labels, thumbs, writings
 from keel.store.records import AnnotatorKind, WorkKind
 from keel.store.review import last_words
 from keel.store.sides import preferred
-from keel.store.standing import done, standing
+from keel.store.standing import done
 from keel.store.step_records import REASONS
-from keel.store.tables import annotators, assignments, guidelines, items, judgements, prompts, responses
-
-TABLES = (judgements, rankings, thumbs, step_labels, writings)
+from keel.store.tables import annotators, assignments, guidelines, items, prompts, responses
+from keel.store.tallies import TABLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +53,6 @@ def works(connection: Connection) -> dict[str, Work]:
                 row.undone_at, row.gold is not None, row.batch,
             )  # fmt: skip
     return found
-
-
-def other_work(connection: Connection) -> list[Any]:
-    """(created, annotator, kind of work) of what people did besides comparing that stands, oldest first."""
-    found: list[Any] = []
-    for table in (rankings, thumbs, step_labels, writings):
-        query = standing(table, table.c.created, annotators.c.name, items.c.kind)
-        found += connection.execute(query.where(annotators.c.kind == "person")).all()
-    return sorted(found, key=lambda row: row.created)
 
 
 def guideline_dates(connection: Connection) -> dict[str, datetime]:

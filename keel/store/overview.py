@@ -9,10 +9,11 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, distinct, exists, func, select
+from sqlalchemy import Connection, Row, case, exists, func, or_, select
 
 from keel.store.hand_in import WORK_TABLES
-from keel.store.people_tables import adjudications, flags, thumbs
+from keel.store.paging import Page, Wanted, holds, messages_hold
+from keel.store.people_tables import DIFFER, adjudications, flags, item_votes, thumbs
 from keel.store.records import AnnotatorKind, Progress, WorkKind
 from keel.store.removals import in_use
 from keel.store.review import LastWord, last_words
@@ -85,6 +86,7 @@ class ThumbVote:
 
 
 def queues(connection: Connection) -> list[Queue]:
+    """The newest first."""
     plain = items.c.gold.is_(None)
     query = (
         select(
@@ -174,15 +176,19 @@ def skips(connection: Connection) -> dict[str, int]:
 
 
 def browse(
-    connection: Connection, kind: WorkKind, batch: str | None, gold: bool, offset: int, limit: int
-) -> list[dict[str, Any]]:
-    """Items of a kind with their texts, newest batch first: what gold items are picked from."""
+    connection: Connection, kind: WorkKind, batch: str | None, gold: bool, wanted: Wanted
+) -> Page[dict[str, Any]]:
+    """Items of a kind with their texts, oldest first: what gold items are picked from. ``wanted.find``: in the
+    prompt."""
     query = select(items, prompts.c.messages).join(prompts).where(items.c.kind == kind, items.c.out.is_(False))
     query = query.where(items.c.gold.is_not(None) if gold else items.c.gold.is_(None))
     if batch is not None:
         query = query.where(items.c.batch == batch)
-    rows = [dict(row) for row in connection.execute(query.order_by(items.c.id).offset(offset).limit(limit)).mappings()]
-    return with_texts(connection, rows)
+    if wanted.find:
+        query = query.where(messages_hold(prompts.c.messages, wanted.find))
+    rows = connection.execute(wanted.of(query.order_by(items.c.id))).mappings()
+    page = wanted.page(dict(row) for row in rows)
+    return Page(with_texts(connection, page), wanted, page.more)
 
 
 def with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -199,24 +205,20 @@ def with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[
     return [row | {"responses": texts.get(row["id"], [])} for row in rows]
 
 
-def disagreements(connection: Connection, limit: int = 50) -> tuple[list[dict[str, Any]], int]:
-    """Comparisons on which people's votes differ and no last word was given, with their texts and votes: the first
-    ``limit``, and how many there are."""
+def disagreements(connection: Connection, wanted: Wanted) -> tuple[Page[dict[str, Any]], int]:
+    """Comparisons on which people's votes differ and no last word was given, with their texts and votes, oldest first;
+    and how many there are. ``wanted.find``: in the prompt."""
     settled = exists().where(adjudications.c.item_id == items.c.id, adjudications.c.undone_at.is_(None))
-    # which response a vote went to is told by `shown`, which is JSON: the votes are compared below, not in SQL
     query = (
         select(items.c.id)
-        .join(assignments, and_(assignments.c.item_id == items.c.id, assignments.c.state == "judged"))
-        .join(annotators, and_(annotators.c.id == assignments.c.annotator_id, annotators.c.kind == "person"))
-        .where(items.c.kind == "compare", items.c.gold.is_(None), items.c.out.is_(False), ~settled)
-        .group_by(items.c.id)
-        .having(func.count(distinct(assignments.c.id)) > 1)
-        .order_by(items.c.id)
+        .select_from(item_votes.join(items))
+        .where(DIFFER, items.c.gold.is_(None), items.c.out.is_(False), ~settled)
     )
-    ids = list(connection.execute(query).scalars())
-    said = votes_on(connection, ids)
-    differ = [id for id in ids if len({vote["vote"] for vote in said[id]}) > 1]
-    return _cases(connection, differ[:limit], said), len(differ)
+    if wanted.find:
+        query = query.join(prompts).where(messages_hold(prompts.c.messages, wanted.find))
+    count = int(connection.execute(select(func.count()).select_from(query.subquery())).scalar_one())
+    page = wanted.page(connection.execute(wanted.of(query.order_by(item_votes.c.item_id))).scalars())
+    return Page(_cases(connection, page, votes_on(connection, page)), wanted, page.more), count
 
 
 def settled_lately(connection: Connection, limit: int = 20) -> list[dict[str, Any]]:
@@ -254,9 +256,9 @@ def votes_on(connection: Connection, item_ids: Sequence[int]) -> dict[int, list[
     return said
 
 
-def open_flags(connection: Connection) -> list[dict[str, Any]]:
+def open_flags(connection: Connection, wanted: Wanted) -> Page[dict[str, Any]]:
     """Each with its item, prompt and responses (``id``, ``text``, and the ``model`` that wrote it) in the order in
-    which whoever flagged it saw them, oldest first."""
+    which whoever flagged it saw them, oldest first. ``wanted.find``: in what was said, or in a name."""
     query = (
         select(flags, annotators.c.name, items.c.id.label("item_id"), items.c.kind, items.c.out, items.c.prompt_id)
         .add_columns(prompts.c.messages, assignments.c.shown)
@@ -266,11 +268,19 @@ def open_flags(connection: Connection) -> list[dict[str, Any]]:
         .where(flags.c.resolved_at.is_(None))
         .order_by(flags.c.id)
     )
-    found = [dict(row) for row in connection.execute(query).mappings()]
+    if wanted.find:
+        query = query.where(or_(holds(flags.c.text, wanted.find), holds(annotators.c.name, wanted.find)))
+    page = wanted.page(dict(row) for row in connection.execute(wanted.of(query)).mappings())
     query = select(responses.c.id, responses.c.text, responses.c.model)
-    query = query.where(responses.c.id.in_({id for row in found for id in row["shown"]}))
+    query = query.where(responses.c.id.in_({id for row in page for id in row["shown"]}))
     replies = {row["id"]: dict(row) for row in connection.execute(query).mappings()}
-    return [row | {"responses": [replies[id] for id in row["shown"]]} for row in found]
+    rows = [row | {"responses": [replies[id] for id in row["shown"]]} for row in page]
+    return Page(rows, wanted, page.more)
+
+
+def count_flags(connection: Connection) -> int:
+    """How many are open."""
+    return int(connection.execute(select(func.count()).where(flags.c.resolved_at.is_(None))).scalar_one())
 
 
 def prompt_figures(connection: Connection) -> dict[str, int]:
@@ -282,13 +292,14 @@ def prompt_figures(connection: Connection) -> dict[str, int]:
     }
 
 
-def newest_prompts(connection: Connection, limit: int) -> list[dict[str, Any]]:
+def newest_prompts(connection: Connection, wanted: Wanted) -> Page[dict[str, Any]]:
+    """``wanted.find``: in the messages, or the whole id."""
     replies = select(func.count()).where(responses.c.prompt_id == prompts.c.id).scalar_subquery()
     query = select(prompts.c.id, prompts.c.messages, prompts.c.kind, replies.label("responses"))
-    return [
-        dict(row)
-        for row in connection.execute(query.order_by(prompts.c.created.desc(), prompts.c.id).limit(limit)).mappings()
-    ]
+    if wanted.find:
+        query = query.where(or_(prompts.c.id == wanted.find, messages_hold(prompts.c.messages, wanted.find)))
+    query = wanted.of(query.order_by(prompts.c.created.desc(), prompts.c.id))
+    return wanted.page(dict(row) for row in connection.execute(query).mappings())
 
 
 def prompts_with_fewest(connection: Connection, limit: int, but: Collection[str] = ()) -> list[str]:

@@ -185,6 +185,30 @@ erasures = Table(
     Column("open", Boolean, nullable=False),
 )
 
+# What stands of each annotator's work, counted by day, and each comparison's votes by people (tallies.py).
+tallies = Table(
+    "tallies",
+    metadata,
+    Column("annotator_id", ForeignKey("annotators.id"), primary_key=True),
+    Column("day", Text, primary_key=True),  # on which it was done, in UTC: 2026-11-28
+    Column("kind", Text, primary_key=True),
+    Column("batch", Text, primary_key=True),
+    Column("plain", Boolean, primary_key=True),  # whether on what is in use and no gold item
+    Column("done", Integer, nullable=False),
+)
+
+item_votes = Table(
+    "item_votes",
+    metadata,
+    Column("item_id", ForeignKey("items.id"), primary_key=True),
+    Column("first", Integer, nullable=False),
+    Column("second", Integer, nullable=False),
+    Column("tie", Integer, nullable=False),
+    Column("both_bad", Integer, nullable=False),
+)
+DIFFER = text("first * (second + tie + both_bad) + second * (tie + both_bad) + tie * both_bad > 0")
+Index("ix_item_votes_differ", item_votes.c.item_id, sqlite_where=DIFFER, postgresql_where=DIFFER)
+
 # ---------------------------------------------------------------------------------------------------- the arena
 
 conversations = Table(

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, exists, insert, or_, select, update
 
+from keel.store import tallies
+from keel.store.paging import Page, Wanted, holds
 from keel.store.people_tables import removals
 from keel.store.rows import storable
 from keel.store.tables import annotators, event, events, item_responses, items, prompts, responses
@@ -93,8 +95,11 @@ def refresh(connection: Connection, which: ColumnElement[bool]) -> dict[str, Any
     )
     change = update(items).where(which, items.c.out != out).values(out=out)
     rows = connection.execute(
-        change.returning(items.c.id, items.c.batch, items.c.kind, items.c.overlap, items.c.gold)
+        change.returning(items.c.id, items.c.batch, items.c.kind, items.c.overlap, items.c.gold, items.c.out)
     ).all()
+    for now_out in (False, True):
+        moved = [row for row in rows if row.gold is None and row.out == now_out]
+        tallies.now_plain(connection, [row.id for row in moved], {row.kind for row in moved}, plain=not now_out)
     wanted: Counter[tuple[str, str]] = Counter()
     for row in rows:
         wanted[row.batch, row.kind] += 0 if row.gold else row.overlap
@@ -114,8 +119,9 @@ def in_use(prompt_id: ColumnElement[Any], response_id: ColumnElement[Any] | None
     return used if response_id is None else used & ~exists().where(removals.c.response_id == response_id, _STANDS)
 
 
-def standing(connection: Connection, limit: int = 50) -> list[dict[str, Any]]:
-    """What is out, the last first: ``what``, ``id``, ``by``, ``reason``, ``created``, ``erased``, ``text``."""
+def standing(connection: Connection, wanted: Wanted) -> Page[dict[str, Any]]:
+    """What is out, the last first: ``what``, ``id``, ``by``, ``reason``, ``created``, ``erased``, ``text``.
+    ``wanted.find``: in the reason, or in who took it out."""
     query = (
         select(removals, annotators.c.name.label("by"), responses.c.text, prompts.c.messages)
         .select_from(removals)
@@ -125,14 +131,16 @@ def standing(connection: Connection, limit: int = 50) -> list[dict[str, Any]]:
         .outerjoin(prompts, or_(prompts.c.id == removals.c.prompt_id, prompts.c.id == items.c.prompt_id))
         .where(_STANDS)
         .order_by(removals.c.id.desc())
-        .limit(limit)
     )
+    if wanted.find:
+        query = query.where(or_(holds(removals.c.reason, wanted.find), holds(annotators.c.name, wanted.find)))
+    page = wanted.page(connection.execute(wanted.of(query)).mappings())
     found = []
-    for row in connection.execute(query).mappings():
+    for row in page:
         what = "item" if row["item_id"] else "response" if row["response_id"] else "prompt"
         text = row["text"] if what == "response" else _last(row["messages"])
         found.append(dict(row) | {"what": what, "text": text, "by": row["by"] or "keel"})
-    return found
+    return Page(found, wanted, page.more)
 
 
 def _last(messages: Sequence[dict[str, str]] | None) -> str:

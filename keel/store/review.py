@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -100,10 +101,10 @@ def last_words(connection: Connection) -> dict[int, LastWord]:
     return {row.item_id: LastWord(row.choice, row.name, row.reason, row.created) for row in connection.execute(query)}
 
 
-def ratings(connection: Connection) -> dict[int, dict[int, dict[str, int]]]:
-    """By judgement and response, what was given on each aspect."""
+def ratings(connection: Connection, judgement_ids: Sequence[int]) -> dict[int, dict[int, dict[str, int]]]:
+    """By judgement and response, what was given on each aspect with these judgements (some hundred)."""
     found: dict[int, dict[int, dict[str, int]]] = {}
-    for row in connection.execute(select(aspect_ratings)):
+    for row in connection.execute(select(aspect_ratings).where(aspect_ratings.c.judgement_id.in_(judgement_ids))):
         found.setdefault(row.judgement_id, {}).setdefault(row.response_id, {})[row.aspect] = row.value
     return found
 

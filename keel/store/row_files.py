@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,27 +15,28 @@ from keel.store import hub
 from keel.types import UserError
 
 Type = Literal["messages", "bool", "number", "whole"]
+_GROUP = 2_000  # rows of a Parquet file that are in memory at once
 
 
-def write_rows(rows: list[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Writes rows as the ending of ``path`` says; ``table`` makes an Arrow table of them."""
+def write_rows(rows: Iterable[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> int:
+    """Writes rows as they come, as the ending of ``path`` says; how many. ``table`` makes an Arrow table of some."""
+    rows = _Counted(rows)
 
     def write(temporary: Path) -> None:
         if path.suffix == ".jsonl":
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif path.suffix == ".parquet":
-            import pyarrow.parquet  # slow to import, and not needed for JSONL
-
-            pyarrow.parquet.write_table(table(rows), temporary)
+            _parquet(rows, temporary, table)
         elif not path.suffix:
-            hub.save(table(rows), temporary)
+            hub.save(table(list(rows)), temporary)
         else:
             raise UserError(
                 f"{path}: exports are .jsonl, .parquet, or a folder for datasets (no ending); name one of these"
             )
 
     write_whole(path, write)
+    return rows.count
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -52,6 +54,27 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+class _Counted:
+    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._rows, self.count = rows, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self._rows:
+            self.count += 1
+            yield row
+
+
+def _parquet(rows: Iterable[dict[str, Any]], path: Path, table: Callable[[list[dict[str, Any]]], Any]) -> None:
+    import pyarrow.parquet  # slow to import, and not needed for JSONL
+
+    coming = iter(rows)
+    first = table(list(islice(coming, _GROUP)))
+    with pyarrow.parquet.ParquetWriter(path, first.schema) as file:
+        file.write_table(first)
+        while some := list(islice(coming, _GROUP)):
+            file.write_table(table(some))
 
 
 def rows_of_file(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from keel.types import Preference
@@ -15,18 +15,27 @@ def settle(votes: Sequence[Preference]) -> list[Preference]:
     agrees, or the first vote turned round, under nobody's name, with the mean strength of the votes that agree. Where
     an item was settled twice (in two batches), the later word counts.
     """
+    return list(replaced(votes, words(votes)))
+
+
+def words(votes: Iterable[Preference]) -> dict[Hashable, Preference]:
+    """The record of each item that a reviewer settled, of all votes on these items."""
     items: dict[Hashable, list[Preference]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)
-    settled = {item: same for item, same in items.items() if any(vote.settled for vote in same)}
-    records = []
+    return {item: _last_word(same) for item, same in items.items() if any(vote.settled for vote in same)}
+
+
+def replaced(votes: Iterable[Preference], settled: Mapping[Hashable, Preference]) -> Iterator[Preference]:
+    """The votes as they come, with the record of each settled item in the place of the first vote on it."""
+    prompts = {record.prompt.id for record in settled.values()}
+    said: set[Hashable] = set()
     for vote in votes:
-        same = settled.get(vote.item)
-        if same is None:
-            records.append(vote)
-        elif vote is same[0]:
-            records.append(_last_word(same))
-    return records
+        if vote.prompt.id not in prompts or vote.item not in settled:
+            yield vote
+        elif vote.item not in said:
+            said.add(vote.item)
+            yield settled[vote.item]
 
 
 def _last_word(same: Sequence[Preference]) -> Preference:

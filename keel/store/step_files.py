@@ -9,7 +9,7 @@ erased have no row: nothing is left that a label could be on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, insert, select
 
 from keel.recipe.steps import Steps
+from keel.store import tallies
 from keel.store.exchange import prompt_of, source_columns, source_of
 from keel.store.gold import set_gold
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
@@ -31,7 +32,7 @@ from keel.store.row_files import write_rows as write_file
 from keel.store.rows import MARK, messages_json, storable
 from keel.store.standing import done
 from keel.store.step_records import Drawn, NewSteps, StepJudgement
-from keel.store.steps import add_steps, given, named, values_of
+from keel.store.steps import add_steps, named, stream, values_of
 from keel.store.store import Store
 from keel.store.tables import event, events, item_responses, items, responses
 from keel.types import StepLabels, UserError
@@ -56,11 +57,17 @@ def export(store: Store, path: Path, batch: str | None = None, plain: bool = Fal
     """Write every judgement of steps to ``path`` (as `keel.store.exchange.write` does); how many rows. ``plain``: what
     training takes of them and no more: prompt, completions and labels, and whether the reply ended, with the lines that
     people wrote in the place of bad steps as rows of their own."""
-    with store.transaction(writes=False) as connection:
-        found = given(connection, batch)
-    rows = [_own(one) for judged in found for one in judged.examples()] if plain else [_row(one) for one in found]
-    write_file(rows, path, _table)
-    return len(rows)
+    with store.moment() as connection:
+        return write_file(rows(connection, batch, plain), path, table)
+
+
+def rows(connection: Connection, batch: str | None = None, plain: bool = False) -> Iterator[dict[str, Any]]:
+    """What ``export`` writes."""
+    for judged in stream(connection, batch):
+        if plain:
+            yield from (_own(one) for one in judged.examples())
+        else:
+            yield _row(judged)
 
 
 def read(path: str | Path) -> list[StepJudgement]:
@@ -184,6 +191,7 @@ def add(connection: Connection, new: Sequence[StepJudgement], batch: str | None,
         told |= {"batch": place, "created": one.created.isoformat()}
         log = event(now, name, "imported", "step judgement", made.id, None, told, versions[one.guideline])
         connection.execute(insert(events), log)
+    tallies.change_assignments(connection, assigned, 1)
     _make_gold(connection, {e.item: one.gold for e, one in zip(entries, new, strict=True) if one.gold}, now)
     for item in sorted({entry.item for entry, one in zip(entries, new, strict=True) if one.out}):
         take_out(connection, "item", item, "", None, now)
@@ -237,5 +245,5 @@ _TYPES: Mapping[str, Type] = {
 }
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def table(rows: list[dict[str, Any]]) -> Any:
     return arrow_table(rows, COLUMNS, _JSON_COLUMNS, _TYPES)

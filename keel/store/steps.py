@@ -8,7 +8,7 @@ they teach would be those of no population.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,7 @@ from sqlalchemy import Connection, select, update
 from keel.recipe.steps import Steps
 from keel.store import people, queue
 from keel.store.blind import DRAW
-from keel.store.given import texts_of, with_context
+from keel.store.given import some_at_a_time, texts_of, with_context
 from keel.store.hand_in import STEPS, record
 from keel.store.ingest import insert_missing, rows_of
 from keel.store.people_tables import step_items, step_labels
@@ -249,20 +249,22 @@ def given(
 ) -> list[StepJudgement]:
     """Every judgement of steps that stands, in the order they came, but those on replies whose text was erased;
     ``kinds``: of annotators of these kinds alone."""
+    return [one for one in stream(connection, batch) if kinds is None or one.annotator_kind in kinds]
+
+
+def stream(connection: Connection, batch: str | None = None) -> Iterator[StepJudgement]:
+    """The same of everybody, read as they are asked for."""
     query = with_context(step_labels, batch).join(step_items, step_items.c.item_id == items.c.id)
-    rows = connection.execute(query.add_columns(items.c.gold, step_items.c.steps, step_items.c.drawn)).all()
-    rows = [row for row in rows if kinds is None or row.annotator_kind in kinds]
-    asked, replies = texts_of(connection, [row.shown[0] for row in rows], rows)
-    return [
-        StepJudgement(
-            row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.shown[0]],
-            Steps.model_validate(row.steps), tuple(row.labels), row.outcome, tuple(row.reasons), row.correction,
-            row.note, row.reference_shown, row.seconds, tuple(row.step_seconds), row.guideline, row.created,
-            row.drawn, row.gold, row.out,
-        )
-        for row in rows
-        if replies[row.shown[0]].text != MARK
-    ]  # fmt: skip
+    for rows in some_at_a_time(connection, query.add_columns(items.c.gold, step_items.c.steps, step_items.c.drawn)):
+        asked, replies = texts_of(connection, [row.shown[0] for row in rows], rows)
+        for row in rows:
+            if replies[row.shown[0]].text != MARK:
+                yield StepJudgement(
+                    row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.shown[0]],
+                    Steps.model_validate(row.steps), tuple(row.labels), row.outcome, tuple(row.reasons), row.correction,
+                    row.note, row.reference_shown, row.seconds, tuple(row.step_seconds), row.guideline, row.created,
+                    row.drawn, row.gold, row.out,
+                )  # fmt: skip
 
 
 def labels(

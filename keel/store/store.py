@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
@@ -126,6 +126,14 @@ class Store:
     def transaction(self, writes: bool) -> Iterator[Connection]:
         """A connection inside a transaction, for the functions of keel.store that this class has no method for."""
         with self._begin(writes) as connection:
+            yield connection
+
+    @contextmanager
+    def moment(self) -> Iterator[Connection]:
+        """A connection that reads, and sees the store as it was at one moment, however long it reads."""
+        with self._begin(writes=False) as connection:
+            if connection.dialect.name == "postgresql" and self._connection is None:  # SQLite does so by itself
+                connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             yield connection
 
     @contextmanager
@@ -293,13 +301,12 @@ class Store:
         """Every raw vote that stands (not taken back), in the order they came, each with what a reviewer said of its
         item in the end, if one did."""
         with self._begin(writes=False) as connection:
-            return given.judgements_given(connection, batch)
+            return list(given.judgements_given(connection, batch))
 
     def all_given(self, batch: str | None = None) -> list[exchange.Given]:
         """Every raw vote, then every ranking, then every edit that stands."""
         with self._begin(writes=False) as connection:
-            votes = given.judgements_given(connection, batch)
-            return [*votes, *given.rankings_given(connection, batch), *given.edits_given(connection, batch)]
+            return list(given.all_given(connection, batch))
 
     def preferences(self, batch: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> list[Preference]:
         """One training record for each raw vote, in the order they came, ties among them (``tie=True``); then the pairs
@@ -330,7 +337,9 @@ class Store:
         how many rows that are. They have TRL's or OpenAI's form with all else that is known beside it, or, ``plain``,
         that form alone, without ties and gold items and with reviewers' words in the place of the votes that they
         settled; see keel/store/exchange.py."""
-        return exchange.write(self.all_given(batch), Path(path), form, plain)
+        with self.moment() as connection:
+            settled = given.settled_pairs(connection, batch) if plain else None
+            return exchange.write(given.all_given(connection, batch), Path(path), form, plain, settled)
 
     def import_preferences(
         self, records: Iterable[Preference | exchange.Given], annotator: str = "import", batch: str | None = None

@@ -78,6 +78,8 @@ prompts = Table(
     Column("created", UtcDateTime, nullable=False),
 )
 
+Index("ix_prompts_created", prompts.c.created.desc(), prompts.c.id)  # the newest first, of one file as they stood there
+
 responses = Table(
     "responses",
     metadata,
@@ -236,6 +238,13 @@ Index(
     unique=True,
     sqlite_where=text("undone_at IS NULL"),
     postgresql_where=text("undone_at IS NULL"),
+)
+
+Index(
+    "ix_judgements_undone",  # those that were taken back, among a million that were not
+    judgements.c.id,
+    sqlite_where=text("undone_at IS NOT NULL"),
+    postgresql_where=text("undone_at IS NOT NULL"),
 )
 
 events = Table(

@@ -8,7 +8,7 @@ connection run inside their caller's transaction.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
+from keel.store import tallies
 from keel.store.exchange import prompt_of, source_columns, source_of
-from keel.store.given import texts_of, with_context
+from keel.store.given import some_at_a_time, texts_of, with_context
 from keel.store.gold import set_gold
 from keel.store.imports import Entry, as_new, assign, guideline_here, ids_here, take_slot
 from keel.store.ingest import add_prompts, add_responses, rows_of
@@ -42,17 +43,19 @@ _ANSWERS = {True: "up", False: "down"}
 
 def given(connection: Connection, batch: str | None, kinds: Collection[AnnotatorKind] | None = None) -> list[Thumb]:
     """Every thumb that stands, in the order they came; ``kinds``: of annotators of these kinds alone."""
-    rows = connection.execute(with_context(thumbs, batch).add_columns(items.c.gold)).all()
-    rows = [row for row in rows if kinds is None or row.annotator_kind in kinds]
-    asked, replies = texts_of(connection, [row.shown[0] for row in rows], rows)
-    return [
-        Thumb(
-            row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.shown[0]], row.up,
-            row.seconds, row.guideline, row.reason, row.created, None if row.gold is None else row.gold == "up",
-            row.out,
-        )
-        for row in rows
-    ]  # fmt: skip
+    return [one for one in stream(connection, batch) if kinds is None or one.annotator_kind in kinds]
+
+
+def stream(connection: Connection, batch: str | None) -> Iterator[Thumb]:
+    """Every thumb that stands, in the order they came, read as they are asked for."""
+    for rows in some_at_a_time(connection, with_context(thumbs, batch).add_columns(items.c.gold)):
+        asked, replies = texts_of(connection, [row.shown[0] for row in rows], rows)
+        for row in rows:
+            yield Thumb(
+                row.token, row.batch, row.name, row.annotator_kind, asked[row.prompt_id], replies[row.shown[0]], row.up,
+                row.seconds, row.guideline, row.reason, row.created, None if row.gold is None else row.gold == "up",
+                row.out,
+            )  # fmt: skip
 
 
 def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: datetime) -> int:
@@ -95,6 +98,7 @@ def add(connection: Connection, new: Sequence[Thumb], batch: str | None, now: da
         told |= {"created": one.created.isoformat()}
         log = event(now, name, "imported", "thumb", made.id, None, told, versions[one.guideline])
         connection.execute(insert(events), log)
+    tallies.change_assignments(connection, assigned, 1)
     _make_gold(connection, {e.item: one.gold for e, one in zip(entries, new, strict=True) if one.gold is not None}, now)
     for item in sorted({entry.item for entry, one in zip(entries, new, strict=True) if one.out}):
         take_out(connection, "item", item, "", None, now)
@@ -131,11 +135,17 @@ def from_example(example: LabelledCompletion, annotator: str, now: datetime, tim
 def export(store: Store, path: Path, batch: str | None = None, plain: bool = False) -> int:
     """Write every thumb to ``path`` (as ``exchange.write`` does); how many rows. ``plain``: prompt, completion and
     label alone, without those on gold items and on what is out."""
-    with store.transaction(writes=False) as connection:
-        found = given(connection, batch)
-    rows = [_own(one) for one in found if one.examples()] if plain else [_row(one) for one in found]
-    write_rows(rows, path, _table)
-    return len(rows)
+    with store.moment() as connection:
+        return write_rows(rows(connection, batch, plain), path, table)
+
+
+def rows(connection: Connection, batch: str | None = None, plain: bool = False) -> Iterator[dict[str, Any]]:
+    """What ``export`` writes."""
+    for one in stream(connection, batch):
+        if not plain:
+            yield _row(one)
+        elif one.examples():
+            yield _own(one)
 
 
 def read(path: str | Path) -> list[Thumb]:
@@ -198,5 +208,5 @@ _TYPES: Mapping[str, Type] = {
 }
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def table(rows: list[dict[str, Any]]) -> Any:
     return arrow_table(rows, COLUMNS, _JSON_COLUMNS, _TYPES)

@@ -12,11 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
 
 from keel.recipe.declared import Voter
 from keel.store.engine import exists
-from keel.store.people_tables import adjudications, rankings, step_labels, thumbs, writings
+from keel.store.people_tables import adjudications, rankings, step_labels, tallies, thumbs, writings
 from keel.store.records import OWN_QUEUE
 from keel.store.standing import by, standing
 from keel.store.store import Store
@@ -65,9 +65,9 @@ def vote_hashes(location: str | Path) -> VoteHashes:
 _OWN = items.c.batch.startswith(OWN_QUEUE)
 
 
-def _by(who: Voter) -> ColumnElement[bool]:
+def _by(who: Voter, batch: ColumnElement[str] = items.c.batch) -> ColumnElement[bool]:
     """Whose it is, where a stage's own are no model's votes."""
-    return and_(by(who), ~_OWN) if who == "models" else by(who)
+    return and_(by(who), ~batch.startswith(OWN_QUEUE)) if who == "models" else by(who)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,22 @@ class VoteCount:
 
 def count_votes(connection: Connection, who: Voter, since: datetime | None) -> VoteCount:
     """How many there are of ``who``, and how many came after ``since`` (None: all of them did)."""
-    count, new = 0, 0
+    query = select(func.coalesce(func.sum(tallies.c.done), 0)).join(
+        annotators, annotators.c.id == tallies.c.annotator_id
+    )
+    batch = tallies.c.batch
+    count = int(
+        connection.execute(query.where(tallies.c.plain, tallies.c.kind != "write", _by(who, batch))).scalar_one()
+    )
+    if since is None:
+        return VoteCount(count, count)
+    new = 0
     for table in (judgements, rankings, writings, thumbs, step_labels):
-        query = standing(table, table.c.created).where(items.c.gold.is_(None), items.c.out.is_(False))
-        query = query.where(_by(who))
+        query = standing(table, func.count()).where(items.c.gold.is_(None), items.c.out.is_(False))
+        query = query.where(_by(who), table.c.created > since)
         if table is writings:
             query = query.where(writings.c.original_id.is_not(None))
-        times = list(connection.execute(query).scalars())
-        count += len(times)
-        new += sum(since is None or time > since for time in times)
+        new += int(connection.execute(query).scalar_one())
     return VoteCount(count, new)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import JSON, Column, Connection, Integer, Table, func, insert, select, text, tuple_
+from sqlalchemy import JSON, Column, Connection, Integer, Table, func, insert, select, tuple_
 from sqlalchemy.exc import DataError, IntegrityError, StatementError
 
 import keel.store.people_tables  # noqa: F401 (its tables belong to the metadata)
@@ -41,18 +41,24 @@ def is_whole(row: Mapping[str, Any]) -> bool:
 
 
 def export(connection: Connection, path: Path) -> int:
-    """Write the store to a .jsonl or .jsonl.gz file; how many rows. All of it is of one moment, also while people work.
-    The connection must have read nothing before."""
-    if connection.dialect.name == "postgresql":  # SQLite shows a transaction one state by itself
-        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-    counts = {table.name: _count(connection, table) for table in TABLES}
+    """Write the store to a .jsonl or .jsonl.gz file; how many rows. All of it is of one moment, also while people work,
+    on the connection that ``Store.moment`` gives."""
+    written = 0
     with _new(path) as file:
-        _write(file, {HEAD: _schema(connection), "rows": counts})
-        for table in TABLES:
-            query = select(table).order_by(*table.primary_key)
-            for row in connection.execute(query, execution_options={"yield_per": _READ}).mappings():
-                _write(file, {"table": table.name, "row": _plain(table, row)})
-    return sum(counts.values())
+        for line in lines(connection):
+            _write(file, line)
+            written += 1
+    return written - 1
+
+
+def lines(connection: Connection) -> Iterator[dict[str, Any]]:
+    """What ``export`` writes."""
+    counts = {table.name: _count(connection, table) for table in TABLES}
+    yield {HEAD: _schema(connection), "rows": counts}
+    for table in TABLES:
+        query = select(table).order_by(*table.primary_key)
+        for row in connection.execute(query, execution_options={"yield_per": _READ}).mappings():
+            yield {"table": table.name, "row": _plain(table, row)}
 
 
 def add(connection: Connection, path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from collections.abc import Callable, Sequence
 
 import uvicorn
@@ -30,6 +31,8 @@ def serve(
     link; ``port`` 0 is a free one; ``proxies``: whose forwarded addresses are believed; ``address``: under which people
     reach it, where that is not the one it listens on. UserError when the port can't be had, or a proxy or the address
     is none."""
+    # a page or an export that reckons for seconds holds up whoever labels a millisecond at a time, not five
+    sys.setswitchinterval(0.001)
     networks(proxies)
     reached = None if address is None else checked_address(address)
     prepare(store)

@@ -9,27 +9,28 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from keel.feedback.standings import Standing
+from keel.store.tallies import DayDone
 from keel.web.service.quality import Day
 
 WIDTH, HEIGHT, BASE = 640, 150, 118
 
 
-def pace_chart(days: Sequence[Day]) -> Markup:
-    """Votes a day as bars."""
-    most = max((day.votes for day in days), default=0)
+def pace_chart(days: Sequence[DayDone]) -> Markup:
+    """What was done a day as bars."""
+    most = max((day.done for day in days), default=0)
     if not most:
         return Markup("")
     step = WIDTH / max(14, len(days))
     parts = []
     for number, day in enumerate(days):
-        height = (BASE - 24) * day.votes / most
+        height = (BASE - 24) * day.done / most
         x, middle = number * step, number * step + step / 2
-        label = f"{day.day:%d %b}: {day.votes} by {day.annotators} {'person' if day.annotators == 1 else 'people'}"
+        label = f"{day.day:%d %b}: {day.done} by {day.annotators} {'person' if day.annotators == 1 else 'people'}"
         parts.append(
             f"<g><title>{escape(label)}</title>"
             f'<rect class="bar" x="{x + step * 0.18:.1f}" y="{BASE - height:.1f}" width="{step * 0.64:.1f}" '
             f'height="{height:.1f}" rx="3"/>'
-            f'<text class="tick" x="{middle:.1f}" y="{BASE - height - 6:.1f}" text-anchor="middle">{day.votes}</text>'
+            f'<text class="tick" x="{middle:.1f}" y="{BASE - height - 6:.1f}" text-anchor="middle">{day.done}</text>'
             f'<text class="tick" x="{middle:.1f}" y="{BASE + 20}" text-anchor="middle">{day.day:%d %b}</text></g>'
         )
     return _svg("Judgements a day", parts)

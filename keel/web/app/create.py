@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
-from keel.web.app import api, constitutions, manage, models, pages, standings, steps, training
+from keel.web.app import api, constitutions, exports, manage, models, pages, standings, steps, training
 from keel.web.app.proxies import Forwarded, networks
 from keel.web.app.render import STATIC, page
 from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
@@ -54,6 +54,7 @@ def create_app(
         steps.router,
         steps.api,
         manage.router,
+        exports.router,
         models.router,
         standings.router,
         training.router,

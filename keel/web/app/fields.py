@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import Form, Path
+from fastapi import Form, Path, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
 from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKind
@@ -20,6 +20,9 @@ Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Line = Annotated[str, AfterValidator(storable), StringConstraints(max_length=500)]
 Text = Annotated[str, AfterValidator(storable), StringConstraints(max_length=100_000)]
 Secret = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{20,64}$")]
+
+Find = Annotated[Line, Query()]  # what is looked for in a list
+Number = Annotated[int, Query(ge=0, le=100_000)]  # of a list's page, from 0
 
 FormLine = Annotated[Line, Form()]
 FormText = Annotated[Text, Form()]

@@ -10,22 +10,23 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
-from starlette.background import BackgroundTask
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from keel.store import Unavailable
+from keel.store.paging import Wanted
 from keel.store.people import AccountRole, Session
 from keel.store.records import WorkKind
 from keel.store.removals import What
 from keel.store.sides import InStore
 from keel.types import UserError
 from keel.web.app.charts import agreement_chart, pace_chart
-from keel.web.app.fields import FormCount, FormId, FormLine, FormText, Id, Line, PathId
+from keel.web.app.fields import Find, FormCount, FormId, FormLine, FormText, Id, Line, Number, PathId
 from keel.web.app.render import SAID, page
 from keel.web.app.security import may
 from keel.web.app.services import address_of, services
-from keel.web.service.log_words import ACTIONS, ENTITIES, Wanted
-from keel.web.service.manage import WHOSE, Export, Whose
+from keel.web.service.kept_quality import WHOSE, Whose
+from keel.web.service.log_words import ACTIONS, ENTITIES, Entries
+from keel.web.service.manage import FIRST
 
 router = APIRouter(prefix="/manage", default_response_class=HTMLResponse)
 Reviewer = Annotated[Session, Depends(may("reviewer"))]
@@ -53,16 +54,18 @@ def overview(request: Request, session: Reviewer) -> Response:
 
 @router.get("/quality")
 def quality(request: Request, session: Reviewer, who: Whose = "people") -> Response:
-    found = services(request).manage.quality(who)
-    context: dict[str, Any] = {"found": found, "who": who, "chart": agreement_chart(found.days)}
+    kept = services(request).manage.quality_kept(who)
+    found = kept.quality if kept else None
+    context: dict[str, Any] = {"kept": kept, "found": found, "who": who}
+    context |= {"chart": agreement_chart(found.days if found else [])}
     context |= {"thumbs": services(request).manage.thumbs(who), "steps": services(request).steps.quality(WHOSE[who])}
     return page(request, "manage/quality.html", session, **context)
 
 
 @router.get("/disagreements")
-def disagreements(request: Request, session: Reviewer) -> Response:
+def disagreements(request: Request, session: Reviewer, find: Find = "", number: Number = 0) -> Response:
     manage = services(request).manage
-    found, total = manage.disagreements_counted()
+    found, total = manage.disagreements_counted(Wanted(find.strip(), number))
     context: dict[str, Any] = {"items": found, "total": total, "settled": manage.settled()}
     return page(request, "manage/disagreements.html", session, **context)
 
@@ -82,9 +85,12 @@ def adjudicate(
 
 
 @router.get("/flags")
-def flags(request: Request, session: Reviewer) -> Response:
-    manage = services(request).manage
-    context: dict[str, Any] = {"flags": manage.flags(), "removed": manage.out()}
+def flags(request: Request, session: Reviewer, find: Find = "", number: Number = 0, removed: Number = 0) -> Response:
+    manage, find = services(request).manage, find.strip()
+    context: dict[str, Any] = {
+        "flags": manage.flags(Wanted(find, number)),
+        "removed": manage.out(Wanted(find, removed)),
+    }
     return page(request, "manage/flags.html", session, **context)
 
 
@@ -125,10 +131,10 @@ def resolve_flag(request: Request, session: Reviewer, id: PathId) -> Response:
 
 
 @router.get("/prompts")
-def prompts(request: Request, session: Admin) -> Response:
+def prompts(request: Request, session: Admin, find: Find = "", number: Number = 0) -> Response:
     called = services(request)
     context: dict[str, Any] = {
-        "prompts": called.manage.newest_prompts(),
+        "prompts": called.manage.newest_prompts(Wanted(find.strip(), number, 50)),
         "models": called.sampling.models,
         "requests": called.sampling.requests(),
         "steps": called.steps.settings(),
@@ -211,10 +217,11 @@ def ask(
 
 
 @router.get("/queue")
-def queue(request: Request, session: Admin) -> Response:
+def queue(request: Request, session: Admin, find: Find = "", number: Number = 0) -> Response:
     ordering = services(request).ordering
+    queues = services(request).manage.queues(Wanted(find.strip(), number, 50))
     context: dict[str, Any] = {"models": ordering.models, "order": ordering.state()}
-    return page(request, "manage/queue.html", session, queues=services(request).manage.queues(), **context)
+    return page(request, "manage/queue.html", session, queues=queues, **context)
 
 
 @router.post("/queue/order")
@@ -248,16 +255,16 @@ def gold(
     session: Admin,
     kind: GoldKind = "compare",
     batch: Line | None = None,
-    number: Annotated[int, Query(ge=0, le=100_000)] = 0,
+    find: Find = "",
+    number: Number = 0,
 ) -> Response:
     manage = services(request).manage
     context: dict[str, Any] = {
         "chosen": manage.browse(kind, None, True, 0, 100),
-        "items": manage.browse(kind, batch, False, number),
+        "items": manage.browse(kind, batch, False, number, find=find.strip()),
         "batches": [queue.batch for queue in manage.queues() if queue.kind == kind],
         "kind": kind,
         "batch": batch,
-        "number": number,
         "every": manage.gold_every(),
     }
     return page(request, "manage/gold.html", session, **context)
@@ -286,13 +293,14 @@ def set_gold(
 
 
 @router.get("/people")
-def people(request: Request, session: Admin) -> Response:
-    return _people_page(request, session)
+def people(request: Request, session: Admin, find: Find = "", number: Number = 0) -> Response:
+    return _people_page(request, session, Wanted(find.strip(), number, 50))
 
 
-def _people_page(request: Request, session: Session, **context: Any) -> Response:
+def _people_page(request: Request, session: Session, wanted: Wanted = FIRST, **context: Any) -> Response:
     found = services(request).people
-    shown: dict[str, Any] = {"accounts": found.accounts(), "invitations": found.invitations()}
+    accounts = wanted.within(one for one in found.accounts() if wanted.find.lower() in one.name.lower())
+    shown: dict[str, Any] = {"accounts": accounts, "invitations": found.invitations()}
     return page(request, "manage/people.html", session, **shown | {"link": "", "link_for": ""} | context)
 
 
@@ -335,7 +343,7 @@ def erase_person(request: Request, session: Admin, name: FormLine, texts: Annota
     return done("/people", f"Erased. What they judged is kept as {new}’s.")
 
 
-# ------------------------------------------------------------------------------------- admins: guideline, export, log
+# --------------------------------------------------------------------------------------------- admins: guideline, log
 
 
 @router.get("/guideline")
@@ -367,18 +375,6 @@ def add_guideline(request: Request, session: Admin, text: FormText, aspects: For
     return done("/guideline", f"Version {version} is in force.")
 
 
-@router.get("/export")
-def export_page(request: Request, session: Admin) -> Response:
-    return page(request, "manage/export.html", session)
-
-
-@router.get("/export/{what}", response_class=FileResponse)
-def export(request: Request, session: Admin, what: Export) -> Response:
-    folder = tempfile.TemporaryDirectory()
-    path = services(request).manage.export(what, Path(folder.name))
-    return FileResponse(path, filename=what, background=BackgroundTask(folder.cleanup))
-
-
 @router.get("/events")
 def events(
     request: Request,
@@ -389,7 +385,7 @@ def events(
     day: Annotated[str, Query(pattern=r"^(\d{4}-\d{2}-\d{2})?$")] = "",
     before: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
 ) -> Response:
-    wanted = Wanted(who.strip(), what, about, day, before)
+    wanted = Entries(who.strip(), what, about, day, before)
     found = services(request).manage.events(wanted)
     context: dict[str, Any] = {"events": found, "wanted": wanted, "actions": ACTIONS, "entities": ENTITIES}
     return page(request, "manage/events.html", session, **context, more=len(found) == wanted.limit)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import AfterValidator, StringConstraints
 from starlette.responses import HTMLResponse, Response
 
 from keel.store.rows import storable
-from keel.web.app.fields import Line
+from keel.web.app.fields import Line, Number
 from keel.web.app.manage import Reviewer
 from keel.web.app.render import page
 from keel.web.app.services import services
@@ -37,7 +37,7 @@ def judgements(
     part: Part = "trained",
     annotator: Line | None = None,
     guideline: Line | None = None,
-    number: Annotated[int, Query(ge=0, le=100_000)] = 0,
+    number: Number = 0,
 ) -> Response:
     count, works = services(request).models.work(model, part, annotator, guideline, number)
     context: dict[str, Any] = {"model": model, "count": count, "works": works, "number": number, "size": PAGE}

@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlencode
 
 from fastapi import Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -70,6 +70,8 @@ def environment() -> Environment:
         "when": when,
         "count": "{:,.0f}".format,
         "zip": _zip,
+        "address": _address,
+        "combine": _combine,
     }
     found.globals["static"] = static
     return found
@@ -96,3 +98,12 @@ def _conversation(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 def _zip(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[Any, Any]]:
     return list(zip(first, second, strict=True))
+
+
+def _combine(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    return {**first, **second}
+
+
+def _address(query: Mapping[str, Any]) -> str:
+    """What stands behind an address's question mark; what is empty is left out, but for an empty name of a queue."""
+    return urlencode({name: value for name, value in query.items() if value is not None and (value or name == "batch")})

@@ -11,17 +11,16 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, func, select
 
-from keel.store import Assignment, Store, blind, guidelines, leases, people, steps, work
+from keel.store import Assignment, Store, blind, guidelines, leases, people, steps, tallies, work
 from keel.store.guidelines import Guideline
 from keel.store.hand_in import WORK_TABLES
 from keel.store.leases import Renewed
 from keel.store.lineage import outcome_words, thumb_word
 from keel.store.people import Account
 from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKind
-from keel.store.standing import standing
 from keel.store.step_records import NewSteps
 from keel.store.steps import Sheet
-from keel.store.tables import annotators, assignments, items
+from keel.store.tables import assignments, items
 from keel.types import Message, UserError
 
 Given = TypeVar("Given", NewRanking, NewThumb, NewSteps, NewWriting)
@@ -68,6 +67,7 @@ class PastWork:
 class Labelling:
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._places = blind.Places()
         self._progress: dict[str, tuple[float, tuple[int, int]]] = {}
         self._guideline: tuple[float, Guideline | None] = (-_KEPT_SECONDS, None)
         self._gold_every: tuple[float, int] = (-_KEPT_SECONDS, GOLD_EVERY)
@@ -84,7 +84,7 @@ class Labelling:
                 every = int(people.setting(connection, "gold_every", GOLD_EVERY))
                 self._gold_every = time.monotonic(), every
             now, lease = self._store.now, self._store.lease
-            found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease)
+            found = blind.next_for(connection, person.annotator_id, kind, holding, every, now, lease, self._places)
             return None if found is None else _with_sheet(connection, found)
 
     def judge(self, person: Account, handle: str, vote: NewVote) -> int:
@@ -209,15 +209,8 @@ class Labelling:
         self._progress = {}
 
     def progress(self, person: Account, kind: WorkKind) -> Done:
-        table = WORK_TABLES[kind].table
-        midnight = self._store.now.replace(hour=0, minute=0, second=0, microsecond=0)
-        mine = (
-            standing(table, func.count())
-            .where(assignments.c.annotator_id == person.annotator_id)
-            .where(table.c.created >= midnight, items.c.kind == kind)
-        )
         with self._store.transaction(writes=False) as connection:
-            today = int(connection.execute(mine).scalar_one())
+            today = tallies.done_on(connection, person.annotator_id, kind, tallies.day_of(self._store.now))
         done, wanted = self._of_all(kind)
         return Done(today, done, wanted)
 
@@ -229,16 +222,16 @@ class Labelling:
     def _of_all(self, kind: WorkKind) -> tuple[int, int]:
         asked, figures = self._progress.get(kind, (-_KEPT_SECONDS, (0, 0)))
         if time.monotonic() - asked > _KEPT_SECONDS:
+            if asked > 0:  # others are told the old figures meanwhile: a hundred at once would all add up the queue
+                self._progress[kind] = time.monotonic(), figures
             plain = items.c.kind == kind, items.c.gold.is_(None), items.c.out.is_(False)
             still = select(func.coalesce(func.sum(items.c.overlap - items.c.taken), 0)).where(*plain)
-            hands = select(func.count()).select_from(assignments.join(items).join(annotators))
-            hands = hands.where(items.c.kind == kind)
+            hands = select(func.count()).select_from(assignments.join(items))
             with self._store.transaction(writes=False) as connection:
                 wanted = int(connection.execute(still.where(items.c.taken < items.c.overlap)).scalar_one())
                 held = int(connection.execute(hands.where(*plain, assignments.c.state == "leased")).scalar_one())
-                judged = hands.where(assignments.c.state == "judged", annotators.c.kind == "person")
-                done = int(connection.execute(judged).scalar_one())
-                of_wanted = int(connection.execute(judged.where(*plain)).scalar_one())
+                done = tallies.done_by_people(connection).get(kind, 0)
+                of_wanted = tallies.done_by_people(connection, plain=True).get(kind, 0)
             figures = done, of_wanted + held + wanted
             self._progress[kind] = time.monotonic(), figures
         return figures[0], max(figures)

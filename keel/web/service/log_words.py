@@ -27,7 +27,7 @@ WORK = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Entries:
     """Entries by ``who``, with one action (``what``), about one kind of thing, on one ``day`` (2026-11-28, UTC), older
     than entry ``before``. Empty, or 0: any."""
 
@@ -39,10 +39,10 @@ class Wanted:
     limit: int = 200
 
 
-EVERYTHING = Wanted()
+EVERYTHING = Entries()
 
 
-def entries(connection: Connection, wanted: Wanted) -> list[dict[str, Any]]:
+def entries(connection: Connection, wanted: Entries) -> list[dict[str, Any]]:
     """The newest first, each with its ``words``."""
     query = select(events).order_by(events.c.id.desc()).limit(wanted.limit)
     for column, value in (

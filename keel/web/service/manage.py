@@ -2,73 +2,51 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import select
-
 from keel.recipe.declared import Voter
 from keel.store import (
     Store,
-    arena,
     erase,
-    exchange,
     gold,
     guidelines,
     overview,
     people,
-    principles,
     removals,
     review,
-    step_files,
     steps,
-    thumbs,
-    whole,
+    tallies,
     work,
 )
 from keel.store.guidelines import Guideline, parse_aspects
-from keel.store.lineage import other_work, works
 from keel.store.overview import Queue
+from keel.store.paging import Page, Wanted
 from keel.store.people import Account
-from keel.store.people_tables import adjudications, aspect_ratings, rankings
-from keel.store.records import AnnotatorKind, WorkKind
+from keel.store.records import WorkKind
 from keel.store.removals import What
-from keel.store.settled import settle
-from keel.store.tables import annotators, assignments, judgements
+from keel.store.tallies import DayDone
 from keel.store.trained_on import VoteCount, count_votes
 from keel.types import UserError
 from keel.web.service import log_words
+from keel.web.service.exports import Export, export
+from keel.web.service.kept_quality import WAIT_SECONDS, WHOSE, Kept, QualityKeeper, Whose
 from keel.web.service.labelling import GOLD_EVERY
-from keel.web.service.log_words import EVERYTHING, Wanted
-from keel.web.service.quality import Day, Quality, days, quality
+from keel.web.service.log_words import EVERYTHING, Entries
+from keel.web.service.quality import Quality
 from keel.web.service.start import FIRST_BATCH, first_pairs, open_groups
 from keel.web.service.thumb_habits import ThumbHabits, thumb_habits
-
-Export = Literal[
-    "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "steps.jsonl", "demonstrations.jsonl",
-    "rankings.jsonl", "ratings.jsonl", "adjudications.jsonl", "arena.jsonl", "principles.jsonl", "events.jsonl",
-    "whole.jsonl",
-]  # fmt: skip
-
-Whose = Literal["people", "models", "all"]
-# Whose figures the Quality page shows. Those of whom an import does not tell what they are, are in "all" alone.
-WHOSE: Mapping[Whose, tuple[AnnotatorKind, ...]] = {
-    "people": overview.PEOPLE,
-    "models": ("model",),
-    "all": ("person", "model", "simulated", "unknown"),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    queues: list[Queue]
-    days: list[Day]
+    queues: Page[Queue]
+    open: int  # judgements that are wanted, of all queues
+    held: int
+    days: list[DayDone]
     flags: int
     prompts: int
     responses: int
@@ -76,53 +54,39 @@ class Overview:
     annotators: int  # people who did any
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """``last``: the last event that the figures know of; ``reliable_at``: that the reliabilities know of."""
-
-    last: int
-    reliable_at: int
-    quality: Quality
-
-
-STALE = 0.02
+FIRST = Wanted(size=50)
 
 
 class Manage:
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._working = threading.Lock()  # two who ask at once wait for one answer
-        self._quality: dict[Whose, _Kept] = {}
+        self._quality = QualityKeeper(store)
 
     def overview(self) -> Overview:
         with self._store.transaction(writes=False) as connection:
-            votes, others = overview.votes(connection), other_work(connection)
-            figures = overview.prompt_figures(connection)
+            figures, queues = overview.prompt_figures(connection), overview.queues(connection)
             return Overview(
-                queues=overview.queues(connection),
-                days=days(votes, 14, [(row.created.date(), row.name) for row in others]),
-                flags=len(overview.open_flags(connection)),
+                queues=FIRST.within(queues),
+                open=sum(queue.open for queue in queues),
+                held=sum(queue.held for queue in queues),
+                days=tallies.last_days(connection, 14),
+                flags=overview.count_flags(connection),
                 prompts=figures["prompts"],
                 responses=figures["responses"],
-                done={"compare": len(votes), **Counter(row.kind for row in others)},
-                annotators=len({vote.annotator for vote in votes} | {row.name for row in others}),
+                done={"compare": 0} | tallies.done_by_people(connection),
+                annotators=tallies.people_at_work(connection),
             )
 
     def quality(self, who: Whose) -> Quality:
-        """Worked out once until something happens in the store; the reliabilities, which cost the most, until as many
-        things have happened as are ``STALE`` of the votes that they rest on."""
-        with self._working:
-            with self._store.transaction(writes=False) as connection:
-                last = overview.last_event(connection)
-                kept = self._quality.get(who)
-                if kept is not None and kept.last == last:
-                    return kept.quality
-                votes = overview.votes(connection, WHOSE[who])
-                skips = overview.skips(connection)
-            fresh = kept is not None and last - kept.reliable_at <= STALE * kept.quality.reliability.votes
-            found = quality(votes, skips, kept.quality.reliability if kept is not None and fresh else None)
-            self._quality[who] = _Kept(last, kept.reliable_at if kept is not None and fresh else last, found)
-            return found
+        """As it is now."""
+        kept = self.quality_kept(who, wait=600)
+        if kept is None:
+            raise UserError("the figures could not be worked out; the server's log says why")
+        return kept.quality
+
+    def quality_kept(self, who: Whose, wait: float = WAIT_SECONDS) -> Kept | None:
+        """What is kept of it; None when there is nothing yet (`QualityKeeper.found`)."""
+        return self._quality.found(who, wait)
 
     def thumbs(self, who: Whose) -> list[ThumbHabits]:
         with self._store.transaction(writes=False) as connection:
@@ -130,14 +94,19 @@ class Manage:
 
     # ---------------------------------------------------------------------------------------------- queue, gold items
 
-    def queues(self) -> list[Queue]:
+    def queues(self, wanted: Wanted | None = None) -> Page[Queue]:
+        """All of them, or one page."""
         with self._store.transaction(writes=False) as connection:
-            return overview.queues(connection)
+            found = overview.queues(connection)
+        wanted = wanted or Wanted(size=len(found))
+        return wanted.within(queue for queue in found if wanted.find.lower() in queue.batch.lower())
 
-    def browse(self, kind: WorkKind, batch: str | None, gold: bool, page: int, size: int = 20) -> list[dict[str, Any]]:
+    def browse(
+        self, kind: WorkKind, batch: str | None, gold: bool, number: int, size: int = 20, find: str = ""
+    ) -> Page[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            found = overview.browse(connection, kind, batch, gold, page * size, size)
-            return steps.cut_up(connection, found) if kind == "step" else found
+            found = overview.browse(connection, kind, batch, gold, Wanted(find, number, size))
+            return Page(steps.cut_up(connection, found), found.wanted, found.more) if kind == "step" else found
 
     def set_gold(self, item_id: int, answer: str | None, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -163,9 +132,9 @@ class Manage:
 
     # ------------------------------------------------------------------------------------------------ prompts, writing
 
-    def newest_prompts(self, limit: int = 50) -> list[dict[str, Any]]:
+    def newest_prompts(self, wanted: Wanted = FIRST) -> Page[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.newest_prompts(connection, limit)
+            return overview.newest_prompts(connection, wanted)
 
     def ask_for_writing(self, prompts: int, overlap: int, actor: str) -> int:
         """Queue prompts that were not yet (those with the fewest responses first) for people to reply to; how many."""
@@ -214,13 +183,13 @@ class Manage:
 
     # --------------------------------------------------------------------------------------------------- last words
 
-    def disagreements(self) -> list[dict[str, Any]]:
+    def disagreements(self) -> Page[dict[str, Any]]:
         return self.disagreements_counted()[0]
 
-    def disagreements_counted(self) -> tuple[list[dict[str, Any]], int]:
-        """The first of them, and how many there are."""
+    def disagreements_counted(self, wanted: Wanted = FIRST) -> tuple[Page[dict[str, Any]], int]:
+        """A page of them, and how many there are."""
         with self._store.transaction(writes=False) as connection:
-            return overview.disagreements(connection)
+            return overview.disagreements(connection, wanted)
 
     def settled(self) -> list[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
@@ -232,9 +201,9 @@ class Manage:
                 connection, item_id, person.annotator_id, choice, reason or None, person.name, self._store.now
             )
 
-    def flags(self) -> list[dict[str, Any]]:
+    def flags(self, wanted: Wanted = FIRST) -> Page[dict[str, Any]]:
         with self._store.transaction(writes=False) as connection:
-            return overview.open_flags(connection)
+            return overview.open_flags(connection, wanted)
 
     def resolve_flag(self, id: int, actor: str) -> None:
         with self._store.transaction(writes=True) as connection:
@@ -242,10 +211,10 @@ class Manage:
 
     # ---------------------------------------------------------------------------------------------- out, and erased
 
-    def out(self) -> list[dict[str, Any]]:
+    def out(self, wanted: Wanted = FIRST) -> Page[dict[str, Any]]:
         """What is taken out of use, the last first."""
         with self._store.transaction(writes=False) as connection:
-            return removals.standing(connection)
+            return removals.standing(connection, wanted)
 
     def take_out(self, what: What, id: str, reason: str, flag: int | None, person: Account) -> None:
         """``flag``: that which it answers, which is resolved by it."""
@@ -288,68 +257,16 @@ class Manage:
             people.log(connection, now, actor, "added", "guideline", version, None, {"aspects": parsed}, version)
         return version
 
-    def events(self, wanted: Wanted = EVERYTHING) -> list[dict[str, Any]]:
+    def events(self, wanted: Entries = EVERYTHING) -> list[dict[str, Any]]:
         """The log's newest entries of those wanted, each with its ``words``."""
         with self._store.transaction(writes=False) as connection:
             return log_words.entries(connection, wanted)
 
     # -------------------------------------------------------------------------------------------------------- export
 
-    def export(self, what: Export, folder: Path) -> Path:
+    def export(self, what: Export, folder: Path, wanted: Callable[[], bool] = lambda: True) -> Path:
         """Write one export into ``folder``; its path."""
-        path = folder / what
-        if what.startswith("votes"):
-            self._store.export_preferences(path)
-            return path
-        if what == "thumbs.jsonl":
-            thumbs.export(self._store, path)
-            return path
-        if what == "steps.jsonl":
-            step_files.export(self._store, path)
-            return path
-        if what == "whole.jsonl":
-            with self._store.transaction(writes=False) as connection:
-                whole.export(connection, path)
-            return path
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            for row in self._rows(what):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return path
-
-    def _rows(self, what: Export) -> Iterator[dict[str, Any]]:
-        store = self._store
-        if what == "pairs.jsonl":
-            for pair in settle(store.preferences()):
-                row = {
-                    "id": pair.id,
-                    **exchange.pair_columns(pair),
-                    "chosen_finished": pair.chosen_finished,
-                    "rejected_finished": pair.rejected_finished,
-                    "tie": pair.tie,
-                    "margin": pair.margin,
-                    "annotator": pair.annotator,
-                    "settled": pair.settled or None,
-                    "probability": pair.probability,
-                }
-                yield exchange.no_preference(row)
-        elif what == "demonstrations.jsonl":
-            with store.transaction(writes=False) as connection:
-                done = works(connection)
-            for shown in store.demonstrations():
-                row = {"id": shown.id, "messages": [{"role": m.role, "content": m.content} for m in shown.messages]}
-                one = done[shown.id]
-                who = {"annotator": one.annotator, "guideline": one.guideline, "created": one.created.isoformat()}
-                yield row | who
-        elif what == "events.jsonl":
-            for event in store.events():
-                yield {name: getattr(event, name) for name in event.__slots__} | {"at": event.at.isoformat()}
-        else:
-            with store.transaction(writes=False) as connection:
-                if what == "principles.jsonl":
-                    rows = principles.given(connection)
-                else:
-                    rows = arena.votes(connection) if what == "arena.jsonl" else _plain(connection, what)
-            yield from rows
+        return export(self._store, what, folder, wanted)
 
 
 def _key(what: What, id: str) -> int | str:
@@ -358,16 +275,3 @@ def _key(what: What, id: str) -> int | str:
     if not id.isdecimal() or len(id) > 9:
         raise UserError(f"there is no {what} {id}")
     return int(id)
-
-
-def _plain(connection: Any, what: Export) -> list[dict[str, Any]]:
-    if what == "rankings.jsonl":
-        query = select(rankings, annotators.c.name.label("annotator"), assignments.c.item_id).select_from(
-            rankings.join(assignments, assignments.c.id == rankings.c.assignment_id).join(annotators)
-        )
-    elif what == "ratings.jsonl":
-        query = select(aspect_ratings, judgements.c.token).join(judgements).where(judgements.c.undone_at.is_(None))
-    else:
-        query = select(adjudications, annotators.c.name.label("annotator")).join(annotators)
-    rows = [dict(row) for row in connection.execute(query).mappings()]
-    return [{k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in row.items()} for row in rows]

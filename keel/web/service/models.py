@@ -94,8 +94,9 @@ class Models:
         self._store, self._read = store, read
 
     def all(self) -> list[Shaped]:
-        models, known = list(self._read()), self._known()
-        return [_shaped(model, models, known) for model in models]
+        models = list(self._read())
+        known = self._known() if models else None  # all that anybody did: not for a page without models
+        return [_shaped(model, models, known) for model in models if known is not None]
 
     def one(self, key: str) -> Shaped:
         models = list(self._read())

@@ -4,15 +4,14 @@ for bad votes. A figure that is not defined is None."""
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from statistics import median
 
-from keel.feedback.agreement import MIRROR, TIE, Agreement, cohens_kappa, raw_agreement, vote_pairs
-from keel.feedback.krippendorff import VALUES, krippendorff_alpha
-from keel.store.overview import Vote
+import numpy as np
+
+from keel.feedback.agreement import Agreement, agreement_of_counts, kappa_of_counts
+from keel.feedback.krippendorff import alpha_of_counts
+from keel.store.vote_columns import EPOCH, FIRST, NONE, SECOND, TIE, VoteColumns
 from keel.web.service.reliability import Reliability, reliability
 
 ENOUGH = 20  # votes below which nothing is said of an annotator
@@ -24,7 +23,7 @@ SIDE_MOST = 2.6  # standard errors of a fair coin: 1% of fair annotators are nam
 @dataclass(frozen=True, slots=True)
 class Day:
     day: date
-    votes: int  # everything that was done, rankings and replies too
+    votes: int
     annotators: int
     agreement: float | None  # of all votes up to this day's end
 
@@ -71,38 +70,60 @@ class Quality:
         return [one for one in self.annotators if one.reasons]
 
 
-def quality(votes: Sequence[Vote], skips: dict[str, int], reliable: Reliability | None = None) -> Quality:
+def quality(votes: VoteColumns, skips: dict[str, int], reliable: Reliability | None = None) -> Quality:
     """``reliable``: worked out before, over most of these votes; by default now, over all of them."""
     reliable = reliability(votes) if reliable is None else reliable
-    by_item = _by_item(votes)
+    plain = votes.where(votes.gold_V == NONE)  # gold items are easy by choice
+    counts_IK = _counts(plain)
     return Quality(
-        raw_agreement(by_item, bootstrap=500),
-        raw_agreement(by_item, ties=True, bootstrap=500),
-        _kappa(by_item),
-        krippendorff_alpha(_values(votes, graded=False), "nominal", bootstrap=500, mirror=True),
-        krippendorff_alpha(_values(votes, graded=True), "ordinal", bootstrap=500, mirror=True),
+        agreement_of_counts(counts_IK[:, :TIE], bootstrap=500),
+        agreement_of_counts(counts_IK, bootstrap=500),
+        _kappa(plain),
+        alpha_of_counts(counts_IK[:, [SECOND, TIE, FIRST]], np.array([-1.0, 0.0, 1.0]), "nominal", bootstrap=500),
+        _graded_alpha(plain),
         days(votes),
         [_judged(one, reliable) for one in habits(votes, skips)],
         reliable,
     )
 
 
-def _kappa(by_item: dict[int, list[str]]) -> float | None:
+def with_reliability(found: Quality, reliable: Reliability) -> Quality:
+    """The figures with other reliabilities."""
+    return replace(found, annotators=[_judged(one, reliable) for one in found.annotators], reliability=reliable)
+
+
+def _counts(votes: VoteColumns, values_V: np.ndarray | None = None, size: int = 3) -> np.ndarray:
+    """How often each vote (FIRST, SECOND, TIE, or another of ``size`` values) was given, an item a row."""
+    items, place_V = np.unique(votes.item_V, return_inverse=True)
+    cells = place_V.ravel() * size + (votes.vote_V if values_V is None else values_V)
+    return np.bincount(cells, minlength=len(items) * size).reshape(len(items), size)
+
+
+def _kappa(votes: VoteColumns) -> float | None:
     """Cohen's kappa of all pairs of votes, each counted both ways round: which response was stored first means
     nothing, and chance must not hang on it."""
-    pairs = vote_pairs(by_item, ties=True)
-    return cohens_kappa([*pairs, *((MIRROR[a], MIRROR[b]) for a, b in pairs)])
+    order = np.lexsort([votes.annotator_V, votes.item_V])  # of a pair, the first is the first by name
+    item_V, vote_V = votes.item_V[order], votes.vote_V[order].astype(np.int64)
+    counts_KK = np.zeros((3, 3), dtype=np.int64)
+    for step in range(1, len(order)):
+        same = item_V[step:] == item_V[:-step]
+        if not same.any():
+            break
+        cells = 3 * vote_V[:-step][same] + vote_V[step:][same]
+        counts_KK += np.bincount(cells, minlength=9).reshape(3, 3)
+    turned = [SECOND, FIRST, TIE]
+    return kappa_of_counts(counts_KK + counts_KK[turned][:, turned])
 
 
-def _values(votes: Sequence[Vote], graded: bool) -> dict[int, list[float]]:
-    """Each item's votes as values: 1 for the first response, -1 for the second, 0 for a tie; ``graded``: times the
-    strength, 1 where there is none."""
-    values: dict[int, list[float]] = {}
-    for vote in votes:
-        if vote.gold is None:
-            side = VALUES[vote.vote]
-            values.setdefault(vote.item_id, []).append(side * (vote.strength or 1.0) if graded else side)
-    return values
+def _graded_alpha(votes: VoteColumns) -> Agreement | None:
+    """Of values: 1 for the first response, -1 for the second, 0 for a tie, times the strength, 1 where there is
+    none."""
+    side_V = np.array([1.0, -1.0, 0.0])[votes.vote_V]
+    value_V = side_V * np.where(np.nan_to_num(votes.strength_V) == 0, 1.0, votes.strength_V) + 0.0  # no -0
+    given = np.unique(value_V)
+    values = np.union1d(given, -given)
+    counts_IV = _counts(votes, np.searchsorted(values, value_V), len(values))
+    return alpha_of_counts(counts_IV, values, "ordinal", bootstrap=500)
 
 
 def _judged(one: Habits, reliable: Reliability) -> Habits:
@@ -114,80 +135,65 @@ def _judged(one: Habits, reliable: Reliability) -> Habits:
     )
 
 
-def _by_item(votes: Sequence[Vote]) -> dict[int, list[str]]:
-    """Each item's votes in the order of the annotators' names. Gold items are left out: they are easy by choice."""
-    named: dict[int, list[tuple[str, str]]] = {}
-    for vote in votes:
-        if vote.gold is None:
-            named.setdefault(vote.item_id, []).append((vote.annotator, vote.vote))
-    return {item: [vote for _, vote in sorted(said)] for item, said in named.items()}
-
-
-def days(votes: Sequence[Vote], most: int = 30, others: Sequence[tuple[date, str]] = ()) -> list[Day]:
-    """The last days on which anything was done, each with the agreement (ties left out) of all votes until then.
-    ``others``: day and annotator of what was done besides comparing."""
-    by_day: dict[date, list[Vote]] = {}
-    for vote in votes:
-        by_day.setdefault(vote.created.date(), []).append(vote)
-    also: dict[date, list[str]] = {}
-    for day, annotator in others:
-        also.setdefault(day, []).append(annotator)
+def days(votes: VoteColumns, most: int = 30) -> list[Day]:
+    """The last days on which anybody voted, each with the agreement (ties left out) of all votes until then."""
+    items, place_V = np.unique(votes.item_V, return_inverse=True)
+    counts_IK = np.zeros((len(items), 2), dtype=np.int64)
+    share_I = np.full(len(items), np.nan)  # of equal pairs, of items with two votes or more
     found = []
-    said: dict[int, Counter[str]] = {}
-    share: dict[int, float] = {}  # of equal pairs, by item with two votes or more
-    total = 0.0
-    for day in sorted(by_day.keys() | also.keys()):
-        here, more = by_day.get(day, []), also.get(day, [])
-        for vote in here:
-            if vote.gold is not None or vote.vote == TIE:
-                continue
-            counts = said.setdefault(vote.item_id, Counter())
-            counts[vote.vote] += 1
-            if (pairs := math.comb(counts.total(), 2)) > 0:
-                equal = sum(math.comb(count, 2) for count in counts.values()) / pairs
-                total += equal - share.get(vote.item_id, 0.0)
-                share[vote.item_id] = equal
-        names = {vote.annotator for vote in here}.union(more)
-        found.append(Day(day, len(here) + len(more), len(names), total / len(share) if share else None))
+    order = np.argsort(votes.day_V, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(votes.day_V[order])) + 1) if len(order) else ():
+        counted = rows[(votes.gold_V[rows] == NONE) & (votes.vote_V[rows] != TIE)]
+        here = place_V.ravel()[counted]
+        np.add.at(counts_IK, (here, votes.vote_V[counted]), 1)
+        touched = np.unique(here)
+        counts = counts_IK[touched]
+        total = counts.sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            share_I[touched] = (counts * (counts - 1)).sum(axis=1) / (total * (total - 1))
+        known = share_I[np.isfinite(share_I)]
+        day = date.fromordinal(EPOCH + int(votes.day_V[rows[0]]))
+        people = len(np.unique(votes.annotator_V[rows]))
+        found.append(Day(day, len(rows), people, float(known.mean()) if len(known) else None))
     return found[-most:]
 
 
-def habits(votes: Sequence[Vote], skips: dict[str, int]) -> list[Habits]:
+def habits(votes: VoteColumns, skips: dict[str, int]) -> list[Habits]:
     """Each annotator's habits, the busiest first."""
-    tally: dict[int, Counter[str]] = {}
-    for vote in votes:
-        tally.setdefault(vote.item_id, Counter())[vote.vote] += 1
-    mine: dict[str, list[Vote]] = {}
-    for vote in votes:
-        mine.setdefault(vote.annotator, []).append(vote)
-    found = [_habits(name, given, tally, skips.get(name, 0)) for name, given in mine.items()]
+    place_V = np.unique(votes.item_V, return_inverse=True)[1]
+    others_VK = _counts(votes)[place_V.ravel()]
+    others_VK[np.arange(len(votes)), votes.vote_V] -= 1
+    best_V = np.sort(others_VK, axis=1)
+    majority_V = best_V[:, -1] > best_V[:, -2]  # an even split has no majority
+    shared_V = others_VK.argmax(axis=1) == votes.vote_V
+    order = np.argsort(votes.annotator_V, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(votes.annotator_V[order])) + 1) if len(order) else []
+    found = [_habits(votes, rows, majority_V, shared_V, skips) for rows in parts]
     return sorted(found, key=lambda one: (-one.votes, one.annotator))
 
 
-def _habits(name: str, given: list[Vote], tally: dict[int, Counter[str]], skipped: int) -> Habits:
-    shared = []
-    for vote in given:
-        others = tally[vote.item_id] - Counter([vote.vote])
-        best = others.most_common(2)
-        if best and (len(best) == 1 or best[0][1] > best[1][1]):  # an even split has no majority
-            shared.append(vote.vote == best[0][0])
-    gold = [vote.vote == vote.gold for vote in given if vote.gold is not None]
-    left = [vote.left for vote in given if vote.left is not None]
-    longer = [vote.longer for vote in given if vote.longer is not None]
-    seconds = [vote.seconds for vote in given if vote.seconds is not None]
+def _habits(
+    votes: VoteColumns, rows: np.ndarray, majority_V: np.ndarray, shared_V: np.ndarray, skips: dict[str, int]
+) -> Habits:
+    """Of the annotator whose votes these are."""
+    who = int(votes.annotator_V[rows[0]])
+    name = votes.names[who]
+    compared, gold = rows[majority_V[rows]], rows[votes.gold_V[rows] != NONE]
+    left, longer = (column[rows][column[rows] != NONE] for column in (votes.left_V, votes.longer_V))
+    seconds = votes.seconds_V[rows][np.isfinite(votes.seconds_V[rows])]
     one = Habits(
         annotator=name,
-        kind=given[0].kind,
-        votes=len(given),
-        with_others=_share(shared),
-        compared=len(shared),
-        gold=_share(gold),
+        kind=votes.kinds[who],
+        votes=len(rows),
+        with_others=_share(shared_V[compared]),
+        compared=len(compared),
+        gold=_share(votes.vote_V[gold] == votes.gold_V[gold]),
         gold_votes=len(gold),
-        left=_share(left),
-        longer=_share(longer),
-        ties=_share([vote.vote == "tie" for vote in given]),
-        seconds=median(seconds) if seconds else None,
-        skips=skipped,
+        left=_share(left == 1),
+        longer=_share(longer == 1),
+        ties=_share(votes.vote_V[rows] == TIE),
+        seconds=float(np.median(seconds)) if len(seconds) else None,
+        skips=skips.get(name, 0),
         warnings=(),
     )
     return _with_warnings(one, len(left))
@@ -208,5 +214,5 @@ def _with_warnings(one: Habits, sided: int) -> Habits:
     return replace(one, warnings=tuple(warnings))
 
 
-def _share(found: Sequence[bool]) -> float | None:
-    return sum(found) / len(found) if found else None
+def _share(found: np.ndarray) -> float | None:
+    return int(found.sum()) / len(found) if len(found) else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from keel.feedback.agreement import TIE, Agreement, Label
-from keel.feedback.crowd_bt import Comparison, crowd_bt
-from keel.feedback.dawid_skene import reliabilities, unreliable
-from keel.store.overview import Vote
+import numpy as np
+
+from keel.feedback.agreement import Agreement
+from keel.feedback.crowd_bt import etas_of
+from keel.feedback.dawid_skene import reliabilities_of, unreliable
+from keel.store.vote_columns import NONE, SECOND, TIE, VoteColumns
 
 # Decided votes a response from which Crowd-BT can tell annotators apart. With fewer a response's score explains any
 # vote on it, and everybody seems right; in simulations coins came out at 1 with 1.5 and near 1/2 with 3.
@@ -38,22 +40,30 @@ class Reliability:
         return tuple(found)
 
 
-def reliability(votes: Sequence[Vote], bootstrap: int = 100) -> Reliability:
+UNKNOWN = Reliability({}, {}, 0, 0.0)  # before anything was worked out
+
+
+def reliability(votes: VoteColumns, bootstrap: int = 100) -> Reliability:
     """Gold items, and those that a reviewer settled, have a known answer."""
-    known = {vote.item_id: vote.settled or vote.gold for vote in votes if vote.settled or vote.gold}
-    labels = [Label(vote.item_id, vote.annotator, vote.vote) for vote in votes]
-    answers = {item: answer for item, answer in known.items() if answer is not None}
-    decided = [vote for vote in votes if vote.vote != TIE]
-    comparisons = [_comparison(vote) for vote in decided]
-    responses = {response for vote in decided for response in vote.responses}
-    share = len(decided) / len(responses) if responses else 0.0
-    scored = crowd_bt(comparisons, bootstrap=bootstrap // 2).eta if share >= CROWD_BT_LEAST else {}
-    return Reliability(reliabilities(labels, answers, bootstrap=bootstrap), scored, len(votes), share)
-
-
-def _comparison(vote: Vote) -> Comparison:
-    first, second = vote.responses
-    return Comparison(vote.annotator, *((first, second) if vote.vote == "first" else (second, first)))
+    answer_V = np.where(votes.settled_V != NONE, votes.settled_V, votes.gold_V)
+    items, place_V = np.unique(votes.item_V, return_inverse=True)
+    known_I = np.full(len(items), NONE)
+    known_I[place_V.ravel()] = answer_V
+    known_I[known_I == TIE] = NONE  # no answer to a decided vote
+    decided_V = votes.vote_V != TIE
+    decided, place_V = votes.where(decided_V), place_V.ravel()[decided_V]
+    second_V = (decided.vote_V == SECOND).astype(np.int64)
+    responses = len(np.union1d(decided.first_V, decided.second_V))
+    share = len(decided) / responses if responses else 0.0
+    scored: Mapping[str, Agreement] = {}
+    if share >= CROWD_BT_LEAST:
+        winner_V = np.where(second_V, decided.second_V, decided.first_V)
+        loser_V = np.where(second_V, decided.first_V, decided.second_V)
+        scored = etas_of(decided.annotator_V, winner_V, loser_V, votes.names, bootstrap=bootstrap // 2)
+    given = np.unique(votes.annotator_V)
+    found = reliabilities_of(place_V, decided.annotator_V, second_V, known_I, votes.names, bootstrap=bootstrap)
+    named = {votes.names[n] for n in given}
+    return Reliability({name: one for name, one in found.items() if name in named}, scored, len(votes), share)
 
 
 def _said(one: Agreement, of: Mapping[str, Agreement]) -> str:
