@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, exists, insert, or_, select, update
 
 from keel.store import feed, people
 from keel.store.api_tables import deliveries, webhooks
+from keel.store.overview import last_event
 from keel.types import UserError
 
 MOST_SENT = 100  # entries in one delivery
@@ -47,7 +48,7 @@ _ACTIVE = (
 def add_webhook(connection: Connection, url: str, secret: str, by: str, now: datetime) -> int:
     """It is sent what comes from now on."""
     people.still_admin(connection, by)
-    row = {"url": url, "secret": secret, "cursor": feed.end(connection), "made_by": by, "created": now}
+    row = {"url": url, "secret": secret, "cursor": last_event(connection), "made_by": by, "created": now}
     made = connection.execute(insert(webhooks), row).inserted_primary_key
     assert made is not None
     people.log(connection, now, by, "made", "webhook", made.id, None, None)
@@ -85,9 +86,12 @@ def all_webhooks(connection: Connection) -> list[dict[str, Any]]:
     return found
 
 
-def active(connection: Connection) -> list[int]:
-    """The webhooks that are sent to."""
-    return list(connection.execute(select(webhooks.c.id).where(*_ACTIVE).order_by(webhooks.c.id)).scalars())
+def due(connection: Connection, now: datetime) -> list[int]:
+    """The webhooks for which there may be something to send."""
+    open_ones = exists().where(deliveries.c.webhook_id == webhooks.c.id, deliveries.c.delivered_at.is_(None))
+    news = webhooks.c.cursor < last_event(connection), ~open_ones
+    query = select(webhooks.c.id).where(*_ACTIVE, or_(open_ones.where(deliveries.c.next_at <= now), and_(*news)))
+    return list(connection.execute(query.order_by(webhooks.c.id)).scalars())
 
 
 def take(connection: Connection, id: int, process: str, now: datetime, lease: timedelta) -> Delivery | None:

@@ -51,7 +51,7 @@ class Webhooks:
         reachable(url, self._allowed)
         secret = "whsec_" + secrets.token_urlsafe(32)
         with self._store.transaction(writes=True) as connection:
-            if len(webhooks.active(connection)) >= MOST:
+            if len(webhooks.all_webhooks(connection)) >= MOST:
                 raise UserError(f"there are {MOST} webhooks already; end one first")
             webhooks.add_webhook(connection, url, secret, actor, self._store.now)
         return secret
@@ -90,7 +90,7 @@ class Webhooks:
     def deliver(self) -> int:
         """Send what is to be sent now, one delivery a webhook; how many were taken."""
         with self._store.transaction(writes=False) as connection:
-            ids = webhooks.active(connection)
+            ids = webhooks.due(connection, self._store.now)
         due = []
         for id in ids:
             with self._store.transaction(writes=True) as connection:
