@@ -393,7 +393,7 @@ def test_a_delivery_is_signed_and_sent_until_it_is_taken(fresh: Place, monkeypat
         problems = []
         for number in range(3):
             with monkeypatch.context() as patch:
-                patch.setattr(sending, "SECONDS", 0.3 if number == 1 else 60.0)
+                patch.setattr(sending, "SECONDS", 2.0 if number == 1 else 60.0)
                 assert hooks.deliver() == 0
             (shown,) = hooks.all()
             problems.append(shown["last"]["problem"])

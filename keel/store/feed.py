@@ -93,7 +93,7 @@ def entries(
     )
     if since is not None:
         query = query.where(events.c.at >= since)
-    logged = connection.execute(query).all()
+    logged: Sequence[Any] = connection.execute(query).all()
     rows: dict[tuple[str, str], Row[Any]] = {}
     for entity in {row.entity for row in logged}:
         ids = sorted({int(row.entity_id) for row in logged if row.entity == entity})

@@ -9,10 +9,12 @@ import hmac
 import json
 import logging
 import secrets
+import ssl
 import threading
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -69,6 +71,11 @@ class Webhooks:
             return webhooks.all_webhooks(connection)
 
     # ------------------------------------------------------------------------------------------------------ sending
+
+    @cached_property
+    def _trusted(self) -> ssl.SSLContext:
+        """The machine's certificates; to read them takes a while."""
+        return httpx2.create_ssl_context()
 
     def start(self) -> None:
         """Begin to deliver, in a thread that ends with the process or with ``stop``."""
@@ -141,7 +148,9 @@ class Webhooks:
         }
         named = {"sni_hostname": parts.hostname}  # whose certificate it must be
         async with (
-            httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=SECONDS) as client,
+            httpx2.AsyncClient(
+                trust_env=False, follow_redirects=False, timeout=SECONDS, verify=self._trusted
+            ) as client,
             client.stream(
                 "POST",
                 urlunsplit(parts._replace(netloc=netloc)),
