@@ -20,6 +20,7 @@ RANKS = {
     "stats": -2,  # plain numbers, below every room that has figures
     "precision": -2,
     "endpoint": -2,
+    "client": -1,
     "kernels": -1,
     **dict.fromkeys(("run", "data", "store", "objective"), 0),
     "model": 1,

@@ -76,6 +76,9 @@ LEAST: dict[str, str | None] = {
     "GET /manage/arena": "reviewer", "GET /manage/arena/votes": "reviewer",
     "POST /manage/arena/votes/{vote}": "reviewer", "POST /manage/arena/names": "admin",
     "POST /manage/steps/queue": "admin", "POST /manage/steps/reference": "admin",
+    "GET /manage/api": "admin", "POST /manage/api/tokens": "admin", "POST /manage/api/tokens/end": "admin",
+    "POST /manage/api/webhooks": "admin", "POST /manage/api/webhooks/end": "admin",
+    "POST /manage/api/webhooks/again": "admin",
 }  # fmt: skip
 
 API_BODIES: dict[str, dict] = {
@@ -118,6 +121,11 @@ FORMS: dict[str, dict[str, str]] = {
     "/manage/people/withdraw": {"id": "1"},
     "/manage/people/change": {"name": "nobody", "role": "annotator"},
     "/manage/guideline": {"text": "words"},
+    "/manage/api/tokens": {"name": "x", "of": "nobody", "role": "annotator"},
+    "/manage/api/tokens/end": {"id": "1"},
+    "/manage/api/webhooks": {"url": "http://example.org"},
+    "/manage/api/webhooks/end": {"id": "1"},
+    "/manage/api/webhooks/again": {"id": "1"},
     "/manage/constitution/draft": {"name": "nothing"},
     "/manage/constitution/drop": {"name": "nothing"},
     "/manage/constitution/principle": {"name": "nothing", "seen": "x", "id": "x"},
@@ -152,7 +160,9 @@ def ask(client: Client, method: str, route: str):  # type: ignore[no-untyped-def
 
 
 def test_every_route_is_known_with_its_least_role(world: World) -> None:
-    assert {f"{method} {path}" for method, path in all_routes(world)} == LEAST.keys()
+    # programs' routes take tokens: tests/test_api.py
+    here = {f"{method} {path}" for method, path in all_routes(world) if not path.startswith("/api/v1/")}
+    assert here == LEAST.keys()
 
 
 @pytest.mark.parametrize("role", [None, *ROLES])

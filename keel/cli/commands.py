@@ -297,6 +297,18 @@ def _label(arguments: argparse.Namespace) -> int:
     return label(arguments)
 
 
+def _token(arguments: argparse.Namespace) -> int:
+    from keel.cli.token import end_token, list_tokens, make_token
+
+    if arguments.make is not None:
+        print(make_token(arguments.store, arguments.make, arguments.of, arguments.role, arguments.per_minute))
+    elif arguments.end is not None:
+        print(end_token(arguments.store, arguments.end))
+    else:
+        print(list_tokens(arguments.store))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
@@ -309,5 +321,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "lineage": _lineage,
     "arena": _arena,
     "label": _label,
+    "token": _token,
     **dict.fromkeys(STAGES, _stage),
 }

@@ -73,7 +73,16 @@ def label(arguments: argparse.Namespace) -> int:
             say(ordering.state().message)
         if split is not None and (queued := begin(store, split, gains)):
             say(f"{queued} replies are queued to be labelled in steps")
-        serve(store, arguments.host, arguments.port, sources, say, arguments.proxy, arguments.address)
+        serve(
+            store,
+            arguments.host,
+            arguments.port,
+            sources,
+            say,
+            arguments.proxy,
+            arguments.address,
+            arguments.webhooks_to,
+        )
     return 0
 
 

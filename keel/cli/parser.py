@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _lineage(commands)
     _arena(commands)
     _label(commands)
+    _token(commands)
     _harbor(commands)
     return parser
 
@@ -221,6 +222,14 @@ def _label(commands: Commands) -> None:
         "believed; repeat it (default: nobody's are)",
     )
     label.add_argument(
+        "--webhooks-to",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="an address or network that is not public, to which webhooks may lead all the same; repeat it (default: "
+        "this machine, where it serves this machine alone)",
+    )
+    label.add_argument(
         "--arena",
         action="append",
         default=[],
@@ -252,6 +261,19 @@ def _label(commands: Commands) -> None:
         help="replies whose steps teach most come first: rows of prompt, completion and priority (default: at random)",
     )
     label.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the endpoints' key")
+
+
+def _token(commands: Commands) -> None:
+    token = commands.add_parser("token", help="tokens with which programs use the labelling app: list, make, end")
+    token.add_argument("store", metavar="STORE", help="a run directory, a store's SQLite file, or postgresql://...")
+    what = token.add_mutually_exclusive_group()
+    what.add_argument("--make", default=None, metavar="NAME", help="make one, called so; it is printed once")
+    what.add_argument("--end", type=positive, default=None, metavar="NUMBER", help="end the one with this number")
+    token.add_argument("--of", default=None, metavar="PERSON", help="in whose name (default: the owner's)")
+    token.add_argument(
+        "--role", choices=("annotator", "reviewer", "admin"), default="annotator", help="default: %(default)s"
+    )
+    token.add_argument("--per-minute", type=positive, default=600, metavar="N", help="requests (default: %(default)s)")
 
 
 def _harbor(commands: Commands) -> None:

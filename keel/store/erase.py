@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, or_, select, update
 
 from keel.store import tallies
+from keel.store.api_tables import answers, tokens, webhooks
 from keel.store.ballots import keep_facts
 from keel.store.people import ACTORS
 from keel.store.people_tables import (
@@ -92,9 +93,16 @@ def erase_person(connection: Connection, name: str, texts: bool, actor: str, now
         connection.execute(update(accounts).where(mine).values(password=None, active=False))
         connection.execute(delete(sessions).where(sessions.c.annotator_id == person.id))
         connection.execute(delete(links).where(links.c.annotator_id == person.id))
+        theirs = select(tokens.c.id).where(tokens.c.annotator_id == person.id)
+        connection.execute(delete(answers).where(answers.c.token_id.in_(theirs)))
+        connection.execute(delete(tokens).where(tokens.c.annotator_id == person.id))
+        for ways in (tokens, webhooks):
+            connection.execute(
+                update(ways).where(ways.c.made_by == name, ways.c.ended_at.is_(None)).values(ended_at=now)
+            )
         open_links = links.c.made_by == name, links.c.used_at.is_(None)
         connection.execute(update(links).where(*open_links).values(used_at=now))
-        for table in (links, sampling_requests):
+        for table in (links, sampling_requests, tokens, webhooks):
             connection.execute(update(table).where(table.c.made_by == name).values(made_by=new))
         connection.execute(update(events).where(events.c.actor == name).values(actor=new))
         about = events.c.entity.in_(("account", "annotator")), events.c.entity_id == name

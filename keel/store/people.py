@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Table, insert, or_, select, update
 
+from keel.store.api_tables import tokens, webhooks
 from keel.store.ingest import insert_missing, insert_new
 from keel.store.people_tables import accounts, links, sessions, settings
 from keel.store.tables import annotators, event, events
@@ -118,8 +119,8 @@ def _hold_admins(connection: Connection) -> None:
 
 
 def change_account(connection: Connection, name: str, actor: str, now: datetime, **changes: Any) -> None:
-    """Change ``role``, ``active`` or ``password``. Links for the account end, and with an admin's rights the links that
-    they made. UserError when nobody could manage any more."""
+    """Change ``role``, ``active`` or ``password``. Links and tokens for the account end, and with an admin's rights the
+    links, tokens and webhooks that they made. UserError when nobody could manage any more."""
     _hold_admins(connection)
     old = account(connection, name)
     if old is None:
@@ -138,8 +139,11 @@ def change_account(connection: Connection, name: str, actor: str, now: datetime,
     if own or was.get("role") != changes.get("role"):  # whoever was signed in signs in again, with what holds now
         end_sessions(connection, old.annotator_id, now)
         _end_links(connection, links.c.annotator_id == old.annotator_id, actor, now)
+        end_ways(connection, tokens, "token", tokens.c.annotator_id == old.annotator_id, actor, now)
     if not (changes.get("role", old.role) == "admin" and changes.get("active", old.active)):
         _end_links(connection, links.c.made_by == name, actor, now)
+        end_ways(connection, tokens, "token", tokens.c.made_by == name, actor, now)
+        end_ways(connection, webhooks, "webhook", webhooks.c.made_by == name, actor, now)
     told = {key: value for key, value in changes.items() if key != "password"} or {"password": "changed"}
     log(connection, now, actor, "changed", "account", name, was or None, told)
 
@@ -160,8 +164,8 @@ def add_link(
 
 
 # Whoever made it may still make one. (A link ends with its maker's rights; this is for what older Keels left open.)
-_MAKERS = select(annotators.c.name).join(accounts).where(annotators.c.role == "admin", accounts.c.active)
-_HOLDS = links.c.used_at.is_(None) & or_(links.c.made_by.in_(ACTORS), links.c.made_by.in_(_MAKERS))
+MAKERS = select(annotators.c.name).join(accounts).where(annotators.c.role == "admin", accounts.c.active)
+_HOLDS = links.c.used_at.is_(None) & or_(links.c.made_by.in_(ACTORS), links.c.made_by.in_(MAKERS))
 
 
 def link(connection: Connection, digest: str, now: datetime, use: bool = False) -> dict[str, Any] | None:
@@ -194,6 +198,17 @@ def _end_links(connection: Connection, which: ColumnElement[bool], actor: str, n
     ended = update(links).where(which, links.c.used_at.is_(None), links.c.expires_at > now).values(used_at=now)
     for row in connection.execute(ended.returning(links.c.id)).all():
         log(connection, now, actor, "withdrew", "link", row.id, None, None)
+
+
+def end_ways(
+    connection: Connection, table: Table, what: str, which: ColumnElement[bool], actor: str, now: datetime
+) -> list[int]:
+    """End tokens or webhooks that have not ended, for good; their ids."""
+    ended = update(table).where(which, table.c.ended_at.is_(None)).values(ended_at=now)
+    ids = [int(row.id) for row in connection.execute(ended.returning(table.c.id))]
+    for id in ids:
+        log(connection, now, actor, "ended", what, id, None, None)
+    return ids
 
 
 def withdraw_link(connection: Connection, id: int, actor: str, now: datetime) -> None:

@@ -2,7 +2,8 @@
 
 The files of votes, thumbs and steps carry work from one store into another that has its own. This one is for moving a
 store, or keeping it: a line says which tables there are and how many rows each has, then comes a line a row, in an
-order in which each row finds what it refers to. Ways in stay behind: links, sessions and passwords.
+order in which each row finds what it refers to. Ways in and out stay behind: links, sessions, passwords, tokens and
+webhooks.
 
 A store takes it when it is empty. One that came from it, or that it came from, has all its rows, and is left as it is.
 """
@@ -22,6 +23,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import JSON, Column, Connection, Integer, Table, func, insert, select, tuple_
 from sqlalchemy.exc import DataError, IntegrityError, StatementError
 
+import keel.store.api_tables
 import keel.store.people_tables  # noqa: F401 (its tables belong to the metadata)
 from keel.store.engine import VERSION_TABLE
 from keel.store.rows import checked_text
@@ -29,7 +31,7 @@ from keel.store.tables import UtcDateTime, metadata
 from keel.types import UserError
 
 HEAD = "keel_store"  # of the first line: the schema's revision
-SECRET_TABLES = frozenset({"links", "sessions"})
+SECRET_TABLES = frozenset({"links", "sessions", "tokens", "answers", "webhooks", "deliveries"})
 SECRET_COLUMNS = frozenset({("accounts", "password")})
 TABLES = tuple(table for table in metadata.sorted_tables if table.name not in SECRET_TABLES)
 _READ = 500  # rows

@@ -13,9 +13,12 @@ from keel.store import Store
 from keel.types import UserError
 from keel.web.app.create import create_app
 from keel.web.app.proxies import networks
+from keel.web.service.addresses import LOOPBACK, allowed_networks
 from keel.web.service.people import People
 from keel.web.service.sources import Sources
 from keel.web.service.start import prepare
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
@@ -26,19 +29,24 @@ def serve(
     say: Callable[[str], None],
     proxies: Sequence[str] = (),
     address: str | None = None,
+    webhooks_to: Sequence[str] = (),
 ) -> None:
     """Serves the labelling app until it is stopped (Ctrl-C, SIGTERM). ``say`` gets the address and a one-time sign-in
     link; ``port`` 0 is a free one; ``proxies``: whose forwarded addresses are believed; ``address``: under which people
-    reach it, where that is not the one it listens on. UserError when the port can't be had, or a proxy or the address
-    is none."""
+    reach it, where that is not the one it listens on; ``webhooks_to``: networks that are not public, to which webhooks
+    may lead (to this machine itself also where it serves nobody else). UserError when the port can't be had, or a
+    proxy, the address or a network is none."""
     # a page or an export that reckons for seconds holds up whoever labels a millisecond at a time, not five
     sys.setswitchinterval(0.001)
     networks(proxies)
     reached = None if address is None else checked_address(address)
+    alone = host in LOCAL and not proxies
+    allowed = [*allowed_networks(webhooks_to), *(LOOPBACK if alone else ())]
     prepare(store)
-    app = create_app(store, sources, proxies, reached)
+    app = create_app(store, sources, proxies, reached, allowed)
     app.state.services.sampling.recover()
     app.state.services.ordering.recover()
+    app.state.services.webhooks.start()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -52,7 +60,7 @@ def serve(
         listens = f"http://{shown}:{listener.getsockname()[1]}"
         say(f"Keel labelling on {listens} (Ctrl-C stops it)")
         say(f"sign in once with {reached or listens}/enter/{People(store).owner_link()}")
-        if host not in ("127.0.0.1", "::1", "localhost"):
+        if host not in LOCAL:
             say("others can reach this address: put HTTPS in front of it before you invite anybody")
         # no access log: the paths of links are secrets
         config = uvicorn.Config(

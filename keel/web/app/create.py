@@ -14,13 +14,27 @@ from starlette.staticfiles import StaticFiles
 
 from keel.store import LeaseLost, Store, Unavailable
 from keel.types import UserError
-from keel.web.app import api, constitutions, exports, manage, models, pages, standings, steps, training
+from keel.web.app import (
+    api,
+    constitutions,
+    exports,
+    manage,
+    models,
+    pages,
+    programs,
+    standings,
+    steps,
+    training,
+    v1,
+)
 from keel.web.app.proxies import Forwarded, networks
 from keel.web.app.render import STATIC, page
-from keel.web.app.security import Forged, Guard, NotAllowed, NotSignedIn, Shield, TooLarge, TooMany
+from keel.web.app.security import Forged, Guard, NotAllowed, NoToken, NotSignedIn, Shield, TooLarge, TooMany
 from keel.web.app.services import Services, services
+from keel.web.service.addresses import Network
 from keel.web.service.arena import Busy
 from keel.web.service.sources import Sources
+from keel.web.service.tokens import KeyReused
 
 log = logging.getLogger("keel.web")
 
@@ -31,19 +45,25 @@ REFUSALS: tuple[tuple[type[UserError], int, str], ...] = (
     (LeaseLost, 409, ""),
     (Unavailable, 503, "the database does not answer just now; nothing of this was kept, try it again in a moment"),
     (Busy, 503, ""),
+    (KeyReused, 422, ""),
 )
 
 
 def create_app(
-    store: Store, sources: Sources | None = None, proxies: Sequence[str] = (), address: str | None = None
+    store: Store,
+    sources: Sources | None = None,
+    proxies: Sequence[str] = (),
+    address: str | None = None,
+    webhooks_to: Sequence[Network] = (),
 ) -> FastAPI:
     """The labelling app on ``store``, which must have been prepared (keel.web.service.start). ``proxies``: addresses
     and networks whose word on where a request comes from is believed. ``address``: under which people reach it, for
-    links to sign in; by default under whichever a request names."""
-    # no pages about the routes: whoever labels has no use for them
+    links to sign in; by default under whichever a request names. ``webhooks_to``: networks that are not public and may
+    be sent to all the same."""
+    # no pages about the routes: whoever labels has no use for them, and programs' are described at /api/v1/openapi.json
     app = FastAPI(title="Keel", openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.services = Services.of(store, sources or Sources())
-    app.state.guard = Guard(app.state.services.people.session)
+    app.state.services = Services.of(store, sources or Sources(), webhooks_to)
+    app.state.guard = Guard(app.state.services.people.session, app.state.services.tokens.find)
     app.state.door = pages.Door()
     app.state.address = address
     for router in (
@@ -58,10 +78,14 @@ def create_app(
         models.router,
         standings.router,
         training.router,
+        programs.router,
+        v1.router,
+        v1.described,
     ):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Shield, look_up=app.state.services.people.session)
+    found = app.state.services
+    app.add_middleware(Shield, look_up=found.people.session, look_up_token=found.tokens.find)
     app.add_middleware(Forwarded, proxies=networks(proxies))
     _errors(app)
     return app
@@ -73,6 +97,13 @@ def _errors(app: FastAPI) -> None:
         if _is_api(request) or request.method != "GET":
             return _problem(request, 401, "you are signed out; sign in again")
         return RedirectResponse("/sign-in", status_code=303)
+
+    @app.exception_handler(NoToken)
+    async def no_token(request: Request, error: Exception) -> Response:
+        said = "no token that holds came with this; send Authorization: Bearer TOKEN (an admin makes one: Manage, API)"
+        response = _problem(request, 401, said)
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
 
     @app.exception_handler(NotAllowed)
     async def not_allowed(request: Request, error: Exception) -> Response:

@@ -26,6 +26,11 @@ SIGN_IN_ALL = Rate(100, 4)  # failures of everybody: each costs a tenth of a sec
 PASSWORDS = Rate(8, 8 / 900)  # new passwords of one account
 
 
+def of_program(per_minute: int) -> Rate:
+    """Of one token: a tenth of a minute's requests at once."""
+    return Rate(max(1.0, per_minute / 10), per_minute / 60)
+
+
 class Buckets:
     def __init__(self, rate: Rate) -> None:
         self._rate = rate

@@ -13,8 +13,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from keel.store.people import ROLES, AccountRole, Session
-from keel.web.app.limits import REQUESTS, Buckets
+from keel.store.people import ROLES, Account, AccountRole, Session
+from keel.store.tokens import Token
+from keel.web.app.limits import REQUESTS, Buckets, of_program
 from keel.web.app.proxies import parsed
 
 COOKIE = "keel_session"
@@ -22,7 +23,10 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 LARGEST_UNASKED = 500_000  # of somebody who is not signed in: the longest reply, of whoever was signed out over it
 LARGEST_BODY = 1_000_000
 LARGEST_UPLOAD = 64_000_000  # of admins
-UPLOADS = frozenset({"/manage/prompts/import", "/manage/prompts/responses"})
+PROGRAMS = "/api/v1/"  # where tokens are asked for, and cookies are not looked at
+UPLOADS = frozenset(
+    {"/manage/prompts/import", "/manage/prompts/responses", f"{PROGRAMS}prompts", f"{PROGRAMS}responses"}
+)
 DOOR = ("/sign-in", "/enter/", "/join/")
 
 CONTENT_POLICY = "; ".join(
@@ -52,6 +56,10 @@ class NotSignedIn(Exception):
     pass
 
 
+class NoToken(Exception):
+    """A program's request without a token that holds."""
+
+
 class NotAllowed(Exception):
     pass
 
@@ -70,13 +78,17 @@ class TooMany(Exception):
         self.seconds = seconds
 
 
+LookUp = Callable[[str], Session | None]
+LookUpToken = Callable[[str], Token | None]
+
+
 class Shield:
     """ASGI middleware: puts the headers on every response, and turns away what comes from another site, and what is
     larger than its sender may send. Such a body is not read: the framework would read it before it asks who sends it.
     """
 
-    def __init__(self, app: ASGIApp, look_up: Callable[[str], Session | None]) -> None:
-        self.app, self._look_up = app, look_up
+    def __init__(self, app: ASGIApp, look_up: LookUp, look_up_token: LookUpToken) -> None:
+        self.app, self._look_up, self._look_up_token = app, look_up, look_up_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -116,15 +128,16 @@ class Shield:
             return LARGEST_UNASKED
         if scope["method"] in SAFE:
             raise TooLarge
-        cookie = Request(scope).cookies.get(COOKIE)
-        session = await run_in_threadpool(self._look_up, cookie) if cookie else None
-        if session is None:
+        account = await self._account(Request(scope))
+        if account is None:
+            if scope["path"].startswith(PROGRAMS):
+                raise NoToken
             if length is None and scope["path"].startswith(DOOR):
                 return LARGEST_UNASKED
             # whoever was signed out keeps what they wrote until they are signed in again: it is not too large
             raise TooLarge if scope["path"].startswith(DOOR) else NotSignedIn
         if scope["path"] in UPLOADS:
-            if session.account.role != "admin":
+            if account.role != "admin":
                 raise NotAllowed
             largest = LARGEST_UPLOAD
         else:
@@ -132,6 +145,16 @@ class Shield:
         if length is not None and length > largest:
             raise TooLarge
         return largest
+
+    async def _account(self, request: Request) -> Account | None:
+        """Who sends it."""
+        found: Session | Token | None = None
+        if request.url.path.startswith(PROGRAMS):
+            if secret := bearer(request):
+                found = await run_in_threadpool(self._look_up_token, secret)
+        elif cookie := request.cookies.get(COOKIE):
+            found = await run_in_threadpool(self._look_up, cookie)
+        return None if found is None else found.account
 
 
 def _length(headers: dict[bytes, bytes]) -> int | None:
@@ -189,11 +212,12 @@ def _counted(app: ASGIApp, largest: int) -> ASGIApp:
 
 
 class Guard:
-    """Who is asking. One for the app; ``may`` makes a dependency of it."""
+    """Who is asking. One for the app; ``may`` and ``program`` make dependencies of it."""
 
-    def __init__(self, look_up: Callable[[str], Session | None]) -> None:
-        self._look_up = look_up
+    def __init__(self, look_up: LookUp, look_up_token: LookUpToken) -> None:
+        self._look_up, self._look_up_token = look_up, look_up_token
         self._requests = Buckets(REQUESTS)
+        self._tokens: dict[int, Buckets] = {}  # by how many requests a minute
 
     async def visitor(self, request: Request) -> Session | None:
         """The session of whoever is asking, if any; the address is limited when there is none."""
@@ -220,6 +244,27 @@ class Guard:
                 raise Forged
         return session
 
+    async def token(self, request: Request, least: AccountRole) -> Token:
+        """The token that came with the request, and nothing else that did."""
+        secret = bearer(request)
+        token = await run_in_threadpool(self._look_up_token, secret) if secret else None
+        if token is None:
+            if wait := self._requests.take(f"address {address(request)}"):
+                raise TooMany(wait)
+            raise NoToken
+        buckets = self._tokens.setdefault(token.per_minute, Buckets(of_program(token.per_minute)))
+        if wait := buckets.take(str(token.id)):
+            raise TooMany(wait)
+        if ROLES.index(token.account.role) < ROLES.index(least):
+            raise NotAllowed
+        return token
+
+
+def bearer(request: Request) -> str | None:
+    """What stands in the Authorization header behind "Bearer"."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() or None if scheme.lower() == "bearer" else None
+
 
 def address(request: Request) -> str:
     """Where it comes from, as it is counted: of IPv6 the network, since whoever has one address has 2^64."""
@@ -238,4 +283,15 @@ def may(least: AccountRole) -> Callable[[Request], Awaitable[Session]]:
         return await guard.require(request, least)
 
     dependency.least = least  # type: ignore[attr-defined]  # tests read it off the routes
+    return dependency
+
+
+def program(least: AccountRole) -> Callable[[Request], Awaitable[Token]]:
+    """A dependency: the token of a program that may do what this role may."""
+
+    async def dependency(request: Request) -> Token:
+        guard: Guard = request.app.state.guard
+        return await guard.token(request, least)
+
+    dependency.least = least  # type: ignore[attr-defined]  # as in ``may``
     return dependency

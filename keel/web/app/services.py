@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
 
 from keel.store import Store
+from keel.web.service.addresses import Network
 from keel.web.service.arena import Arena
 from keel.web.service.constitutions import Constitutions
 from keel.web.service.imports import Imports
@@ -15,11 +17,14 @@ from keel.web.service.manage import Manage
 from keel.web.service.models import Models
 from keel.web.service.ordering import Ordering
 from keel.web.service.people import People
+from keel.web.service.reading import Reading
 from keel.web.service.sampling import Sampling
 from keel.web.service.sources import Sources
 from keel.web.service.standings import ArenaStandings
 from keel.web.service.start import name_of
 from keel.web.service.steps import StepWork
+from keel.web.service.tokens import Tokens
+from keel.web.service.webhooks import Webhooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,12 @@ class Services:
     sampling: Sampling
     ordering: Ordering
     steps: StepWork
+    tokens: Tokens
+    reading: Reading
+    webhooks: Webhooks
 
     @classmethod
-    def of(cls, store: Store, sources: Sources) -> Services:
+    def of(cls, store: Store, sources: Sources, webhooks_to: Sequence[Network] = ()) -> Services:
         return cls(
             store=store,
             store_name=name_of(store),
@@ -56,6 +64,9 @@ class Services:
             sampling=Sampling(store, sources),
             ordering=Ordering(store, sources.ensemble),
             steps=StepWork(store, sources.step_gains),
+            tokens=Tokens(store),
+            reading=Reading(store),
+            webhooks=Webhooks(store, webhooks_to),
         )
 
 

@@ -142,6 +142,12 @@ _WORDS: Mapping[tuple[str, str], Words] = {
     ("made", "link"): lambda id, old, new: f"made a link, as {new.get('role')}",
     ("used", "link"): lambda id, old, new: "used a link",
     ("withdrew", "link"): lambda id, old, new: "withdrew a link",
+    ("made", "token"): lambda id, old, new: f"made token {id}, as {new.get('role')}",
+    ("ended", "token"): lambda id, old, new: f"ended token {id}",
+    ("made", "webhook"): lambda id, old, new: f"made webhook {id}",
+    ("ended", "webhook"): lambda id, old, new: f"ended webhook {id}",
+    ("sent again", "webhook"): lambda id, old, new: f"had what webhook {id} did not take sent again",
+    ("paused", "webhook"): lambda id, old, new: f"paused webhook {id}, which failed for days",
     ("imported", "prompts"): lambda id, old, new: f"imported {id} prompts",
     ("imported", "responses"): lambda id, old, new: f"imported responses into the queue {id}",
     ("voted", "arena vote"): lambda id, old, new: f"voted in the arena{_result('judgement', new)}",
@@ -155,8 +161,10 @@ ACTIONS = (
     "judged", "ranked", "gave", "labelled", "wrote", "answered", "undone", "skipped", "unskipped", "flagged",
     "resolved", "adjudicated", "took out", "put back", "erased", "imported", "added", "changed", "asked for",
     "put first", "ordered", "voted", "published", "edited", "signed in", "made", "used", "withdrew",
+    "ended", "sent again", "paused",
 )  # fmt: skip
 ENTITIES = (
     *WORK, "item", "assignment", "flag", "batch", "queue", "prompt", "prompts", "response", "responses", "guideline",
-    "constitution", "arena vote", "annotator", "account", "link", "setting", "person", "training",
+    "constitution", "arena vote", "annotator", "account", "link", "token", "webhook", "setting", "person",
+    "training",
 )  # fmt: skip

@@ -54,6 +54,11 @@ class People:
             people.add_link(connection, digest, "admin", owner.annotator_id, "keel", now, expires)
         return secret
 
+    def owner(self) -> Account:
+        """The owner's account; made when it is missing."""
+        with self._store.transaction(writes=True) as connection:
+            return self._owner(connection, self._store.now)
+
     def _owner(self, connection: Connection, now: datetime) -> Account:
         """The owner's account. Judgements that were imported may be somebody else's of that name: a setting says whose
         account it is, and not the name."""
