@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -290,3 +291,15 @@ def test_who_is_ahead_of_the_others_gets_what_follows(new_url: Callable[[], str]
         manage.put_first("urgent", "compare", "admin")
         assert vote(ann) == new
         assert {first, second, third} >= {vote(ann)}
+
+
+def test_a_file_that_is_written_at_once_is_sent_whole() -> None:
+    """Also where it comes, gets its name and is ended between two looks at the folder."""
+    for k in range(30):
+
+        def write(folder: Path, wanted: Callable[[], bool], wait: float = k / 1000) -> None:
+            time.sleep(wait)
+            (folder / ".x.tmp").write_bytes(b"abc")
+            (folder / ".x.tmp").replace(folder / "x")
+
+        assert b"".join(Spool(write)) == b"abc"

@@ -29,7 +29,8 @@ from keel.web.service.people import People
 from keel.web.service.sampling import Sampling
 from keel.web.service.start import prepare
 
-LEFT_BEHIND = {"keel_schema", "links", "sessions"}
+API = {"tokens", "answers", "webhooks", "deliveries"}
+LEFT_BEHIND = {"keel_schema", "links", "sessions", *API}
 
 
 def everything(store: Store) -> None:
@@ -129,7 +130,9 @@ def test_a_whole_store_comes_back_row_by_row(tmp_path: Path, postgres: str, caps
         like = kinds(second)
         source, there, back = read(first, like), read(second), read(third, like)
         assert source.keys() == there.keys() == back.keys()
-        assert [name for name, rows in source.items() if not rows] == []  # at least one of everything
+        assert [
+            name for name, rows in source.items() if not rows and name not in API
+        ] == []  # one of everything at least
         for name in source.keys() - LEFT_BEHIND:
             if name == "accounts":
                 assert any(row["password"] for row in source[name])

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from keel.web.service.arena import Busy
 
@@ -57,11 +59,9 @@ class Spool:
 
     def _read(self) -> Iterator[bytes]:
         try:
-            while not (found := list(Path(self._folder.name).iterdir())):
-                if self._ended.wait(LOOK_SECONDS):
-                    break
-            if found:
-                with found[0].open("rb") as file:  # it stays the same file when it gets its name in the end
+            file = self._open()
+            if file is not None:
+                with file:
                     while (part := file.read(_PART)) or not self._ended.is_set():
                         if part:
                             yield part
@@ -73,3 +73,14 @@ class Spool:
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> IO[bytes] | None:
+        """What is being written, or was; None where nothing was. It stays the same file when it gets its name in the
+        end."""
+        while True:
+            ended = self._ended.wait(LOOK_SECONDS)  # asked first: what is not there after the end will not come
+            for path in Path(self._folder.name).iterdir():
+                with suppress(FileNotFoundError):  # it got its name just now
+                    return path.open("rb")
+            if ended:
+                return None
