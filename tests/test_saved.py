@@ -144,7 +144,7 @@ def test_one_layer_is_copied_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         return whole(module)
 
     monkeypatch.setattr(merged.copy, "deepcopy", counted)
-    found = merged.file_weights(policy, BF16)
+    (found,) = merged.file_parts(policy, BF16)
     assert copied
     assert max(copied) <= largest
     own = dict(inner_model(policy).named_parameters())
@@ -170,6 +170,6 @@ def test_learned_marks_are_in_the_whole_model_and_no_adapter_is_written_without_
 def test_buffers_that_a_model_keeps_are_written(tmp_path: Path) -> None:
     model = made("llama")
     model.model.register_buffer("kept", torch.arange(3.0) / 3)
-    found = merged.file_weights(model, BF16)
+    (found,) = merged.file_parts(model, BF16)
     assert torch.equal(found["model.kept"], torch.arange(3.0) / 3)  # in its own precision: no step trained it
     assert set(found) == set(model.state_dict())

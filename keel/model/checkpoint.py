@@ -35,9 +35,10 @@ from keel.model.loading import (
     refuse_adapted_ties,
     refuse_unfit,
 )
-from keel.model.merged import file_weights
+from keel.model.merged import file_parts
 from keel.model.modules import inner_model, set_attention, stated_positions
 from keel.model.padding import give_pad
+from keel.model.parts import write_parts
 from keel.model.probe import probe
 from keel.precision import Precision
 from keel.recipe.sections import LoraConfig, Source
@@ -255,12 +256,11 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     """
     inner = inner_model(model)
     implementation, dtype = inner.config._attn_implementation, getattr(inner, "keel_saved", torch.float32)
-    plain = inner is model and dtype == torch.float32
     with quiet(), as_configured(inner):
         set_attention(inner, "sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
         try:
             with _unvalidated(inner):
-                inner.save_pretrained(str(folder), state_dict=None if plain else file_weights(model, dtype))
+                write_parts(inner, file_parts(model, dtype), folder)
             tokenizer.save_pretrained(str(folder))
             if inner.can_generate():
                 inner.generation_config.to_json_file(
