@@ -18,9 +18,9 @@ from keel.data.sources import read_facts, read_prompts
 from keel.eval.capability import encode_facts
 from keel.model.checkpoint import load_policy, load_scalar, load_tokenizer, positions
 from keel.model.heads import ScalarModel
-from keel.model.loading import is_checkpoint
 from keel.model.logprobs import token_logprobs
 from keel.model.modules import inner_model, own_attention
+from keel.model.places import is_checkpoint
 from keel.model.vocabulary import unreadable
 from keel.recipe.checkpoints import stage_of
 from keel.recipe.recipe import Recipe, Stage

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from keel.model import marks
 from keel.model.merged import merged_weights
 from keel.model.modules import inner_model
+from keel.model.places import ADAPTER
 
-ADAPTER = "adapter"  # the folder of a checkpoint that holds its adapters and head, unmerged
 DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and read in no time
 
 
 def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter. That can be named
-    wherever a model can, as long as its base lies where it did."""
-    target = folder / ADAPTER
-    model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
+    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter, with the rows of the
+    embeddings that were trained beside them, the tokenizer, the configuration (the scale of scores) and the ends of a
+    reply. That can be named wherever a model can, as long as its base lies where it did."""
+    target, inner = folder / ADAPTER, inner_model(model)
+    with _with_rows(model) as state:
+        model.save_pretrained(str(target), state_dict=state, save_embedding_layers=False)  # type: ignore[operator]
+    inner.config.save_pretrained(str(target))
+    if inner.can_generate():
+        inner.generation_config.to_json_file(str(target / GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(str(target))
     (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _with_rows(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's state; within it peft takes the rows that are trained beside adapters for trained tokens of its own,
+    of which it reads and writes whole rows."""
+    settings, state = model.peft_config[model.active_adapter], model.state_dict()
+    tokens: dict[str, list[int]] = {}
+    for name, weight, rows in marks.trained_rows(inner_model(model)):
+        tokens[name] = rows.tolist()
+        state[f"base_model.model.{name}.token_adapter.trainable_tokens_delta.{model.active_adapter}"] = weight
+    settings.trainable_token_indices = tokens or None
+    try:
+        yield state
+    finally:
+        settings.trainable_token_indices = None
 
 
 def digest(model: nn.Module) -> str:

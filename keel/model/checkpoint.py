@@ -28,8 +28,6 @@ from keel.model.loading import (
     Dtypes,
     Note,
     classifies,
-    quiet,
-    read_config,
     read_model,
     read_tokenizer,
     refuse_adapted_ties,
@@ -39,6 +37,7 @@ from keel.model.merged import file_parts
 from keel.model.modules import inner_model, set_attention, stated_positions
 from keel.model.padding import give_pad
 from keel.model.parts import write_parts
+from keel.model.places import ADAPTER, quiet, read_config
 from keel.model.probe import probe
 from keel.precision import Precision
 from keel.recipe.sections import LoraConfig, Source
@@ -223,6 +222,8 @@ def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trai
         exclude_modules=odd or None,
         modules_to_save=[n for n in trained_whole if any(m.endswith(n) for m, _ in model.named_modules())] or None,
         task_type=task,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
     )
     try:
         wrapped = get_peft_model(model, settings)
@@ -230,6 +231,7 @@ def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trai
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"model.lora.targets: {first}; name linear layers of {type(model).__name__}") from error
     refuse_adapted_ties(wrapped, "model.lora.targets: adapters")
+    model.keel_merged = lora.merged  # type: ignore[assignment]
     return wrapped
 
 
@@ -249,8 +251,7 @@ def frozen(model: nn.Module) -> nn.Module:
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     """Writes a checkpoint that transformers and vLLM load as it is, in the precision of the one that the model was read
     from (or ``model.save_as``), heads of one score in float32. Adapters are merged in, layer by layer; they lie by
-    themselves beside it (``keel.model.adapters``), unless rows of the embeddings were trained with them. Returns the
-    precision's name.
+    themselves beside it (``keel.model.adapters``), or alone with ``lora.merged: false``. Returns the precision's name.
 
     ``folder`` exists; making the write atomic is the caller's (``StageDir.checkpoint``).
     """
@@ -259,24 +260,30 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     with quiet(), as_configured(inner):
         set_attention(inner, "sdpa" if getattr(inner, "_supports_sdpa", True) else "eager")
         try:
-            with _unvalidated(inner):
-                write_parts(inner, file_parts(model, dtype), folder)
-            tokenizer.save_pretrained(str(folder))
-            if inner.can_generate():
-                inner.generation_config.to_json_file(
-                    str(folder / GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"]
-                )
-            elif ends := getattr(tokenizer, "keel_ends", ()):
-                # A classifier is saved without them, and its template may have no other end (GLM's).
-                GenerationConfig(eos_token_id=list(ends)).save_pretrained(str(folder))
+            if getattr(inner, "keel_merged", True):
+                _save_whole(model, tokenizer, folder, dtype)
+            if inner is not model:
+                save_adapter(model, tokenizer, folder)
         finally:
             if implementation is not None:
                 set_attention(inner, implementation)
-        if inner is not model and not marks.trains_rows(inner):
-            save_adapter(model, tokenizer, folder)
     name = str(dtype).removeprefix("torch.")
-    _state_dtype(folder / "config.json", name)
+    for config in (folder / "config.json", folder / ADAPTER / "config.json"):
+        if config.exists():
+            _state_dtype(config, name)
     return name
+
+
+def _save_whole(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+    inner = inner_model(model)
+    with _unvalidated(inner):
+        write_parts(inner, file_parts(model, dtype), folder)
+    tokenizer.save_pretrained(str(folder))
+    if inner.can_generate():
+        inner.generation_config.to_json_file(str(folder / GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
+    elif ends := getattr(tokenizer, "keel_ends", ()):
+        # A classifier is saved without them, and its template may have no other end (GLM's).
+        GenerationConfig(eos_token_id=list(ends)).save_pretrained(str(folder))
 
 
 @contextlib.contextmanager

@@ -95,9 +95,9 @@ def _weights(within: nn.Module, outer: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def file_parts(model: nn.Module, dtype: torch.dtype, least: int = PART) -> Iterator[dict[str, Tensor]]:
-    """The language model's state as files in ``dtype`` have it, in parts: what lies outside the layers, then the layers,
-    as many together as come to ``least`` bytes. Adapters of whatever kind are merged in, names plain, tied weights one
-    tensor. A head of one score and tables (buffers) stay as they are.
+    """The language model's state as files in ``dtype`` have it, in parts: what lies outside the layers, then the
+    layers, as many together as come to ``least`` bytes. Adapters of whatever kind are merged in, names plain, tied
+    weights one tensor. A head of one score and tables (buffers) stay as they are.
 
     A layer is copied and merged in float32, and rounded once; what that makes lies on the CPU. Whoever keeps no part
     needs the memory of the model and of one part.

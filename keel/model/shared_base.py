@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.model.adapters import ADAPTER, digest
+from keel.model.adapters import digest
 from keel.model.checkpoint import Place, frozen, load_policy, load_tokenizer, prepared, scalar_head
 from keel.model.dropout import measure_whole
 from keel.model.heads import ScalarModel
-from keel.model.loading import put_adapters, read_config
+from keel.model.loading import put_adapters
+from keel.model.places import ADAPTER, read_config
 from keel.precision import Precision
 from keel.recipe.sections import LoraConfig, Source
 from keel.types import UserError

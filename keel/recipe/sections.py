@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -49,6 +49,18 @@ class LoraConfig(Strict):
         description="in the losses of sft and reward stages; dpo, ppo and grpo compare models and have 0",
     )
     targets: list[str] | Literal["all-linear"] = "all-linear"
+    rslora: bool = Field(
+        False, description="scale by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast"
+    )
+    dora: bool = Field(False, description="train the length of each output's weights beside their direction (DoRA)")
+    merged: bool = Field(
+        True,
+        description="write the whole model with the adapters merged in, beside STAGE/adapter/; false: that folder "
+        "alone, which later stages read together with its base",
+    )
+
+    # As `keel.recipe.stage.StageBase.later`.
+    later: ClassVar[frozenset[str]] = frozenset({"rslora", "dora", "merged"})
 
     def whole(self) -> LoraConfig:
         """Without dropout: where log-probabilities of policy, old policy and reference must be of one model."""
@@ -79,11 +91,22 @@ class ModelConfig(Strict):
         "auto", description="precision of the checkpoints that stages write; auto: that of the one they start from"
     )
 
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON has it: settings that came later are left out at their defaults, so that
+        runs made before still stand."""
+        settings = self.model_dump(mode="json")
+        if self.lora is not None:
+            fields = LoraConfig.model_fields
+            same = {name for name in LoraConfig.later if getattr(self.lora, name) == fields[name].default}
+            settings["lora"] = self.lora.model_dump(mode="json", exclude=same)
+        return settings
+
     def source(self, path: str | Path | None = None) -> Source:
-        """Where the model is read from, or a checkpoint of another ``path`` that the recipe names."""
+        """Where the model is read from, or a checkpoint of another ``path`` that the recipe names, which may be
+        ``hub:owner/name``."""
         own = path is None or str(path) == self.path
         return Source(
-            self.path if own else str(path),
+            self.path if own else str(path).removeprefix("hub:"),
             self.revision if own else None,
             self.trust_remote_code,
             self.weights,
