@@ -3,6 +3,7 @@ peft, which loads what was written, and the operating system's count of memory."
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.data.collate import pack
+from keel.model import nf4
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, positions, save
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import file_parts
@@ -233,3 +235,53 @@ def test_parts_are_whole_layers_and_hold_every_weight_once(tmp_path: Path) -> No
     assert {name for part in parts for name in part} == set(model.state_dict())
     out = kept(model, tokenizer, tmp_path / "out")
     assert (out / "model.safetensors").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- four bits
+
+
+def test_four_bits_stand_below_plain_adapters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ModelConfig(path="x", weights="nf4", lora=LoraConfig()).source().weights == "nf4"
+    for lora in (None, LoraConfig(dora=True)):
+        with pytest.raises(ValueError, match="set model.lora, without dora"):
+            ModelConfig(path="x", weights="nf4", lora=lora)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"keel-rlhf\[qlora\]"):
+        nf4.require()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_adapters_over_four_bits_train_and_are_merged_into_what_they_stood_on(tmp_path: Path) -> None:
+    source = Source(str(save_tiny(tmp_path / "base")), weights="nf4")
+    model, tokenizer = load_policy(source, lora=LoraConfig(rank=4), products="fp32")
+    linears = [module for module in model.modules() if nf4.is_quantised(module)]
+    assert len(linears) == 14
+    assert all(layer.weight.quant_state.nested for layer in linears)  # the scales' own scales
+    weights = sum(layer.in_features * layer.out_features for layer in linears)
+    assert sum(layer.weight.nbytes for layer in linears) == weights / 2
+    first = said(model)
+    assert torch.equal(said(load_policy(source, products="fp32")[0]), first)  # the reference: no KL to begin with
+    plain = said(load_policy(source.path)[0])
+    assert 0 < float((first - plain).abs().max()) < 0.5
+
+    out = kept(model, tokenizer, tmp_path / "out")
+    rounded = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(by_transformers(rounded), first, atol=1e-4, rtol=1e-4)
+    level = rounded.model.layers[0].mlp.down_proj.weight.detach().flatten()[:64].unique()
+    assert len(level) <= 16  # a block of NF4
+
+    torch.manual_seed(0)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = -token_logprobs(model, BATCH).logp_C.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.3
+    second = kept(model, tokenizer, tmp_path / "second")
+    torch.testing.assert_close(
+        by_transformers(AutoModelForCausalLM.from_pretrained(second)), said(model), atol=1e-4, rtol=1e-4
+    )

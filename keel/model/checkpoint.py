@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from keel.data.chat import install_template
-from keel.model import held, marks
+from keel.model import held, marks, nf4
 from keel.model.adapters import save_adapter
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
@@ -39,7 +39,7 @@ from keel.model.padding import give_pad
 from keel.model.parts import write_parts
 from keel.model.places import ADAPTER, quiet, read_config
 from keel.model.probe import probe
-from keel.precision import Precision
+from keel.precision import Precision, in_four_bits
 from keel.recipe.sections import LoraConfig, Source
 from keel.types import UserError
 
@@ -118,7 +118,8 @@ def load_policy(
     if rows and note is not None:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(rows)))
         note(f"{source.path} has never learned {names}: their embeddings are trained beside the adapters")
-    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", [], rows), tokenizer
+    four_bits = in_four_bits(source.weights, products)
+    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", [], rows, four_bits), tokenizer
 
 
 def load_scalar(
@@ -151,7 +152,9 @@ def load_scalar(
     own = new or take_over
     if own:
         give_pad(model, tokenizer)
-    scalar = ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    four_bits = in_four_bits(source.weights, products)
+    wrapped = prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"], (), four_bits)
+    scalar = ScalarModel(wrapped, tokenizer)
     if take_over and scalar.process is not None:
         scalar.set_process(None)
     if own and scalar.foreign:
@@ -187,10 +190,14 @@ def prepared(
     task: str,
     trained_whole: list[str],
     trained_rows: Sequence[int] = (),
+    four_bits: bool = False,
 ) -> nn.Module:
     """Dropout off, on the fastest road that gives the model's own numbers, in training mode. It has new adapters when
-    ``lora`` says so; ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained beside them."""
+    ``lora`` says so; ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained beside them.
+    ``four_bits``: its linear layers are held so (``keel.model.nf4``)."""
     turn_off(model)
+    if four_bits:
+        nf4.quantise(model, device)
     model = model.to(device)
     held.check(model)
     probe(model)

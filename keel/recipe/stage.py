@@ -214,6 +214,7 @@ class TrainBase(StageBase):
     weights_on_disk: ClassVar[int] = 5  # the weights, two moments, the best weights, and what replaces them
     adapter_dropout: ClassVar[bool] = True  # False: log-probabilities of several models are compared
     starts_from: ClassVar[tuple[Makes, ...]] = ("policy",)
+    whole_lr: ClassVar[float] = 1e-5  # a usual rate where the whole model is trained; adapters want ten times that
 
     model: str = Field("base", description="stage whose checkpoint this starts from, a folder, or 'base'")
     optim: OptimConfig = OptimConfig()
