@@ -21,6 +21,7 @@ from tiny import save_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from keel.check.models import _adapter_rate
 from keel.data.collate import pack
 from keel.model import nf4
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, positions, save
@@ -28,6 +29,7 @@ from keel.model.logprobs import token_logprobs
 from keel.model.merged import file_parts
 from keel.model.packed import inner_model
 from keel.model.places import root
+from keel.recipe.recipe import Recipe
 from keel.recipe.sections import LoraConfig, ModelConfig, Source
 from keel.types import Encoded, UserError
 
@@ -243,7 +245,7 @@ def test_parts_are_whole_layers_and_hold_every_weight_once(tmp_path: Path) -> No
 def test_four_bits_stand_below_plain_adapters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ModelConfig(path="x", weights="nf4", lora=LoraConfig()).source().weights == "nf4"
     for lora in (None, LoraConfig(dora=True)):
-        with pytest.raises(ValueError, match="set model.lora, without dora"):
+        with pytest.raises(ValueError, match=r"set model\.lora, without dora"):
             ModelConfig(path="x", weights="nf4", lora=lora)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"keel-rlhf\[qlora\]"):
@@ -285,3 +287,21 @@ def test_adapters_over_four_bits_train_and_are_merged_into_what_they_stood_on(tm
     torch.testing.assert_close(
         by_transformers(AutoModelForCausalLM.from_pretrained(second)), said(model), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr", "remedy"),
+    [
+        ({"kind": "sft"}, 1e-5, "set it to about 0.0001"),
+        ({"kind": "sft"}, 5e-5, None),
+        ({"kind": "dpo", "model": "base"}, 1e-6, "set it to about 1e-05"),
+        ({"kind": "dpo", "model": "base"}, 5e-6, None),
+        ({"kind": "reward", "model": "base"}, 2e-5, "set it to about 0.0001"),
+    ],
+)
+def test_a_whole_models_rate_is_doubted_for_adapters(stage: dict[str, Any], lr: float, remedy: str | None) -> None:
+    for lora in (None, {"rank": 4}):
+        settings = {"model": {"path": "x", "lora": lora}, "stages": [stage | {"name": "s", "optim": {"lr": lr}}]}
+        recipe = Recipe.model_validate(settings)
+        found = list(_adapter_rate(recipe.stages[0], recipe))
+        assert [finding.remedy for finding in found] == ([remedy] if lora and remedy else [])

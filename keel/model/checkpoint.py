@@ -21,6 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from keel.data.chat import install_template
 from keel.model import held, marks, nf4
+from keel.model.activations import checkpointing_settings
 from keel.model.adapters import save_adapter
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
@@ -40,7 +41,7 @@ from keel.model.parts import write_parts
 from keel.model.places import ADAPTER, quiet, read_config
 from keel.model.probe import probe
 from keel.precision import Precision, in_four_bits
-from keel.recipe.sections import LoraConfig, Source
+from keel.recipe.sections import Checkpointing, LoraConfig, Source
 from keel.types import UserError
 
 Place = str | Path | Source  # a path alone: no revision, no code of its own
@@ -82,7 +83,7 @@ def load_policy(
     chat_template: str | None = None,
     learn_marks: bool = False,
     lora: LoraConfig | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     products: Precision | None = None,
     note: Note | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -127,7 +128,7 @@ def load_scalar(
     *,
     device: str = "cpu",
     lora: LoraConfig | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     new_head_seed: int | None = None,
     take_over: bool = False,
     products: Precision | None = None,
@@ -186,7 +187,7 @@ def prepared(
     model: PreTrainedModel,
     device: str,
     lora: LoraConfig | None,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Checkpointing,
     task: str,
     trained_whole: list[str],
     trained_rows: Sequence[int] = (),
@@ -203,7 +204,8 @@ def prepared(
     probe(model)
     wrapped: nn.Module = model
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings = checkpointing_settings(gradient_checkpointing)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if lora is not None:
         wrapped = _with_new_adapters(model, lora, task, trained_whole)
         measure_whole(wrapped)

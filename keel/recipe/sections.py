@@ -22,6 +22,9 @@ Weights = Literal["auto", "fp32", "bf16", "nf4"]
 SaveAs = Literal["auto", "fp32", "bf16"]
 
 
+Checkpointing = bool | Literal["selective", "offload"]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a checkpoint is read from: a folder or a hub id, of which ``revision`` may be named. One that brings Python

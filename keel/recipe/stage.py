@@ -29,7 +29,7 @@ from keel.recipe.declared import (
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.process_card import cards_without_force
 from keel.recipe.search import SearchConfig
-from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
+from keel.recipe.sections import Checkpointing, DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
 from keel.recipe.steps import ProcessRef, Steps, StepsRead
 
 
@@ -220,7 +220,12 @@ class TrainBase(StageBase):
     optim: OptimConfig = OptimConfig()
     batch_tokens: int = Field(8192, ge=16, description="tokens in one forward pass (packed, no padding)")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = Field(
+        False,
+        description="true: keep one tensor a layer for the backward pass and compute the rest again; selective: keep "
+        "the results of matrix products and attention too, and compute only the cheap rest again; offload: as true, "
+        "with what is kept in the CPU's memory (for a GPU)",
+    )
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="torch.compile the forward and backward passes of the trained model; auto: on a GPU, for models of "
