@@ -43,6 +43,7 @@ def _in_four_bits(linear: nn.Linear, device: str) -> nn.Module:
     layer.weight = Params4bit(linear.weight.data.contiguous(), requires_grad=False, **settings).to(device)
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    layer.support_avx512bf16_for_cpu = False  # it would repack weights in evaluation, and round otherwise there
     layer.train(linear.training)
     return layer  # type: ignore[no-any-return]
 
