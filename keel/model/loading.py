@@ -235,8 +235,8 @@ def _with_adapters(
 
 
 def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False, new_head: bool = False) -> Any:
-    """``model`` inside peft's wrapper, with the adapters of a folder; ``new_head``: they need bring none. UserError when they do not fit, or are not all
-    there."""
+    """``model`` inside peft's wrapper, with the adapters of a folder. UserError when they do not fit, or are not all
+    there. ``new_head``: they need bring no head."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
