@@ -222,7 +222,13 @@ def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trai
     from peft import get_peft_model
 
     # Routers of experts that are linear layers by class and give more than a product, which peft would add to.
-    odd = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    odd = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and not nf4.is_quantised(module)
+    ]
     settings = PeftLora(
         r=lora.rank,
         lora_alpha=lora.alpha,
