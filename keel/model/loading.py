@@ -237,14 +237,17 @@ def _with_adapters(
 def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False, new_head: bool = False) -> Any:
     """``model`` inside peft's wrapper, with the adapters of a folder. UserError when they do not fit, or are not all
     there. ``new_head``: they need bring no head."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
     with_head = hasattr(model, "score") and not new_head
 
     def load() -> tuple[Any, set[str]]:
         there = load_peft_weights(source.path, device="cpu")
-        return PeftModel.from_pretrained(model, source.path, is_trainable=trainable), set(there)
+        config = PeftConfig.from_pretrained(source.path)
+        if new_head and config.task_type == "CAUSAL_LM":
+            config.task_type = None  # peft's wrapper for that task asks for a head that writes
+        return PeftModel.from_pretrained(model, source.path, config=config, is_trainable=trainable), set(there)
 
     wrapped, there = checked(source, "folder of adapters", load)
     if not hasattr(wrapped, "merge_and_unload"):
