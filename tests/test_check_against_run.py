@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from keel.check import check_recipe
-from keel.model.loading import quiet
+from keel.model.places import quiet
 from keel.pipeline.run import run_pipeline
 from keel.recipe.online import OnlineBase
 from keel.recipe.recipe import Recipe

@@ -144,7 +144,7 @@ def test_one_layer_is_copied_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         return whole(module)
 
     monkeypatch.setattr(merged.copy, "deepcopy", counted)
-    found = merged.file_weights(policy, BF16)
+    (found,) = merged.file_parts(policy, BF16)
     assert copied
     assert max(copied) <= largest
     own = dict(inner_model(policy).named_parameters())
@@ -153,7 +153,7 @@ def test_one_layer_is_copied_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(found[n].data_ptr() == own[n].data_ptr() for n in kept)  # not copied
 
 
-def test_learned_marks_are_in_the_whole_model_and_no_adapter_is_written_without_them(tmp_path: Path) -> None:
+def test_learned_marks_are_in_the_whole_model_and_beside_the_adapters(tmp_path: Path) -> None:
     model, tokenizer = load_policy(
         Source(str(save_tiny(tmp_path / "base"))), chat_template="chatml", learn_marks=True, lora=LoraConfig(rank=2)
     )
@@ -163,13 +163,14 @@ def test_learned_marks_are_in_the_whole_model_and_no_adapter_is_written_without_
     embedding = found["model.embed_tokens.weight"]
     at = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert all(any(torch.equal(embedding[i], row) for row in rows) for i in at)
-    assert not (tmp_path / "out" / "adapter").exists()
+    kept = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"], rows)
     assert len(tokenizer) > len(tiny_tokenizer())
 
 
 def test_buffers_that_a_model_keeps_are_written(tmp_path: Path) -> None:
     model = made("llama")
     model.model.register_buffer("kept", torch.arange(3.0) / 3)
-    found = merged.file_weights(model, BF16)
+    (found,) = merged.file_parts(model, BF16)
     assert torch.equal(found["model.kept"], torch.arange(3.0) / 3)  # in its own precision: no step trained it
     assert set(found) == set(model.state_dict())

@@ -14,6 +14,7 @@ from torch import nn
 
 from keel.check.finding import Finding, broken
 from keel.data.collate import pack
+from keel.model import places
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar
 from keel.model.loading import refuse_unfit
 from keel.model.logprobs import token_logprobs
@@ -135,7 +136,9 @@ def _sampled(model: Any, start: Start, longest_prompt: int) -> None:
 
 
 def _weights_here(source: Source) -> bool:
-    """Whether the weights lie in a folder or the hub's cache: a check downloads nothing so large."""
+    """Whether the weights lie in a folder or the hub's cache: a check downloads nothing so large. Of adapters, whether
+    the model below them does."""
+    source = places.root(source)
     if Path(source.path).is_dir():
         return True
     from huggingface_hub import snapshot_download

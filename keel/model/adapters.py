@@ -7,21 +7,40 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from keel.model import marks
 from keel.model.merged import merged_weights
 from keel.model.modules import inner_model
+from keel.model.places import ADAPTER
 
-ADAPTER = "adapter"  # the folder of a checkpoint that holds its adapters and head, unmerged
 DIGEST_ENTRIES = 1024  # of each weight: enough to tell two trainings apart, and read in no time
 
 
 def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter. That can be named
-    wherever a model can, as long as its base lies where it did."""
-    target = folder / ADAPTER
-    model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
+    """Writes the adapters and head of a model trained with LoRA, unmerged, to ``folder``/adapter, with the rows of the
+    embeddings that were trained beside them, the tokenizer, the configuration (the scale of scores) and the ends of a
+    reply. That can be named wherever a model can, as long as its base lies where it did."""
+    target, inner = folder / ADAPTER, inner_model(model)
+    rows = list(marks.trained_rows(inner))
+    settings = model.peft_config[model.active_adapter]  # type: ignore[index, union-attr]
+    settings.trainable_token_indices = {name: ids.tolist() for name, _, ids in rows} or None
+    try:
+        model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
+    finally:
+        settings.trainable_token_indices = None  # peft has not trained them
+    if rows:
+        file = target / "adapter_model.safetensors"
+        trained = {
+            f"base_model.model.{name}.token_adapter.trainable_tokens_delta": weight.cpu() for name, weight, _ in rows
+        }
+        save_file(load_file(file) | trained, file, {"format": "pt"})
+    inner.config.save_pretrained(str(target))
+    if inner.can_generate():
+        inner.generation_config.to_json_file(str(target / GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(str(target))
     (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n", encoding="utf-8")
 

@@ -7,26 +7,34 @@ a finite number.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from keel.model.held import matrices_in, settle, stored_dtype
 from keel.model.modules import unwrapped
+from keel.model.places import (
+    ADAPTER_CONFIG,
+    Adapters,
+    adapters_of,
+    checked,
+    holder,
+    options,
+    quiet,
+    read_config,
+    root,
+)
 from keel.model.weights import is_table, named, refuse_not_finite, refuse_other_weights
 from keel.precision import Precision, held_dtype
 from keel.recipe.sections import Source
@@ -35,7 +43,6 @@ from keel.types import UserError
 T = TypeVar("T")
 Note = Callable[[str], None]
 
-ADAPTER_CONFIG = "adapter_config.json"
 # What wrappers put before the names of the weights that they save: DataParallel and FSDP, torch.compile, peft.
 WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module\.|_orig_mod\.|base_model\.model\.)+")
 # Architectures whose head writes no text.
@@ -54,106 +61,19 @@ def _silent(text: str) -> None:
     pass
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own reports: what matters of them is an error here."""
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a model can be loaded from a folder: a whole one, or adapters and the name of their base."""
-    return (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists()
-
-
-def _checked(source: Source, what: str, load: Callable[[], T]) -> T:
-    path, folder = source.path, Path(source.path)
-    if folder.is_dir() and not is_checkpoint(folder):
-        raise UserError(
-            f"{path}: no config.json there, so it is not a {what} checkpoint; name a transformers folder or hub id"
-        )
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise UserError(f"{path}: no such folder; name a folder with a transformers {what} or a hub id owner/name")
-    try:
-        with quiet():
-            return load()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a config, a pickle or a layer raises that a file is wrong for
-        first = _first_words(error)
-        if "Unrecognized configuration class" in str(error):
-            raise UserError(
-                f"{path}: transformers has no {what} of type {read_config(source).model_type}; use another architecture"
-            ) from error
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{path}: this model brings Python code of its own; read it, and set model.trust_remote_code: true in "
-                "the recipe to run it"
-            ) from error
-        raise UserError(
-            f"{path}: could not load this {what}: {first.rstrip('.')}; name a folder or a hub id with one"
-        ) from error
-
-
-def _first_words(error: Exception) -> str:
-    """The first line of what an error says, and the second where the first only announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _base_of(source: Source) -> Source | None:
-    """The model that a folder of adapters belongs to; None for a whole checkpoint. UserError for a folder with both:
-    peft would compute with the two, other tools with either."""
-    folder = Path(source.path)
-    if not (folder / ADAPTER_CONFIG).exists():
-        return None
-    if any(next(folder.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
-        raise UserError(
-            f"{source.path}: it holds a whole model and adapters too, and does not say which is meant; move "
-            f"{ADAPTER_CONFIG} and adapter_model.* into a folder of their own, and name that folder or this one"
-        )
-    settings = _adapter_config(source)
-    name = settings.base_model_name_or_path
-    if not name:
-        raise UserError(f"{source.path}: its {ADAPTER_CONFIG} names no base model; set base_model_name_or_path there")
-    return replace(source, path=str(name), revision=settings.revision)
-
-
-def _adapter_config(source: Source) -> Any:
-    from peft import PeftConfig
-
-    return _checked(source, "folder of adapters", lambda: PeftConfig.from_pretrained(source.path))
-
-
-def read_config(source: Source) -> PretrainedConfig:
-    """A model's configuration; that of their base for adapters."""
-    source = _base_of(source) or source
-    return _checked(source, "model", lambda: AutoConfig.from_pretrained(source.path, **_options(source)))
-
-
 def classifies(source: Source) -> bool:
     """Whether a checkpoint is a sequence classifier, such as a reward model."""
-    if _base_of(source) is not None:
-        return _adapter_config(source).task_type == "SEQ_CLS"
+    if (adapters := adapters_of(source)) is not None:
+        return adapters.task == "SEQ_CLS"
     return any("SequenceClassification" in name for name in read_config(source).architectures or ())
 
 
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """A model's tokenizer; that of their base for adapters that were saved without. ``keel_ends`` on it: the ends of a
     reply that the checkpoint names, for ``keel.data.chat.Chat``."""
-    base = _base_of(source)
-    own = base is None or (Path(source.path) / "tokenizer_config.json").exists()
-    place = source if own or base is None else base
-    tokenizer = _checked(place, "tokenizer", lambda: AutoTokenizer.from_pretrained(place.path, **_options(place)))
-    tokenizer.keel_ends = tuple(end for end in _ends(base or source) if end < len(tokenizer))
+    place, ends = (holder(source, file) for file in ("tokenizer_config.json", GENERATION_CONFIG_NAME))
+    tokenizer = checked(place, "tokenizer", lambda: AutoTokenizer.from_pretrained(place.path, **options(place)))
+    tokenizer.keel_ends = tuple(end for end in _ends(ends) if end < len(tokenizer))
     return tokenizer
 
 
@@ -170,10 +90,6 @@ def _ends(source: Source) -> tuple[int, ...]:
             "number, or a list of numbers"
         )
     return tuple(end for end in ends if end is not None and end >= 0)
-
-
-def _options(source: Source) -> dict[str, Any]:
-    return {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
 
 
 # ------------------------------------------------------------------------------------------------------- weights
@@ -196,9 +112,9 @@ def read_model(
     another shape, needed but not used, or not finite.
     """
     note = note or _silent
-    base = _base_of(source)
-    if base is not None:
-        return _with_adapters(auto, base, source, what, note, settings | {"held": held})
+    if (adapters := adapters_of(source)) is not None:
+        root(source)  # which it must lead to
+        return _with_adapters(auto, adapters, source, what, new_head, note, settings | {"held": held})
     model, found = _read(auto, source, what, held, settings)
     wrapped = [name for name in found["unexpected_keys"] if WRAPPED.search(name)]
     if wrapped and found["missing_keys"]:
@@ -226,10 +142,10 @@ class Dtypes:
     def of(source: Source, what: str, products: Precision | None, device: str) -> Dtypes:
         """See ``held_dtype`` and ``ModelConfig.save_as``. Adapters are summed into their base in float32, so their sum
         is held in it; it is written in the base's."""
-        base = _base_of(source)
-        stored = _checked(base or source, what, lambda: stored_dtype(base or source))
+        whole = root(source)
+        stored = checked(whole, what, lambda: stored_dtype(whole))
         saved = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(source.save_as, stored or torch.float32)
-        return Dtypes(held_dtype(source.weights, products, device, None if base else stored), saved)
+        return Dtypes(held_dtype(source.weights, products, device, stored if whole is source else None), saved)
 
 
 def _read(
@@ -242,11 +158,11 @@ def _read(
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
-                **_options(source),
+                **options(source),
                 **settings,
             )
 
-    model, found = _checked(source, what, load)
+    model, found = checked(source, what, load)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers looks for adapters on the hub, too
         raise UserError(
             f"{source.path}: it holds a whole model and adapters too, and does not say which is meant; download it, "
@@ -262,10 +178,10 @@ def refuse_unfit(source: Source, policy: bool) -> None:
     can be computed with but not trained, others' are made plain on some devices, and saved with scales that nobody
     reads again.
     """
-    base = _base_of(source)
-    config = read_config(base or source)
+    whole = root(source)
+    config = read_config(whole)
     heads = [name for name in config.architectures or () if OTHER_HEADS.search(name)]
-    if base is not None and classifies(source):
+    if whole is not source and classifies(source):
         heads.insert(0, "adapters of a sequence classifier")
     if policy and heads:
         raise UserError(
@@ -278,7 +194,7 @@ def refuse_unfit(source: Source, policy: bool) -> None:
             method = getattr(method, "value", method)
             also = f", or {PLAIN[method]}" if method in PLAIN else ""
             raise UserError(
-                f"{(base or source).path}: its weights are quantised ({method}), and Keel computes with plain ones; "
+                f"{whole.path}: its weights are quantised ({method}), and Keel computes with plain ones; "
                 f"name the model that it was made from{also}"
             )
 
@@ -287,34 +203,53 @@ def refuse_unfit(source: Source, policy: bool) -> None:
 
 
 def _with_adapters(
-    auto: Any, base: Source, source: Source, what: str, note: Note, settings: dict[str, Any]
+    auto: Any,
+    adapters: Adapters,
+    source: Source,
+    what: str,
+    new_head: bool,
+    note: Note,
+    settings: dict[str, Any],
 ) -> PreTrainedModel:
-    """The base with the adapters of a folder merged in. A head may be new in the base: the adapters bring it."""
-    model = read_model(auto, base, what, new_head=classifies(source), note=note, **settings)
+    """The base with the adapters of a folder merged in. A head may be new in the base: the adapters bring it. What was
+    saved beside them (the scale of scores, the ends of a reply) is the model's."""
+    place, base = adapters.place, adapters.base
+    model = read_model(auto, base, what, new_head=new_head or classifies(source), note=note, **settings)
     rows = len(read_tokenizer(source))
     if rows > model.get_input_embeddings().weight.shape[0]:
         with quiet():
             model.resize_token_embeddings(rows)
-    wrapped = put_adapters(model, source)
-    merged: Any = _checked(source, "folder of adapters", lambda: wrapped.merge_and_unload())
+    wrapped = put_adapters(model, place, new_head=new_head)
+    merged: Any = checked(place, "folder of adapters", lambda: wrapped.merge_and_unload())
     refuse_not_finite(source, merged)
+    folder = Path(place.path)
+    if (folder / CONFIG_NAME).exists():
+        own = read_config(place)
+        for name in [name for name in own.to_dict() if name.startswith("keel_") or name == "pad_token_id"]:
+            setattr(merged.config, name, getattr(own, name))
+    if (folder / GENERATION_CONFIG_NAME).exists() and merged.can_generate():
+        merged.generation_config = GenerationConfig.from_pretrained(str(folder))
+    merged.name_or_path = source.path  # what new adapters are trained on, and will name as their base
     note(f"{source.path}: adapters, merged into {base.path}")
     return merged
 
 
-def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False) -> Any:
+def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False, new_head: bool = False) -> Any:
     """``model`` inside peft's wrapper, with the adapters of a folder. UserError when they do not fit, or are not all
-    there."""
-    from peft import PeftModel, get_peft_model_state_dict
+    there. ``new_head``: they need bring no head."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    with_head = hasattr(model, "score")
+    with_head = hasattr(model, "score") and not new_head
 
     def load() -> tuple[Any, set[str]]:
         there = load_peft_weights(source.path, device="cpu")
-        return PeftModel.from_pretrained(model, source.path, is_trainable=trainable), set(there)
+        config = PeftConfig.from_pretrained(source.path)
+        if new_head and config.task_type == "CAUSAL_LM":
+            config.task_type = None  # peft's wrapper for that task asks for a head that writes
+        return PeftModel.from_pretrained(model, source.path, config=config, is_trainable=trainable), set(there)
 
-    wrapped, there = _checked(source, "folder of adapters", load)
+    wrapped, there = checked(source, "folder of adapters", load)
     if not hasattr(wrapped, "merge_and_unload"):
         raise UserError(f"{source.path}: adapters of this kind cannot be merged into a model; name one of LoRA's kind")
     refuse_adapted_ties(wrapped, f"{source.path}: its adapters")

@@ -7,7 +7,7 @@ called and whether they are tied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,18 @@ def train_rows(model: PreTrainedModel, rows: Sequence[int]) -> None:
 def trains_rows(model: PreTrainedModel) -> bool:
     """Whether rows are trained by :func:`train_rows`."""
     return any(parametrize.is_parametrized(module, "weight") for module in _parametrisable(model))
+
+
+def trained_rows(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(the module's name, rows [R, H], their ids [R]) of what :func:`train_rows` has trained, tied ones once."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    seen: set[int] = set()
+    for module in _parametrisable(model):
+        if parametrize.is_parametrized(module, "weight"):
+            rows: Any = module.parametrizations.weight[0]  # type: ignore[index, union-attr]
+            if id(rows) not in seen:
+                seen.add(id(rows))
+                yield names[id(module)].removesuffix(".base_layer"), rows.rows.detach(), rows.index
 
 
 def settle_rows(module: Any) -> None:

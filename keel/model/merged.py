@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from keel.model import marks
+from keel.model import marks, nf4
 from keel.model.held import is_matrix
 from keel.model.modules import inner_model
 from keel.types import UserError
 
 # What peft, and the parametrisation of trained rows, put between a module and its weights.
 WRAPPERS = ("base_layer", "modules_to_save", "original_module", "parametrizations")
+NUMBERED = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
+PART = 2**26  # bytes: smaller models are written in one file
 
 
 def merged_weight(layer: Any) -> Tensor:
@@ -91,15 +94,37 @@ def _weights(within: nn.Module, outer: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, parameter.detach()
 
 
-@torch.no_grad()
-def file_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The language model's state as a file in ``dtype`` has it: adapters of whatever kind merged in, names plain, tied
+def file_parts(model: nn.Module, dtype: torch.dtype, least: int = PART) -> Iterator[dict[str, Tensor]]:
+    """The language model's state as files in ``dtype`` have it, in parts: what lies outside the layers, then the
+    layers, as many together as come to ``least`` bytes. Adapters of whatever kind are merged in, names plain, tied
     weights one tensor. A head of one score and tables (buffers) stay as they are.
 
-    One layer is copied and merged at a time, in float32, and rounded once; what that makes lies on the CPU.
+    A layer is copied and merged in float32, and rounded once; what that makes lies on the CPU. Whoever keeps no part
+    needs the memory of the model and of one part.
     """
     inner = inner_model(model)
-    modules = [(p + "." if p else "", m) for p, m in inner.named_modules() if not _within_wrapper(p)]
+    layers: dict[str, list[tuple[str, nn.Module]]] = {}
+    for path, module in inner.named_modules():
+        if not _within_wrapper(path):
+            layers.setdefault(_layer_of(path), []).append((path + "." if path else "", module))
+    part: dict[str, Tensor] = {}
+    for modules in layers.values():
+        part.update(_file_weights(modules, dtype))
+        if sum(tensor.nbytes for tensor in part.values()) >= least:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _layer_of(path: str) -> str:
+    """The layer that a module is a part of: its path up to the first number; empty outside the layers."""
+    found = NUMBERED.match(path)
+    return found[0] if found else ""
+
+
+@torch.no_grad()
+def _file_weights(modules: Sequence[tuple[str, nn.Module]], dtype: torch.dtype) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}  # by the weight that it was made of: tied ones stay one
     found: dict[str, Tensor] = {}
 
@@ -130,6 +155,14 @@ def _within_wrapper(path: str) -> bool:
 def _merged_layer(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the tensor that it was made of) of a layer with its adapters."""
     own = layer.get_base_layer()
+    if nf4.is_quantised(own):
+        weight = nf4.plain_weight(own)
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+        yield "weight", weight, own.weight
+        if own.bias is not None:
+            yield "bias", own.bias, own.bias
+        return
     merged = copy.deepcopy(layer)
     marks.settle_rows(merged.get_base_layer())
     merged.get_base_layer().float()
@@ -150,7 +183,8 @@ def _own_state(module: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     if parametrize.is_parametrized(module, "weight"):
         yield "weight", module.weight, module.parametrizations.weight.original
     for name, parameter in module.named_parameters(recurse=False):
-        yield name, parameter, parameter
+        four_bits = name == "weight" and nf4.is_quantised(module)
+        yield name, nf4.plain_weight(module) if four_bits else parameter, parameter
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield name, buffer, buffer

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keel.data.chat import Chat
-from keel.model.loading import quiet
 from keel.model.marks import template_marks
 from keel.model.modules import embedding_rows
+from keel.model.places import quiet
 from keel.model.probe import given_tokens
 
 

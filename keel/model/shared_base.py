@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.model.adapters import ADAPTER, digest
+from keel.model.adapters import digest
 from keel.model.checkpoint import Place, frozen, load_policy, load_tokenizer, prepared, scalar_head
 from keel.model.dropout import measure_whole
 from keel.model.heads import ScalarModel
-from keel.model.loading import put_adapters, read_config
+from keel.model.loading import put_adapters
+from keel.model.places import ADAPTER, read_config
 from keel.precision import Precision
-from keel.recipe.sections import LoraConfig, Source
+from keel.recipe.sections import Checkpointing, LoraConfig, Source
 from keel.types import UserError
 
 
@@ -36,7 +37,7 @@ class SharedBase:
         self.device, self.lora = device, lora.whole()
         self.model: PreTrainedModel = frozen(model)  # type: ignore[assignment]
 
-    def policy(self, gradient_checkpointing: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    def policy(self, gradient_checkpointing: Checkpointing) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """As ``load_policy``, with new adapters."""
         return prepared(self._tree(), self.device, self.lora, gradient_checkpointing, "CAUSAL_LM", []), self.tokenizer
 
@@ -44,14 +45,14 @@ class SharedBase:
         """The base itself, without adapters."""
         return frozen(self._tree())
 
-    def new_critic(self, head_seed: int, gradient_checkpointing: bool) -> ScalarModel:
+    def new_critic(self, head_seed: int, gradient_checkpointing: Checkpointing) -> ScalarModel:
         """As ``load_scalar`` with a new head, and new adapters."""
         model = self._classifier(self.source)
         scalar_head(model, self.source.path, head_seed)
         model = prepared(model, self.device, self.lora, gradient_checkpointing, "SEQ_CLS", ["score"])
         return ScalarModel(model, self.tokenizer)
 
-    def reward_model(self, path: Path, gradient_checkpointing: bool = False) -> ScalarModel:
+    def reward_model(self, path: Path, gradient_checkpointing: Checkpointing = False) -> ScalarModel:
         """As ``load_scalar``, with the adapters and head that were trained at ``path``, which can be trained on.
 
         UserError when that reward model was trained without adapters, or on another base.

@@ -116,7 +116,7 @@ def stage_fingerprint(
         facts["votes"] = learned.facts()
     if stage.needs_model():
         template = recipe.model.chat_template
-        model = recipe.model.model_dump(mode="json")
+        model = recipe.model.settings()
         model |= {"path": contents.of(recipe.model.path), "chat_template": contents.of(template) if template else None}
         facts |= {"model": model, "device": torch.device(device).type}
     return hash_config(facts)

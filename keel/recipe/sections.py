@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -16,10 +16,13 @@ class Strict(BaseModel):
     )
 
 
-Weights = Literal["auto", "fp32", "bf16"]
+Weights = Literal["auto", "fp32", "bf16", "nf4"]
 
 
 SaveAs = Literal["auto", "fp32", "bf16"]
+
+
+Checkpointing = bool | Literal["selective", "offload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,18 @@ class LoraConfig(Strict):
         description="in the losses of sft and reward stages; dpo, ppo and grpo compare models and have 0",
     )
     targets: list[str] | Literal["all-linear"] = "all-linear"
+    rslora: bool = Field(
+        False, description="scale by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast"
+    )
+    dora: bool = Field(False, description="train the length of each output's weights beside their direction (DoRA)")
+    merged: bool = Field(
+        True,
+        description="write the whole model with the adapters merged in, beside STAGE/adapter/; false: that folder "
+        "alone, which later stages read together with its base",
+    )
+
+    # As `keel.recipe.stage.StageBase.later`.
+    later: ClassVar[frozenset[str]] = frozenset({"rslora", "dora", "merged"})
 
     def whole(self) -> LoraConfig:
         """Without dropout: where log-probabilities of policy, old policy and reference must be of one model."""
@@ -73,17 +88,38 @@ class ModelConfig(Strict):
         description="how matrices that a stage does not train lie in memory (the base below adapters, references, "
         "reward models, models that only sample). auto: in bfloat16 where the checkpoint is, products are, and the "
         "device is a GPU; bf16: wherever products are, whatever the checkpoint is in, experts too (auto leaves "
-        "them in float32, in which autocast computes them); fp32: never. Trained ones are float32",
+        "them in float32, in which autocast computes them); fp32: never; nf4: linear layers in four bits (QLoRA, an "
+        "extra), all else as auto, with lora. Trained ones are float32",
     )
     save_as: SaveAs = Field(
         "auto", description="precision of the checkpoints that stages write; auto: that of the one they start from"
     )
 
+    @model_validator(mode="after")
+    def _four_bits_fit(self) -> ModelConfig:
+        if self.weights == "nf4" and (self.lora is None or self.lora.dora):
+            raise ValueError(
+                "weights: nf4 holds what lies below plain adapters in four bits, and a model trained whole would begin "
+                "as another than its reference; set model.lora, without dora, or leave weights out"
+            )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON has it: settings that came later are left out at their defaults, so that
+        runs made before still stand."""
+        settings = self.model_dump(mode="json")
+        if self.lora is not None:
+            fields = LoraConfig.model_fields
+            same = {name for name in LoraConfig.later if getattr(self.lora, name) == fields[name].default}
+            settings["lora"] = self.lora.model_dump(mode="json", exclude=same)
+        return settings
+
     def source(self, path: str | Path | None = None) -> Source:
-        """Where the model is read from, or a checkpoint of another ``path`` that the recipe names."""
+        """Where the model is read from, or a checkpoint of another ``path`` that the recipe names, which may be
+        ``hub:owner/name``."""
         own = path is None or str(path) == self.path
         return Source(
-            self.path if own else str(path),
+            self.path if own else str(path).removeprefix("hub:"),
             self.revision if own else None,
             self.trust_remote_code,
             self.weights,

@@ -138,9 +138,10 @@ class StageContext:
         if named in {stage.name for stage in self.recipe.stages}:
             folder = self.parent(named).path
             return folder if percent is None else folder / kept_folder(percent)
-        if name != "base" and not Path(name).is_dir():
+        if name != "base" and not Path(name).is_dir() and not name.startswith("hub:"):
             raise UserError(
-                f"stage {self.stage_dir.name}: {name!r} is neither a stage nor a folder; {stages_there(self.recipe)}"
+                f"stage {self.stage_dir.name}: {name!r} is neither a stage, a folder nor hub:owner/name; "
+                f"{stages_there(self.recipe)}"
             )
         if name not in {reference.target for reference in self.stage.references()}:
             raise _undeclared(self.stage, f"the checkpoint {name}", "references")
