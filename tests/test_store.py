@@ -26,6 +26,7 @@ from databases import Clock
 from sqlalchemy import create_engine, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+import keel.store.api_tables  # noqa: F401 (its tables belong to the metadata)
 from keel.data.sources import read_preferences
 from keel.recipe.sections import SamplingConfig
 from keel.store import Assignment, Judgement, LeaseLost, Store, exchange, review, tables
