@@ -153,7 +153,7 @@ def test_one_layer_is_copied_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(found[n].data_ptr() == own[n].data_ptr() for n in kept)  # not copied
 
 
-def test_learned_marks_are_in_the_whole_model_and_no_adapter_is_written_without_them(tmp_path: Path) -> None:
+def test_learned_marks_are_in_the_whole_model_and_beside_the_adapters(tmp_path: Path) -> None:
     model, tokenizer = load_policy(
         Source(str(save_tiny(tmp_path / "base"))), chat_template="chatml", learn_marks=True, lora=LoraConfig(rank=2)
     )
@@ -163,7 +163,8 @@ def test_learned_marks_are_in_the_whole_model_and_no_adapter_is_written_without_
     embedding = found["model.embed_tokens.weight"]
     at = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert all(any(torch.equal(embedding[i], row) for row in rows) for i in at)
-    assert not (tmp_path / "out" / "adapter").exists()
+    kept = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"], rows)
     assert len(tokenizer) > len(tiny_tokenizer())
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -27,29 +26,24 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     embeddings that were trained beside them, the tokenizer, the configuration (the scale of scores) and the ends of a
     reply. That can be named wherever a model can, as long as its base lies where it did."""
     target, inner = folder / ADAPTER, inner_model(model)
-    with _with_rows(model) as state:
-        model.save_pretrained(str(target), state_dict=state, save_embedding_layers=False)  # type: ignore[operator]
+    rows = list(marks.trained_rows(inner))
+    settings: Any = model.peft_config[model.active_adapter]  # type: ignore[index, union-attr]
+    settings.trainable_token_indices = {name: ids.tolist() for name, _, ids in rows} or None
+    try:
+        model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
+    finally:
+        settings.trainable_token_indices = None  # peft has not trained them
+    if rows:
+        file = target / "adapter_model.safetensors"
+        trained = {
+            f"base_model.model.{name}.token_adapter.trainable_tokens_delta": weight.cpu() for name, weight, _ in rows
+        }
+        save_file(load_file(file) | trained, file, {"format": "pt"})
     inner.config.save_pretrained(str(target))
     if inner.can_generate():
         inner.generation_config.to_json_file(str(target / GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(str(target))
     (target / "base.json").write_text(json.dumps({"digest": digest(model)}) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _with_rows(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's state; within it peft takes the rows that are trained beside adapters for trained tokens of its own,
-    of which it reads and writes whole rows."""
-    settings, state = model.peft_config[model.active_adapter], model.state_dict()
-    tokens: dict[str, list[int]] = {}
-    for name, weight, rows in marks.trained_rows(inner_model(model)):
-        tokens[name] = rows.tolist()
-        state[f"base_model.model.{name}.token_adapter.trainable_tokens_delta.{model.active_adapter}"] = weight
-    settings.trainable_token_indices = tokens or None
-    try:
-        yield state
-    finally:
-        settings.trainable_token_indices = None
 
 
 def digest(model: nn.Module) -> str:

@@ -114,7 +114,7 @@ def read_model(
     note = note or _silent
     if (adapters := adapters_of(source)) is not None:
         root(source)  # which it must lead to
-        return _with_adapters(auto, adapters, source, what, note, settings | {"held": held})
+        return _with_adapters(auto, adapters, source, what, new_head, note, settings | {"held": held})
     model, found = _read(auto, source, what, held, settings)
     wrapped = [name for name in found["unexpected_keys"] if WRAPPED.search(name)]
     if wrapped and found["missing_keys"]:
@@ -203,17 +203,23 @@ def refuse_unfit(source: Source, policy: bool) -> None:
 
 
 def _with_adapters(
-    auto: Any, adapters: Adapters, source: Source, what: str, note: Note, settings: dict[str, Any]
+    auto: Any,
+    adapters: Adapters,
+    source: Source,
+    what: str,
+    new_head: bool,
+    note: Note,
+    settings: dict[str, Any],
 ) -> PreTrainedModel:
     """The base with the adapters of a folder merged in. A head may be new in the base: the adapters bring it. What was
     saved beside them (the scale of scores, the ends of a reply) is the model's."""
     place, base = adapters.place, adapters.base
-    model = read_model(auto, base, what, new_head=classifies(source), note=note, **settings)
+    model = read_model(auto, base, what, new_head=new_head or classifies(source), note=note, **settings)
     rows = len(read_tokenizer(source))
     if rows > model.get_input_embeddings().weight.shape[0]:
         with quiet():
             model.resize_token_embeddings(rows)
-    wrapped = put_adapters(model, place)
+    wrapped = put_adapters(model, place, new_head=new_head)
     merged: Any = checked(place, "folder of adapters", lambda: wrapped.merge_and_unload())
     refuse_not_finite(source, merged)
     folder = Path(place.path)
@@ -228,17 +234,20 @@ def _with_adapters(
     return merged
 
 
-def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False) -> Any:
+def put_adapters(model: PreTrainedModel, source: Source, trainable: bool = False, new_head: bool = False) -> Any:
     """``model`` inside peft's wrapper, with the adapters of a folder. UserError when they do not fit, or are not all
-    there."""
-    from peft import PeftModel, get_peft_model_state_dict
+    there. ``new_head``: they need bring no head."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    with_head = hasattr(model, "score")
+    with_head = hasattr(model, "score") and not new_head
 
     def load() -> tuple[Any, set[str]]:
         there = load_peft_weights(source.path, device="cpu")
-        return PeftModel.from_pretrained(model, source.path, is_trainable=trainable), set(there)
+        config = PeftConfig.from_pretrained(source.path)
+        if new_head and config.task_type == "CAUSAL_LM":
+            config.task_type = None  # peft's wrapper for that task asks for a head that writes
+        return PeftModel.from_pretrained(model, source.path, config=config, is_trainable=trainable), set(there)
 
     wrapped, there = checked(source, "folder of adapters", load)
     if not hasattr(wrapped, "merge_and_unload"):

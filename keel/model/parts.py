@@ -20,6 +20,7 @@ def write_parts(inner: Any, parts: Iterable[dict[str, Tensor]], folder: Path) ->
     files: list[Path] = []
     for part in parts:
         inner.save_pretrained(str(folder), state_dict=part, max_shard_size=ONE_FILE)
+        del part  # before the next one is made
         files.append((folder / SAFE_WEIGHTS_NAME).rename(folder / f"part-{len(files) + 1}.safetensors"))
     if len(files) == 1:
         files[0].rename(folder / SAFE_WEIGHTS_NAME)
