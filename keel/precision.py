@@ -36,6 +36,11 @@ def held_dtype(weights: Weights, products: Precision | None, device: str, stored
     return torch.bfloat16 if weights == "bf16" or kept else torch.float32
 
 
+def in_four_bits(weights: Weights, products: Precision | None) -> bool:
+    """Whether the linear layers of a model lie in memory in four bits. ``products`` as in :func:`held_dtype`."""
+    return weights == "nf4" and products is not None
+
+
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[object]:
     """Matrix products in bfloat16 over float32 master weights, or nothing."""
     if precision == "bf16":

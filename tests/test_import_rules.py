@@ -48,7 +48,7 @@ OPTIONAL = {
     "tensorboard": {"run/tensorboard.py"},
     "datasets": {"data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
-    "bitsandbytes": {"train/adamw8bit.py"},
+    "bitsandbytes": {"train/adamw8bit.py", "model/nf4.py"},
     "math_verify": {"reward/math_verify.py"},
     "ray": set(),
     "psycopg": set(),  # SQLAlchemy finds it by the database's address

@@ -11,6 +11,7 @@ from keel.check.cutting import one_step_findings
 from keel.check.finding import Finding, broken, stage_names
 from keel.check.machine import disk, extras, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
+from keel.model import nf4
 from keel.recipe.checkpoints import stage_of
 from keel.recipe.graph import parents
 from keel.recipe.recipe import Recipe, Stage
@@ -67,5 +68,10 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
         found += one_step_findings(stage, run)
         if resolved := stage.resolved():
             found.append(Finding("note", stage.name, resolved))
+    if recipe.model.weights == "nf4":
+        try:
+            nf4.require()
+        except UserError as error:
+            found.append(broken(error, "model.weights"))
     found += model_findings(recipe, run)
     return list(dict.fromkeys(found))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from keel.model import marks
+from keel.model import marks, nf4
 from keel.model.held import is_matrix
 from keel.model.modules import inner_model
 from keel.types import UserError
@@ -155,6 +155,14 @@ def _within_wrapper(path: str) -> bool:
 def _merged_layer(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the tensor that it was made of) of a layer with its adapters."""
     own = layer.get_base_layer()
+    if nf4.is_quantised(own):
+        weight = nf4.plain_weight(own)
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+        yield "weight", weight, own.weight
+        if own.bias is not None:
+            yield "bias", own.bias, own.bias
+        return
     merged = copy.deepcopy(layer)
     marks.settle_rows(merged.get_base_layer())
     merged.get_base_layer().float()
@@ -175,7 +183,8 @@ def _own_state(module: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     if parametrize.is_parametrized(module, "weight"):
         yield "weight", module.weight, module.parametrizations.weight.original
     for name, parameter in module.named_parameters(recurse=False):
-        yield name, parameter, parameter
+        four_bits = name == "weight" and nf4.is_quantised(module)
+        yield name, nf4.plain_weight(module) if four_bits else parameter, parameter
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield name, buffer, buffer

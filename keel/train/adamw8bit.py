@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments (Dettmers et al. 2022), from bitsandbytes. The only file that imports it."""
+"""AdamW with 8-bit moments (Dettmers et al. 2022), from bitsandbytes."""
 
 from __future__ import annotations
 
