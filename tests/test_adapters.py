@@ -3,6 +3,7 @@ peft, which loads what was written, and the operating system's count of memory."
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,12 +21,15 @@ from tiny import save_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from keel.check.models import _adapter_rate
 from keel.data.collate import pack
+from keel.model import nf4
 from keel.model.checkpoint import has_reward_head, load_policy, load_scalar, positions, save
 from keel.model.logprobs import token_logprobs
 from keel.model.merged import file_parts
 from keel.model.packed import inner_model
 from keel.model.places import root
+from keel.recipe.recipe import Recipe
 from keel.recipe.sections import LoraConfig, ModelConfig, Source
 from keel.types import Encoded, UserError
 
@@ -213,9 +217,9 @@ def _python(code: str, *arguments: str, **environment: str) -> str:
 def test_merging_takes_the_memory_of_a_layer(tmp_path: Path) -> None:
     size, layer, before, peak = map(float, _python(MERGING, str(tmp_path / "out")).split())
     assert size > 300
-    # A part is at least 64 MiB, a layer's is 65; one more layer is copied while it is merged, in pieces; the rest is
-    # what the libraries take for themselves. A second copy of the model would be `size`.
-    assert peak - before < 2.5 * layer < 0.6 * size, (size, layer, before, peak)
+    # A part is at least 64 MiB, a layer's is 64.4; the rest is a linear layer's copies and what writing takes. It was
+    # 152 MiB, 2.4 layers. A second copy of the model would be `size`, 324 MiB.
+    assert peak - before < 3 * layer < 0.6 * size, (size, layer, before, peak)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 6
     own = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -233,3 +237,71 @@ def test_parts_are_whole_layers_and_hold_every_weight_once(tmp_path: Path) -> No
     assert {name for part in parts for name in part} == set(model.state_dict())
     out = kept(model, tokenizer, tmp_path / "out")
     assert (out / "model.safetensors").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- four bits
+
+
+def test_four_bits_stand_below_plain_adapters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ModelConfig(path="x", weights="nf4", lora=LoraConfig()).source().weights == "nf4"
+    for lora in (None, LoraConfig(dora=True)):
+        with pytest.raises(ValueError, match=r"set model\.lora, without dora"):
+            ModelConfig(path="x", weights="nf4", lora=lora)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"keel-rlhf\[qlora\]"):
+        nf4.require()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_adapters_over_four_bits_train_and_are_merged_into_what_they_stood_on(tmp_path: Path) -> None:
+    source = Source(str(save_tiny(tmp_path / "base")), weights="nf4")
+    model, tokenizer = load_policy(source, lora=LoraConfig(rank=4), products="fp32")
+    linears = [module for module in model.modules() if nf4.is_quantised(module)]
+    assert len(linears) == 14
+    assert all(layer.weight.quant_state.nested for layer in linears)  # the scales' own scales
+    weights = sum(layer.in_features * layer.out_features for layer in linears)
+    assert sum(layer.weight.nbytes for layer in linears) == weights / 2
+    first = said(model)
+    assert torch.equal(said(load_policy(source, products="fp32")[0]), first)  # the reference: no KL to begin with
+    plain = said(load_policy(source.path)[0])
+    assert 0 < float((first - plain).abs().max()) < 0.5
+
+    out = kept(model, tokenizer, tmp_path / "out")
+    rounded = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(by_transformers(rounded), first, atol=1e-4, rtol=1e-4)
+    level = rounded.model.layers[0].mlp.down_proj.weight.detach().flatten()[:64].unique()
+    assert len(level) <= 16  # a block of NF4
+
+    torch.manual_seed(0)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = -token_logprobs(model, BATCH).logp_C.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.3
+    second = kept(model, tokenizer, tmp_path / "second")
+    torch.testing.assert_close(
+        by_transformers(AutoModelForCausalLM.from_pretrained(second)), said(model), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr", "remedy"),
+    [
+        ({"kind": "sft"}, 1e-5, "set it to about 0.0001"),
+        ({"kind": "sft"}, 5e-5, None),
+        ({"kind": "dpo", "model": "base"}, 1e-6, "set it to about 1e-05"),
+        ({"kind": "dpo", "model": "base"}, 5e-6, None),
+        ({"kind": "reward", "model": "base"}, 2e-5, "set it to about 0.0001"),
+    ],
+)
+def test_a_whole_models_rate_is_doubted_for_adapters(stage: dict[str, Any], lr: float, remedy: str | None) -> None:
+    for lora in (None, {"rank": 4}):
+        settings = {"model": {"path": "x", "lora": lora}, "stages": [stage | {"name": "s", "optim": {"lr": lr}}]}
+        recipe = Recipe.model_validate(settings)
+        found = list(_adapter_rate(recipe.stages[0], recipe))
+        assert [finding.remedy for finding in found] == ([remedy] if lora and remedy else [])

@@ -3,6 +3,7 @@ change no number, or a little and as much as they say."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -13,8 +14,10 @@ import pytest
 import torch
 from tiny import demonstrations, preferences, prompt, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keel.data.collate import pack, pack_by_prompt
+from keel.model.activations import offloaded
 from keel.model.checkpoint import load_policy
 from keel.model.logprobs import token_logprobs
 from keel.model.packed import compile_passes
@@ -143,6 +146,35 @@ def test_gradient_checkpointing_keeps_less(lora: LoraConfig | None, tmp_path: Pa
         saved_bytes(load_policy(base, lora=lora, gradient_checkpointing=on)[0], batch) for on in (False, True)
     )
     assert saving < plain / 3
+
+
+def test_selective_checkpoints_compute_few_products_again_and_offloading_changes_nothing(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    batch = pack([Encoded(tuple(range(10, 50)), (False,) + (True,) * 39)] * 2)
+    products, gradients = {}, {}
+    kinds: list[Any] = [False, True, "selective", "offload"]
+    for kind in kinds:
+        torch.manual_seed(0)
+        model = load_policy(base, lora=LoraConfig(rank=4), gradient_checkpointing=kind)[0]
+        with offloaded("cpu") if kind == "offload" else contextlib.nullcontext(), Products() as count:
+            loss = token_logprobs(model, batch).logp_C.sum()
+            loss.backward()
+        products[kind] = count.of
+        gradients[kind] = [p.grad for p in model.parameters() if p.grad is not None]
+    again = {kind: count - products[False] for kind, count in products.items()}  # a few are another kind of product
+    assert again[True] == again["offload"] > 4 * again["selective"]
+    for kind in kinds[1:]:
+        assert all(map(torch.equal, gradients[False], gradients[kind])), kind
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    of = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
 
 
 # --------------------------------------------------------------------------------------------------- compilation

@@ -116,6 +116,7 @@ def model_findings(recipe: Recipe, run: RunDir) -> list[Finding]:
             found += _evaluated(stage, recipe)
             found += _reward_models(stage, recipe, run)
             found += _adapter_dropout(stage, recipe)
+            found += _adapter_rate(stage, recipe)
             found += _converses(stage, recipe)
             found += _thinking(stage, recipe)
             _stop_tokens(stage, recipe)
@@ -214,6 +215,16 @@ def _adapter_dropout(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     if lora and lora.dropout and training is not None and not training.adapter_dropout:
         sentence = "log-probabilities of one model are compared with another's, so adapters have no dropout here"
         yield Finding("warning", f"{stage.name} (model.lora.dropout)", sentence, "nothing to do, or set it to 0")
+
+
+def _adapter_rate(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
+    """Adapters learn best at about ten times the rate of the whole model, in SFT and in RL (Schulman and Thinking
+    Machines Lab, "LoRA Without Regret", 2025). Half of that is no mistake yet."""
+    training = stage.training()
+    if recipe.model.lora is None or training is None or training.optim.lr >= 5 * training.whole_lr:
+        return
+    sentence = f"adapters learn at about ten times a whole model's rate, and {training.optim.lr:g} is a whole model's"
+    yield Finding("warning", f"{stage.name}.optim.lr", sentence, f"set it to about {10 * training.whole_lr:g}")
 
 
 def _reward_models(stage: Stage, recipe: Recipe, run: RunDir) -> Iterator[Finding]:

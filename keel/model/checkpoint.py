@@ -20,7 +20,8 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from keel.data.chat import install_template
-from keel.model import held, marks
+from keel.model import held, marks, nf4
+from keel.model.activations import checkpointing_settings
 from keel.model.adapters import save_adapter
 from keel.model.dropout import as_configured, measure_whole, turn_off
 from keel.model.heads import ScalarModel
@@ -39,8 +40,8 @@ from keel.model.padding import give_pad
 from keel.model.parts import write_parts
 from keel.model.places import ADAPTER, quiet, read_config
 from keel.model.probe import probe
-from keel.precision import Precision
-from keel.recipe.sections import LoraConfig, Source
+from keel.precision import Precision, in_four_bits
+from keel.recipe.sections import Checkpointing, LoraConfig, Source
 from keel.types import UserError
 
 Place = str | Path | Source  # a path alone: no revision, no code of its own
@@ -82,7 +83,7 @@ def load_policy(
     chat_template: str | None = None,
     learn_marks: bool = False,
     lora: LoraConfig | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     products: Precision | None = None,
     note: Note | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -118,7 +119,8 @@ def load_policy(
     if rows and note is not None:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(rows)))
         note(f"{source.path} has never learned {names}: their embeddings are trained beside the adapters")
-    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", [], rows), tokenizer
+    four_bits = in_four_bits(source.weights, products)
+    return prepared(model, device, lora, gradient_checkpointing, "CAUSAL_LM", [], rows, four_bits), tokenizer
 
 
 def load_scalar(
@@ -126,7 +128,7 @@ def load_scalar(
     *,
     device: str = "cpu",
     lora: LoraConfig | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     new_head_seed: int | None = None,
     take_over: bool = False,
     products: Precision | None = None,
@@ -151,7 +153,9 @@ def load_scalar(
     own = new or take_over
     if own:
         give_pad(model, tokenizer)
-    scalar = ScalarModel(prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"]), tokenizer)
+    four_bits = in_four_bits(source.weights, products)
+    wrapped = prepared(model, device, lora, gradient_checkpointing, "SEQ_CLS", ["score"], (), four_bits)
+    scalar = ScalarModel(wrapped, tokenizer)
     if take_over and scalar.process is not None:
         scalar.set_process(None)
     if own and scalar.foreign:
@@ -183,20 +187,25 @@ def prepared(
     model: PreTrainedModel,
     device: str,
     lora: LoraConfig | None,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Checkpointing,
     task: str,
     trained_whole: list[str],
     trained_rows: Sequence[int] = (),
+    four_bits: bool = False,
 ) -> nn.Module:
     """Dropout off, on the fastest road that gives the model's own numbers, in training mode. It has new adapters when
-    ``lora`` says so; ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained beside them."""
+    ``lora`` says so; ``trained_whole`` modules and ``trained_rows`` of the embeddings are trained beside them.
+    ``four_bits``: its linear layers are held so (``keel.model.nf4``)."""
     turn_off(model)
+    if four_bits:
+        nf4.quantise(model, device)
     model = model.to(device)
     held.check(model)
     probe(model)
     wrapped: nn.Module = model
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings = checkpointing_settings(gradient_checkpointing)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if lora is not None:
         wrapped = _with_new_adapters(model, lora, task, trained_whole)
         measure_whole(wrapped)
@@ -213,7 +222,13 @@ def _with_new_adapters(model: PreTrainedModel, lora: LoraConfig, task: str, trai
     from peft import get_peft_model
 
     # Routers of experts that are linear layers by class and give more than a product, which peft would add to.
-    odd = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    odd = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and not nf4.is_quantised(module)
+    ]
     settings = PeftLora(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -24,7 +24,7 @@ from keel.model.heads import ScalarModel
 from keel.model.loading import put_adapters
 from keel.model.places import ADAPTER, read_config
 from keel.precision import Precision
-from keel.recipe.sections import LoraConfig, Source
+from keel.recipe.sections import Checkpointing, LoraConfig, Source
 from keel.types import UserError
 
 
@@ -37,7 +37,7 @@ class SharedBase:
         self.device, self.lora = device, lora.whole()
         self.model: PreTrainedModel = frozen(model)  # type: ignore[assignment]
 
-    def policy(self, gradient_checkpointing: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    def policy(self, gradient_checkpointing: Checkpointing) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """As ``load_policy``, with new adapters."""
         return prepared(self._tree(), self.device, self.lora, gradient_checkpointing, "CAUSAL_LM", []), self.tokenizer
 
@@ -45,14 +45,14 @@ class SharedBase:
         """The base itself, without adapters."""
         return frozen(self._tree())
 
-    def new_critic(self, head_seed: int, gradient_checkpointing: bool) -> ScalarModel:
+    def new_critic(self, head_seed: int, gradient_checkpointing: Checkpointing) -> ScalarModel:
         """As ``load_scalar`` with a new head, and new adapters."""
         model = self._classifier(self.source)
         scalar_head(model, self.source.path, head_seed)
         model = prepared(model, self.device, self.lora, gradient_checkpointing, "SEQ_CLS", ["score"])
         return ScalarModel(model, self.tokenizer)
 
-    def reward_model(self, path: Path, gradient_checkpointing: bool = False) -> ScalarModel:
+    def reward_model(self, path: Path, gradient_checkpointing: Checkpointing = False) -> ScalarModel:
         """As ``load_scalar``, with the adapters and head that were trained at ``path``, which can be trained on.
 
         UserError when that reward model was trained without adapters, or on another base.

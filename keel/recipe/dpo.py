@@ -17,6 +17,7 @@ from keel.recipe.thumbs import ThumbsBase
 class DpoStage(PreferenceLossBase, ThumbsBase, OfflineBase):
     help: ClassVar[str] = "optimise a policy on preferences directly"
     adapter_dropout: ClassVar[bool] = False
+    whole_lr: ClassVar[float] = 1e-6
 
     kind: Literal["dpo"] = "dpo"
     epochs: float = Field(1.0, gt=0)

@@ -21,6 +21,7 @@ class OnlineBase(PolicyBase):
 
     learns_from: ClassVar[LearnsFrom | None] = "rewards"
     adapter_dropout: ClassVar[bool] = False
+    whole_lr: ClassVar[float] = 1e-6
 
     model: str = "sft"
     reference: str | None = Field(None, description="default: model")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -16,10 +16,13 @@ class Strict(BaseModel):
     )
 
 
-Weights = Literal["auto", "fp32", "bf16"]
+Weights = Literal["auto", "fp32", "bf16", "nf4"]
 
 
 SaveAs = Literal["auto", "fp32", "bf16"]
+
+
+Checkpointing = bool | Literal["selective", "offload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,21 @@ class ModelConfig(Strict):
         description="how matrices that a stage does not train lie in memory (the base below adapters, references, "
         "reward models, models that only sample). auto: in bfloat16 where the checkpoint is, products are, and the "
         "device is a GPU; bf16: wherever products are, whatever the checkpoint is in, experts too (auto leaves "
-        "them in float32, in which autocast computes them); fp32: never. Trained ones are float32",
+        "them in float32, in which autocast computes them); fp32: never; nf4: linear layers in four bits (QLoRA, an "
+        "extra), all else as auto, with lora. Trained ones are float32",
     )
     save_as: SaveAs = Field(
         "auto", description="precision of the checkpoints that stages write; auto: that of the one they start from"
     )
+
+    @model_validator(mode="after")
+    def _four_bits_fit(self) -> ModelConfig:
+        if self.weights == "nf4" and (self.lora is None or self.lora.dora):
+            raise ValueError(
+                "weights: nf4 holds what lies below plain adapters in four bits, and a model trained whole would begin "
+                "as another than its reference; set model.lora, without dora, or leave weights out"
+            )
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON has it: settings that came later are left out at their defaults, so that

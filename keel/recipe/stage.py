@@ -29,7 +29,7 @@ from keel.recipe.declared import (
 from keel.recipe.judges import RewardModelRef
 from keel.recipe.process_card import cards_without_force
 from keel.recipe.search import SearchConfig
-from keel.recipe.sections import DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
+from keel.recipe.sections import Checkpointing, DataConfig, ModelConfig, OptimConfig, SamplingConfig, Strict
 from keel.recipe.steps import ProcessRef, Steps, StepsRead
 
 
@@ -214,12 +214,18 @@ class TrainBase(StageBase):
     weights_on_disk: ClassVar[int] = 5  # the weights, two moments, the best weights, and what replaces them
     adapter_dropout: ClassVar[bool] = True  # False: log-probabilities of several models are compared
     starts_from: ClassVar[tuple[Makes, ...]] = ("policy",)
+    whole_lr: ClassVar[float] = 1e-5  # a usual rate where the whole model is trained; adapters want ten times that
 
     model: str = Field("base", description="stage whose checkpoint this starts from, a folder, or 'base'")
     optim: OptimConfig = OptimConfig()
     batch_tokens: int = Field(8192, ge=16, description="tokens in one forward pass (packed, no padding)")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = Field(
+        False,
+        description="true: keep one tensor a layer for the backward pass and compute the rest again; selective: keep "
+        "the results of matrix products and attention too, and compute only the cheap rest again; offload: as true, "
+        "with what is kept in the CPU's memory (for a GPU)",
+    )
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="torch.compile the forward and backward passes of the trained model; auto: on a GPU, for models of "

@@ -6,6 +6,7 @@ so that splitting an update into more micro-batches changes nothing but memory.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keel.model.activations import offloaded
 from keel.model.dropout import adapters_thinned, of_adapters
 from keel.model.packed import compile_passes, pays_to_compile
 from keel.precision import autocast
@@ -195,7 +197,8 @@ def _update(
     totals: dict[str, tuple[float, float]] = {}
     optimizer.zero_grad(set_to_none=True)
     for micro in micros:
-        with autocast(context.device, context.precision):
+        kept = offloaded(context.device) if config.gradient_checkpointing == "offload" else contextlib.nullcontext()
+        with kept, autocast(context.device, context.precision):
             loss, stats = micro()
         value = float(loss.detach())
         if not math.isfinite(value):
