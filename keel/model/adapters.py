@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     reply. That can be named wherever a model can, as long as its base lies where it did."""
     target, inner = folder / ADAPTER, inner_model(model)
     rows = list(marks.trained_rows(inner))
-    settings = model.peft_config[model.active_adapter]  # type: ignore[index, union-attr]
+    settings: Any = model.peft_config[model.active_adapter]  # type: ignore[index, union-attr]
     settings.trainable_token_indices = {name: ids.tolist() for name, _, ids in rows} or None
     try:
         model.save_pretrained(str(target), save_embedding_layers=False)  # type: ignore[operator]
