@@ -213,6 +213,7 @@ def _python(code: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_merging_takes_the_memory_of_a_layer(tmp_path: Path) -> None:
     size, layer, before, peak = map(float, _python(MERGING, str(tmp_path / "out")).split())

@@ -586,7 +586,7 @@ def test_the_overview_counts_everything_that_people_did(store: Store) -> None:
     labelling.write(bo, edited.id, NewWriting("better", token=token(), seconds=1))
     found = manage.overview()
     assert (found.done, found.annotators) == ({"compare": 2, "rank": 1, "edit": 1}, 2)
-    assert [(day.votes, day.annotators) for day in found.days] == [(4, 2)]
+    assert [(day.done, day.annotators) for day in found.days] == [(4, 2)]
 
 
 def test_habits_name_those_to_look_at(store: Store) -> None:
