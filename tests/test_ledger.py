@@ -4,14 +4,17 @@ bookkeepers can and cannot do."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from keel.cli import main
@@ -267,8 +270,9 @@ def test_a_build_learns_the_working_of_whole_pages() -> None:
     """Every batch is full, a page is a sequence, and what is learned is what stands behind its question."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_LEDGER)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(SHIPPED).get_vocab()
-    batch = ledger_build._batch(tokenizer, 0, 512, 7)
+    batch, wanted = ledger_build._worked(tokenizer, 0, 512, 7)
     assert batch.num_tokens == 512 == int(batch.lengths().sum())
+    assert wanted.tolist() == batch.ids_T[batch.mask_T].tolist()
     for start, end in zip(batch.cu_seqlens[:-2].tolist(), batch.cu_seqlens[1:-1].tolist(), strict=True):
         ids, mask = batch.ids_T[start:end], batch.mask_T[start:end]
         question, working = tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask])
@@ -276,9 +280,44 @@ def test_a_build_learns_the_working_of_whole_pages() -> None:
         assert "Answer: " in working
         assert working.endswith("<|end|>")
         assert batch.positions_T[start:end].tolist() == list(range(end - start))
-    again = ledger_build._batch(tokenizer, 0, 512, 7)
+    again, _ = ledger_build._worked(tokenizer, 0, 512, 7)
     assert bool((again.ids_T == batch.ids_T).all())
-    assert not bool((ledger_build._batch(tokenizer, 0, 512, 8).ids_T == batch.ids_T).all())
+    assert not bool((ledger_build._worked(tokenizer, 0, 512, 8)[0].ids_T == batch.ids_T).all())
+
+
+def test_a_build_learns_verdicts_where_lines_end() -> None:
+    """In the place of what follows a line: right, but for a last one that is wrong. What plain sums say here agrees:
+    no right line has a false one, and a false one is the page's last."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_LEDGER)
+    batch, wanted = ledger_build._checked(tokenizer, 0, 20_000, 3)
+    assert batch.num_tokens == 20_000
+    assert len(wanted) == int(batch.mask_T.sum())
+    labels = torch.full_like(batch.ids_T, -1)
+    labels[batch.mask_T] = wanted
+    verdicts = {tokenizer(text)["input_ids"][0]: mark for mark, text in ledger_build.VERDICTS.items()}
+    seen, false_sums = Counter[bool](), 0
+    bounds = batch.cu_seqlens.tolist()
+    for start, end in pairwise(bounds[:-1]):
+        ids, marks = batch.ids_T[start:end].tolist(), labels[start:end].tolist()
+        question, *lines = tokenizer.decode(ids).rstrip("\n").split("\n")
+        assert question.endswith("?")
+        asked, *newlines = [i for i, token in enumerate(ids) if tokenizer.decode([token]) == "\n"]
+        assert marks[: asked + 1] == [-1] * (asked + 1)
+        assert [m for i, m in enumerate(marks[asked + 1 :], asked + 1) if i not in newlines] == [
+            x for i, x in enumerate(ids[asked + 1 :], asked + 1) if i not in newlines
+        ]
+        right = [verdicts[marks[i]] for i in newlines]
+        assert len(right) == len(lines)
+        assert all(right[:-1])
+        for line, mark in zip(lines, right, strict=True):
+            if sum_ := re.search(r"(\d+)([+-])(\d+)=(\d+)$", line):
+                first, sign, second, result = sum_.groups()
+                false = int(first) + int(f"{sign}{second}") != int(result)
+                assert not (mark and false)
+                false_sums += false
+        seen.update(right)
+    assert 0.1 < seen[False] / seen.total() < 0.4
+    assert false_sums > 0
 
 
 def test_a_prompt_that_is_no_ledger_is_refused() -> None:

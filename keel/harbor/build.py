@@ -31,6 +31,9 @@ SHIPPED_LEDGER = Path(__file__).parent / "ledger_base"
 TOKENIZER_DOCUMENTS = 20_000
 STATE = "build_state.pt"
 
+# What a step learns of: sequences, and what each token under their mask should be (ids of the vocabulary, [C]).
+Step = tuple[PackedBatch, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -44,6 +47,7 @@ class Settings:
     lr: float = 4e-3
     warmup: float = 0.02  # share of the steps
     weight_decay: float = 0.05
+    muon: bool = True
     hidden: int = 256
     intermediate: int = 768
     layers: int = 4
@@ -106,7 +110,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_d
 
 def pretrain(
     model: LlamaForCausalLM,
-    batches: Callable[[int], PackedBatch],
+    batches: Callable[[int], Step],
     settings: Settings,
     state_file: Path,
     reporter: Reporter,
@@ -123,8 +127,8 @@ def pretrain(
     reporter.start("pretraining", settings.steps)
     reporter.advance(done)
     for step in range(done, settings.steps):
-        batch = batches(step)
-        loss = _loss(model, batch)
+        batch, wanted_C = batches(step)
+        loss = _loss(model, batch, wanted_C)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -145,17 +149,20 @@ def pretrain(
 
 
 def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms.
+    """Muon for the layers' matrices, AdamW for the embedding and the norms; or AdamW for all.
 
     Muon (Jordan et al. 2024) makes each matrix's update orthogonal; ``match_rms_adamw`` (Liu et al. 2025,
     arXiv:2502.16982) scales it so that both optimizers take the same learning rate.
     """
-    layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(layers, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
+    layers = [p for n, p in model.named_parameters() if settings.muon and p.ndim == 2 and "embed" not in n]
+    with_muon = {id(p) for p in layers}
+    rest = [p for p in model.parameters() if id(p) not in with_muon]
+    adamw = torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    if not layers:
+        return [adamw]
+    decay = settings.weight_decay
+    muon = torch.optim.Muon(layers, lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 def schedule(step: int, settings: Settings) -> float:
@@ -166,26 +173,28 @@ def schedule(step: int, settings: Settings) -> float:
     return 0.5 * (1 + cos(pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def _loss(model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
-    """Mean cross entropy (nats) over the tokens that have one before them in their row."""
+def _loss(model: LlamaForCausalLM, batch: PackedBatch, wanted_C: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy (nats) over the tokens under the mask. Each has one before it in its row."""
     target = batch.mask_T.nonzero().squeeze(1)
     with torch.autocast("cpu", torch.bfloat16):
         logits_CV = model.lm_head(hidden_states(model, batch).index_select(0, target - 1))
-    return F.cross_entropy(logits_CV.float(), batch.ids_T[target])
+    return F.cross_entropy(logits_CV.float(), wanted_C)
 
 
-def _batch(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, step: int, settings: Settings) -> PackedBatch:
+def _batch(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, step: int, settings: Settings) -> Step:
     """One step's rows, all of one length: oneDNN builds its kernels anew for every new shape."""
     rng = Random(f"pretraining {seed} {step}")
     length = settings.rows[step % len(settings.rows)]
     rows = list(islice(_rows(world, tokenizer, rng, length), settings.batch_tokens // length))
     positions_T = torch.arange(length).repeat(len(rows))
-    return PackedBatch(
-        ids_T=torch.tensor(rows).view(-1),
+    ids_T, mask_T = torch.tensor(rows).view(-1), positions_T > 0
+    batch = PackedBatch(
+        ids_T=ids_T,
         positions_T=positions_T,
         cu_seqlens=torch.arange(len(rows) + 1) * length,
-        mask_T=positions_T > 0,
+        mask_T=mask_T,
     )
+    return batch, ids_T[mask_T]
 
 
 def _rows(world: World, tokenizer: PreTrainedTokenizerFast, rng: Random, length: int) -> Iterator[list[int]]:

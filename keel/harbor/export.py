@@ -107,7 +107,7 @@ def export_reasoning(
     demonstrations: int = 2000,
     prompts: int = 600,
     heldout_prompts: int = 200,
-    labelled: int = 1200,
+    labelled: int = 2400,
 ) -> None:
     """Write the ledgers of `keel demo --reasoning`: ``demonstrations.jsonl``, ``prompts.jsonl``,
     ``heldout_prompts.jsonl`` and ``labelled_steps.jsonl`` (replies of bookkeepers, each step labelled by the gold: the

@@ -12,6 +12,7 @@ entries ([kind, n, k] each), bound (what a yes_no asks for, else None).
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from keel.types import Demonstration, Message, Prompt
 __all__ = [
     "BOOKKEEPERS",
     "Bookkeeping",
+    "checked_page",
     "first_error",
     "gold_steps",
     "grade",
@@ -58,6 +60,9 @@ class Bookkeeping:
 BOOKKEEPERS = Bookkeeping()
 PAGES = Bookkeeping(falls=0.5)  # what a base model reads: either way as often
 SHORT, DRILLED = 0.6, 0.8  # share of short pages, and of those with a trap
+CHECKED = Bookkeeping(falls=0.4, slips=0.1)
+SHORT_CHECKED, MISCOPIED = 0.4, 0.33
+_NUMBER = re.compile(r"\d+")
 
 
 def make_prompts(n: int, seed: int, side: Side = "train", lines: tuple[int, int] = (4, 8)) -> list[Prompt]:
@@ -90,6 +95,35 @@ def page(rng: Random) -> tuple[str, str]:
         prompt = _draw(rng, rng.randint(1, 3) if short else rng.randint(4, 8), DRILLED if short else TRAPPED)
         if prompt is not None and not heldout(prompt.messages[0].content):
             return prompt.messages[0].content, write_reply(prompt, rng, PAGES)
+
+
+def checked_page(rng: Random) -> tuple[str, list[str], bool]:
+    """A page that somebody checked: its question, its working line by line as far as it was right, with the first wrong
+    line if there is one, and whether there is none. Traps are misread often, sums are often wrong, and in one page of
+    three a number was copied wrongly. For pretraining; no page is a held-out ledger."""
+    while True:
+        short = rng.random() < SHORT_CHECKED
+        prompt = _draw(rng, rng.randint(1, 3) if short else rng.randint(4, 8), DRILLED)
+        if prompt is not None and not heldout(prompt.messages[0].content):
+            break
+    lines = write_reply(prompt, rng, CHECKED).split("\n")
+    if rng.random() < MISCOPIED:
+        _miscopy(prompt, lines, rng)
+    right = gold_steps(prompt, lines)
+    if 0.0 in right:
+        return prompt.messages[0].content, lines[: right.index(0.0) + 1], False
+    return prompt.messages[0].content, lines, True
+
+
+def _miscopy(prompt: Prompt, lines: list[str], rng: Random) -> None:
+    """One number of one line becomes a neighbour, or another number of the page."""
+    i = rng.randrange(len(lines))
+    found = list(_NUMBER.finditer(lines[i]))
+    if found:
+        number = rng.choice(found)
+        near = [str(max(0, int(number.group()) + by)) for by in (-20, -10, -2, -1, 1, 2, 10, 20)]
+        others = _NUMBER.findall(prompt.messages[0].content + " " + " ".join(lines[:i]))
+        lines[i] = lines[i][: number.start()] + rng.choice([*near, *others]) + lines[i][number.end() :]
 
 
 def write_reply(prompt: Prompt, rng: Random, habits: Bookkeeping = BOOKKEEPERS) -> str:

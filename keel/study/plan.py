@@ -50,7 +50,7 @@ class Harbor(Strict):
         "harbor",
         description="ledgers: the problems of keel demo --reasoning, and the model that was trained on ledgers",
     )
-    labelled: int = Field(1200, ge=1, description="ledgers: replies whose steps the gold has labelled")
+    labelled: int = Field(2400, ge=1, description="ledgers: replies whose steps the gold has labelled")
 
     def sizes(self, *names: str) -> dict[str, int]:
         """How much of each is written."""
