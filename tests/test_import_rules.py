@@ -33,6 +33,7 @@ RANKS = {
     "pipeline": 8,
     "check": 9,
     "study": 10,
+    "publish": 10,
     "cli": 11,
 }
 EVERYONE_MAY = {"types", "recipe", ""}  # "" is the package itself: its version
@@ -47,6 +48,9 @@ COMPILING = {f"kernels/{name}.py" for name in ("cache", "decoding", "intrinsics"
 OPTIONAL = {
     "wandb": {"run/wandb.py"},
     "tensorboard": {"run/tensorboard.py"},
+    "trackio": {"run/trackio.py"},
+    "mlflow": {"run/mlflow.py"},
+    "lm_eval": {"eval/tasks.py"},
     "datasets": {"data/hub.py", "store/hub.py"},
     "vllm": {"rollout/vllm.py"},
     "bitsandbytes": {"train/adamw8bit.py", "model/nf4.py"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from keel.rollout import vllm
 from keel.run import RunDir
 from keel.train import adamw8bit
 from keel.types import UserError
+
+LOGGERS = {"wandb_project": "wandb", "trackio_project": "trackio", "mlflow_experiment": "mlflow"}
 
 
 def precision(stage: TrainBase, device: str) -> Iterator[Finding]:
@@ -48,6 +51,14 @@ def extras(stage: Stage) -> Iterator[Finding]:
             require()
         except UserError as error:
             yield broken(error, stage.name)
+
+
+def loggers(recipe: Recipe) -> Iterator[Finding]:
+    """Packages that ``logging`` asks for and that are not installed."""
+    for field, package in LOGGERS.items():
+        if getattr(recipe.logging, field) and importlib.util.find_spec(package) is None:
+            remedy = f"pip install 'keel-rlhf[{package}]', or unset it"
+            yield Finding("error", f"logging.{field}", f"{package} is not installed", remedy)
 
 
 def disk(recipe: Recipe, stage: Stage, run: RunDir) -> Iterator[Finding]:

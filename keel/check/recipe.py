@@ -9,7 +9,7 @@ from __future__ import annotations
 from keel.check.constitutions import constitution_findings
 from keel.check.cutting import one_step_findings
 from keel.check.finding import Finding, broken, stage_names
-from keel.check.machine import disk, extras, precision, python_refs
+from keel.check.machine import disk, extras, loggers, precision, python_refs
 from keel.check.models import model_findings, tokenizer_findings
 from keel.model import nf4
 from keel.recipe.checkpoints import stage_of
@@ -22,7 +22,7 @@ from keel.types import UserError
 
 def preflight(stage: Stage, context: StageContext) -> None:
     """The cheap checks before a stage: `UserError` for errors, a note for each warning."""
-    found = list(disk(context.recipe, stage, context.run))
+    found = [*loggers(context.recipe), *disk(context.recipe, stage, context.run)]
     training = stage.training()
     if training is not None:
         found += precision(training, context.device)
@@ -53,6 +53,7 @@ def check_recipe(recipe: Recipe, run: RunDir) -> list[Finding]:
         device = resolve_device(recipe.device)
     except UserError as error:
         return [broken(error, "device")]
+    found += loggers(recipe)
     for stage in recipe.stages:
         try:
             parents(recipe, stage)

@@ -222,6 +222,19 @@ def _chat(arguments: argparse.Namespace) -> int:
     return talk(arguments.run, arguments.stage, arguments.temperature, limit, arguments.device, search)
 
 
+def _push(arguments: argparse.Namespace) -> int:
+    from keel.cli.publish import push
+
+    how = arguments.license, arguments.public, arguments.adapter, arguments.dry_run, arguments.force
+    return push(arguments.stage, arguments.target, *how)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from keel.cli.publish import serve
+
+    return serve(arguments.stage, arguments.engine, arguments.adapter, arguments.host, arguments.port, arguments.run)
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from keel.cli.exchange import export_steps, export_thumbs, export_tool, export_votes, export_whole
     from keel.store.forms import TOOLS
@@ -316,6 +329,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "study": _study,
     "chat": _chat,
     "harbor": _harbor,
+    "push": _push,
+    "serve": _serve,
     "export": _export,
     "import": _import,
     "lineage": _lineage,

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _running(commands)
     _study(commands)
     _chat(commands)
+    _publish(commands)
     _exchange(commands)
     _lineage(commands)
     _arena(commands)
@@ -123,6 +124,31 @@ def _chat(commands: Commands) -> None:
     chat.add_argument("--max-new-tokens", type=int, default=512, help="longest reply (default: %(default)s)")
     chat.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default: the recipe's)")
     chat.set_defaults(computes=True)
+
+
+def _publish(commands: Commands) -> None:
+    """A stage's model to others."""
+    stage = "a stage's folder, as in runs/mine/dpo, or runs/mine/dpo@50 for a checkpoint on its way"
+    push = commands.add_parser("push", help="a stage's model with its card, to a hub or a folder")
+    push.add_argument("stage", metavar="STAGE", help=stage)
+    push.add_argument("target", metavar="TARGET", help="a folder, or hub:OWNER/NAME")
+    push.add_argument("--license", default=None, metavar="ID", help="of the model, as apache-2.0 (default: asked for)")
+    who = push.add_mutually_exclusive_group()
+    who.add_argument("--private", action="store_true", help="a new repository is yours alone (the default)")
+    who.add_argument("--public", action="store_true", help="a new repository is for everybody to read")
+    push.add_argument("--adapter", action="store_true", help="the adapters alone, whose base must lie on the hub")
+    push.add_argument("--dry-run", action="store_true", help="list what would go, show the card, write nothing")
+    push.add_argument("--force", action="store_true", help="write into what Keel did not write; its other files stay")
+
+    serve = commands.add_parser("serve", help="say the command that serves a stage's model, or run it")
+    serve.add_argument("stage", metavar="STAGE", help=f"{stage}; or a folder that keel push wrote")
+    serve.add_argument(
+        "--engine", choices=("vllm", "transformers"), default="vllm", help="whose server (default: %(default)s)"
+    )
+    serve.add_argument("--adapter", action="store_true", help="the adapters on their base, not the merged checkpoint")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    serve.add_argument("--port", type=natural_number, default=8000, help="default: %(default)s")
+    serve.add_argument("--run", action="store_true", help="start it, too")
 
 
 def _lineage(commands: Commands) -> None:

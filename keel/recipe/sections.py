@@ -187,4 +187,8 @@ class SamplingConfig(Strict):
 
 class LoggingConfig(Strict):
     tensorboard: bool = True
-    wandb_project: str | None = None
+    wandb_project: str | None = Field(None, description="of Weights & Biases (an extra)")
+    trackio_project: str | None = Field(None, description="of trackio (an extra), in a file on this machine")
+    mlflow_experiment: str | None = Field(
+        None, description="of MLflow (an extra), on the server that MLFLOW_TRACKING_URI names"
+    )

@@ -64,7 +64,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         reward_models=[
             (
                 title(stage.name),
-                _reward_facts(stage) + _gold_facts(run, stage),
+                reward_facts(stage) + _gold_facts(run, stage),
                 reward_plots(stage, palette),
                 _annotators(stage),
             )
@@ -119,7 +119,8 @@ def _judge_name(judge: dict[str, object]) -> str:
     return str(judge.get("ref") or judge.get("model") or judge.get("url") or judge.get("kind") or "unknown")
 
 
-def _reward_facts(stage: StageFiles) -> list[Fact]:
+def reward_facts(stage: StageFiles) -> list[Fact]:
+    """How well a reward model does on pairs that it held out, in words and numbers."""
     summary = stage.summary
     accuracy, ceiling = number(summary.get("accuracy")), number(summary.get("ceiling"))
     facts = []

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 from keel.recipe.checkpoints import kept_folder
 from keel.recipe.sections import LoggingConfig
 from keel.run import state as state_file
-from keel.run.files import atomic_dir, atomic_files, read_json, recover, write_json
-from keel.run.metrics import MetricsLog, Sink
+from keel.run.files import atomic_dir, atomic_files, hash_config, read_json, recover, write_json
+from keel.run.metrics import LoggedRun, MetricsLog, Sink
 from keel.types import UserError
 
 NO_SINKS = LoggingConfig(tensorboard=False)
@@ -66,15 +66,23 @@ class StageDir:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def logged(self) -> LoggedRun:
+        """What the stage is to loggers that know runs: the same run when it is resumed, another for other settings."""
+        identity = hash_config([str(self.path.resolve()), self.fingerprint])[:16]
+        return LoggedRun(identity, f"{self.path.resolve().parent.name}/{self.name}", self.path)
+
     @cached_property
     def metrics(self) -> MetricsLog:
         """The stage's figures. A resuming stage calls ``metrics.resume(step)`` first, ``step`` being the first one
         that it will write again."""
-        sinks: list[Callable[[int | None], Sink]] = []
-        if self._logging.tensorboard:
-            sinks.append(self._tensorboard)
-        if self._logging.wandb_project:
-            sinks.append(self._wandb)
+        asked = {
+            "TensorBoard": (self._logging.tensorboard, self._tensorboard),
+            "Weights & Biases": (self._logging.wandb_project, self._wandb),
+            "trackio": (self._logging.trackio_project, self._trackio),
+            "MLflow": (self._logging.mlflow_experiment, self._mlflow),
+        }
+        sinks = {name: open_sink for name, (wanted, open_sink) in asked.items() if wanted}
         return MetricsLog(self.path / "metrics.jsonl", sinks=sinks)
 
     def begin(self, fingerprint: str) -> None:
@@ -143,7 +151,19 @@ class StageDir:
         from keel.run.wandb import WandbSink  # an optional package
 
         assert self._logging.wandb_project is not None
-        return WandbSink(self._logging.wandb_project, self.path, resume_step)
+        return WandbSink(self._logging.wandb_project, self.logged)
+
+    def _trackio(self, resume_step: int | None) -> Sink:
+        from keel.run.trackio import TrackioSink  # an optional package
+
+        assert self._logging.trackio_project is not None
+        return TrackioSink(self._logging.trackio_project, self.logged)
+
+    def _mlflow(self, resume_step: int | None) -> Sink:
+        from keel.run.mlflow import MlflowSink  # an optional package
+
+        assert self._logging.mlflow_experiment is not None
+        return MlflowSink(self._logging.mlflow_experiment, self.logged)
 
 
 class RunDir:

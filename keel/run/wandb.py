@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from keel.run.files import hash_config
-from keel.run.metrics import Figures
+from keel.run.metrics import Figures, LoggedRun
 from keel.types import UserError
 
 try:
@@ -17,12 +14,10 @@ except ImportError as error:
 
 
 class WandbSink:
-    """One W&B run a stage. Its id is made from the stage's folder, so that a resumed stage goes on in its own run."""
+    """One W&B run a stage, which a resumed stage goes on in: rows that stand there already are left as they are."""
 
-    def __init__(self, project: str, folder: Path, resume_step: int | None) -> None:
-        identity = hash_config([project, str(folder.resolve())])[:16]
-        name = f"{folder.parent.name}/{folder.name}"
-        self._run = wandb.init(project=project, id=identity, name=name, dir=str(folder), resume="allow")
+    def __init__(self, project: str, run: LoggedRun) -> None:
+        self._run = wandb.init(project=project, id=run.identity, name=run.name, dir=str(run.folder), resume="allow")
 
     def write(self, step: int, figures: Figures) -> None:
         self._run.log(dict(figures), step=step)
