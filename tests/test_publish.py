@@ -165,7 +165,12 @@ def test_a_reward_models_card_and_its_python_give_its_scores(run: Path, capsys: 
     from keel.reward.scorer import RewardModelScorer
     from keel.types import Completion, Message, Prompt
 
+    subset = {"score": 0.625, "low": 0.5, "high": 0.75, "items": 8}
+    bench = {"score": 0.625, "subsets": {"Math": subset}, "missing": ["Ties"]}
+    edit(run / "eval" / "summary.json", lambda tree: tree.update(reward_bench={"reward": bench}))
     card = pushed(run, "reward")
+    assert cells(card)["Math (8 items)"] == ["62.5% (50–75%)"]
+    assert "no Ties: the mean is not the published one" in card
     summary, rows = json.loads((run / "reward" / "summary.json").read_text()), cells(card)
     for label, key, digits in (
         ("Accuracy on held-out pairs", "accuracy", 5e-4),
@@ -296,7 +301,7 @@ class Hub:
     def __call__(self, **_: Any) -> Hub:
         return self
 
-    def repo_info(self, name: str) -> Any:
+    def model_info(self, name: str) -> Any:
         from httpx2 import Request, Response
         from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from keel.check.files import (
     Rows,
+    bench_files,
     card_files,
     demonstration_files,
     preference_files,
@@ -16,6 +17,7 @@ from keel.check.finding import Finding, broken
 from keel.check.rows import few, long_rows, pair_findings, prompt_findings, reply_findings, step_findings
 from keel.check.sides import leaks, side_findings, text_findings
 from keel.data.chat import Chat
+from keel.data.reward_bench import read_reward_bench
 from keel.data.sources import read_demonstrations, read_facts, read_labelled, read_preferences, read_prompts, read_steps
 from keel.eval.process_card import known_right
 from keel.recipe.recipe import Recipe
@@ -76,5 +78,7 @@ def _read(recipe: Recipe, chat: Chat, context: int, rows: Rows, found: list[Find
         if not known_right(steps, 1, 0):
             sentence = f"none of the {len(steps)} replies of {source} is whole with all its steps labelled right"
             found.append(Finding("error", place, sentence, "name other step labels"))
+    for place, source in bench_files(recipe):
+        read_reward_bench(source, reading(data, place, found))
     if data.facts is not None:
         read_facts(data.facts, reading(data, "data.facts", found))

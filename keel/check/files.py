@@ -81,6 +81,11 @@ def step_files(recipe: Recipe) -> Iterator[tuple[str, str, StepsRead]]:
             yield place, file, read
 
 
+def bench_files(recipe: Recipe) -> list[tuple[str, str]]:
+    """(the setting that names it, file) of RewardBench 2's rows."""
+    return list(_named(recipe, "reward_bench"))
+
+
 def card_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(the setting that names it, file) of the replies that process rewards' cards change."""
     for stage in recipe.stages:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from keel.check.finding import Finding, broken
+from keel.eval import tasks
 from keel.precision import pick_precision
 from keel.recipe.judges import PythonRef
 from keel.recipe.recipe import Recipe, Stage
@@ -46,6 +47,8 @@ def extras(stage: Stage) -> Iterator[Finding]:
         needed.append(vllm.require)
     if any(isinstance(source, VerifyRef) and source.how == "math" for _, source in stage.scored_by()):
         needed.append(math_verify.require)
+    if stage.benchmarks() is not None:
+        needed.append(tasks.require)
     for require in needed:
         try:
             require()

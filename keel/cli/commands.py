@@ -4,6 +4,7 @@ command that needs it: ``keel label`` answers without torch."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,19 @@ def _stage(arguments: argparse.Namespace) -> int:
         draft = Draft(earlier, str(out / "manifest.json"))
     else:
         draft = read_draft(packaged(kind))
-    recipe = finish(draft, overrides, arguments.seed)
+    recipe = finish(draft, [*_tasks(arguments, draft), *overrides], arguments.seed)
     targets = [stage.name for stage in recipe.stages if stage.kind == kind]
     if not targets:
         raise UserError(f"{draft.origin}: this recipe has no stage of kind {kind}; add one or name another recipe")
     return _execute(recipe, out, targets)
+
+
+def _tasks(arguments: argparse.Namespace, draft: Draft) -> list[str]:
+    """``--tasks`` as settings of the recipe's evaluations."""
+    names = [name.strip() for name in getattr(arguments, "tasks", "").split(",") if name.strip()]
+    stages = draft.tree.get("stages")
+    evals = [s.get("name") for s in stages or () if isinstance(s, dict) and s.get("kind") == arguments.command]
+    return [f"{stage}.tasks.names={json.dumps(names)}" for stage in evals] if names else []
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -63,6 +63,10 @@ def _running(commands: Commands) -> None:
         _recipe_arguments(
             stage, "*", f"a recipe (default: the one that made DIR, else Keel's {kind}.yaml), then key=value settings"
         )
+        if kind == "eval":
+            stage.add_argument(
+                "--tasks", default="", metavar="A,B", help="ask the models lm-eval's tasks, too (an extra)"
+            )
         stage.set_defaults(computes=True)
 
     check = commands.add_parser("check", help="find what would go wrong before spending compute", epilog=_OVERRIDES)

@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from keel.publish.facts import DataFile, Facts, Learned, public_name
+from keel.report.benchmarks import BenchCell, benchmarks
 from keel.report.build import reward_facts
 from keel.report.kinds import kind_of, title
 from keel.report.reading import RunFiles
-from keel.report.table import table
+from keel.report.table import Cell, table
 from keel.report.wording import duration, number, phrase
 
 _TASKS = {"policy": "text-generation"}  # of the hub's; models with a head of scores classify
@@ -139,8 +140,18 @@ def _evaluations(facts: Facts) -> Iterator[str]:
 
 
 def _evaluation(name: str, run: RunFiles) -> Iterator[str]:
-    figures = run.models[name]
-    prompts = number(figures.get("prompts"))
+    if name in run.models:
+        yield from _compared(name, run)
+    for bench in benchmarks(run):
+        if title(name) in bench.columns:
+            place = bench.columns.index(title(name))
+            body = [[text(label), _both(row[place])] for label, row in bench.rows]
+            yield from ("", f"{bench.heading} (stage `{run.name}`). {text(bench.caption)}", "")
+            yield from rows((bench.heading, text(title(name))), body)
+
+
+def _compared(name: str, run: RunFiles) -> Iterator[str]:
+    prompts = number(run.models[name].get("prompts"))
     asked = f" on {prompts:,.0f} held-out prompts" if prompts is not None else ""
     yield f"Stage `{run.name}`{asked}, judged by {text(_judge(run))}. ± one standard error, ranges are 95% intervals."
     yield ""
@@ -149,11 +160,14 @@ def _evaluation(name: str, run: RunFiles) -> Iterator[str]:
     body = []
     for group in table(run):
         for row in group.rows:
-            cells = [row.cells[names.index(one)] for one in shown]
             label = text(row.label) + (f" ({text(row.unit)})" if row.unit else "")
-            body.append([label, *(f"{c.text} ({c.detail})" if c.detail else c.text for c in cells)])
+            body.append([label, *(_both(row.cells[names.index(one)]) for one in shown)])
     heads = [text(title(one)) + (" (the baseline)" if one == run.baseline else "") for one in shown]
     yield from rows(("Figure", *heads), body)
+
+
+def _both(cell: Cell | BenchCell) -> str:
+    return f"{cell.text} ({cell.detail})" if cell.detail else cell.text
 
 
 def _judge(run: RunFiles) -> str:

@@ -144,7 +144,7 @@ def read_facts(named: Named) -> Facts:
     above, percent = ancestors(recipe, {stage.name}), stage_of(named.name)[1]
     used = [one for one in recipe.stages if one.name in above and one.name in entries]
     files = read_run(named.run.path)
-    compared = [one for one in recipe.stages if one.compares_models and named.name in _models(one)]
+    compared = [one for one in recipe.stages if one.compares_models and _looks_at(one, named, entries)]
     current, outdated = _evaluations(named, files, compared, entries)
     base, read_here = recipe.model.path, recipe.model.path in manifest.get("data", {})
     return Facts(
@@ -162,7 +162,9 @@ def read_facts(named: Named) -> Facts:
         versions=manifest.get("versions", {}),
         steps=tuple(_step(one, entries[one.name]) for one in used),
         learned=tuple(_learned(named, used, entries)),
-        data=tuple(_data(recipe, [*used, *(one for one in compared if one.name not in outdated)], manifest)),
+        data=tuple(
+            _data(recipe, [*used, *(one for one in compared if one.name in {run.name for run in current})], manifest)
+        ),
         constitutions=tuple(_constitutions(named.run, used)),
         evaluations=tuple(current),
         outdated=tuple(outdated),
@@ -176,8 +178,10 @@ def _step(stage: Stage, entry: Mapping[str, Any]) -> Step:
     return Step(stage.name, stage.kind, entry["fingerprint"], entry.get("seconds"), str(entry.get("started", "")))
 
 
-def _models(stage: Stage) -> set[str]:
-    return {use.name for use in stage.loads()}
+def _looks_at(stage: Stage, named: Named, entries: Mapping[str, Any]) -> bool:
+    """Whether an evaluation has figures of the model: it loads it, or rests on that reward model."""
+    rests = named.makes == "reward model" and named.name in entries.get(stage.name, {}).get("parents", {})
+    return rests or named.name in {use.name for use in stage.loads()}
 
 
 def _evaluations(
@@ -190,9 +194,10 @@ def _evaluations(
         if not summary:
             continue
         seen = entries.get(stage.name, {}).get("parents", {}).get(named.stage.name)
-        if seen != entries[named.stage.name]["fingerprint"]:
+        has = any(named.name in summary.get(part, {}) for part in ("stages", "reward_bench"))
+        if has and seen != entries[named.stage.name]["fingerprint"]:
             outdated.append(stage.name)
-        elif named.name in summary.get("stages", {}):
+        elif has:
             found.append(RunFiles(stage.name, files.manifest, summary, files.stages))
     return found, outdated
 

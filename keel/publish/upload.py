@@ -152,12 +152,12 @@ def to_hub(parcel: Parcel, repository: str, private: bool, force: bool, message:
     api = HfApi(library_name="keel", library_version=__version__)
     try:
         try:
-            there = api.repo_info(repository)
+            there = api.model_info(repository)
         except RepositoryNotFoundError:
             there = None
         if there is None:
             api.create_repo(repository, private=private, exist_ok=False)
-            before, parent = [], api.repo_info(repository).sha
+            before, parent = [], api.model_info(repository).sha
         else:
             if private and not there.private:
                 raise UserError(

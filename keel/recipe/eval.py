@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.recipe.benchmarks import TasksConfig
 from keel.recipe.checkpoints import kept_name, stage_of
 from keel.recipe.declared import ROWS, ModelUse, Reference, Scoring, StoreRead, cards_of, prompt_pool, terms
 from keel.recipe.judge_card import JudgeCard
@@ -83,7 +84,9 @@ class EvalSearch(SearchConfig):
 class EvalStage(StageBase):
     help: ClassVar[str] = "compare models on held-out prompts"
     compares_models: ClassVar[bool] = True
-    later: ClassVar[frozenset[str]] = frozenset({"frontier", "revisions", "card", "search", "pass_rate_samples"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"frontier", "revisions", "card", "search", "pass_rate_samples", "reward_bench", "tasks"}
+    )
 
     kind: Literal["eval"] = "eval"
     models: list[str] = Field(min_length=1)
@@ -110,6 +113,12 @@ class EvalStage(StageBase):
     search: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], EvalSearch] = Field(
         default_factory=dict, description="searches at test time, by a name of yours, each counted by right answers"
     )
+    reward_bench: str | None = Field(
+        None,
+        description="a file of RewardBench 2's rows: the recipe's reward models before this stage are scored on it, or "
+        "reward alone where that is named; default: they are not",
+    )
+    tasks: TasksConfig | None = Field(None, description="lm-eval's tasks, asked of every model; default: none")
     pass_rate_samples: int = Field(
         8,
         ge=1,
@@ -170,7 +179,7 @@ class EvalStage(StageBase):
         rewards = [stage.name for stage in before if "reward model" in stage.makes]
         # the recipe's own is taken, or a gold judge says which of several is best
         default = self.judge is None or (self.reward is None and not self.rewards)
-        if default or (len(rewards) > 1 and isinstance(self.judge, PythonRef)):
+        if default or self.reward_bench is not None or (len(rewards) > 1 and isinstance(self.judge, PythonRef)):
             yield from rewards
         # alarms and the guardrail read learning curves
         yield from (s.name for s in before if s.learns_from == "rewards" and s.name in self.models)
@@ -179,13 +188,24 @@ class EvalStage(StageBase):
         return (*prompt_pool(data), "base_text", "facts", *ROWS)
 
     def files(self) -> Mapping[str, str | tuple[str, ...]]:
-        return {} if self.prompts is None else {"prompts": self.prompts}
+        folder = None if self.tasks is None else self.tasks.folder
+        named = {"prompts": self.prompts, "reward_bench": self.reward_bench, "tasks.folder": folder}
+        return {field: name for field, name in named.items() if name is not None}
+
+    def benchmarks(self) -> TasksConfig | None:
+        return self.tasks
 
     def loads(self) -> Iterator[ModelUse]:
         drawn = [name for _, name in self.frontier.named()] if self.frontier is not None else []
         searched = [search.model or self.baseline for search in self.search.values()]
         for name in (*self.models, self.baseline, *drawn, self.against, *searched):
             yield ModelUse(name)
+
+    def bench_models(self, before: Sequence[StageBase]) -> list[str]:
+        """The reward models that ``reward_bench`` scores."""
+        if self.reward is not None:
+            return [self.reward]
+        return [stage.name for stage in before if "reward model" in stage.makes]
 
     def shows(self) -> int:
         return self.show
@@ -201,6 +221,12 @@ class EvalStage(StageBase):
 
     def check_in(self, recipe: Surroundings) -> None:
         super().check_in(recipe)
+        before = recipe.stages[: [stage.name for stage in recipe.stages].index(self.name)]
+        if self.reward_bench is not None and not self.bench_models(before):
+            raise ValueError(
+                f"{self.name}.reward_bench scores reward models, and there is none before this stage; name one with "
+                f"{self.name}.reward"
+            )
         made = [stage.name for stage in recipe.stages if "pairs" in stage.makes]
         if self.revisions is not None and self.revisions not in made:
             there = f"name one of {', '.join(made)}" if made else "add one, or leave revisions out"

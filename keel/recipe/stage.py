@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from keel.recipe.benchmarks import TasksConfig
 from keel.recipe.checkpoints import Keep, percents
 from keel.recipe.declared import (
     PEOPLE,
@@ -122,6 +123,10 @@ class StageBase(Strict):
     def card_bounds(self) -> dict[str, Any] | None:
         """The bounds of its judge's card, where what it made stands under any others: they are no part of its settings.
         When they change it runs again, which asks its judge nothing, and holds the card against them."""
+        return None
+
+    def benchmarks(self) -> TasksConfig | None:
+        """Tasks of others' that it asks models; None: none."""
         return None
 
     def rating_bounds(self) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from keel.report.benchmarks import benchmarks
 from keel.report.charts import Palette, guardrail_plots, learning_curves, reward_plots, scores_by_kind, win_rates
 from keel.report.constitution import constitution
 from keel.report.frontier import frontier
@@ -50,6 +51,7 @@ def render(run: RunFiles, heading: str = "") -> str:
         table=table(run),
         models=[(title(name), palette[name]) for name in run.models],
         ranked_note=run.baseline in run.models and next(iter(run.models)) != run.baseline,
+        benchmarks=benchmarks(run),
         win_rates=win_rates(run, palette),
         by_kind=scores_by_kind(run, palette),
         curves=learning_curves(run, palette),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from keel.data.chat import Chat
 from keel.data.collate import messages_hash, split_by_prompt
+from keel.data.reward_bench import read_reward_bench
 from keel.data.sources import read_facts, read_texts
 from keel.eval.capability import encode_facts
 from keel.eval.checkpoints import FrontierInputs, measure_frontier
 from keel.eval.models import EvaluationInputs, OfflineRun, OnlineRun, evaluate_models
 from keel.eval.revisions import Chain, flags_by_revision
+from keel.eval.reward_bench import reward_bench
 from keel.eval.reward_quality import gold_accuracy
 from keel.eval.search import Marks
+from keel.eval.tasks import check_tasks, measure_tasks
 from keel.model.checkpoint import load_tokenizer, positions
 from keel.precision import Precision, pick_precision
 from keel.recipe.critique import CritiqueStage
@@ -40,7 +44,7 @@ from keel.stages.thinking import require_opened
 from keel.types import Judge, Preference, Scorer
 
 SUMMARY = ("stages", "order", "baseline", "judge", "judge_card", "alarms")
-OPTIONAL = ("frontier", "revisions", "search", "search_curve", "search_thirds")
+OPTIONAL = ("frontier", "revisions", "search", "search_curve", "search_thirds", "reward_bench", "tasks")
 
 
 def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
@@ -99,7 +103,8 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
         searching.check()
     of_people = stage.card is not None and gold is None
     cards = card_of_judge(stage, context, inputs.judge, []) if of_people else None  # before anything is sampled
-    summary = evaluate_models(inputs, context.reporter)
+    benchmarks = dict(_benchmarks(stage, context, models, precision))
+    summary = evaluate_models(inputs, context.reporter) | benchmarks
     judged = summary.pop("judged", [])
     if stage.card is not None:
         # A judge beyond its bounds is refused below, when the rest is kept.
@@ -121,6 +126,31 @@ def run_eval(stage: EvalStage, context: StageContext) -> dict[str, Any]:
     if stage.card is not None:
         refuse_beyond(stage.name, stage.card, summary["judge_card"], context.stage_dir.path)
     return {name: summary[name] for name in (*SUMMARY, *OPTIONAL) if name in summary}
+
+
+def _benchmarks(
+    stage: EvalStage, context: StageContext, models: dict[str, Source], precision: Precision
+) -> Iterator[tuple[str, Any]]:
+    """Of others' making. They come first: what they cannot read or ask is said before the replies are paid for."""
+    if stage.tasks is not None:
+        check_tasks(stage.tasks)
+    if stage.reward_bench is not None:
+        recipe = context.recipe
+        items = read_reward_bench(context.file(stage.reward_bench), reading(context))
+        names = stage.bench_models(recipe.stages[: recipe.stages.index(stage)])
+        yield (
+            "reward_bench",
+            {
+                name: reward_bench(items, reward_model_scorer(name, context, precision), stage.bootstrap, recipe.seed)
+                for name in names
+            },
+        )
+    if stage.tasks is not None:
+        folder = context.stage_dir.path
+        yield (
+            "tasks",
+            measure_tasks(stage.tasks, models, context.device, context.recipe.seed, folder, context.reporter),
+        )
 
 
 def _frontier(
