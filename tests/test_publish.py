@@ -18,7 +18,6 @@ import yaml
 from conftest import ROOT
 
 from keel.cli import main
-from keel.types import UserError
 
 SECRET = "hf_" + "S3cretS3cretS3cret"
 LICENCE = ("--license", "apache-2.0")
@@ -223,8 +222,9 @@ def test_what_keel_did_not_write_is_left_alone(run: Path, capsys: pytest.Capture
     assert main(["push", str(run / "dpo"), "../out", *LICENCE]) == 2
     assert "--force" in capsys.readouterr().err
     assert (out / "README.md").read_text() == "mine"
-    (out / "keel.json").write_text("[]")  # a mark of somebody else's
-    assert main(["push", str(run / "dpo"), "../out", *LICENCE]) == 2
+    for mark in ("[]", '{"files": ["README.md"]}', "no json"):  # of somebody else's
+        (out / "keel.json").write_text(mark)
+        assert main(["push", str(run / "dpo"), "../out", *LICENCE]) == 2
     (out / "keel.json").unlink()
     (out / "other.txt").write_text("stays")
     pushed(run, "dpo", "--force")
@@ -233,7 +233,7 @@ def test_what_keel_did_not_write_is_left_alone(run: Path, capsys: pytest.Capture
     edit(out / "keel.json", lambda tree: tree["files"].update({"model-00001-of-00002.safetensors": "x", "../x": "y"}))
     (out / "model-00001-of-00002.safetensors").write_text("old shard")
     Path("../x").write_text("outside")
-    pushed(run, "dpo")
+    pushed(run, "dpo", "--force")
     assert not (out / "model-00001-of-00002.safetensors").exists()
     assert (out / "other.txt").exists()
     assert Path("../x").exists()
@@ -263,6 +263,22 @@ def test_what_cannot_be_pushed_is_refused_in_a_sentence(
     assert said in error
     assert len(error.strip().splitlines()) == 1
     assert not Path("out").exists()
+
+
+def test_a_checkpoint_on_the_way_and_the_current_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = run / "dpo" / "at_50"
+    at.mkdir()
+    for file in (run / "sft").iterdir():
+        if file.name not in ("stage.json", "summary.json"):
+            shutil.copy(file, at)
+    card = pushed(run, "dpo@50")
+    assert "# DPO at 50%" in card
+    assert "50% along that stage" in card
+    assert "measured at its end" not in card  # which is another's
+    assert Path("../out/model.safetensors").read_bytes() == (at / "model.safetensors").read_bytes()
+    monkeypatch.chdir(run / "sft")
+    assert main(["push", ".", "../../../here", *LICENCE]) == 0
+    assert "# SFT" in Path("../../../here/README.md").read_text()
 
 
 def test_an_unfinished_stage_is_not_pushed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +362,20 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def to_hub(run: Path, *more: str) -> int:
     return main(["push", str(run / "dpo"), "hub:me/assistant", *LICENCE, *more])
+
+
+def test_the_stand_in_is_asked_as_the_real_one_can_be() -> None:
+    import inspect
+
+    from huggingface_hub import HfApi
+
+    for name, words in (
+        ("model_info", ()),
+        ("create_repo", ("private", "exist_ok")),
+        ("hf_hub_download", ("filename", "revision", "local_dir")),
+        ("create_commit", ("operations", "commit_message", "parent_commit")),
+    ):
+        inspect.signature(getattr(HfApi, name)).bind(None, "me/it", **dict.fromkeys(words))
 
 
 def test_a_push_to_the_hub(run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,11 +484,3 @@ def test_run_becomes_the_command_or_says_what_to_install(
     monkeypatch.setattr("os.execv", lambda program, command: ran.append((program, command[:2])))
     main(["serve", "run/dpo", "--run"])
     assert ran == [("/bin/vllm", ("vllm", "serve"))]
-
-
-def test_a_mark_of_somebody_else_is_no_list_of_files_to_delete() -> None:
-    from keel.publish.upload import _earlier
-
-    with pytest.raises(UserError, match="not Keel's"):
-        _earlier({"files": ["x"]}, "there")
-    assert _earlier({"keel": 1, "stage": "s", "files": {"a": 1, "../b": 2}}, "there") == ["a"]

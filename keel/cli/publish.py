@@ -48,7 +48,7 @@ def push(
         print(f"\n{CARD}:\n\n{parcel.texts[CARD]}\nnothing was written (--dry-run)")
         return 0
     if repository is None:
-        gone = to_folder(parcel, Path(target), named.run.path, force)
+        gone = to_folder(parcel, Path(target).expanduser(), named.run.path, force)
         print(f"written: {target}" + (f"; removed of the earlier push: {', '.join(gone)}" if gone else ""))
     else:
         message = f"Keel: {facts.name} of the run {facts.run}"

@@ -45,6 +45,7 @@ class Named:
 def find_stage(place: str) -> Named:
     """The finished stage at ``place``. UserError where there is none, or where it makes no model."""
     path = Path(place)
+    path = path if path.name not in ("", "..") else path.resolve()  # the current folder, say
     run, (name, percent) = RunDir(path.parent), stage_of(path.resolve().name)
     manifest = run.manifest.read()
     if "recipe" not in manifest:

@@ -18,7 +18,7 @@ from keel import __version__
 from keel.model.adapters import ADAPTER
 from keel.publish.facts import Facts, Named, public_name
 from keel.run import hash_file, read_json
-from keel.run.files import atomic_files
+from keel.run.files import atomic_dir, atomic_files
 from keel.types import UserError
 
 CARD, MARK = "README.md", "keel.json"  # the mark says that Keel wrote a folder or repository, and which files of it
@@ -94,11 +94,22 @@ def _base_of(named: Named, adapter: Mapping[str, Any]) -> str:
     return base
 
 
-def _earlier(mark: Any, where: str) -> list[str]:
-    """The files that an earlier push wrote, by its mark. UserError where the mark is not Keel's."""
+def _earlier(file: Path) -> list[str] | None:
+    """The files that an earlier push wrote, by its mark; None where there is none, or not Keel's."""
+    try:
+        mark = read_json(file) if file.is_file() else None
+    except UserError:  # no JSON
+        return None
     if not isinstance(mark, dict) or not {"keel", "stage", "files"} <= mark.keys():
-        raise UserError(f"{where}: its {MARK} is not Keel's; choose another place, or --force")
+        return None
     return [name for name in mark["files"] if Path(name).name == name]
+
+
+def _own_or_refused(earlier: list[str] | None, where: str, force: bool) -> list[str]:
+    """UserError for what is there and Keel did not write, without ``force``."""
+    if earlier is None and not force:
+        raise UserError(f"{where}: Keel did not write what is there; choose another place, or --force to write into it")
+    return earlier or []
 
 
 # ----------------------------------------------------------------------------------------------------------- folder
@@ -117,13 +128,8 @@ def to_folder(parcel: Parcel, target: Path, run: Path, force: bool) -> list[str]
         raise UserError(f"{target}: is a file; name a folder, or hub:OWNER/NAME")
     before: list[str] = []
     if target.is_dir() and any(target.iterdir()):
-        if (target / MARK).is_file() and not force:
-            before = _earlier(read_json(target / MARK), str(target))
-        elif not force:
-            raise UserError(
-                f"{target}: is not empty, and not Keel's; choose another folder, or --force to write into it"
-            )
-    with atomic_files(target) as folder:
+        before = _own_or_refused(_earlier(target / MARK), str(target), force)
+    with atomic_files(target) if target.exists() else atomic_dir(target) as folder:
         for name, file in parcel.files.items():
             shutil.copyfile(file, folder / name)
         for name, content in parcel.texts.items():
@@ -176,13 +182,11 @@ def _checked(api: Any, repository: str, names: set[str], revision: str | None, f
     """The files of an earlier push in a repository that is there."""
     if not names - {".gitattributes"}:
         return []
-    if force:
-        return []
-    if MARK not in names:
-        raise UserError(f"hub:{repository}: Keel did not write what is there; choose another name, or --force")
-    with tempfile.TemporaryDirectory() as folder:
-        mark = api.hf_hub_download(repository, MARK, revision=revision, local_dir=folder)
-        return [name for name in _earlier(read_json(Path(mark)), f"hub:{repository}") if name in names]
+    earlier = None
+    if MARK in names:
+        with tempfile.TemporaryDirectory() as folder:
+            earlier = _earlier(Path(api.hf_hub_download(repository, MARK, revision=revision, local_dir=folder)))
+    return [name for name in _own_or_refused(earlier, f"hub:{repository}", force) if name in names]
 
 
 def _operations(parcel: Parcel, before: Sequence[str]) -> Iterator[Any]:
