@@ -39,7 +39,7 @@ MANAGED = (
 )  # fmt: skip
 DESKTOP: ViewportSize = {"width": 1280, "height": 800}
 SETTLED = 300  # milliseconds, after which an item on the screen takes a vote
-if os.environ.get("CI"):  # nobody looks at pictures there, and they are half of what a browser costs
+if os.environ.get("CI"):  # nobody looks at pictures there, and each costs a browser some time
     Page.screenshot = lambda page, **_: page.wait_for_timeout(SETTLED) or b""  # type: ignore[method-assign,func-returns-value]
 SHOTS = Path(__file__).parent.parent / "test-artefacts" / "label"
 
