@@ -191,9 +191,9 @@ def _rows(given: Given) -> list[dict[str, Any]]:
     return rows
 
 
-def _common(given: Given, pair: Preference) -> dict[str, Any]:
-    """A row with what every kind of judgement has; the rest of its columns are null."""
-    return dict.fromkeys(COLUMNS) | {
+def judged_columns(pair: Preference) -> dict[str, Any]:
+    """The texts, and what was said of them by whom."""
+    return {
         "id": pair.id,
         **pair_columns(pair),
         "chosen_finished": pair.chosen_finished,
@@ -201,6 +201,19 @@ def _common(given: Given, pair: Preference) -> dict[str, Any]:
         "tie": pair.tie,
         "margin": pair.margin,
         "annotator": pair.annotator,
+    }
+
+
+def preference_row(pair: Preference) -> dict[str, Any]:
+    """A row of what training takes, as in ``pairs.jsonl``."""
+    row = judged_columns(pair) | {"settled": pair.settled or None, "probability": pair.probability}
+    return no_preference(row)
+
+
+def _common(given: Given, pair: Preference) -> dict[str, Any]:
+    """A row with what every kind of judgement has; the rest of its columns are null."""
+    return dict.fromkeys(COLUMNS) | {
+        **judged_columns(pair),
         "annotator_kind": given.annotator_kind,
         "prompt_id": pair.prompt.id,
         "kind": pair.prompt.kind,

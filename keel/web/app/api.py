@@ -77,25 +77,25 @@ def next_item(request: Request, session: Annotator, asked: Next) -> dict[str, An
 
 @router.post("/judge")
 def judge(request: Request, session: Annotator, given: Judged) -> dict[str, Any]:
-    services(request).labelling.judge(session.account, given.assignment, given.vote())
+    services(request).labelling.judge(session.account, given.assignment, given.vote(given.token))
     return {"progress": _progress(request, session, "compare")}
 
 
 @router.post("/rank")
 def rank(request: Request, session: Annotator, given: Ranked) -> dict[str, Any]:
-    services(request).labelling.rank(session.account, given.assignment, given.ranking())
+    services(request).labelling.rank(session.account, given.assignment, given.ranking(given.token))
     return {"progress": _progress(request, session, "rank")}
 
 
 @router.post("/thumb")
 def thumb(request: Request, session: Annotator, given: Thumbed) -> dict[str, Any]:
-    services(request).labelling.thumb(session.account, given.assignment, given.thumb())
+    services(request).labelling.thumb(session.account, given.assignment, given.thumb(given.token))
     return {"progress": _progress(request, session, "thumb")}
 
 
 @router.post("/write")
 def write(request: Request, session: Annotator, given: Wrote) -> dict[str, Any]:
-    services(request).labelling.write(session.account, given.assignment, given.writing())
+    services(request).labelling.write(session.account, given.assignment, given.writing(given.token))
     return {"progress": _progress(request, session, given.kind)}
 
 

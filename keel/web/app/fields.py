@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from keel.store.records import NewRanking, NewThumb, NewVote, NewWriting, WorkKind
 from keel.store.rows import storable
 from keel.store.sides import Choice, Side
+from keel.store.step_records import MOST_STEPS, REASONS, Mark, NewSteps, Outcome, Reason
 
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PathId = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -43,56 +44,104 @@ class Next(Strict):
 
 
 class Work(Strict):
-    """What a page sends with everything that was done on it."""
+    """What is said of an assignment, by a page or by a program."""
 
-    assignment: Handle
-    token: Token
     seconds: Seconds | None = None
-    guideline: Line | None = None  # the version that the page was made with; by default the one in force
+    guideline: Line | None = Field(
+        None, description="the version that it was judged under; by default the one in force"
+    )
 
 
-class Judged(Work):
+class Comparison(Work):
     choice: Choice
     strength: Literal[1, 2, 3] | None = None
     reason: Text = ""
     ratings: dict[Side, dict[Line, Rating]] = Field(default_factory=dict)
 
-    def vote(self) -> NewVote:
+    def vote(self, token: str) -> NewVote:
         return NewVote(
             self.choice,
             self.strength,
             self.reason.strip() or None,
             self.ratings,
-            token=self.token,
+            token=token,
             seconds=self.seconds,
             guideline=self.guideline,
         )
 
 
-class Ranked(Work):
-    tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(max_length=9)
+class Ranking(Work):
+    tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(
+        max_length=9, description="places in shown, best first"
+    )
     reason: Text = ""
 
-    def ranking(self) -> NewRanking:
-        reason = self.reason.strip() or None
-        return NewRanking(self.tiers, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
+    def ranking(self, token: str) -> NewRanking:
+        return NewRanking(
+            self.tiers, self.reason.strip() or None, token=token, seconds=self.seconds, guideline=self.guideline
+        )
 
 
-class Thumbed(Work):
+class Thumb(Work):
     up: StrictBool
     reason: Text = ""
 
-    def thumb(self) -> NewThumb:
-        reason = self.reason.strip() or None
-        return NewThumb(self.up, reason, token=self.token, seconds=self.seconds, guideline=self.guideline)
+    def thumb(self, token: str) -> NewThumb:
+        return NewThumb(
+            self.up, self.reason.strip() or None, token=token, seconds=self.seconds, guideline=self.guideline
+        )
 
 
-class Wrote(Work):
+class StepLabels(Work):
+    labels: list[Mark | None] = Field(max_length=MOST_STEPS)
+    outcome: Outcome
+    reasons: list[Reason] = Field(default_factory=list, max_length=len(REASONS))
+    correction: Text = ""
+    note: Text = ""
+    reference_shown: bool = False
+    step_seconds: list[Seconds | None] = Field(default_factory=list, max_length=MOST_STEPS)
+
+    def steps(self, token: str) -> NewSteps:
+        correction, note = self.correction.strip() or None, self.note.strip() or None
+        return NewSteps(
+            self.labels, self.outcome, self.reasons, correction, note, self.reference_shown, self.step_seconds,
+            token=token, seconds=self.seconds, guideline=self.guideline,
+        )  # fmt: skip
+
+
+class Writing(Work):
     kind: Literal["write", "edit"]
     text: Text
 
-    def writing(self) -> NewWriting:
-        return NewWriting(self.text, token=self.token, seconds=self.seconds, guideline=self.guideline)
+    def writing(self, token: str) -> NewWriting:
+        return NewWriting(self.text, token=token, seconds=self.seconds, guideline=self.guideline)
+
+
+class FromPage(Strict):
+    """What a page sends with everything that was done on it. A program's is in its address and its key."""
+
+    assignment: Handle
+    token: Token
+
+
+class Judged(FromPage, Comparison):
+    pass
+
+
+class Ranked(FromPage, Ranking):
+    pass
+
+
+class Thumbed(FromPage, Thumb):
+    pass
+
+
+class Labelled(FromPage, StepLabels):
+    pass
+
+
+class Wrote(FromPage, Writing):
+    pass
 
 
 class Held(Strict):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Form, Request
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from starlette.responses import HTMLResponse, Response
 
 from keel.recipe.steps import Steps
 from keel.store.people import Session
-from keel.store.step_records import MOST_STEPS, REASONS, Mark, NewSteps, Outcome, Reason
+from keel.store.step_records import REASONS
 from keel.types import UserError
-from keel.web.app.fields import FormCount, FormLine, Seconds, Text, Work
+from keel.web.app.fields import FormCount, FormLine, Labelled
 from keel.web.app.manage import done
 from keel.web.app.pages import work_page
 from keel.web.app.security import may
@@ -24,23 +24,6 @@ Annotator = Annotated[Session, Depends(may("annotator"))]
 Admin = Annotated[Session, Depends(may("admin"))]
 
 
-class Labelled(Work):
-    labels: list[Mark | None] = Field(max_length=MOST_STEPS)
-    outcome: Outcome
-    reasons: list[Reason] = Field(default_factory=list, max_length=len(REASONS))
-    correction: Text = ""
-    note: Text = ""
-    reference_shown: bool = False
-    step_seconds: list[Seconds | None] = Field(default_factory=list, max_length=MOST_STEPS)
-
-    def steps(self) -> NewSteps:
-        correction, note = self.correction.strip() or None, self.note.strip() or None
-        return NewSteps(
-            self.labels, self.outcome, self.reasons, correction, note, self.reference_shown, self.step_seconds,
-            token=self.token, seconds=self.seconds, guideline=self.guideline,
-        )  # fmt: skip
-
-
 @router.get("/steps")
 def steps(request: Request, session: Annotator) -> Response:
     return work_page(request, session, "steps.html", reasons=REASONS)
@@ -49,7 +32,7 @@ def steps(request: Request, session: Annotator) -> Response:
 @api.post("/steps")
 def label(request: Request, session: Annotator, given: Labelled) -> dict[str, Any]:
     labelling = services(request).labelling
-    labelling.label_steps(session.account, given.assignment, given.steps())
+    labelling.label_steps(session.account, given.assignment, given.steps(given.token))
     progress = labelling.progress(session.account, "step")
     return {"progress": {"today": progress.today, "done": progress.done, "wanted": progress.wanted}}
 

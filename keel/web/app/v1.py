@@ -21,10 +21,9 @@ from keel.store.records import WorkKind
 from keel.store.tokens import Token
 from keel.types import UserError
 from keel.web.app import v1_forms as forms
-from keel.web.app.fields import Judged, Line, PathHandle, Ranked, Thumbed, Wrote
+from keel.web.app.fields import Line, PathHandle
 from keel.web.app.security import Guard, bearer, program
 from keel.web.app.services import services
-from keel.web.app.steps import Labelled
 from keel.web.app.v1_forms import Key
 from keel.web.service.labelling import Screen
 from keel.web.service.manage import Whose
@@ -176,18 +175,16 @@ def hand_in(request: Request, token: Annotator, handle: PathHandle, key: Key, wo
     labelling, person = services(request).labelling, token.account
 
     def add(work_token: str) -> dict[str, Any]:
-        given = work.model_dump() | {"assignment": handle, "token": work_token}
-        kind = given.pop("kind")
-        if kind == "compare":
-            labelling.judge(person, handle, Judged(**given).vote())
-        elif kind == "rank":
-            labelling.rank(person, handle, Ranked(**given).ranking())
-        elif kind == "thumb":
-            labelling.thumb(person, handle, Thumbed(**given).thumb())
-        elif kind == "step":
-            labelling.label_steps(person, handle, Labelled(**given).steps())
+        if work.kind == "compare":
+            labelling.judge(person, handle, work.vote(work_token))
+        elif work.kind == "rank":
+            labelling.rank(person, handle, work.ranking(work_token))
+        elif work.kind == "thumb":
+            labelling.thumb(person, handle, work.thumb(work_token))
+        elif work.kind == "step":
+            labelling.label_steps(person, handle, work.steps(work_token))
         else:
-            labelling.write(person, handle, Wrote(**given, kind=kind).writing())
+            labelling.write(person, handle, work.writing(work_token))
         return {"assignment": handle}
 
     return _once(request, token, key, work, add)

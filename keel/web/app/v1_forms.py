@@ -6,13 +6,12 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Header
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, ConfigDict, Field
 
 from keel.store.people import AccountRole
 from keel.store.records import WorkKind
-from keel.store.sides import Choice, Side
-from keel.store.step_records import MOST_STEPS, REASONS, Mark, Outcome, Reason
-from keel.web.app.fields import Handle, Line, Rating, Seconds, Strict, Text
+from keel.web.app import fields
+from keel.web.app.fields import Handle, Line, Strict, Text
 
 Key = Annotated[
     str,
@@ -104,51 +103,23 @@ class Taken(BaseModel):
     progress: Progress
 
 
-class Said(Strict):
-    seconds: Seconds | None = None
-    guideline: Line | None = Field(
-        None, description="the version that it was judged under; by default the one in force"
-    )
-
-
-class Comparison(Said):
+class Comparison(fields.Comparison):
     kind: Literal["compare"]
-    choice: Choice
-    strength: Literal[1, 2, 3] | None = None
-    reason: Text = ""
-    ratings: dict[Side, dict[Line, Rating]] = Field(default_factory=dict)
 
 
-class Ranking(Said):
+class Ranking(fields.Ranking):
     kind: Literal["rank"]
-    tiers: list[list[Annotated[int, Field(ge=0, le=8)]]] = Field(
-        max_length=9, description="places in shown, best first"
-    )
-    reason: Text = ""
 
 
-class Thumb(Said):
+class Thumb(fields.Thumb):
     kind: Literal["thumb"]
-    up: StrictBool
-    reason: Text = ""
 
 
-class StepLabels(Said):
+class StepLabels(fields.StepLabels):
     kind: Literal["step"]
-    labels: list[Mark | None] = Field(max_length=MOST_STEPS)
-    outcome: Outcome
-    reasons: list[Reason] = Field(default_factory=list, max_length=len(REASONS))
-    correction: Text = ""
-    note: Text = ""
-    reference_shown: bool = False
-    step_seconds: list[Seconds | None] = Field(default_factory=list, max_length=MOST_STEPS)
 
 
-class Writing(Said):
-    kind: Literal["write", "edit"]
-    text: Text
-
-
+Writing = fields.Writing
 Work = Annotated[Comparison | Ranking | Thumb | StepLabels | Writing, Field(discriminator="kind")]
 
 

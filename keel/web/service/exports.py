@@ -15,7 +15,7 @@ from keel.store.row_files import write_rows
 from keel.store.settled import replaced
 from keel.store.standing import standing
 from keel.store.tables import annotators, assignments, events, items, judgements, prompts
-from keel.types import Preference, UserError
+from keel.types import UserError
 
 Export = Literal[
     "votes.jsonl", "votes.parquet", "pairs.jsonl", "thumbs.jsonl", "steps.jsonl", "demonstrations.jsonl",
@@ -58,22 +58,7 @@ def _votes(connection: Connection) -> Iterator[Row]:
 def _pairs(connection: Connection) -> Iterator[Row]:
     settled = given.settled_pairs(connection, None)
     pairs = (pair for one in given.all_given(connection, None) for pair in one.preferences())
-    return (_pair(pair) for pair in replaced(pairs, settled))
-
-
-def _pair(pair: Preference) -> Row:
-    row = {
-        "id": pair.id,
-        **exchange.pair_columns(pair),
-        "chosen_finished": pair.chosen_finished,
-        "rejected_finished": pair.rejected_finished,
-        "tie": pair.tie,
-        "margin": pair.margin,
-        "annotator": pair.annotator,
-        "settled": pair.settled or None,
-        "probability": pair.probability,
-    }
-    return exchange.no_preference(row)
+    return map(exchange.preference_row, replaced(pairs, settled))
 
 
 def _demonstrations(connection: Connection) -> Iterator[Row]:

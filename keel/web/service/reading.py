@@ -54,11 +54,8 @@ class Reading:
     def preferences(self, since: datetime | None) -> Iterator[dict[str, Any]]:
         """What training takes, as in ``pairs.jsonl``: of what was given ``since`` then, or of all."""
         given = [one for one in self._store.all_given() if since is None or one.created >= since]
-        for pair in settle([pair for one in given for pair in one.preferences()]):
-            row = {"id": pair.id, **exchange.pair_columns(pair), "chosen_finished": pair.chosen_finished}
-            row |= {"rejected_finished": pair.rejected_finished, "tie": pair.tie, "margin": pair.margin}
-            row |= {"annotator": pair.annotator, "settled": pair.settled or None, "probability": pair.probability}
-            yield exchange.no_preference(row)
+        settled = settle([pair for one in given for pair in one.preferences()])
+        yield from map(exchange.preference_row, settled)
 
 
 def entry_json(one: Entry) -> dict[str, Any]:
